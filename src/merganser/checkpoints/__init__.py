@@ -1,0 +1,7 @@
+"""Reading and writing model folders: lazy tensors, hashes, names of layers on disk."""
+
+from merganser.checkpoints.header import TensorInfo
+from merganser.checkpoints.opening import open_checkpoint
+from merganser.checkpoints.reader import Checkpoint, sha256_file, sha256_tensor
+
+__all__ = ["Checkpoint", "TensorInfo", "open_checkpoint", "sha256_file", "sha256_tensor"]

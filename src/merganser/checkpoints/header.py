@@ -1,0 +1,127 @@
+"""The header of a safetensors file, read as data from a stranger: nothing is allocated before it is checked.
+
+Format: https://huggingface.co/docs/safetensors (8 bytes of length, JSON, then the tensors' bytes).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from merganser.errors import CheckpointError
+from merganser.tensors import DTYPES
+
+MAX_HEADER = 100_000_000  # bytes; the format's own limit
+AGAIN = "copy or download the file again"
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies on disk.
+
+    Attributes:
+        name: its name in the checkpoint (tensors of a nested sentence-transformers module carry its folder).
+        dtype: safetensors dtype name, such as ``BF16``.
+        shape: its shape.
+        file: the file, relative to the checkpoint's folder.
+        offset: of its first byte, from the start of the file.
+        nbytes: its size in bytes.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    offset: int
+    nbytes: int
+
+
+def read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The JSON header of a safetensors file and the offset at which its data begin.
+
+    Raises:
+        CheckpointError: no such file, too short, or no JSON object where the header should be.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            if len(prefix) < 8:
+                raise CheckpointError("truncated safetensors file: not even a header", where=path, mend=AGAIN)
+            (length,) = struct.unpack("<Q", prefix)
+            if length > min(MAX_HEADER, size - 8):
+                raise CheckpointError(
+                    f"truncated or damaged safetensors file: its header should have {length} bytes, "
+                    f"the file has {size}",
+                    where=path,
+                    mend=AGAIN,
+                )
+            header = json.loads(file.read(length))
+    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"unreadable safetensors file: {error}", where=path, mend=AGAIN) from None
+    if not isinstance(header, dict):
+        raise CheckpointError("the safetensors header is no JSON object", where=path, mend=AGAIN)
+    return header, 8 + length
+
+
+def tensor_infos(header: dict[str, Any], start: int, size: int, path: Path, file: str) -> list[TensorInfo]:
+    """The tensors of a header, in file order, each checked against the size of the file.
+
+    Args:
+        header: what :func:`read_header` returned.
+        start: offset at which the data begin.
+        size: of the whole file, in bytes.
+        path: named in errors.
+        file: recorded as :attr:`TensorInfo.file`.
+
+    Raises:
+        CheckpointError: an entry that is malformed, of an unknown dtype, overlapping or past the end.
+    """
+    infos = []
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        try:
+            dtype, shape = entry["dtype"], tuple(entry["shape"])
+            begin, end = entry["data_offsets"]
+            sound = all(type(n) is int and n >= 0 for n in (*shape, begin, end)) and begin <= end
+        except (TypeError, KeyError, ValueError):
+            sound = False
+        if not sound:
+            raise CheckpointError(f"tensor {name!r} has a malformed header entry", where=path, mend=AGAIN)
+        if dtype not in DTYPES:
+            raise CheckpointError(
+                f"tensor {name!r} has the unsupported dtype {dtype!r}",
+                where=path,
+                mend=f"convert it to one of {', '.join(DTYPES)}",
+            )
+        if math.prod(shape) * DTYPES[dtype].itemsize != end - begin:
+            raise CheckpointError(
+                f"tensor {name!r}: shape {list(shape)} of {dtype} does not fill its {end - begin} bytes",
+                where=path,
+                mend=AGAIN,
+            )
+        if start + end > size:
+            raise CheckpointError(
+                f"truncated safetensors file: tensor {name!r} ends at byte {start + end}, the file has {size}",
+                where=path,
+                mend=AGAIN,
+            )
+        infos.append(TensorInfo(name, dtype, shape, file, start + begin, end - begin))
+    infos.sort(key=lambda info: (info.offset, info.name))
+    for before, after in zip(infos, infos[1:], strict=False):
+        if before.offset + before.nbytes > after.offset:
+            raise CheckpointError(
+                f"tensors {before.name!r} and {after.name!r} overlap", where=path, mend=AGAIN
+            )
+    return infos
+
+
+def read_infos(path: Path, file: str) -> list[TensorInfo]:
+    """The tensors of the safetensors file at ``path``, recorded as lying in ``file``."""
+    header, start = read_header(path)
+    return tensor_infos(header, start, path.stat().st_size, path, file)

@@ -1,0 +1,68 @@
+"""Checkpoints on the Hugging Face Hub: small files and headers first, weights only when a plan holds.
+
+Follows the Hub client's own conventions: its cache, its tokens, ``HF_HUB_OFFLINE``, ``HF_ENDPOINT``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from merganser.checkpoints.header import TensorInfo, tensor_infos
+from merganser.checkpoints.reader import Checkpoint
+from merganser.errors import CheckpointError
+
+_WEIGHTS = ["*.safetensors"]
+_UNWANTED = [
+    "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.ot", "*.gguf", "*.pkl", "onnx/*", "openvino/*",
+    "checkpoint-*/*", "merge_statistics.safetensors",
+]  # fmt: skip
+
+
+def open_hub(name: str, repo: str, revision: str | None) -> Checkpoint:
+    """Open ``repo`` at ``revision``: its configuration and headers now, its weights on ``fetch()``.
+
+    Raises:
+        CheckpointError: the repository is not there, or not cached while offline.
+    """
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    from merganser.checkpoints.opening import local_tensors
+
+    def snapshot(**options: Any) -> Path:
+        return Path(huggingface_hub.snapshot_download(repo, revision=revision, **options))
+
+    try:
+        if constants.HF_HUB_OFFLINE:
+            folder = snapshot(local_files_only=True)
+            return Checkpoint(name, folder, local_tensors(folder), revision=folder.name)
+        commit = huggingface_hub.HfApi().model_info(repo, revision=revision).sha
+        revision = commit
+        folder = snapshot(ignore_patterns=_WEIGHTS + _UNWANTED)
+        metadata = huggingface_hub.get_safetensors_metadata(repo, revision=commit)
+    except CheckpointError:
+        raise
+    except Exception as error:  # the client raises many kinds; all mean that the reference cannot be had
+        raise CheckpointError(
+            f"cannot be had from the Hub: {type(error).__name__}: {str(error).splitlines()[0]}",
+            where=name,
+            mend=f"check the name and the network, or download it where there is one (hf download {repo}) "
+            "and give the folder",
+        ) from None
+    tensors: dict[str, TensorInfo] = {}
+    for file, parsed in metadata.files_metadata.items():
+        header = {
+            key: {"dtype": t.dtype, "shape": t.shape, "data_offsets": t.data_offsets}
+            for key, t in parsed.tensors.items()
+        }
+        infos = tensor_infos(header, 0, 1 << 62, Path(name) / file, file)
+        tensors.update({info.name: info for info in infos})
+    checkpoint = Checkpoint(name, folder, tensors, revision=commit)
+
+    def fetch() -> None:
+        place = snapshot(allow_patterns=_WEIGHTS, ignore_patterns=_UNWANTED)
+        checkpoint.path, checkpoint.tensors = place, local_tensors(place)
+
+    checkpoint._fetch = fetch
+    return checkpoint

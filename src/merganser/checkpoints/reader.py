@@ -1,0 +1,162 @@
+"""A checkpoint: a model folder in Hugging Face layout, its tensors read one at a time and never all at once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from merganser.checkpoints.header import TensorInfo
+from merganser.errors import CheckpointError
+from merganser.tensors import DTYPES
+
+#: What does not travel from a parent to a merge: weights in any format, statistics, cards, training state.
+_NOT_SIDE_FILES = (
+    "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt*",
+    "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.ot", "*.tflite", "*.pb", "*.gguf", "*.pkl", "*.pickle",
+    "README.md", "provenance.json", "trainer_state.json", "all_results.json", "train_results.json",
+    "eval_results.json", "rng_state*", ".*",
+)  # fmt: skip
+_NOT_SIDE_FOLDERS = ("checkpoint-*", "runs", "onnx", "openvino", "heads", ".*", "__pycache__")
+
+
+class Checkpoint:
+    """A model folder whose tensors are read lazily. Made by :func:`merganser.checkpoints.open_checkpoint`.
+
+    Args:
+        name: as the user gave it.
+        path: the folder.
+        tensors: where each tensor lies, by name.
+        revision: commit of a Hub reference, else None.
+        fetch: brings the weight files of a Hub reference to this machine; None when they are here.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        path: Path,
+        tensors: Mapping[str, TensorInfo],
+        *,
+        revision: str | None = None,
+        fetch: Callable[[], None] | None = None,
+    ) -> None:
+        self.name, self.path, self.tensors, self.revision = name, path, dict(tensors), revision
+        self._fetch = fetch
+        self._hashes: dict[str, str] = {}
+        self._stamps: dict[str, tuple[int, int]] = {}
+        self._lock = threading.Lock()
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({self.name!r}, {len(self.tensors)} tensors)"
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """``config.json``, or an empty dictionary where the folder has none."""
+        return read_json(self.path / "config.json", missing={})
+
+    def fetch(self) -> None:
+        """Download the weights of a Hub reference; nothing to do for a folder."""
+        with self._lock:
+            if self._fetch is not None:
+                self._fetch()
+                self._fetch = None
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Tensor ``name`` in its storage dtype, or its rows ``start:stop`` along the first dimension.
+
+        The result is a private copy.
+
+        Raises:
+            CheckpointError: the file is shorter than its header says, or changed while it was in use.
+        """
+        info = self.tensors[name]
+        shape, offset, nbytes = info.shape, info.offset, info.nbytes
+        if start or stop is not None:
+            row = nbytes // max(shape[0], 1)
+            stop = shape[0] if stop is None else min(stop, shape[0])
+            shape, offset, nbytes = (stop - start, *shape[1:]), offset + start * row, (stop - start) * row
+        return self._bytes(info.file, offset, nbytes).view(DTYPES[info.dtype]).reshape(shape)
+
+    def sha256(self, name: str, tensor: Tensor | None = None) -> str:
+        """The hash of tensor ``name``: dtype, shape and bytes. Computed once; ``tensor`` saves reading it."""
+        if name not in self._hashes:
+            info = self.tensors[name]
+            self._hashes[name] = sha256_tensor(self.read(name) if tensor is None else tensor, info.dtype)
+        return self._hashes[name]
+
+    def manifest_sha256(self) -> str:
+        """The hash over every tensor's name and hash: equal for equal weights, however they are sharded."""
+        return manifest_sha256({name: self.sha256(name) for name in self.tensors})
+
+    def side_files(self) -> list[str]:
+        """Everything that is not weights: tokenizer, configuration, sentence-transformers modules; relative."""
+        found = []
+        for folder, folders, files in os.walk(self.path):
+            here = Path(folder)
+            folders[:] = sorted(f for f in folders if not any(Path(f).match(p) for p in _NOT_SIDE_FOLDERS))
+            for file in files:
+                if not any(Path(file).match(pattern) for pattern in _NOT_SIDE_FILES):
+                    found.append((here / file).relative_to(self.path).as_posix())
+        return sorted(found)
+
+    def _bytes(self, file: str, offset: int, nbytes: int) -> Tensor:
+        self.fetch()
+        path = self.path / file
+        buffer = torch.empty(nbytes, dtype=torch.uint8)
+        view = memoryview(buffer.numpy())
+        with path.open("rb", buffering=0) as stream:
+            status = os.fstat(stream.fileno())
+            stamp = (status.st_size, status.st_mtime_ns)
+            if self._stamps.setdefault(file, stamp) != stamp:
+                raise CheckpointError("the file changed while it was being read", where=path, mend="run again")
+            done = 0
+            while done < nbytes:
+                count = os.preadv(stream.fileno(), [view[done:]], offset + done)
+                if not count:
+                    raise CheckpointError("the file ends early", where=path, mend="copy or download it again")
+                done += count
+        return buffer
+
+
+def read_json(path: Path, missing: Any = None) -> Any:
+    """A JSON file; ``missing`` where there is none.
+
+    Raises:
+        CheckpointError: it is not JSON, or not an object.
+    """
+    if not path.is_file():
+        return missing
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"unreadable JSON: {error}", where=path, mend="restore the file") from None
+    if not isinstance(value, dict):
+        raise CheckpointError("a JSON object is expected", where=path, mend="restore the file")
+    return value
+
+
+def sha256_tensor(tensor: Tensor, dtype: str) -> str:
+    """The hash of a tensor's dtype name, shape and bytes, in hexadecimal."""
+    digest = hashlib.sha256(f"{dtype} {list(tensor.shape)}\n".encode())
+    digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def manifest_sha256(hashes: Mapping[str, str]) -> str:
+    """The hash over names and tensor hashes, in the order of the names."""
+    lines = "".join(f"{name} {hashes[name]}\n" for name in sorted(hashes))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """The hash of a file's bytes, in hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

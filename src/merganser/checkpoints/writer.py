@@ -1,0 +1,226 @@
+"""Writing a model folder: header first, tensors streamed into their places in any order, whole or nothing."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+import struct
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from merganser.checkpoints.header import TensorInfo
+from merganser.errors import CheckpointError, UserError
+from merganser.tensors import DTYPES
+
+INDEX_SUFFIX = ".safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor to be written: its name, safetensors dtype and shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return DTYPES[self.dtype].itemsize * torch.Size(self.shape).numel()
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as ``5GB``, ``800MB`` or ``2GiB``.
+
+    Raises:
+        UserError: it is no such size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
+    if not match or float(match[1]) <= 0:
+        raise UserError(f"{text!r} is not a size", mend="write it like 5GB or 800MB")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " "))
+
+
+def shard(specs: Sequence[TensorSpec], stem: str, max_bytes: int) -> dict[str, list[TensorSpec]]:
+    """Files of at most ``max_bytes`` (or one tensor) each, in order, named as the Hub names them."""
+    groups: list[list[TensorSpec]] = [[]]
+    room = max_bytes
+    for spec in specs:
+        if groups[-1] and spec.nbytes > room:
+            groups.append([])
+            room = max_bytes
+        groups[-1].append(spec)
+        room -= spec.nbytes
+    if len(groups) == 1:
+        return {f"{stem}.safetensors": groups[0]}
+    n = len(groups)
+    return {f"{stem}-{i:05d}-of-{n:05d}.safetensors": group for i, group in enumerate(groups, 1)}
+
+
+def index_json(weight_map: Mapping[str, str], total_size: int) -> bytes:
+    """The index of a sharded checkpoint."""
+    index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
+    return (json.dumps(index, indent=2) + "\n").encode()
+
+
+class SafetensorsWriter:
+    """Safetensors files whose headers are written at once and whose tensors may come in any order, from any thread.
+
+    Args:
+        folder: where the files go; must exist.
+        files: the tensors of each file, by file name relative to ``folder``.
+
+    Use as a context manager; leaving it checks that every tensor was written and flushes to disk.
+    """
+
+    def __init__(self, folder: Path, files: Mapping[str, Sequence[TensorSpec]]) -> None:
+        self._places: dict[tuple[str, str], TensorInfo] = {}
+        self._descriptors: dict[str, int] = {}
+        self._missing: set[tuple[str, str]] = set()
+        for file, specs in files.items():
+            header, infos = _layout(file, specs)
+            path = folder / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+            self._descriptors[file] = descriptor
+            _write_at(descriptor, header, 0)
+            os.ftruncate(descriptor, max([len(header), *(i.offset + i.nbytes for i in infos)]))
+            self._places.update({(file, info.name): info for info in infos})
+        self._missing = set(self._places)
+
+    def write(self, file: str, name: str, tensor: Tensor) -> None:
+        """Write a tensor into its place.
+
+        Raises:
+            ValueError: its dtype or shape is not what was announced.
+        """
+        info = self._places[file, name]
+        if tuple(tensor.shape) != info.shape or tensor.dtype != DTYPES[info.dtype]:
+            raise ValueError(f"{name}: {tensor.dtype} {list(tensor.shape)} is not {info.dtype} {list(info.shape)}")
+        data = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+        _write_at(self._descriptors[file], data, info.offset)
+        self._missing.discard((file, name))
+
+    def __enter__(self) -> SafetensorsWriter:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            if kind is None:
+                if self._missing:
+                    raise RuntimeError(f"never written: {sorted(self._missing)[:5]}")
+                for descriptor in self._descriptors.values():
+                    os.fsync(descriptor)
+        finally:
+            for descriptor in self._descriptors.values():
+                os.close(descriptor)
+
+
+def _layout(file: str, specs: Sequence[TensorSpec]) -> tuple[bytes, list[TensorInfo]]:
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for spec in specs:
+        entries[spec.name] = {
+            "dtype": spec.dtype,
+            "shape": list(spec.shape),
+            "data_offsets": [offset, offset + spec.nbytes],
+        }
+        offset += spec.nbytes
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    start = 8 + len(header)
+    infos, offset = [], start
+    for spec in specs:
+        infos.append(TensorInfo(spec.name, spec.dtype, spec.shape, file, offset, spec.nbytes))
+        offset += spec.nbytes
+    return struct.pack("<Q", len(header)) + header, infos
+
+
+def _write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
+    view, done = memoryview(data), 0
+    while done < len(view):
+        done += os.pwrite(descriptor, view[done:], offset + done)
+
+
+def check_output(folder: Path, overwrite: bool, inputs: Sequence[Path] = ()) -> UserError | None:
+    """Why ``folder`` cannot be written, if it cannot: it exists, is an input, or is no model folder."""
+    if not folder.exists():
+        return None
+    if any(folder.resolve() == path.resolve() for path in inputs):
+        return CheckpointError("the output is one of the inputs", where=folder, mend="give another output folder")
+    if not overwrite:
+        return CheckpointError(
+            "the output exists", where=folder, mend="give another folder, or --overwrite to replace it"
+        )
+    looks_ours = folder.is_dir() and (not any(folder.iterdir()) or (folder / "config.json").is_file())
+    if not looks_ours:
+        return CheckpointError(
+            "the output exists and is no model folder, so it is not replaced",
+            where=folder,
+            mend="give another folder, or remove it yourself",
+        )
+    return None
+
+
+@contextmanager
+def new_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A folder to fill, beside ``target``; renamed to ``target`` when the block ends well, removed when it does not.
+
+    Raises:
+        CheckpointError: the disk is full or the place cannot be written.
+    """
+    target = Path(os.path.abspath(target))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+    except OSError as error:
+        raise _cannot_write(target, error) from None
+    try:
+        yield work
+        _set_mode(work)
+        if target.exists() and overwrite:
+            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
+            target.rename(old / target.name)
+            work.rename(target)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            work.rename(target)
+    except OSError as error:
+        shutil.rmtree(work, ignore_errors=True)
+        raise _cannot_write(target, error) from None
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
+def _set_mode(folder: Path) -> None:
+    mask = os.umask(0)
+    os.umask(mask)
+    folder.chmod(0o777 & ~mask)  # mkdtemp's is private
+
+
+def _cannot_write(target: Path, error: OSError) -> CheckpointError:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return CheckpointError(
+        "the disk is full" if full else f"cannot be written: {error}",
+        where=target,
+        mend="free some space or choose another disk" if full else "check the path and its permissions",
+    )
+
+
+def free_bytes(target: Path) -> int:
+    """Free space on the disk that ``target`` would lie on."""
+    place = Path(os.path.abspath(target))
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free

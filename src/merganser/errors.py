@@ -1,0 +1,80 @@
+"""What can go wrong, said so that the reader can mend it.
+
+Every error that a user can cause is a :class:`UserError`: it says what is wrong, where, and how to mend it.
+The command line prints it and exits with 2; anything else is a bug and exits with 1.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+
+class MerganserError(Exception):
+    """Base class of every error that merganser raises on purpose."""
+
+
+class UserError(MerganserError):
+    """A mistake that the user can mend.
+
+    Args:
+        what: what is wrong, in a sentence, naming tensors, keys and values.
+        where: the file (and line) or option it was found in.
+        mend: how to mend it, as an instruction.
+    """
+
+    def __init__(self, what: str, *, where: str | Path | None = None, mend: str | None = None) -> None:
+        self.what, self.where, self.mend = what, None if where is None else str(where), mend
+        super().__init__(str(self))
+
+    def __str__(self) -> str:
+        place = f"{self.where}: " if self.where else ""
+        remedy = f"\n    to mend: {self.mend}" if self.mend else ""
+        return f"{place}{self.what}{remedy}"
+
+
+class CheckpointError(UserError):
+    """A model folder or a safetensors file that cannot be used."""
+
+
+class StatisticsError(UserError):
+    """A statistics file that cannot be used, or not with these weights."""
+
+
+class RecipeError(UserError):
+    """A recipe, option or combination of contributors that cannot be merged."""
+
+
+class DataError(UserError):
+    """Examples that cannot be read or used."""
+
+
+class Problems(UserError):
+    """Several mistakes found in one pass, so that they can be mended in one pass.
+
+    Args:
+        problems: the mistakes, at least one.
+    """
+
+    def __init__(self, problems: Sequence[UserError]) -> None:
+        self.problems = list(problems)
+        lines = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(self.problems, 1))
+        super().__init__(f"{len(self.problems)} problems, nothing was written:\n{lines}")
+
+
+def raise_all(problems: Sequence[UserError]) -> None:
+    """Raise the only problem as it is, several as one :class:`Problems`; do nothing when there is none."""
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        raise Problems(problems)
+
+
+def did_you_mean(name: str, valid: Iterable[str]) -> str:
+    """A mend that names the nearest valid name, and all of them when there are few."""
+    names = sorted(valid)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    shown = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
+    return f"{hint}Valid: {shown}" if names else hint or "there is no valid name here"

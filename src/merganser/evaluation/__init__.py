@@ -1,0 +1,1 @@
+"""Scoring models and ensembles on data sets."""

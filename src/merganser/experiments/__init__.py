@@ -1,0 +1,1 @@
+"""Whole experiments: the demo, and reports of their rows."""

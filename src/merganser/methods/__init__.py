@@ -1,0 +1,1 @@
+"""Merging methods: pure functions of tensors, one file a family."""

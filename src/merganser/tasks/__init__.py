@@ -1,0 +1,1 @@
+"""Tasks: a data set reader, a model head and a metric; one file each."""

@@ -1,0 +1,90 @@
+"""Small things about tensors that every layer may use: storage dtypes, packed triangles, threads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+#: safetensors' dtype names and torch's.
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def is_floating(dtype_name: str) -> bool:
+    """Whether tensors of this safetensors dtype can be averaged."""
+    return DTYPES[dtype_name].is_floating_point
+
+
+def pack_upper(matrix: Tensor) -> Tensor:
+    """The upper triangle of a symmetric ``(d, d)`` matrix, row by row, as ``(d·(d+1)/2,)``."""
+    d = matrix.shape[0]
+    packed = matrix.new_empty(d * (d + 1) // 2)
+    start = 0
+    for row in range(d):  # slices, not index tensors, which would be four times as large as the triangle
+        packed[start : start + d - row] = matrix[row, row:]
+        start += d - row
+    return packed
+
+
+def unpack_upper(packed: Tensor) -> Tensor:
+    """The symmetric ``(d, d)`` matrix of a packed upper triangle ``(d·(d+1)/2,)``.
+
+    Raises:
+        ValueError: the length is not a triangular number.
+    """
+    d = packed_width(packed.numel())
+    matrix = packed.new_empty(d, d)
+    start = 0
+    for row in range(d):
+        matrix[row, row:] = packed[start : start + d - row]
+        start += d - row
+    return mirror_upper(matrix)
+
+
+def mirror_upper(matrix: Tensor, block: int = 512) -> Tensor:
+    """Copy the upper triangle of ``matrix`` ``(d, d)`` into its lower one, in place, and return it."""
+    for start in range(0, matrix.shape[0], block):
+        stop = start + block
+        matrix[start:stop, :start] = matrix[:start, start:stop].T
+        corner = matrix[start:stop, start:stop]
+        corner.copy_(corner.triu() + corner.triu(1).T)
+    return matrix
+
+
+def packed_width(length: int) -> int:
+    """The width d of a packed upper triangle of ``length = d·(d+1)/2`` numbers."""
+    d = (math.isqrt(8 * length + 1) - 1) // 2
+    if d * (d + 1) // 2 != length:
+        raise ValueError(f"{length} is not the length of a packed triangle")
+    return d
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Run torch on one thread, so that sums have one order and bytes do not depend on the machine's cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
