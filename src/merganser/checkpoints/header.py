@@ -112,7 +112,7 @@ def tensor_infos(header: dict[str, Any], start: int, size: int, path: Path, file
                 mend=AGAIN,
             )
         infos.append(TensorInfo(name, dtype, shape, file, start + begin, end - begin))
-    infos.sort(key=lambda info: (info.offset, info.name))
+    infos.sort(key=lambda info: (info.offset, info.nbytes, info.name))  # empty tensors first
     for before, after in zip(infos, infos[1:], strict=False):
         if before.offset + before.nbytes > after.offset:
             raise CheckpointError(

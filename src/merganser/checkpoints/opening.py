@@ -76,10 +76,10 @@ def nested_modules(folder: Path) -> list[str]:
 
 
 def _main_tensors(folder: Path, allow_pickle: bool) -> list[TensorInfo]:
+    if (folder / SINGLE).is_file():  # where both are there, transformers takes the single file
+        return read_infos(folder / SINGLE, SINGLE)
     if (folder / INDEX).is_file():
         return _sharded(folder)
-    if (folder / SINGLE).is_file():
-        return read_infos(folder / SINGLE, SINGLE)
     if any((folder / pickle).is_file() for pickle in _PICKLES):
         if not allow_pickle:
             raise CheckpointError(
@@ -98,7 +98,9 @@ def _main_tensors(folder: Path, allow_pickle: bool) -> list[TensorInfo]:
     if nested:
         return []
     raise CheckpointError(
-        f"no weights here: neither {SINGLE} nor {INDEX}", where=folder, mend="give a folder with safetensors weights"
+        f"no weights here: neither {SINGLE} nor {INDEX}",
+        where=folder,
+        mend="give a folder with safetensors weights",
     )
 
 
@@ -117,7 +119,9 @@ def _sharded(folder: Path) -> list[TensorInfo]:
                 )
             )
             continue
-        found.update({info.name: info for info in read_infos(folder / shard, shard) if info.name in weight_map})
+        found.update(
+            {info.name: info for info in read_infos(folder / shard, shard) if info.name in weight_map}
+        )
     raise_all(problems)
     absent = [name for name in weight_map if name not in found]
     if absent:
@@ -145,7 +149,9 @@ def _from_pickle(folder: Path) -> list[TensorInfo]:
             state = torch.load(folder / file, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:
             raise CheckpointError(
-                f"cannot be read as plain tensors: {error}", where=folder / file, mend="convert it to safetensors"
+                f"cannot be read as plain tensors: {error}",
+                where=folder / file,
+                mend="convert it to safetensors",
             ) from None
         target = Path(place.name) / f"{number}.safetensors"
         save_file({name: t.contiguous().clone() for name, t in state.items() if torch.is_tensor(t)}, target)

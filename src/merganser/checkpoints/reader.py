@@ -116,7 +116,9 @@ class Checkpoint:
             status = os.fstat(stream.fileno())
             stamp = (status.st_size, status.st_mtime_ns)
             if self._stamps.setdefault(file, stamp) != stamp:
-                raise CheckpointError("the file changed while it was being read", where=path, mend="run again")
+                raise CheckpointError(
+                    "the file changed while it was being read", where=path, mend="run again"
+                )
             done = 0
             while done < nbytes:
                 count = os.preadv(stream.fileno(), [view[done:]], offset + done)

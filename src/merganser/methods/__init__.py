@@ -1,1 +1,13 @@
-"""Merging methods: pure functions of tensors, one file a family."""
+"""Merging methods: pure functions of tensors, one file a family. A new one is registered in :data:`METHODS`."""
+
+from __future__ import annotations
+
+from merganser.methods.actmat import ACTMat
+from merganser.methods.base import Facts, Merged, Method, Options, Share, Unit, average
+from merganser.methods.fisher import Fisher
+from merganser.methods.regmean import RegMean
+from merganser.methods.simple import Simple
+
+METHODS: dict[str, type[Method]] = {method.name: method for method in (Simple, Fisher, RegMean, ACTMat)}
+
+__all__ = ["METHODS", "Facts", "Merged", "Method", "Options", "Share", "Unit", "average"]

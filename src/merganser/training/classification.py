@@ -4,7 +4,8 @@
     prepare_base("org/encoder", label_names=["no", "yes"], output="base", seed=1)
     fine_tune("base", texts, labels, label_names=["no", "yes"], output="specialist", epochs=3)
 
-Specialists that start from one prepared base share their head's initialisation, and have the base's tensor names.
+Specialists that start from one prepared base share their head's initialisation, and have the base's tensor
+names.
 """
 
 from __future__ import annotations
@@ -33,15 +34,21 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from merganser import progress
+from merganser.checkpoints import open_checkpoint
+from merganser.checkpoints.writer import check_output, new_folder
 from merganser.errors import CheckpointError, DataError, UserError
-from merganser.training.folders import refuse_existing, whole_or_nothing
 
 #: Called after each optimiser step with the steps done and the steps in all.
 OnStep = Callable[[int, int], None]
 
 
 def prepare_base(
-    base: str | Path, *, label_names: Sequence[str], output: str | Path, seed: int = 1, overwrite: bool = False
+    base: str | Path,
+    *,
+    label_names: Sequence[str],
+    output: str | Path,
+    seed: int = 1,
+    overwrite: bool = False,
 ) -> Path:
     """Save ``base`` with a classification head drawn from ``seed``: the common start of several specialists.
 
@@ -58,7 +65,8 @@ def prepare_base(
     """
     output = Path(output)
     _check_names(label_names)
-    with whole_or_nothing(output, overwrite=overwrite) as temporary, _quiet():
+    _check_place(output, base, overwrite)
+    with new_folder(output, overwrite=overwrite) as temporary, _quiet():
         model, tokenizer = _load(base, label_names, seed)
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
@@ -83,9 +91,9 @@ def fine_tune(
 ) -> Path:
     """Train all weights of ``base`` on labelled texts and save a plain ``from_pretrained`` folder.
 
-    AdamW with linear decay, float32, batches of texts of similar length. A base that has a head of the same labels
-    keeps it; otherwise a new head is drawn from ``seed``. The same arguments on the same machine give the same
-    weights. The global random state is seeded.
+    AdamW with linear decay, float32, batches of texts of similar length. A base that has a head of the same
+    labels keeps it; otherwise a new head is drawn from ``seed``. The same arguments on the same machine give
+    the same weights. The global random state is seeded.
 
     Args:
         base: a model folder or a Hub name.
@@ -104,16 +112,20 @@ def fine_tune(
 
     Raises:
         CheckpointError: the base cannot be loaded, or the output exists.
-        DataError: no data, texts and labels that do not match, a label outside ``label_names``, a loss that is NaN.
-        UserError: ``accelerate``, which the Trainer needs, is not installed, or a setting is out of its range.
+        DataError: no data, texts and labels that do not match, a label outside ``label_names``, a loss that
+            is NaN.
+        UserError: ``accelerate``, which the Trainer needs, is not installed, or a setting is out of its
+            range.
     """
     output = Path(output)
     _check_names(label_names)
     _check_data(texts, labels, label_names)
     _check_settings(epochs, learning_rate, batch_size, max_length, warmup)
-    refuse_existing(output, overwrite=overwrite)
-    with whole_or_nothing(output, overwrite=overwrite) as temporary, _quiet():
+    _check_place(output, base, overwrite)
+    with new_folder(output, overwrite=overwrite) as temporary, _quiet():
         model, tokenizer = _load(base, label_names, seed)
+        use_cache = getattr(model.config, "use_cache", None)  # the Trainer switches it off
+        tokenizer.save_pretrained(temporary)  # before encoding, which leaves truncation settings in it
         encoded = tokenizer(list(texts), truncation=True, max_length=_limit(max_length, model, tokenizer))
         examples = [
             {**{key: values[index] for key, values in encoded.items()}, "labels": int(label)}
@@ -130,6 +142,7 @@ def fine_tune(
             eval_strategy="no",
             save_strategy="no",
             logging_strategy="no",
+            logging_nan_inf_filter=False,  # a loss that is not finite must be seen
             report_to="none",
             dataloader_num_workers=0,
             dataloader_pin_memory=False,
@@ -148,10 +161,12 @@ def fine_tune(
             loss = trainer.train().training_loss
         if not math.isfinite(loss):
             raise DataError(
-                f"training diverged, its loss is {loss}", mend=f"lower the learning rate (now {learning_rate:g})"
+                f"training diverged, its loss is {loss}",
+                mend=f"lower the learning rate (now {learning_rate:g})",
             )
+        if use_cache is not None:
+            model.config.use_cache = use_cache
         model.to("cpu").save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
     return output
 
 
@@ -186,15 +201,22 @@ def _load(
     """The model in float32 with a head for the labels (a new one drawn from ``seed``), and its tokenizer."""
     set_seed(seed)
     names = dict(enumerate(label_names))
+    checkpoint = open_checkpoint(base)
+    checkpoint.fetch()
+    folder = checkpoint.path
     try:
-        config = AutoConfig.from_pretrained(base)
+        config = AutoConfig.from_pretrained(folder)
         same_head = list(config.id2label.values()) == list(label_names)
         config.id2label, config.label2id = names, {name: index for index, name in names.items()}
         config.problem_type = "single_label_classification"
         model = AutoModelForSequenceClassification.from_pretrained(
-            base, config=config, dtype=torch.float32, ignore_mismatched_sizes=not same_head, use_safetensors=True
+            folder,
+            config=config,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=not same_head,
+            use_safetensors=True,
         )
-        tokenizer = AutoTokenizer.from_pretrained(base)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(
             f"cannot be loaded for text classification: {error}",
@@ -224,10 +246,17 @@ def _quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
+def _check_place(output: Path, base: str | Path, overwrite: bool) -> None:
+    problem = check_output(output, overwrite, [Path(base)])
+    if problem is not None:
+        raise problem
+
+
 def _check_names(label_names: Sequence[str]) -> None:
     if isinstance(label_names, str) or len(label_names) < 2 or len(set(label_names)) < len(label_names):
         raise DataError(
-            f"labels must be at least two distinct names, but are {label_names!r}", mend="name every class once"
+            f"labels must be at least two distinct names, but are {label_names!r}",
+            mend="name every class once",
         )
 
 
@@ -239,7 +268,8 @@ def _check_data(texts: Sequence[str], labels: Sequence[int], label_names: Sequen
     for index, label in enumerate(labels):
         if not 0 <= label < len(label_names):
             raise DataError(
-                f"label {label} of text {index} is outside 0 … {len(label_names) - 1} ({', '.join(label_names)})",
+                f"label {label} of text {index} is outside 0 … {len(label_names) - 1} "
+                f"({', '.join(label_names)})",
                 mend="name every class in label_names",
             )
 

@@ -1,0 +1,64 @@
+"""What several commands share."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import click
+import yaml
+
+
+def quiet_libraries() -> None:
+    """Keep other libraries' banners, load reports and bars off the terminal; their errors still come through."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def parse_options(pairs: tuple[str, ...]) -> dict[str, Any]:
+    """``KEY=VALUE`` flags as a dictionary; values are read as YAML, so that numbers are numbers."""
+    found = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise click.BadParameter(f"{pair!r} is not KEY=VALUE", param_hint="--option")
+        try:
+            found[key.replace("-", "_")] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise click.BadParameter(f"{value!r} is no value", param_hint="--option") from None
+    return found
+
+
+def human_bytes(count: float) -> str:
+    """A size as people write it, such as ``91.2 MB``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def warn(message: str) -> None:
+    """A line on standard error."""
+    click.echo(f"merganser: {message}", err=True)
+
+
+def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """A table on standard output; numbers to the right when every cell of a column is one."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title or None, title_justify="left", header_style="bold")
+    for number, column in enumerate(columns):
+        cells = [row[number].strip().split(" ")[0] for row in rows]
+        numeric = bool(cells) and all(cell.replace(".", "").replace("-", "").isdigit() or not cell for cell in cells)
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console(file=sys.stdout).print(table)

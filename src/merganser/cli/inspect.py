@@ -1,0 +1,138 @@
+"""``merganser inspect``, ``verify`` and ``reproduce``: looking at what is there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from merganser.cli.common import human_bytes, print_table, quiet_libraries, warn
+from merganser.errors import UserError
+
+
+@click.command("inspect")
+@click.argument("path", metavar="PATH")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@click.option("--validate", is_flag=True, help="Read a whole statistics file: finite, positive semi-definite.")
+def inspect_command(path: str, as_json: bool, validate: bool) -> None:
+    """Show what a model folder, a Hub reference or a statistics file holds."""
+    quiet_libraries()
+    is_statistics = Path(path).is_file() and Path(path).suffix == ".safetensors"
+    found = _statistics(Path(path), validate) if is_statistics else _checkpoint(path)
+    if as_json:
+        click.echo(json.dumps(found, indent=1))
+        return
+    tables = found.pop("tables")
+    for key, value in found.items():
+        shown = json.dumps(value) if isinstance(value, (dict, list)) else str(value)
+        click.echo(f"{key.replace('_', ' ')}: {shown}")
+    for title, (columns, rows) in tables.items():
+        print_table(title, columns, [[str(cell) for cell in row] for row in rows])
+
+
+def _checkpoint(reference: str) -> dict[str, Any]:
+    from merganser.checkpoints import open_checkpoint
+    from merganser.merging.provenance import FILE_NAME, read_provenance
+    from merganser.statistics import FILE_NAME as STATISTICS
+
+    checkpoint = open_checkpoint(reference)
+    infos = checkpoint.tensors.values()
+    dtypes: dict[str, list[int]] = {}
+    for info in infos:
+        entry = dtypes.setdefault(info.dtype, [0, 0])
+        entry[0] += 1
+        entry[1] += info.nbytes
+    found: dict[str, Any] = {
+        "model": checkpoint.name,
+        "architecture": (checkpoint.config.get("architectures") or ["unknown"])[0],
+        "model_type": checkpoint.config.get("model_type", "unknown"),
+        "weights": human_bytes(sum(info.nbytes for info in infos)),
+        "files": sorted({info.file for info in infos}),
+    }
+    labels = checkpoint.config.get("id2label")
+    if labels:
+        found["labels"] = list(labels.values())
+    tables: dict[str, Any] = {
+        "tensors": (["dtype", "tensors", "size"], [[d, n, human_bytes(size)] for d, (n, size) in dtypes.items()])
+    }
+    if (checkpoint.path / STATISTICS).is_file():
+        inner = _statistics(checkpoint.path / STATISTICS, False)
+        tables.update(inner.pop("tables"))
+        found["statistics"] = inner
+    if (checkpoint.path / FILE_NAME).is_file():
+        provenance = read_provenance(checkpoint.path)
+        found["merged_by"] = provenance["recipe"]["method"]
+        columns = ["contributor", "coefficient", "sha256 of its weights"]
+        rows = [[p["model"], f"{p['coefficient']:g}", p["manifest_sha256"]] for p in provenance["parents"]]
+        tables["contributors"] = (columns, rows)
+        counts: dict[tuple[str, str], int] = {}
+        for entry in provenance["tensors"].values():
+            key = (entry["method"], entry["reason"] or "")
+            counts[key] = counts.get(key, 0) + 1
+        tables["methods really used"] = (
+            ["method", "tensors", "why not the method"],
+            [[method, count, reason] for (method, reason), count in counts.items()],
+        )
+    return {**found, "tables": tables}
+
+
+def _statistics(path: Path, validate: bool) -> dict[str, Any]:
+    from merganser.statistics import Statistics
+
+    statistics = Statistics.open(path)
+    if validate:
+        statistics.validate()
+    header = statistics.header
+    kinds: dict[str, int] = {}
+    for layer in header.layers:
+        kinds[layer.kind] = kinds.get(layer.kind, 0) + 1
+    return {
+        "statistics": str(path),
+        "size": human_bytes(path.stat().st_size),
+        "protocol": header.protocol,
+        "examples": header.examples,
+        "tokens": header.tokens,
+        "masking": header.masking,
+        "fisher": header.fisher or "none",
+        "label": header.label,
+        "weights_sha256": header.manifest_sha256,
+        "versions": dict(header.versions),
+        "notes": list(header.notes),
+        **({"validated": "finite, symmetric, positive semi-definite"} if validate else {}),
+        "tables": {
+            "layers with statistics": (["kind", "layers"], [[kind, count] for kind, count in kinds.items()]),
+        },
+    }
+
+
+@click.command("verify")
+@click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
+def verify_command(folder: Path) -> None:
+    """Check a merged folder, and its parents where they can be had, against its provenance."""
+    quiet_libraries()
+    from merganser.merging import verify
+
+    result = verify(folder)
+    for reason in result.absent:
+        warn(f"not checked, because it cannot be had here: {reason}")
+    click.echo(f"{folder}: {result.files} files and {result.parents} parents are as recorded")
+
+
+@click.command("reproduce")
+@click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Keep the repetition here.")
+def reproduce_command(folder: Path, output: Path | None) -> None:
+    """Repeat a merge from its provenance and compare byte for byte."""
+    quiet_libraries()
+    from merganser.merging import reproduce
+
+    differing = reproduce(folder, output)
+    if differing:
+        raise UserError(
+            f"the repetition differs in {', '.join(differing)}",
+            where=folder,
+            mend="compare the versions in provenance.json with those installed here, and run 'merganser verify'",
+        )
+    click.echo(f"{folder}: repeated, every byte the same")

@@ -1,0 +1,208 @@
+"""The verbs: merge, verify, reproduce."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from merganser.checkpoints.writer import check_output, free_bytes, new_folder
+from merganser.errors import CheckpointError, RecipeError, UserError, raise_all
+from merganser.merging import provenance
+from merganser.merging.card import model_card
+from merganser.merging.execution import Execution
+from merganser.merging.layout import make_layout, write_small_files
+from merganser.merging.plan import Plan, make_plan
+from merganser.merging.recipe import Contributor, Recipe, make_recipe
+
+_SPARE = 64_000_000  # bytes for everything that is not weights
+
+
+def merge(
+    models: Recipe | Sequence[str | Path | Contributor],
+    output: str | Path,
+    *,
+    method: str = "auto",
+    base: str | Path | None = None,
+    coefficients: Sequence[float] | None = None,
+    statistics: Sequence[str | Path] | None = None,
+    options: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    threads: int | None = None,
+    **settings: Any,
+) -> Path:
+    """Merge checkpoints of one pre-trained model into a folder that ``from_pretrained`` opens.
+
+    Args:
+        models: the checkpoints (folders or ``org/name@revision``), or a whole :class:`Recipe`, which then stands
+            alone: give no other setting with it.
+        output: the folder to write; written whole or not at all.
+        method: ``auto``, ``simple``, ``fisher``, ``regmean`` or ``actmat``.
+        base: the pre-trained model, for the methods that need it.
+        coefficients: one weight a model, relative; equal by default.
+        statistics: one statistics file a model; by default the one in each model's folder.
+        options: the method's options, such as ``{"alpha": 0.9}``.
+        overwrite: replace an existing model folder.
+        threads: how many units are worked on at once; the bytes do not depend on it.
+        settings: the other keys of :class:`Recipe`: ``exclude``, ``keep_separate``, ``labels``, ``vocabulary``,
+            ``dtype``, ``max_shard_size``, ``allow_pickle``.
+
+    Returns:
+        The output folder.
+
+    Raises:
+        UserError: anything the user can mend, before any work; several at once as ``Problems``.
+    """
+    if isinstance(models, Recipe):
+        recipe = models
+    else:
+        contributors = contributors_of(models, coefficients, statistics)
+        values = {"contributors": contributors, "method": method, "options": dict(options or {}), **settings}
+        recipe = make_recipe(values if base is None else {**values, "base": str(base)}, "merge()")
+    plan = prepare(recipe, Path(output), overwrite=overwrite, threads=threads)
+    return carry_out(plan, Path(output), overwrite=overwrite)
+
+
+def contributors_of(
+    models: Sequence[str | Path | Contributor],
+    coefficients: Sequence[float] | None = None,
+    statistics: Sequence[str | Path] | None = None,
+) -> list[dict[str, Any]]:
+    """Contributors of a recipe from parallel lists.
+
+    Raises:
+        RecipeError: lists of different length.
+    """
+    for name, values in (("coefficients", coefficients), ("statistics", statistics)):
+        if values is not None and len(values) != len(models):
+            raise RecipeError(
+                f"{len(values)} {name} for {len(models)} models",
+                where=name,
+                mend="give one for each model, in order",
+            )
+    found = []
+    for number, model in enumerate(models):
+        entry = model.model_dump() if isinstance(model, Contributor) else {"model": str(model)}
+        if coefficients is not None:
+            entry["coefficient"] = coefficients[number]
+        if statistics is not None:
+            entry["statistics"] = str(statistics[number])
+        found.append(entry)
+    return found
+
+
+def prepare(
+    recipe: Recipe, output: Path | None, *, overwrite: bool = False, threads: int | None = None
+) -> Plan:
+    """The plan of a merge, everything checked: headers, statistics against weights, place and space for the result.
+
+    Args:
+        recipe: what to merge.
+        output: where to; None checks no place (for a dry run).
+        overwrite: whether an existing model folder may be replaced.
+        threads: how many units are worked on at once; all cores by default.
+
+    Raises:
+        UserError: what cannot be merged, all mistakes at once.
+    """
+    plan = make_plan(recipe, threads=threads or os.cpu_count() or 1)
+    problems: list[UserError] = []
+    if output is not None:
+        sources = [parent.checkpoint.path for parent in plan.parents]
+        if problem := check_output(output, overwrite, sources):
+            problems.append(problem)
+        needed, free = plan.bytes_written + _SPARE, free_bytes(output)
+        if needed > free:
+            problems.append(
+                CheckpointError(
+                    f"too little disk: the result takes {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free",
+                    where=output,
+                    mend="free some space or write to another disk",
+                )
+            )
+    raise_all(problems)
+    for parent in [*plan.parents, *([plan.base] if plan.base else [])]:
+        parent.checkpoint.fetch()
+    if plan.method.needs_statistics:
+        for parent in plan.parents:
+            if parent.statistics is not None:
+                problems += parent.statistics.check_binding(parent.checkpoint)
+    raise_all(problems)
+    return plan
+
+
+def carry_out(plan: Plan, output: Path, *, overwrite: bool = False) -> Path:
+    """Do what a plan says.
+
+    Raises:
+        UserError: non-finite numbers in or out, a full disk; nothing is left behind.
+    """
+    layout = make_layout(plan)
+    with new_folder(output, overwrite=overwrite) as folder:
+        write_small_files(plan, layout, folder)
+        outcomes = Execution(plan, layout, folder).run()
+        (folder / "README.md").write_text(model_card(plan, layout, outcomes), encoding="utf-8")
+        provenance.write_provenance(provenance.make_provenance(plan, outcomes, folder), folder)
+    return output
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What :func:`verify` found.
+
+    Attributes:
+        files: how many files were checked.
+        parents: how many parents were checked.
+        absent: parents that cannot be had here, with the reason.
+    """
+
+    files: int
+    parents: int
+    absent: tuple[str, ...]
+
+
+def verify(folder: str | Path) -> Verification:
+    """Check a merged folder against its provenance, and its parents where they can be had.
+
+    Raises:
+        UserError: everything that differs, at once.
+    """
+    found = provenance.read_provenance(Path(folder))
+    parents, absent = provenance.check_parents(found)
+    raise_all(provenance.check_files(Path(folder), found) + parents)
+    total = len(found["parents"]) + bool(found.get("base"))
+    return Verification(len(found["files"]), total - len(absent), tuple(absent))
+
+
+def reproduce(folder: str | Path, output: str | Path | None = None) -> list[str]:
+    """Repeat a merge from its provenance and compare byte for byte.
+
+    Args:
+        folder: the merged folder.
+        output: where to keep the repetition; by default it is thrown away.
+
+    Returns:
+        The files that differ from those recorded; empty when all are the same.
+
+    Raises:
+        UserError: parents that cannot be had or are other weights, or anything that :func:`merge` raises.
+    """
+    folder = Path(folder)
+    found = provenance.read_provenance(folder)
+    problems, absent = provenance.check_parents(found)
+    problems += [
+        CheckpointError(f"a parent cannot be had: {reason}", where=folder, mend="put it where it was")
+        for reason in absent
+    ]
+    raise_all(problems)
+    recipe = provenance.recipe_of(found, folder)
+    with tempfile.TemporaryDirectory(prefix="merganser-") as scratch:
+        place = Path(output) if output is not None else Path(scratch) / "again"
+        merge(recipe, place)
+        again = provenance.read_provenance(place)
+    files = {**found["files"], **again["files"]}
+    differing = sorted(f for f in files if found["files"].get(f) != again["files"].get(f))
+    return differing

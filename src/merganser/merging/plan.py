@@ -1,0 +1,281 @@
+"""The plan: the tensor-by-tensor work of a merge, a pure value derived from file headers alone.
+
+Every mismatch is found here, all at once, before the first tensor is read.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from merganser.checkpoints.layers import Layer, describe_layers
+from merganser.checkpoints.writer import TensorSpec, parse_size
+from merganser.errors import RecipeError, UserError, raise_all
+from merganser.merging.checks import (
+    check_architectures,
+    check_needs,
+    check_unmatched,
+    find_separate,
+    match_shapes,
+    matches,
+)
+from merganser.merging.parents import Parent, open_base, open_parents
+from merganser.merging.recipe import Recipe, method_options
+from merganser.merging.rows import LabelPlan, Rows, match_labels
+from merganser.methods import METHODS, Facts, Method, Unit
+from merganser.tensors import DTYPE_NAMES, DTYPES, is_floating
+
+
+@dataclass(frozen=True)
+class Step:
+    """One piece of work.
+
+    Attributes:
+        unit: the tensors, by the first contributor's names.
+        method: the method really used: that of the plan, ``average``, or ``copy`` for what is no floating point.
+        reason: why it is not the plan's method.
+        rows: which rows of which contributor answer to which of the result, where they differ.
+    """
+
+    unit: Unit
+    method: str
+    reason: str | None = None
+    rows: Rows | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A merge that can be carried out.
+
+    Attributes:
+        recipe: with the method and all of its options spelled out.
+        choice: why this method, where the recipe said ``auto``.
+        method: ready to merge units.
+        parents: the contributors, first the one whose names and side files the result takes.
+        base: the base model, where the method has use for one.
+        steps: the work, in the order of the first contributor's files.
+        outputs: the merged tensors.
+        separate: for each contributor, its tensors (its own names) that it keeps for itself.
+        labels: how heads with different labels are matched.
+        vocabulary_from: the contributor whose tokenizer the result takes.
+        notes: what the user should know.
+        threads: how many units are worked on at once, which the memory estimate depends on.
+    """
+
+    recipe: Recipe
+    choice: str | None
+    method: Method
+    parents: tuple[Parent, ...]
+    base: Parent | None
+    steps: tuple[Step, ...]
+    outputs: tuple[TensorSpec, ...]
+    separate: tuple[tuple[str, ...], ...]
+    labels: LabelPlan | None
+    vocabulary_from: int
+    notes: tuple[str, ...]
+    threads: int
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many tensors each method treats."""
+        counts: Counter[str] = Counter()
+        for step in self.steps:
+            counts[step.method] += len(step.unit.names)
+        if kept := sum(len(names) for names in self.separate):
+            counts["kept separate"] = kept
+        return dict(counts)
+
+    @property
+    def bytes_written(self) -> int:
+        """Size of the result's weights."""
+        kept = sum(
+            parent.checkpoint.tensors[name].nbytes
+            for parent, names in zip(self.parents, self.separate, strict=True)
+            for name in names
+        )
+        return kept + sum(spec.nbytes for spec in self.outputs)
+
+    @property
+    def bytes_read(self) -> int:
+        """Size of everything that is read: weights of contributors and base, and their statistics."""
+        weights = sum(info.nbytes for p in self.parents for info in p.checkpoint.tensors.values())
+        base = sum(info.nbytes for info in self.base.checkpoint.tensors.values()) if self.base else 0
+        uses_statistics = self.method.needs_statistics
+        files = [p.statistics.path.stat().st_size for p in self.parents if p.statistics and uses_statistics]
+        return weights + base + sum(files)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Estimate of the memory that tensors take at the worst moment."""
+        costs = sorted((unit_bytes(step, len(self.parents)) for step in self.steps), reverse=True)
+        return sum(costs[: self.threads])
+
+
+def unit_bytes(step: Step, contributors: int) -> int:
+    """Estimate of the memory that a step takes: its tensors in float32 for each contributor, its system in float64."""
+    elements = sum(torch.Size(fact.shape).numel() for fact in step.unit.facts)
+    total = elements * (4 * contributors + 3 * 8)
+    if "gram" in step.unit.kind:
+        layer = step.unit.facts[0].layer
+        shape = step.unit.facts[0].shape
+        width = shape[0] if layer is not None and layer.kind == "conv1d" else shape[-1]
+        total += width * width * (4 + 4 * 8)  # a Gram as stored and widened, the system, its factor
+    elif step.unit.kind == "fisher":
+        total += elements * 4 * contributors
+    return total
+
+
+def make_plan(recipe: Recipe, *, threads: int = 2) -> Plan:
+    """Derive the plan of a recipe, reading headers only.
+
+    Raises:
+        UserError: one mistake.
+        Problems: several.
+    """
+    problems: list[UserError] = []
+    parents = open_parents(recipe, problems)
+    raise_all(problems)
+    reference = parents[0].checkpoint
+    base = open_base(recipe, list(reference.tensors), problems)
+    check_architectures(parents, base, problems)
+    separate = find_separate(recipe, parents, problems)
+    merged_names = [name for name in reference.tensors if not matches(name, recipe.keep_separate)]
+    labels = match_labels(recipe, parents, merged_names, problems)
+    rows = dict(labels.rows) if labels else {}
+    notes = list(labels.notes) if labels else []
+    match_shapes(recipe, parents, merged_names, rows, problems)
+    check_unmatched(parents, separate, problems)
+
+    method_name, choice = choose_method(recipe, parents, base)
+    method = METHODS[method_name](method_options(recipe, method_name))
+    check_needs(method, recipe, parents, base, problems)
+    raise_all(problems)
+
+    layers = _layers(method, parents, notes)
+    facts = make_facts(merged_names, parents, base, layers, rows)
+    steps = make_steps(method, recipe, facts, rows, parents)
+    if not any(step.method == method.name for step in steps):
+        reasons = Counter(step.reason for step in steps)
+        raise RecipeError(
+            f"method {method.name!r} can treat no tensor of these models ({reasons.most_common(1)[0][0]})",
+            where="recipe",
+            mend="publish the statistics it needs, or choose --method simple",
+        )
+    if base is not None and not method.needs_base:
+        notes.append(f"method {method.name} makes no use of the base model")
+    outputs = tuple(_spec(name, recipe, parents, rows) for name in merged_names)
+    resolved = recipe.model_copy(update={"method": method.name, "options": method.options.model_dump()})
+    longest = [sum(info.shape[0] for info in p.checkpoint.tensors.values() if info.shape) for p in parents]
+    vocabulary_from = longest.index(max(longest)) if recipe.vocabulary == "largest" else 0
+    return Plan(
+        resolved, choice, method, tuple(parents), base if method.needs_base else None, tuple(steps), outputs,
+        separate, labels, vocabulary_from, tuple(notes), threads,
+    )  # fmt: skip
+
+
+def choose_method(recipe: Recipe, parents: Sequence[Parent], base: Parent | None) -> tuple[str, str | None]:
+    """The method's name and, where the recipe leaves it open, why it was chosen."""
+    if recipe.method != "auto":
+        return recipe.method, None
+    statistics = [parent.statistics for parent in parents]
+    if all(s is not None and any(layer.input for layer in s.header.layers) for s in statistics):
+        return "regmean", "every contributor publishes Gram matrices"
+    if all(s is not None and s.header.fisher for s in statistics):
+        return "fisher", "every contributor publishes Fisher information"
+    missing = ", ".join(p.title for p in parents if p.statistics is None) or "some contributors"
+    if base is not None:
+        return "actmat", f"the base model is known, and {missing} publish no statistics"
+    return "simple", f"{missing} publish no statistics and no base model is given"
+
+
+def make_steps(
+    method: Method, recipe: Recipe, facts: Sequence[Facts], rows: dict[str, Rows], parents: Sequence[Parent]
+) -> list[Step]:
+    """Every tensor in exactly one step: the method's units, and the average (or a copy) for what it cannot treat."""
+    excluded = {f.name: p for f in facts if (p := matches(f.name, recipe.exclude))}
+    copied = {f.name for f in facts if not is_floating(parents[0].checkpoint.tensors[f.name].dtype)}
+    units, reasons = method.units([f for f in facts if f.name not in excluded and f.name not in copied])
+    first = {f.name: number for number, f in enumerate(facts)}
+    steps = [Step(unit, method.name, None, _unit_rows(unit, rows)) for unit in units]
+    for fact in facts:
+        unit = Unit((fact.name,), "average", (fact,))
+        if fact.name in copied:
+            steps.append(Step(replace(unit, kind="copy"), "copy", "not floating point"))
+        elif fact.name in excluded:
+            steps.append(Step(unit, "average", f"excluded by {excluded[fact.name]!r}", rows.get(fact.name)))
+        elif fact.name in reasons:
+            steps.append(Step(unit, "average", reasons[fact.name], rows.get(fact.name)))
+    return sorted(steps, key=lambda step: min(first[name] for name in step.unit.names))
+
+
+def _unit_rows(unit: Unit, rows: dict[str, Rows]) -> Rows | None:
+    return next((rows[name] for name in unit.names if name in rows), None)
+
+
+def _layers(method: Method, parents: Sequence[Parent], notes: list[str]) -> dict[str, Layer]:
+    """The first contributor's layers by weight, from its statistics or from its configuration."""
+    if method.needs_statistics and parents[0].statistics is not None:
+        described = [
+            Layer(x.module, x.kind, x.weight, x.bias, x.tied) for x in parents[0].statistics.header.layers
+        ]
+    elif method.needs_layers:
+        described = describe_layers(parents[0].checkpoint)
+    else:
+        return {}
+    layers: dict[str, Layer] = {}
+    for layer in described:
+        layers.setdefault(layer.weight, layer)
+    return layers
+
+
+def make_facts(
+    names: Sequence[str],
+    parents: Sequence[Parent],
+    base: Parent | None,
+    layers: dict[str, Layer],
+    rows: dict[str, Rows],
+) -> list[Facts]:
+    """What the method may know of each tensor."""
+    by_bias = {layer.bias: layer for layer in layers.values() if layer.bias}
+    facts = []
+    for name in names:
+        shape = parents[0].checkpoint.tensors[name].shape
+        owned = [(p.statistics, p.names.get(name, "")) for p in parents]
+        entries = [(s, s.layer(own) if s else None) for s, own in owned]
+        base_info = base.info(name) if base else None
+        facts.append(
+            Facts(
+                name,
+                shape,
+                layers.get(name),
+                by_bias.get(name),
+                grams=tuple(entry.input if entry else None for _, entry in entries),
+                counts=tuple(bool(s and entry and s.has_count(entry.module)) for s, entry in entries),
+                fishers=tuple(bool(s and s.has_fisher(own)) for s, own in owned),
+                in_base=base_info is not None and base_info.shape == shape and name not in rows,
+                alone=name in rows,
+            )
+        )
+    return facts
+
+
+def _spec(name: str, recipe: Recipe, parents: Sequence[Parent], rows: dict[str, Rows]) -> TensorSpec:
+    infos = [info for parent in parents if (info := parent.info(name)) is not None]
+    shape = infos[0].shape
+    if name in rows:
+        shape = (rows[name].size, *shape[1:])
+    dtype = infos[0].dtype
+    if is_floating(dtype):
+        widest = DTYPES[dtype]
+        for info in infos[1:]:
+            widest = torch.promote_types(widest, DTYPES[info.dtype])
+        dtype = recipe.dtype or DTYPE_NAMES[widest]
+    return TensorSpec(name, dtype, shape)
+
+
+def max_shard_bytes(recipe: Recipe) -> int:
+    """The recipe's largest weight file in bytes."""
+    return parse_size(recipe.max_shard_size)

@@ -1,0 +1,161 @@
+"""``provenance.json``: what a merge was made of, so that anyone can check it and repeat it byte for byte.
+
+It holds no time and no name of the output folder: the same merge gives the same file.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from merganser.checkpoints import open_checkpoint, sha256_file
+from merganser.checkpoints.reader import read_json
+from merganser.errors import CheckpointError, UserError
+from merganser.merging.execution import Outcome
+from merganser.merging.parents import Parent
+from merganser.merging.plan import Plan
+from merganser.merging.recipe import Recipe, make_recipe
+
+FILE_NAME = "provenance.json"
+FORMAT = 1
+
+
+def make_provenance(plan: Plan, outcomes: Mapping[str, Outcome], folder: Path) -> dict[str, Any]:
+    """Everything that ``provenance.json`` says, with the hashes of all files that are in ``folder`` by now."""
+    return {
+        "format": FORMAT,
+        "recipe": plan.recipe.model_dump(mode="json"),
+        "method_chosen_because": plan.choice,
+        "parents": [_parent(parent, plan.method.needs_statistics) for parent in plan.parents],
+        "base": _parent(plan.base, False) if plan.base else None,
+        "notes": list(plan.notes),
+        "tensors": {name: asdict(outcome) for name, outcome in outcomes.items()},
+        "files": {file: sha256_file(folder / file) for file in _files(folder)},
+        "versions": library_versions(),
+    }
+
+
+def write_provenance(provenance: Mapping[str, Any], folder: Path) -> None:
+    """Write ``provenance.json`` into ``folder``."""
+    text = json.dumps(provenance, indent=1, ensure_ascii=False) + "\n"
+    (folder / FILE_NAME).write_text(text, encoding="utf-8")
+
+
+def read_provenance(folder: Path) -> dict[str, Any]:
+    """The provenance of a merged folder.
+
+    Raises:
+        CheckpointError: there is none, or it is of a newer format or malformed.
+    """
+    path = folder / FILE_NAME
+    found = read_json(path)
+    if found is None:
+        raise CheckpointError(
+            f"no {FILE_NAME} here", where=folder, mend="give a folder that merganser merge wrote"
+        )
+    if not isinstance(found.get("format"), int) or found["format"] > FORMAT:
+        raise CheckpointError(
+            f"provenance of format {found.get('format')!r}, this version reads up to {FORMAT}",
+            where=path,
+            mend="update merganser",
+        )
+    shapes = {"recipe": dict, "parents": list, "tensors": dict, "files": dict}
+    for key, kind in shapes.items():
+        if not isinstance(found.get(key), kind):
+            raise CheckpointError(f"{key!r} is missing or malformed", where=path, mend="merge again")
+    return found
+
+
+def recipe_of(provenance: Mapping[str, Any], where: Path) -> Recipe:
+    """The recipe to repeat a merge by."""
+    return make_recipe(provenance["recipe"], str(where / FILE_NAME))
+
+
+def check_files(folder: Path, provenance: Mapping[str, Any]) -> list[UserError]:
+    """What differs between a merged folder and its provenance: files and tensors, changed, missing or added."""
+    problems: list[UserError] = []
+    recorded, present = provenance["files"], set(_files(folder))
+    for file in sorted(set(recorded) | present):
+        if file not in present:
+            problems.append(CheckpointError(f"{file} is missing", where=folder, mend="merge again"))
+        elif file not in recorded:
+            if not file.endswith(".md") and not file.startswith("."):
+                problems.append(
+                    CheckpointError(f"{file} was added after the merge", where=folder, mend="remove it")
+                )
+        elif (found := sha256_file(folder / file)) != recorded[file]:
+            problems.append(
+                CheckpointError(
+                    f"{file} was changed after the merge: sha256 {found}, recorded {recorded[file]}",
+                    where=folder,
+                    mend="merge again, or restore the file",
+                )
+            )
+    return problems
+
+
+def check_parents(provenance: Mapping[str, Any]) -> tuple[list[UserError], list[str]]:
+    """What differs between the parents as they are now and as they were merged; and which cannot be had here."""
+    problems: list[UserError] = []
+    absent = []
+    for entry in [*provenance["parents"], *([provenance["base"]] if provenance.get("base") else [])]:
+        try:
+            reference = entry["model"] if not entry.get("revision") else _pinned(entry)
+            checkpoint = open_checkpoint(
+                reference, allow_pickle=provenance["recipe"].get("allow_pickle", False)
+            )
+        except UserError as error:
+            absent.append(f"{entry['model']} ({error.what})")
+            continue
+        if (found := checkpoint.manifest_sha256()) != entry["manifest_sha256"]:
+            problems.append(
+                CheckpointError(
+                    f"other weights than were merged: sha256 {found}, recorded {entry['manifest_sha256']}",
+                    where=entry["model"],
+                    mend="give the revision that was merged",
+                )
+            )
+    return problems, absent
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of what the result's bytes may depend on."""
+    found = {"python": platform.python_version()}
+    for package in ("merganser", "torch", "transformers", "safetensors"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _pinned(entry: Mapping[str, Any]) -> str:
+    return f"{str(entry['model']).rsplit('@', 1)[0]}@{entry['revision']}"
+
+
+def _parent(parent: Parent, uses_statistics: bool) -> dict[str, Any]:
+    statistics = parent.statistics if uses_statistics else None
+    return {
+        "model": parent.contributor.model,
+        "name": parent.title,
+        "revision": parent.checkpoint.revision,
+        "coefficient": parent.contributor.coefficient,
+        "manifest_sha256": parent.checkpoint.manifest_sha256(),
+        "statistics": statistics
+        and {
+            "sha256": statistics.sha256(),
+            "label": statistics.header.label,
+            "examples": statistics.header.examples,
+            "tokens": statistics.header.tokens,
+        },
+    }
+
+
+def _files(folder: Path) -> list[str]:
+    inside = (path for path in folder.rglob("*") if path.is_file())
+    return sorted(name for p in inside if (name := p.relative_to(folder).as_posix()) != FILE_NAME)

@@ -1,0 +1,60 @@
+"""ACTMat: Gram matrices estimated from how far fine-tuning moved the weights (arXiv 2604.01329).
+
+The rows of Δᵢ = Wᵢ − W₀ are sums of layer inputs weighted by error signals, so ΔᵢᵀΔᵢ stands in for the Gram matrix.
+Only the base model is needed: no data, no statistics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from merganser.methods.base import Facts, Merged, Method, Options, Share, Unit
+from merganser.methods.least_squares import solve_gram
+
+
+class ACTMatOptions(Options):
+    """Options of :class:`ACTMat`."""
+
+    ridge: float = Field(0.01, ge=0, description="pull toward the average, relative to tr(G)/d")
+
+
+class ACTMat(Method):
+    """RegMean's solution with Gᵢ = ΔᵢᵀΔᵢ; biases, norms and embeddings are averaged."""
+
+    name = "actmat"
+    summary = "least squares on estimated inputs; needs the base model"
+    Options = ACTMatOptions
+    needs_base = True
+    needs_layers = True
+
+    def units(self, facts: Sequence[Facts]) -> tuple[list[Unit], dict[str, str]]:
+        """The weight of every linear layer that the base model holds too."""
+        units, reasons = [], {}
+        for fact in facts:
+            if fact.layer is None or fact.layer.kind == "embedding":
+                reasons[fact.name] = "bias" if fact.bias_of else "not a linear layer"
+            elif fact.layer.tied:
+                reasons[fact.name] = "tied: one tensor serves several layers"
+            elif not fact.in_base:
+                reasons[fact.name] = "not in the base model"
+            else:
+                units.append(Unit((fact.name,), "estimated gram", (fact,)))
+        return units, reasons
+
+    def merge(self, unit: Unit, shares: Sequence[Share]) -> Merged:
+        """One factorisation a weight."""
+        (name,), (fact,) = unit.names, unit.facts
+        transposed = fact.layer is not None and fact.layer.kind == "conv1d"
+
+        def turned(tensor: Tensor) -> Tensor:
+            return tensor.T if transposed else tensor
+
+        weights = [turned(share.tensor(name)) for share in shares]
+        base = turned(shares[0].base(name)).to(torch.float64)
+        grams = (delta.T @ delta for delta in (weight.to(torch.float64) - base for weight in weights))
+        solution = solve_gram(weights, [share.coefficient for share in shares], grams, self.options.ridge)
+        return Merged({name: turned(solution.value)}, solution.note)

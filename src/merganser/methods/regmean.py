@@ -1,0 +1,129 @@
+"""RegMean: each linear layer as a regression on its own inputs (Jin et al., ICLR 2023, arXiv 2212.09849).
+
+W* = (Σ cᵢWᵢG̃ᵢ)(Σ cᵢG̃ᵢ)⁻¹ with G̃ᵢ the Gram matrix of the layer's inputs, its off-diagonals times α. Two extensions
+ride along: a bias is the weight of one more input that is always 1, and an embedding is a linear map of one-hot
+inputs, whose Gram matrix is the diagonal of token frequencies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from merganser.checkpoints.layers import Layer
+from merganser.methods.base import Facts, Merged, Method, Options, Share, Unit
+from merganser.methods.least_squares import solve_diagonal, solve_gram
+from merganser.statistics.algebra import augment, shrink
+
+
+class RegMeanOptions(Options):
+    """Options of :class:`RegMean`."""
+
+    alpha: float = Field(0.9, ge=0, le=1, description="multiplier of the Gram matrices' off-diagonals")
+    diagonal: bool = Field(False, description="use the Gram matrices' diagonals alone (the same as alpha 0)")
+    ridge: float = Field(0.0, ge=0, description="pull toward the average, relative to tr(G)/d")
+    augment_bias: bool = Field(
+        True, description="solve a layer's bias with its weight, as an input that is always 1"
+    )
+    embeddings: bool = Field(True, description="merge embeddings row by row, by token counts")
+
+
+class RegMean(Method):
+    """Closed-form regression mean of linear layers; see the module."""
+
+    name = "regmean"
+    summary = "least squares on each layer's inputs; needs statistics (Gram matrices)"
+    Options = RegMeanOptions
+    needs_statistics = True
+
+    def units(self, facts: Sequence[Facts]) -> tuple[list[Unit], dict[str, str]]:
+        """Linear layers with a Gram matrix everywhere, grouped by input; embeddings with counts everywhere."""
+        by_name = {fact.name: fact for fact in facts}
+        groups: dict[tuple[object, ...], list[Facts]] = {}
+        units: list[Unit] = []
+        reasons: dict[str, str] = {}
+        for fact in facts:
+            layer = fact.layer
+            if layer is None:
+                continue
+            if layer.tied:
+                reasons[fact.name] = "tied: one tensor serves several layers"
+            elif layer.kind == "embedding":
+                if not self.options.embeddings:
+                    reasons[fact.name] = "embeddings are switched off"
+                elif fact.counts and all(fact.counts):
+                    units.append(Unit((fact.name,), "token counts", (fact,)))
+                else:
+                    reasons[fact.name] = "no token counts in the statistics"
+            elif fact.grams and all(fact.grams):
+                key = (fact.grams, self._bias(layer, by_name) is not None, fact.name if fact.alone else None)
+                groups.setdefault(key, []).append(fact)
+            else:
+                reasons[fact.name] = "no Gram matrix in the statistics"
+        for members in groups.values():
+            biases = [self._bias(fact.layer, by_name) for fact in members if fact.layer]
+            everyone = [*members, *(bias for bias in biases if bias)]
+            units.append(Unit(tuple(fact.name for fact in everyone), "gram", tuple(everyone)))
+        treated = {name for unit in units for name in unit.names}
+        for fact in facts:
+            if fact.name not in treated:
+                reasons.setdefault(fact.name, "bias" if fact.bias_of else "not a linear map")
+        return units, reasons
+
+    def merge(self, unit: Unit, shares: Sequence[Share]) -> Merged:
+        """One factorisation for all layers that share the input."""
+        coefficients = [share.coefficient for share in shares]
+        if unit.kind == "token counts":
+            (name,) = unit.names
+            solution = solve_diagonal(
+                [share.tensor(name) for share in shares],
+                coefficients,
+                [share.count(name)[:, None] for share in shares],
+                self.options.ridge,
+            )
+            return Merged({name: solution.value}, solution.note)
+        layers = [fact.layer for fact in unit.facts if fact.layer]
+        with_bias = len(unit.names) > len(layers)
+        stacked = [torch.cat(pieces(share, layers, with_bias)) for share in shares]
+        grams = (self._gram(share, layers[0].weight, with_bias) for share in shares)
+        solution = solve_gram(stacked, coefficients, grams, self.options.ridge)
+        heights = [piece.shape[0] for piece in pieces(shares[0], layers, with_bias)]
+        return Merged(_unstack(solution.value.split(heights), layers, with_bias), solution.note)
+
+    def _bias(self, layer: Layer | None, by_name: dict[str, Facts]) -> Facts | None:
+        if layer is None or layer.bias is None or not self.options.augment_bias:
+            return None
+        return by_name.get(layer.bias)
+
+    def _gram(self, share: Share, weight: str, with_bias: bool) -> Tensor:
+        gram = share.gram(weight)
+        if with_bias:
+            gram = augment(gram, share.mean(weight))
+        alpha = 0.0 if self.options.diagonal else self.options.alpha
+        return gram if alpha == 1 else shrink(gram, alpha)
+
+
+def pieces(share: Share, layers: Sequence[Layer], with_bias: bool) -> list[Tensor]:
+    """The weights (out, in) of layers that share an input; the bias as one more column."""
+    found = []
+    for layer in layers:
+        weight = share.tensor(layer.weight)
+        weight = weight.T if layer.kind == "conv1d" else weight
+        if with_bias and layer.bias:
+            weight = torch.cat([weight, share.tensor(layer.bias)[:, None]], dim=1)
+        found.append(weight)
+    return found
+
+
+def _unstack(merged: Sequence[Tensor], layers: Sequence[Layer], with_bias: bool) -> dict[str, Tensor]:
+    """The inverse of :func:`pieces`, by on-disk name and in on-disk orientation."""
+    tensors = {}
+    for weight, layer in zip(merged, layers, strict=True):
+        if with_bias and layer.bias:
+            tensors[layer.bias] = weight[:, -1]
+            weight = weight[:, :-1]
+        tensors[layer.weight] = weight.T if layer.kind == "conv1d" else weight
+    return tensors

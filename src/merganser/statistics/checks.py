@@ -1,0 +1,173 @@
+"""What can be wrong with a statistics file: names and shapes, values, and the weights it describes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from merganser.checkpoints import Checkpoint, TensorInfo
+from merganser.errors import StatisticsError
+from merganser.tensors import packed_width, unpack_upper
+
+if TYPE_CHECKING:
+    from merganser.statistics.format import StatisticsHeader
+
+PSD_TOLERANCE = 1e-5  # of the trace: float32 sums of positive semi-definite terms are off by less
+MOST_NAMED = 10  # problems of one sort that are spelt out
+
+
+def layout_problems(header: StatisticsHeader, tensors: Mapping[str, TensorInfo]) -> list[StatisticsError]:
+    """What header and tensor names, dtypes and shapes say against each other."""
+    return [StatisticsError(text) for text in (*_needs(header, tensors), *_shapes(header, tensors))]
+
+
+def _needs(header: StatisticsHeader, tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
+    needed = {name for layer in header.layers for name in layer_tensors(layer.input, layer.module)}
+    for name in sorted(needed - set(tensors)):
+        yield f"{name} is missing"
+    for name in sorted(set(tensors) - needed):
+        if not name.startswith("fisher."):
+            yield f"{name} belongs to no layer of the header"
+        elif name.removeprefix("fisher.") not in header.tensor_sha256:
+            yield f"{name} is of a tensor that the header does not know"
+    for layer in header.layers:
+        if layer.weight not in header.tensor_sha256:
+            yield f"layer {layer.module}: the header has no hash of {layer.weight}"
+        if (layer.kind == "embedding") != (layer.input is None):
+            yield f"layer {layer.module}: an embedding has counts, any other layer an input"
+        if layer.rows < 1:
+            yield f"layer {layer.module}: statistics of no rows"
+    has_fisher = any(name.startswith("fisher.") for name in tensors)
+    if has_fisher != (header.fisher is not None and header.fisher_examples > 0):
+        yield "the header and the tensors disagree on whether there is Fisher information"
+
+
+def layer_tensors(input: str | None, module: str) -> tuple[str, ...]:
+    """Names of a layer's tensors: by its input's key, or for an embedding (no input) by its module."""
+    return (f"count.{module}",) if input is None else (f"gram.{input}", f"mean.{input}")
+
+
+def _shapes(header: StatisticsHeader, tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
+    for name, info in tensors.items():
+        wanted = "I64" if name.startswith("count.") else "F32"
+        if info.dtype != wanted:
+            yield f"{name} is {info.dtype}, it should be {wanted}"
+        if 0 in info.shape:
+            yield f"{name} is empty, shape {list(info.shape)}"
+        elif name.startswith("gram."):
+            yield from _gram_shape(name, info.shape, tensors.get(f"mean.{name.removeprefix('gram.')}"))
+        elif name.startswith(("mean.", "count.")) and len(info.shape) != 1:
+            yield f"{name} has the shape {list(info.shape)}, it should be a vector"
+
+
+def _gram_shape(name: str, shape: tuple[int, ...], mean: TensorInfo | None) -> Iterator[str]:
+    if len(shape) != 1:
+        yield (
+            f"{name} has the shape {list(shape)}: only packed upper triangles are accepted, "
+            "because a full matrix need not be symmetric"
+        )
+        return
+    try:
+        width = packed_width(shape[0])
+    except ValueError:
+        yield f"{name} has {shape[0]} numbers, which is no triangle d·(d+1)/2"
+        return
+    if mean is not None and mean.shape != (width,):
+        yield f"{name} is of width {width}, its mean has the shape {list(mean.shape)}"
+
+
+def value_problems(tensors: Mapping[str, TensorInfo], read: Callable[[str], Tensor]) -> Iterator[str]:
+    """Read tensor by tensor, and say what is wrong with its values."""
+    for name in sorted(tensors):
+        try:
+            values = read(name)
+        except Exception as error:  # safetensors raises its own, not derived from OSError
+            yield f"{name} cannot be read: {error}"
+            continue
+        if values.is_floating_point() and not bool(torch.isfinite(values).all()):
+            yield f"{name} holds NaN or infinite numbers"
+        elif name.startswith(("count.", "fisher.")):
+            if bool((values < 0).any()):
+                yield f"{name} has negative numbers"
+        elif name.startswith("gram."):
+            mean = read(f"mean.{name.removeprefix('gram.')}")
+            if bool(torch.isfinite(mean).all()):
+                yield from _gram_values(name, values, mean)
+
+
+def _gram_values(name: str, packed: Tensor, mean: Tensor) -> Iterator[str]:
+    matrix = unpack_upper(packed).to(torch.float64)
+    if not is_semidefinite(matrix):
+        yield f"{name} is not positive semi-definite, so it is no mean of x xᵀ"
+        return
+    mean = mean.to(torch.float64)
+    if not is_semidefinite(matrix.addr_(mean, mean, alpha=-1), float(mean @ mean)):
+        yield f"{name} is smaller than the square of its mean, which no set of inputs gives"
+
+
+def is_semidefinite(matrix: Tensor, scale: float = 0.0) -> bool:
+    """Whether a symmetric float64 (d, d) matrix is positive semi-definite, up to what float32 sums lose.
+
+    Args:
+        matrix: left as it was.
+        scale: size of what was subtracted from it, whose rounding is tolerated too.
+    """
+    trace = float(matrix.trace())
+    tolerance = PSD_TOLERANCE * (max(trace, 0.0) + scale)
+    if trace < -tolerance:
+        return False
+    if tolerance == 0.0:
+        return not bool(matrix.any())
+    shifted = matrix.clone()
+    shifted.diagonal().add_(tolerance)
+    _, failed = torch.linalg.cholesky_ex(shifted)
+    return int(failed) == 0
+
+
+def binding_problems(
+    header: StatisticsHeader, tensors: Mapping[str, TensorInfo], checkpoint: Checkpoint
+) -> Iterator[str]:
+    """Each way in which the statistics are not of these weights: absent, misshapen, another hash."""
+    found = 0
+    for name, theirs in header.tensor_sha256.items():
+        if name not in checkpoint.tensors:
+            text = f"statistics of other weights: {checkpoint.name} has no tensor {name}"
+        elif (ours := checkpoint.sha256(name)) != theirs:
+            text = (
+                f"statistics of other weights: tensor {name} of {checkpoint.name} has sha256 {ours}, "
+                f"the statistics were computed from {theirs}"
+            )
+        else:
+            continue
+        found += 1
+        if found <= MOST_NAMED:
+            yield text
+    if found > MOST_NAMED:
+        yield f"statistics of other weights: {found - MOST_NAMED} more tensors differ"
+    if not found and (ours := checkpoint.manifest_sha256()) != header.manifest_sha256:
+        yield (
+            f"statistics of other weights: the manifest of {checkpoint.name} has sha256 {ours}, "
+            f"the statistics were computed from {header.manifest_sha256}"
+        )
+    if not found:
+        yield from _misshapen(header, tensors, checkpoint)
+
+
+def _misshapen(
+    header: StatisticsHeader, tensors: Mapping[str, TensorInfo], checkpoint: Checkpoint
+) -> Iterator[str]:
+    for layer in header.layers:
+        shape = checkpoint.tensors[layer.weight].shape
+        name = layer_tensors(layer.input, layer.module)[0]
+        size = tensors[name].shape[0]
+        width = size if layer.kind == "embedding" else packed_width(size)
+        if len(shape) != 2 or width != shape[1 if layer.kind == "linear" else 0]:
+            yield f"{name} is of width {width}, which does not fit {layer.weight} {list(shape)}"
+    for name, info in tensors.items():
+        if name.startswith("fisher."):
+            shape = checkpoint.tensors[name.removeprefix("fisher.")].shape
+            if info.shape != shape:
+                yield f"{name} has the shape {list(info.shape)}, the tensor has {list(shape)}"

@@ -1,0 +1,214 @@
+"""Per-example diagonal Fisher information, exact for each parameter: squared per example, then averaged.
+
+Two engines give the same numbers. :func:`one_by_one` runs an example at a time through autograd and works
+for any model. :class:`Separable` runs a batch at once and takes each layer's per-example gradients from its
+input and its output's gradient, without any of them for two layers at a time; it needs every parameter to
+belong to one plain layer that is called once for each example, as in most encoders. Whether it applies is
+tried out on the first examples, against the other engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from merganser.errors import StatisticsError
+from merganser.statistics.format import FisherKind
+from merganser.statistics.inputs import probe
+from merganser.statistics.masks import batch_masks
+from merganser.statistics.scores import SAMPLES, Problem, Scored, cotangents, scored
+from merganser.statistics.separable import NotSeparable, Separable
+
+CHUNK = 16  # examples whose activations are held at once
+AGREEMENT = 2e-3  # of a tensor's largest value, between the engines
+
+Squares = dict[str, Tensor]
+
+
+class FisherCollector:
+    """Accumulates Fisher information over batches.
+
+    Args:
+        model: in eval mode.
+        names: parameter names → on-disk names; parameters that are absent are left out.
+        kind: ``expected``, ``empirical`` or ``predicted``.
+        problem: see :mod:`merganser.statistics.scores`; None: from configuration and shapes.
+    """
+
+    def __init__(
+        self, model: nn.Module, names: Mapping[str, str], kind: FisherKind, problem: Problem | None = None
+    ) -> None:
+        self._model, self._kind, self._problem = model, kind, problem
+        self._parameters = {
+            names[name]: parameter
+            for name, parameter in model.named_parameters()
+            if name in names and parameter.is_floating_point()
+        }
+        self._squares = _zeros(self._parameters)
+        self._separable: Separable | None = None
+        self._tried = False
+        self._sampled = False
+        self.examples = 0
+        self.notes: list[str] = []
+
+    def add(self, batch: dict[str, Any], limit: int | None = None) -> int:
+        """Add each example of a batch, at most the first ``limit``; how many there were is returned.
+
+        Raises:
+            DataError: labels are missing or outside the model's label space.
+            StatisticsError: the model has no logits, or the kind has no meaning for the problem.
+        """
+        if not self._tried:
+            self._try(batch)
+        size = batch_masks(batch, self._model).examples
+        stop = size if limit is None else min(size, limit)
+        step = CHUNK if self._separable else 1
+        for start in range(0, stop, step):
+            rows = rows_of(batch, size, start, min(start + step, stop))
+            self._squares_of(rows, self._separable, self._squares)
+        self.examples += stop
+        return stop
+
+    def result(self) -> Squares:
+        """The mean over examples, float32, by on-disk name.
+
+        Raises:
+            StatisticsError: a gradient was infinite or NaN, naming the parameter.
+        """
+        found = {}
+        for name, total in self._squares.items():
+            mean = (total / max(self.examples, 1)).cpu()
+            if not bool(torch.isfinite(mean).all()):
+                raise StatisticsError(
+                    f"the gradient of {name} is infinite or NaN",
+                    mend="check the model on these examples; weights in half precision may overflow",
+                )
+            found[name] = mean
+        if self._sampled:
+            self.notes.append(
+                f"Fisher information over sequences: {SAMPLES} sampled label sequences an example"
+            )
+        return found
+
+    def _try(self, batch: dict[str, Any]) -> None:
+        """Compare the engines on a few examples, and take the faster one only if it gives the same."""
+        self._tried = True
+        try:
+            candidate = Separable(self._model, self._parameters)
+            few = probe(batch, self._model)
+            size = batch_masks(few, self._model).examples
+            ours, theirs = _zeros(self._parameters), _zeros(self._parameters)
+            self._squares_of(few, candidate, ours)
+        except (NotSeparable, RuntimeError, TypeError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            self.notes.append(f"Fisher information one example at a time: {reason}")
+            return
+        for row in range(size):
+            self._squares_of(rows_of(few, size, row, row + 1), None, theirs)
+        for name, exact in theirs.items():
+            if float((ours[name] - exact).abs().max()) > AGREEMENT * float(exact.abs().max()) + 1e-30:
+                self.notes.append(
+                    f"Fisher information one example at a time: batched gradients of {name} differ"
+                )
+                return
+        self._separable = candidate
+
+    def _squares_of(self, rows: dict[str, Any], engine: Separable | None, squares: Squares) -> None:
+        def outputs_of(logits: Tensor) -> Scored:
+            found = scored(logits, rows, self._model, self._kind, self._problem)
+            self._sampled |= self._kind == "expected" and found.where is not None
+            return found
+
+        def vectors(logits: Tensor) -> Iterator[Tensor]:
+            return cotangents(outputs_of(logits), self._kind)
+
+        if engine is not None:
+            engine.add(rows, forward, vectors, squares)
+        else:
+            rows = trimmed(rows, self._model)
+            one_by_one(self._model, rows, self._parameters, vectors, squares)
+
+
+def one_by_one(
+    model: nn.Module,
+    example: dict[str, Any],
+    parameters: Mapping[str, nn.Parameter],
+    vectors: Callable[[Tensor], Iterator[Tensor]],
+    squares: Squares,
+) -> None:
+    """Add the squared gradients of a batch of one example, one backward pass for each vector."""
+    with torch.enable_grad(), gradients_of(model, set(map(id, parameters.values()))):
+        logits = forward(model, example)
+        for vector in vectors(logits):
+            found = torch.autograd.grad(
+                logits, list(parameters.values()), vector, retain_graph=True, allow_unused=True
+            )
+            for name, gradient in zip(parameters, found, strict=True):
+                if gradient is not None:
+                    gradient = gradient.to(torch.float32)
+                    squares[name].addcmul_(gradient, gradient)
+
+
+def forward(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    """The model's logits. Labels are passed on only where a decoder reads them.
+
+    Raises:
+        StatisticsError: the model has no logits.
+    """
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        batch = {key: value for key, value in batch.items() if key != "labels"}
+    logits = getattr(model(**batch), "logits", None)
+    if not isinstance(logits, Tensor):
+        raise StatisticsError(
+            f"Fisher information needs a model with a head: {type(model).__name__} has no logits",
+            mend="name the task (--task), or collect without --fisher",
+        )
+    return logits
+
+
+def rows_of(batch: dict[str, Any], size: int, start: int, stop: int) -> dict[str, Any]:
+    """Examples ``start:stop`` of a batch of ``size``."""
+    return {
+        key: value[start:stop]
+        if isinstance(value, Tensor) and value.ndim and value.shape[0] == size
+        else value
+        for key, value in batch.items()
+    }
+
+
+def trimmed(example: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """A batch without the columns at its end in which no example has a token; the decoder's stay."""
+    mask = batch_masks(example, model).tokens.mask
+    width = int(mask.any(0).nonzero().max()) + 1 if bool(mask.any()) else mask.shape[1]
+    skip = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    return {
+        key: value[:, :width]
+        if isinstance(value, Tensor)
+        and value.shape[:2] == mask.shape
+        and not (skip and (key == "labels" or key.startswith("decoder_")))
+        else value
+        for key, value in example.items()
+    }
+
+
+@contextmanager
+def gradients_of(model: nn.Module, wanted: set[int]) -> Iterator[None]:
+    """Let only the parameters with these ids require gradients, while the context lasts."""
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        for parameter, _ in before:
+            parameter.requires_grad_(id(parameter) in wanted)
+        yield
+    finally:
+        for parameter, required in before:
+            parameter.requires_grad_(required)
+
+
+def _zeros(parameters: Mapping[str, nn.Parameter]) -> Squares:
+    return {
+        name: torch.zeros(p.shape, dtype=torch.float32, device=p.device) for name, p in parameters.items()
+    }

@@ -1,0 +1,138 @@
+"""Accumulators of Gram matrices, of their means, and of token counts.
+
+Real tokens are gathered into a buffer for each distinct input; when the buffers are full, all of them are
+multiplied at once, on as many threads as torch has, each product on one thread. So the sums have one order
+whatever the number of threads, small matrices cost no synchronisation, and each product has thousands of
+rows.
+
+torch has no symmetric rank-k update. NumPy has: ``x.T @ x`` of one array calls BLAS's ``ssyrk``, which
+computes one triangle only. Measured on Zen 4, one thread, as multiples of half the full product's
+arithmetic: ssyrk 95 GFLOP/s at widths 384–1536, recursive torch tiles 80, a full product 49
+    (``benchmarks/collect.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from threadpoolctl import ThreadpoolController
+from torch import Tensor
+
+BUFFER_BYTES = 256 * 2**20  # of all buffers together
+MOST_ROWS = 8192  # of one buffer; more gains nothing
+FEWEST_ROWS = 256  # below this a buffer is not worth its copies: batches are multiplied as they come
+TILE = 2048  # wider matrices are cut into tiles of this width, so that all threads have work
+
+Task = Callable[[], None]
+
+
+class Gram:
+    """Sums of x xᵀ and of x over rows x of width d, in float32; of the former the upper triangle counts.
+
+    Args:
+        width: d.
+        capacity: rows of the buffer; 0 for none.
+        device: of the inputs. Off the CPU there is no buffer, and the device's own full product is used.
+    """
+
+    def __init__(self, width: int, capacity: int, device: torch.device) -> None:
+        self.width, self.rows = width, 0
+        self._total = torch.zeros(width, width, device=device)
+        self._sum = torch.zeros(width, dtype=torch.float64, device=device)
+        on_cpu = device.type == "cpu"
+        self._buffer = torch.empty(capacity, width) if capacity and on_cpu else None
+        self._filled = 0
+
+    def room(self) -> int:
+        """Rows that still fit into the buffer."""
+        return 0 if self._buffer is None else self._buffer.shape[0] - self._filled
+
+    def add(self, rows: Tensor, index: Tensor | None) -> list[Task]:
+        """Add ``rows`` (n, d), or those of ``index``; products that cannot wait are returned as tasks."""
+        count = rows.shape[0] if index is None else index.shape[0]
+        self.rows += count
+        if self._buffer is None or count > self._buffer.shape[0]:
+            chosen = rows if index is None else rows.index_select(0, index)
+            return self._products(chosen.to(torch.float32))
+        tasks = self.flush() if count > self.room() else []
+        for task in tasks:  # the buffer is about to be overwritten
+            task()
+        place = self._buffer[self._filled : self._filled + count]
+        if index is None:
+            place.copy_(rows)
+        elif rows.dtype == torch.float32:
+            torch.index_select(rows, 0, index, out=place)
+        else:
+            place.copy_(rows.index_select(0, index))
+        self._filled += count
+        return []
+
+    def flush(self) -> list[Task]:
+        """The products of what the buffer holds, as independent tasks; it counts as empty afterwards."""
+        if self._buffer is None or not self._filled:
+            return []
+        block = self._buffer[: self._filled]
+        self._filled = 0
+        return self._products(block)
+
+    def mean_product(self) -> Tensor:
+        """(d, d): the mean of x xᵀ; only its upper triangle is meaningful. The accumulator is used up."""
+        return self._total.div_(self.rows).cpu()
+
+    def mean(self) -> Tensor:
+        """(d,): the mean of x, float32."""
+        return (self._sum / self.rows).to(torch.float32).cpu()
+
+    def _products(self, block: Tensor) -> list[Task]:
+        if block.device.type != "cpu":
+            self._sum += block.sum(0, dtype=torch.float64)
+            self._total.addmm_(block.T, block)
+            return []
+        x, total, sums = block.numpy(), self._total.numpy(), self._sum.numpy()
+        starts = range(0, self.width, TILE)
+        return [_product(x, total, sums, i, j) for i in starts for j in starts if i <= j]
+
+
+def _product(x: np.ndarray, total: np.ndarray, sums: np.ndarray, i: int, j: int) -> Task:
+    rows, columns = slice(i, i + TILE), slice(j, j + TILE)
+
+    def run() -> None:
+        left = x[:, rows]
+        if i == j:
+            sums[rows] += np.ones(len(x), np.float32) @ left
+            total[rows, rows] += left.T @ left  # one array, twice: ssyrk
+        else:
+            total[rows, columns] += left.T @ x[:, columns]
+
+    return run
+
+
+class Workers:
+    """Threads that run tasks, each with a BLAS of one thread. A context manager."""
+
+    def __init__(self, threads: int) -> None:
+        self._pool = ThreadPoolExecutor(max_workers=max(1, threads), thread_name_prefix="gram")
+        self._blas = ThreadpoolController()
+
+    def run(self, tasks: Sequence[Task]) -> None:
+        """Run all tasks and wait for them."""
+        if not tasks:
+            return
+        with self._blas.limit(limits=1, user_api="blas"):
+            for future in [self._pool.submit(task) for task in tasks]:
+                future.result()
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def buffer_rows(widths: Iterable[int], budget: int = BUFFER_BYTES) -> int:
+    """Rows of each buffer, so that all of them fit into ``budget`` bytes; 0 where they would be too small."""
+    rows = min(MOST_ROWS, budget // max(1, 4 * sum(widths)))
+    return rows if rows >= FEWEST_ROWS else 0

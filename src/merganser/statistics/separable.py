@@ -1,0 +1,180 @@
+"""Per-example gradients of a whole batch from one backward pass, for models made of plain layers.
+
+The gradient of example i with respect to a linear layer's weight is g_iᵀ a_i, with a_i (tokens, in) the
+layer's input and g_i (tokens, out) the gradient of its output: examples do not mix, so that one backward
+pass to the outputs serves the batch (Goodfellow 2015, "Efficient Per-Example Gradient Computations"). Only
+one such gradient exists at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from merganser.checkpoints.layers import kind_of
+
+Squares = dict[str, Tensor]
+
+
+class NotSeparable(Exception):
+    """This model's gradients cannot be taken apart by example from one backward pass."""
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One layer's input and output in one forward pass, both with the batch first."""
+
+    layer: str
+    input: Tensor
+    output: Tensor
+
+
+class Separable:
+    """Squared per-example gradients of a batch.
+
+    Args:
+        model: in eval mode.
+        parameters: on-disk names → parameters.
+
+    Raises:
+        NotSeparable: a parameter is used by several layers, or by none that can be treated alone.
+    """
+
+    def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+        self._model = model
+        names = {id(parameter): name for name, parameter in parameters.items()}
+        self._layers: dict[str, nn.Module] = {}
+        self._names: dict[str, dict[str, str]] = {}  # layer → attribute → on-disk name
+        owners: dict[int, str] = {}
+        for layer, module in model.named_modules():
+            own = {key: p for key, p in module.named_parameters(recurse=False) if id(p) in names}
+            if not own:
+                continue
+            if next(module.children(), None) is not None:
+                raise NotSeparable(f"{layer} has parameters of its own beside its layers")
+            for parameter in own.values():
+                if id(parameter) in owners:
+                    raise NotSeparable(f"{layer} and {owners[id(parameter)]} share a parameter")
+                owners[id(parameter)] = layer
+            self._layers[layer] = module
+            self._names[layer] = {key: names[id(p)] for key, p in own.items()}
+
+    def add(
+        self,
+        batch: dict[str, Any],
+        forward: Callable[[nn.Module, dict[str, Any]], Tensor],
+        vectors: Callable[[Tensor], Iterator[Tensor]],
+        squares: Squares,
+    ) -> None:
+        """Add the squared gradients of each example of a batch, one backward pass for each vector.
+
+        Raises:
+            NotSeparable: a layer is called more than once, or on inputs that are not one for each example.
+        """
+        size = next(value.shape[0] for value in batch.values() if isinstance(value, Tensor) and value.ndim)
+        calls: list[_Call] = []
+        frozen = [(parameter, parameter.requires_grad) for parameter in self._model.parameters()]
+        try:
+            for parameter, _ in frozen:  # gradients flow from the first layers' outputs instead
+                parameter.requires_grad_(False)
+            with torch.enable_grad():
+                with ExitStack() as hooks:
+                    self._attach(hooks, calls, size)
+                    logits = forward(self._model, batch)
+                outputs = [call.output for call in calls]
+                for vector in vectors(logits):
+                    found = torch.autograd.grad(logits, outputs, vector, retain_graph=True, allow_unused=True)
+                    with torch.no_grad():
+                        for call, gradient in zip(calls, found, strict=True):
+                            if gradient is not None:
+                                self._square(call, gradient, squares)
+        finally:
+            for parameter, required in frozen:
+                parameter.requires_grad_(required)
+
+    def _attach(self, hooks: ExitStack, calls: list[_Call], size: int) -> None:
+        called: set[str] = set()
+
+        def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            ids = args[0]
+            if ids.ndim == 2 and ids.shape[0] == 1 and size > 1:  # positions, the same for each example
+                return (ids.expand(size, -1), *args[1:])
+            return args
+
+        def after(layer: str) -> Any:
+            def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+                x = args[0] if args else None
+                if layer in called:
+                    raise NotSeparable(f"{layer} is called more than once")
+                called.add(layer)
+                if not isinstance(x, Tensor) or not isinstance(output, Tensor):
+                    raise NotSeparable(f"{layer} is no function of one tensor")
+                if not x.ndim or x.shape[0] != size or output.shape[0] != size:
+                    raise NotSeparable(f"{layer} sees {list(x.shape)}, not {size} examples")
+                if not output.requires_grad:
+                    output = output.detach().requires_grad_()
+                calls.append(_Call(layer, x.detach(), output))
+                return output
+
+            return hook
+
+        for layer, module in self._layers.items():
+            if isinstance(module, nn.Embedding):
+                hooks.callback(module.register_forward_pre_hook(before).remove)
+            hooks.callback(module.register_forward_hook(after(layer)).remove)
+
+    def _square(self, call: _Call, gradient: Tensor, squares: Squares) -> None:
+        module, names = self._layers[call.layer], self._names[call.layer]
+        kind = kind_of(module)
+        if isinstance(module, nn.Embedding):
+            _embedding(squares[names["weight"]], call.input, gradient, module.padding_idx)
+        elif kind is not None:
+            x, g = call.input.flatten(1, -2), gradient.flatten(1, -2)
+            if call.input.ndim == 2:
+                x, g = call.input[:, None], gradient[:, None]
+            if "weight" in names:
+                left, right = (x, g) if kind == "conv1d" else (g, x)
+                _products(squares[names["weight"]], left, right)
+            if "bias" in names:
+                squares[names["bias"]] += g.sum(1).to(torch.float32).square().sum(0)
+        else:
+            _generic(module, names, call.input, gradient, squares)
+
+
+def _products(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add Σ_i (left_iᵀ right_i)² for left (B, T, m) and right (B, T, n) to ``total`` (m, n)."""
+    product = torch.empty_like(total)
+    for x, y in zip(left.to(torch.float32), right.to(torch.float32), strict=True):
+        torch.mm(x.T, y, out=product)
+        total.addcmul_(product, product)
+
+
+def _embedding(total: Tensor, ids: Tensor, gradient: Tensor, padding: int | None) -> None:
+    """Add each example's squared gradient of an embedding's rows; an id's occurrences are summed first."""
+    vocabulary, width = total.shape
+    example = torch.arange(ids.shape[0], device=ids.device).reshape(-1, *[1] * (ids.ndim - 1))
+    keys, places = (example * vocabulary + ids).reshape(-1).unique(return_inverse=True)
+    sums = gradient.new_zeros(len(keys), width, dtype=torch.float32)
+    sums.index_add_(0, places, gradient.reshape(-1, width).to(torch.float32))
+    rows = keys % vocabulary
+    if padding is not None:  # autograd gives that row no gradient either
+        sums[rows == padding] = 0
+    total.index_add_(0, rows, sums.square_())
+
+
+def _generic(module: nn.Module, names: dict[str, str], x: Tensor, gradient: Tensor, squares: Squares) -> None:
+    """Any other layer that treats examples alone (norms): its own gradient, example by example."""
+    parameters = {key: p.detach() for key, p in module.named_parameters() if key in names}
+
+    def product(values: dict[str, Tensor], xi: Tensor, gi: Tensor) -> Tensor:
+        output: Tensor = torch.func.functional_call(module, values, (xi.unsqueeze(0),))
+        return (output * gi.unsqueeze(0)).sum()
+
+    per_example = torch.func.vmap(torch.func.grad(product), in_dims=(None, 0, 0))
+    for key, values in per_example(parameters, x, gradient).items():
+        squares[names[key]] += values.to(torch.float32).square().sum(0)

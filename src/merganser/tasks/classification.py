@@ -1,0 +1,77 @@
+"""Text classification: one label for a text or a pair of texts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from sklearn import metrics as sklearn_metrics
+
+from merganser.statistics.scores import Problem
+from merganser.tasks.base import Metric, Task
+from merganser.tasks.columns import Columns
+from merganser.tasks.data import Rows
+from merganser.tasks.labels import LabelSpace, read_classes, spread
+
+
+def accuracy(judgements: np.ndarray) -> float:
+    """The share of right predictions. Judgements: (examples, 2) of predicted and true labels."""
+    return float(sklearn_metrics.accuracy_score(judgements[:, 1], judgements[:, 0]))
+
+
+def macro_f1(judgements: np.ndarray) -> float:
+    """The mean of the labels' F1 over the labels that occur among the truths or the predictions.
+
+    A label that neither has is left out: scikit-learn's rule where no list of labels is given.
+    """
+    return float(
+        sklearn_metrics.f1_score(judgements[:, 1], judgements[:, 0], average="macro", zero_division=0)
+    )
+
+
+def matthews(judgements: np.ndarray) -> float:
+    """Matthews' correlation coefficient (-1 … 1), 0 where either side has one label only."""
+    return float(sklearn_metrics.matthews_corrcoef(judgements[:, 1], judgements[:, 0]))
+
+
+@dataclass(frozen=True)
+class TextClassification(Task):
+    """One of several labels; key metric macro-F1."""
+
+    name: ClassVar[str] = "text-classification"
+    auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
+    heads: ClassVar[tuple[str, ...]] = ("ForSequenceClassification",)
+    problem: ClassVar[Problem | None] = "classification"
+    metrics: ClassVar[Mapping[str, Metric]] = {
+        "macro_f1": macro_f1,
+        "accuracy": accuracy,
+        "matthews": matthews,
+    }
+
+    def fits(self, config: Mapping[str, Any]) -> bool:
+        """A classifier that is neither a multi-label one nor a regression."""
+        multiple = config.get("problem_type") in ("multi_label_classification", "regression")
+        return self.has_head(config) and not multiple and len(self.space(config)) > 1
+
+    def space(self, config: Mapping[str, Any]) -> LabelSpace:
+        """The names of the classes."""
+        return LabelSpace.of(config)
+
+    def references(self, rows: Rows, columns: Columns, space: LabelSpace) -> np.ndarray:
+        """The place of each label in the space: int64 (rows,)."""
+        return read_classes(rows, columns.label or "label", space)
+
+    def label(self, reference: Any) -> int:
+        """The class."""
+        return int(reference)
+
+    def align(self, outputs: Sequence[np.ndarray], own: LabelSpace, space: LabelSpace) -> np.ndarray:
+        """Logits (examples, labels of the space)."""
+        return spread(np.stack(list(outputs)), own, space)
+
+    def judge(self, aligned: np.ndarray, references: Sequence[Any], space: LabelSpace) -> np.ndarray:
+        """Predicted and true label: int64 (examples, 2). A label that no model knows is never predicted."""
+        known = np.where(np.isnan(aligned), -np.inf, aligned)
+        return np.stack([known.argmax(axis=1), np.asarray(references)], axis=1)

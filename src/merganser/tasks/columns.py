@@ -1,0 +1,142 @@
+"""Which column is the text, which the label: given by the user, or known by its usual name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from merganser.errors import DataError, UserError, did_you_mean
+from merganser.tasks.data import Rows
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of the columns that a task reads; None for what is to be found by its usual name."""
+
+    text: str | None = None
+    text_pair: str | None = None
+    label: str | None = None
+    tokens: str | None = None
+    target: str | None = None
+
+    @classmethod
+    def of(cls, given: Columns | Mapping[str, str | None] | None) -> Columns:
+        """Columns from what a caller gave.
+
+        Raises:
+            UserError: a mapping with a key that is no column role.
+        """
+        if isinstance(given, Columns):
+            return given
+        known = [entry.name for entry in fields(cls)]
+        for key in given or {}:
+            if key not in known:
+                raise UserError(
+                    f"unknown column role {key!r}", where="columns", mend=did_you_mean(key, known)
+                )
+        return cls(**dict(given or {}))
+
+
+def option(role: str) -> str:
+    """The command-line option that names the column of ``role``."""
+    return f"--{role.replace('_', '-')}-column"
+
+
+#: Usual names of each role, the first that is present is taken. Tasks may bring their own.
+USUAL: dict[str, tuple[str, ...]] = {
+    "text": ("text", "sentence", "content", "document", "review", "tweet", "comment"),
+    "label": ("label", "labels", "class", "category"),
+    "tokens": ("tokens", "words"),
+    "target": ("target", "output", "summary", "answer", "highlights"),
+}
+
+#: Usual names of two texts that belong together. They are tried before single texts.
+PAIRS: tuple[tuple[str, str], ...] = (
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+    ("question", "passage"),
+    ("query", "passage"),
+    ("text", "text_pair"),
+    ("text1", "text2"),
+)
+
+
+def resolve(
+    rows: Rows,
+    given: Columns,
+    needs: Sequence[str],
+    wants: Sequence[str] = (),
+    usual: Mapping[str, tuple[str, ...]] | None = None,
+) -> Columns:
+    """Find the columns of a task.
+
+    Args:
+        rows: the data.
+        given: what the user named; such a column must be there.
+        needs: roles without which the task cannot go on.
+        wants: roles that are taken where they are found. ``text_pair`` is looked for only beside its partner.
+        usual: other usual names than :data:`USUAL`, by role.
+
+    Returns:
+        Columns with a name for every role that was found; roles that the task does not read are None.
+
+    Raises:
+        DataError: a column that is not there; the message lists those that are.
+    """
+    present = rows.columns
+    lower = {name.lower(): name for name in reversed(present)}
+    usual = {**USUAL, **(usual or {})}
+    roles = [*needs, *wants]
+    found: dict[str, str] = {}
+    for role, name in asdict(given).items():
+        if name is None or role not in roles:
+            continue
+        if name not in present:
+            raise DataError(
+                f"no column {name!r} ({option(role)}); the columns are {', '.join(present) or 'none'}",
+                where=rows.source,
+                mend=did_you_mean(name, present),
+            )
+        found[role] = name
+    if "text_pair" in roles and "text" not in found and "text_pair" not in found:
+        for one, other in PAIRS:
+            if one in lower and other in lower:
+                found |= {"text": lower[one], "text_pair": lower[other]}
+                break
+    taken = set(found.values())
+    for role in roles:
+        if role in found or role == "text_pair":
+            continue
+        name = next((lower[n] for n in usual.get(role, ()) if n in lower and lower[n] not in taken), None)
+        if name is not None:
+            found[role] = name
+            taken.add(name)
+        elif role in needs:
+            raise DataError(
+                f"no column for the {role} was found; the columns are {', '.join(present) or 'none'}",
+                where=rows.source,
+                mend=f"name it with {option(role)} (found by themselves: {', '.join(usual.get(role, ()))})",
+            )
+    return replace(Columns(), **found)
+
+
+def texts(rows: Rows, column: str, role: str = "text") -> list[str]:
+    """The texts of a column.
+
+    Raises:
+        DataError: a row without text, or with something that is not text, with its file and line.
+    """
+    found = []
+    for index in range(len(rows)):
+        value: Any = rows.value(index, column, option(role))
+        if not isinstance(value, str):
+            raise DataError(
+                f"{column!r} is {type(value).__name__} {str(value)[:40]!r}, not text",
+                where=rows.where(index),
+                mend=f"correct the row, or choose another column with {option(role)}",
+            )
+        found.append(value)
+    return found

@@ -1,0 +1,265 @@
+"""Rows of text from a file, a folder or a data set of the ``datasets`` library; each row knows its place.
+
+read_rows("reviews.jsonl")                       read_rows("glue:sst2", split="validation")
+read_rows("corpora/sst2", split="train")         read_rows("glue:sst2[validation]")
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from merganser.errors import DataError, UserError, did_you_mean
+from merganser.tasks.files import READERS, Row, read_file
+
+_SPLIT_SUFFIX = re.compile(r"(?P<source>.+)\[(?P<split>[\w.-]+)\]")
+_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_SHARD = re.compile(r"(?P<split>.+?)-\d+-of-\d+")
+
+
+@dataclass(frozen=True)
+class Rows(Sequence[Row]):
+    """Rows and the places they were read from.
+
+    Attributes:
+        source: what was read, with its split where it has several: ``reviews.jsonl``,
+            ``glue:sst2[validation]``.
+        rows: the rows.
+        places: for each row, its file (or data set) and its line there (or number, from 1).
+        class_names: names of the classes of integer columns, where the data set declares them.
+    """
+
+    source: str
+    rows: tuple[Row, ...] = field(repr=False)
+    places: tuple[tuple[str, int], ...] = field(repr=False)
+    class_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    by_line: bool = True
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.rows[index]
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Every column that any row has, in the order of appearance."""
+        return tuple(dict.fromkeys(name for row in self.rows for name in row))
+
+    def where(self, index: int) -> str:
+        """The place of a row, for messages: ``file:line``, or ``data set, row number``."""
+        source, number = self.places[index]
+        return f"{source}:{number}" if self.by_line else f"{source}, row {number}"
+
+    def value(self, index: int, column: str, option: str = "") -> Any:
+        """A field that must be there.
+
+        Raises:
+            DataError: the row lacks it, or it is null.
+        """
+        value = self.rows[index].get(column)
+        if value is None:
+            raise DataError(
+                f"the row has no {column!r}",
+                where=self.where(index),
+                mend="fill it in, or remove the row"
+                + (f", or choose another column with {option}" if option else ""),
+            )
+        return value
+
+
+def read_rows(
+    source: str | Path, *, split: str | None = None, limit: int | None = None, prefer: Sequence[str] = ()
+) -> Rows:
+    """Read rows of data.
+
+    Args:
+        source: a ``.jsonl``, ``.json``, ``.csv``, ``.tsv`` or ``.parquet`` file; a folder of such files named
+            by split, or written by ``datasets``' ``save_to_disk``; or the name of a data set (``name`` or
+            ``name:config``) for ``datasets.load_dataset``. ``source[split]`` chooses a split, too.
+        split: which split of a source that has several.
+        limit: read at most this many rows, the first ones.
+        prefer: splits to take, the first that exists, when none was asked for.
+
+    Raises:
+        DataError: nothing there, an unreadable row (with file and line), no rows, several splits and none
+            chosen, or a data set that is neither on this machine nor to be had.
+        UserError: a limit below 1.
+    """
+    if limit is not None and limit < 1:
+        raise UserError(f"the limit is {limit}", where="limit", mend="give a limit of at least 1, or none")
+    name = str(source)
+    suffixed = _SPLIT_SUFFIX.fullmatch(name)
+    if split is None and suffixed and not Path(name).exists():
+        name, split = suffixed["source"], suffixed["split"]
+    rows = _read(name, split, limit, prefer)
+    if not rows.rows:
+        raise DataError(
+            "no data: not a single row", where=rows.source, mend="give data with at least one row"
+        )
+    return rows
+
+
+def _read(name: str, split: str | None, limit: int | None, prefer: Sequence[str]) -> Rows:
+    path = Path(name).expanduser()
+    if path.is_file():
+        if split is not None:
+            raise DataError(
+                f"a file has no splits, but split {split!r} was asked for",
+                where=name,
+                mend="leave the split out, or give the folder that holds a file for each split",
+            )
+        return _from_files(name, [path], limit)
+    if path.is_dir():
+        return _from_folder(name, path, None, split, limit, prefer)
+    base, _, config = name.partition(":")
+    if config and Path(base).expanduser().is_dir():
+        inside = Path(base).expanduser() / config
+        if inside.is_dir():
+            return _from_folder(name, inside, None, split, limit, prefer)
+        return _from_folder(name, Path(base).expanduser(), config, split, limit, prefer)
+    if path.suffix.lower() in READERS or not _NAME.fullmatch(base) or name.startswith("."):
+        raise DataError(
+            "no such file or folder",
+            where=name,
+            mend="check the path; data sets are given as name or name:config",
+        )
+    return _from_datasets(name, base, config or None, split, limit, prefer)
+
+
+def _from_files(name: str, paths: Sequence[Path], limit: int | None) -> Rows:
+    rows: list[Row] = []
+    places: list[tuple[str, int]] = []
+    by_line = all(path.suffix.lower() != ".parquet" for path in paths)
+    for path in paths:
+        shown = str(path)
+        left = None if limit is None else limit - len(rows)
+        for number, row in islice(read_file(path), left):
+            rows.append(row)
+            places.append((shown, number))
+    return Rows(name, tuple(rows), tuple(places), by_line=by_line)
+
+
+def _from_folder(
+    name: str, folder: Path, config: str | None, split: str | None, limit: int | None, prefer: Sequence[str]
+) -> Rows:
+    if config is None and (folder / "dataset_dict.json").is_file():
+        return _from_disk(name, folder, split, limit, prefer)
+    if config is None and (folder / "state.json").is_file():
+        return _from_disk(name, folder, split, limit, prefer)
+    files: dict[str, list[Path]] = {}
+    for path in sorted(folder.iterdir()) if config is None else ():
+        if path.suffix.lower() in READERS and path.is_file() and path.name not in ("dataset_infos.json",):
+            shard = _SHARD.fullmatch(path.stem)
+            files.setdefault(shard["split"] if shard else path.stem, []).append(path)
+    if not files:
+        if not any(path.is_dir() for path in folder.iterdir()):
+            raise DataError(
+                "no data files in this folder", where=name, mend=f"give files ending in {', '.join(READERS)}"
+            )
+        return _from_datasets(name, str(folder), config, split, limit, prefer)
+    chosen = _choose(name, list(files), split, prefer)
+    shown = name if len(files) == 1 and chosen != split else f"{name}[{chosen}]"
+    return _from_files(shown, files[chosen], limit)
+
+
+def _choose(name: str, splits: Sequence[str], split: str | None, prefer: Iterable[str]) -> str:
+    if split is not None:
+        if split not in splits:
+            raise DataError(f"there is no split {split!r}", where=name, mend=did_you_mean(split, splits))
+        return split
+    if len(splits) == 1:
+        return splits[0]
+    for wanted in prefer:
+        if wanted in splits:
+            return wanted
+    raise DataError(
+        f"there are several splits: {', '.join(splits)}",
+        where=name,
+        mend=f"choose one with --split, or as {name}[{splits[-1]}]",
+    )
+
+
+def _from_disk(name: str, folder: Path, split: str | None, limit: int | None, prefer: Sequence[str]) -> Rows:
+    import datasets
+
+    try:
+        loaded = datasets.load_from_disk(str(folder))
+    except Exception as error:  # any damage to the folder; the library raises many kinds
+        raise DataError(
+            f"cannot be loaded: {type(error).__name__}: {_first_line(error)}",
+            where=name,
+            mend="write the folder again with save_to_disk",
+        ) from None
+    return _from_loaded(name, loaded, split, limit, prefer)
+
+
+def _from_datasets(
+    name: str, path: str, config: str | None, split: str | None, limit: int | None, prefer: Sequence[str]
+) -> Rows:
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(path, config)
+    except (ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
+        raise _absent(name, path, config, error) from None
+    except Exception as error:  # unknown configurations, broken files, …: all the user's to mend
+        raise DataError(
+            f"datasets cannot load it: {type(error).__name__}: {_first_line(error)}",
+            where=name,
+            mend="check the name and, after a colon, the configuration",
+        ) from None
+    return _from_loaded(name, loaded, split, limit, prefer)
+
+
+def _absent(name: str, path: str, config: str | None, error: Exception) -> DataError:
+    import datasets
+
+    call = ", ".join(repr(argument) for argument in (path, config) if argument)
+    copy = name.replace("/", "-").replace(":", "-")
+    offline = datasets.config.HF_HUB_OFFLINE
+    state = "offline mode is set" if offline else _first_line(error)
+    return DataError(
+        f"no such file or folder, and data set {name!r} is not on this machine and cannot be had ({state})",
+        where=name,
+        mend="check the name; where there is a network, run "
+        f"datasets.load_dataset({call}).save_to_disk({copy!r}) in Python, copy that folder to this machine "
+        f"and give its path (or copy the cache of the other machine to {datasets.config.HF_DATASETS_CACHE})",
+    )
+
+
+def _from_loaded(name: str, loaded: Any, split: str | None, limit: int | None, prefer: Sequence[str]) -> Rows:
+    import datasets
+
+    shown = name
+    if isinstance(loaded, dict):  # a DatasetDict
+        chosen = _choose(name, list(loaded), split, prefer)
+        shown = f"{name}[{chosen}]" if len(loaded) > 1 or split else name
+        loaded = loaded[chosen]
+    elif split is not None and str(loaded.split or "") != split:
+        raise DataError(
+            f"this data set has no splits, but split {split!r} was asked for",
+            where=name,
+            mend="leave the split out",
+        )
+    class_names: dict[str, tuple[str, ...]] = {}
+    for column, feature in loaded.features.items():
+        inner = getattr(feature, "feature", feature)  # of a list of classes
+        if isinstance(inner, datasets.ClassLabel):
+            class_names[column] = tuple(inner.names)
+    if limit is not None:
+        loaded = loaded.select(range(min(limit, len(loaded))))
+    rows = tuple(dict(row) for row in loaded.with_format(None))
+    places = tuple((shown, number) for number in range(1, len(rows) + 1))
+    return Rows(shown, rows, places, class_names, by_line=False)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0]

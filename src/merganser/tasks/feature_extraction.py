@@ -1,0 +1,67 @@
+"""Feature extraction: text through a model without a head, to collect statistics of base encoders."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import transformers
+
+from merganser.errors import CheckpointError
+from merganser.tasks.base import Metric, Task, architecture
+from merganser.tasks.columns import Columns
+from merganser.tasks.data import Rows
+from merganser.tasks.labels import LabelSpace
+from merganser.tasks.models import Opened
+
+
+@dataclass(frozen=True)
+class FeatureExtraction(Task):
+    """Text only. A pooler that the checkpoint lacks does no harm: only weights on disk get statistics."""
+
+    name: ClassVar[str] = "feature-extraction"
+    auto_class: ClassVar[str] = "AutoModel"
+    heads: ClassVar[tuple[str, ...]] = ("Model", "ForMaskedLM", "ForPreTraining")
+    metrics: ClassVar[Mapping[str, Metric]] = {}
+    label_role: ClassVar[str | None] = None
+    complete: ClassVar[bool] = False
+
+    def fits(self, config: Mapping[str, Any]) -> bool:
+        """A base model, or an encoder that was only pre-trained."""
+        return self.has_head(config) and not architecture(config).endswith("LMHeadModel")
+
+    def check_head(self, opened: Opened) -> None:
+        """Any encoder will do; a decoder wants a target, which this task does not read."""
+        name = architecture(opened.config)
+        if opened.config.get("is_encoder_decoder") and not name.endswith("EncoderModel"):
+            raise CheckpointError(
+                f"{name or 'this model'} has a decoder, which needs a target text",
+                where=opened.where,
+                mend="use a checkpoint with its language-modelling head and --task seq2seq",
+            )
+
+    def check_scoring(self, opened: Opened) -> None:
+        """There is nothing to score."""
+        raise CheckpointError(
+            "a model without a head makes no predictions that could be scored",
+            where=opened.where,
+            mend="evaluate a fine-tuned checkpoint, or name its --task",
+        )
+
+    def model_class(self, config: Mapping[str, Any]) -> str:
+        """The architecture itself where it reads text alone: the head of a masked language model counts."""
+        name = architecture(config)
+        usable = name.endswith(("Model", "ForMaskedLM")) and isinstance(
+            getattr(transformers, name, None), type
+        )
+        return name if usable else self.auto_class
+
+    def references(self, rows: Rows, columns: Columns, space: LabelSpace) -> list[None]:
+        """None."""
+        return [None] * len(rows)
+
+    def judge(self, aligned: Any, references: Sequence[Any], space: LabelSpace) -> np.ndarray:
+        """Nothing to judge."""
+        return np.zeros((0,))

@@ -1,0 +1,201 @@
+"""Data files as numbered rows: JSON lines, JSON, CSV, TSV and Parquet, each error with its file and line.
+
+A reader yields ``(number, row)``: the line on which the row begins (its number, for Parquet) and a
+dictionary.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from merganser.errors import DataError
+
+Row = dict[str, Any]
+Numbered = Iterator[tuple[int, Row]]
+
+_CSV_FIELD_LIMIT = 1 << 30  # characters; Python's own limit of 131,072 is less than a long document
+
+
+def read_file(path: Path) -> Numbered:
+    """The rows of a data file, by its ending (see :data:`READERS`).
+
+    Raises:
+        DataError: an ending that is not known, or a row that cannot be read, with its line.
+    """
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise DataError(
+            f"a data file ending in {path.suffix!r} cannot be read",
+            where=path,
+            mend=f"give a file ending in {', '.join(READERS)}",
+        )
+    try:
+        yield from reader(path)
+    except OSError as error:
+        raise DataError(
+            f"cannot be read: {error.strerror or error}", where=path, mend="check the file"
+        ) from None
+
+
+def _text_lines(path: Path) -> Iterator[str]:
+    """Lines with their ends, split at newlines only: JSON strings may hold U+2028 and kin."""
+    with path.open("rb") as stream:
+        for number, line in enumerate(stream, 1):
+            try:
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise DataError(
+                    f"not UTF-8 text: {error.reason} at byte {error.start + 1} of the line",
+                    where=f"{path}:{number}",
+                    mend="save the file as UTF-8",
+                ) from None
+
+
+def _object(value: Any, where: str) -> Row:
+    if not isinstance(value, dict):
+        raise DataError(
+            f"not an object but {json.dumps(value)[:60]}",
+            where=where,
+            mend="each row must be a JSON object {…}",
+        )
+    return value
+
+
+def _unreadable(error: Exception, where: str) -> DataError:
+    detail = error.msg if isinstance(error, json.JSONDecodeError) else str(error) or type(error).__name__
+    return DataError(f"unreadable JSON: {detail}", where=where, mend="correct or remove the row")
+
+
+def _read_jsonl(path: Path) -> Numbered:
+    for number, line in enumerate(_text_lines(path), 1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise _unreadable(error, where) from None
+        yield number, _object(value, where)
+
+
+def _read_json(path: Path) -> Numbered:
+    """A list of objects, or one object a line (as JSON lines are often named)."""
+    text = "".join(_text_lines(path))
+    start = len(text) - len(text.lstrip())
+    if not text.startswith("[", start):
+        yield from _read_jsonl(path)
+        return
+    decoder, position, line, counted = json.JSONDecoder(), start + 1, 1, 0
+    first = True
+    while True:
+        position = _skip_space(text, position)
+        if not first and text.startswith(",", position):
+            position = _skip_space(text, position + 1)
+        elif text.startswith("]", position):
+            junk = _skip_space(text, position + 1)
+            if junk < len(text):
+                line = text.count("\n", 0, junk) + 1
+                raise _unreadable(ValueError("text after the end of the list"), f"{path}:{line}")
+            return
+        elif not first:
+            raise _unreadable(
+                ValueError("expected ',' or ']'"), f"{path}:{text.count(chr(10), 0, position) + 1}"
+            )
+        line += text.count("\n", counted, position)
+        counted, where = position, f"{path}:{line}"
+        try:
+            value, position = decoder.raw_decode(text, position)
+        except json.JSONDecodeError as error:
+            raise _unreadable(error, f"{path}:{error.lineno}") from None
+        except (ValueError, RecursionError) as error:
+            raise _unreadable(error, where) from None
+        yield line, _object(value, where)
+        first = False
+
+
+def _skip_space(text: str, position: int) -> int:
+    while position < len(text) and text[position] in " \t\r\n":
+        position += 1
+    return position
+
+
+def _read_csv(path: Path) -> Numbered:
+    yield from _read_separated(path, ",", csv.QUOTE_MINIMAL)
+
+
+def _read_tsv(path: Path) -> Numbered:
+    """Quoted as spreadsheets write it, or else raw: many corpora hold quotation marks that quote nothing."""
+    try:
+        rows = list(_read_separated(path, "\t", csv.QUOTE_MINIMAL))
+    except DataError:
+        yield from _read_separated(path, "\t", csv.QUOTE_NONE)
+    else:
+        yield from rows
+
+
+def _read_separated(path: Path, delimiter: str, quoting: int) -> Numbered:
+    csv.field_size_limit(_CSV_FIELD_LIMIT)
+    reader = csv.reader(_text_lines(path), delimiter=delimiter, quoting=quoting, strict=True)  # type: ignore[arg-type]
+    header: list[str] | None = None
+    line = 1
+    while True:
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise DataError(
+                f"unreadable row: {error}", where=f"{path}:{line}", mend="correct the row's quotation marks"
+            ) from None
+        if fields and header is None:
+            header = fields
+            twice = sorted({name for name in header if header.count(name) > 1})
+            if twice:
+                raise DataError(
+                    f"the header names {', '.join(map(repr, twice))} twice",
+                    where=f"{path}:{line}",
+                    mend="the first line must name each column once",
+                )
+        elif fields and header is not None:
+            if len(fields) != len(header):
+                raise DataError(
+                    f"{len(fields)} fields, but the header has {len(header)}: {', '.join(header)}",
+                    where=f"{path}:{line}",
+                    mend="correct the row, or quote a field that holds the separator",
+                )
+            yield line, dict(zip(header, fields, strict=True))
+        line = reader.line_num + 1
+
+
+def _read_parquet(path: Path) -> Numbered:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        number = 0
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=4096):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(
+            f"unreadable Parquet file: {str(error).splitlines()[0]}",
+            where=path,
+            mend="copy or write it again",
+        ) from None
+
+
+#: How each ending is read.
+READERS: dict[str, Callable[[Path], Numbered]] = {
+    ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".tsv": _read_tsv,
+    ".parquet": _read_parquet,
+}

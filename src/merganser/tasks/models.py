@@ -1,0 +1,256 @@
+"""Opening the models of tasks: the reference, its configuration, tokenizer and weights in float32.
+
+A reference is a folder or a Hub name as :func:`merganser.checkpoints.open_checkpoint` takes it;
+``folder::heads/name`` means the model in a sub-folder, which transformers opens as ``from_pretrained(folder,
+subfolder="heads/name")``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.utils import logging as transformers_logging
+
+from merganser.checkpoints import Checkpoint, open_checkpoint
+from merganser.checkpoints.reader import read_json
+from merganser.errors import CheckpointError, UserError
+
+SEPARATOR = "::"
+#: Model types whose positions start behind the padding id: RoBERTa and its descendants.
+_SHIFTED_POSITIONS = {
+    "camembert", "data2vec-text", "esm", "ibert", "layoutlmv3", "longformer", "luke", "markuplm", "mpnet",
+    "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
+}  # fmt: skip
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model",
+    "spm.model", "sentencepiece.bpe.model", "tekken.json",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model whose weights have not been loaded yet.
+
+    Attributes:
+        name: as the user gave it.
+        checkpoint: its configuration and tensors.
+        root: the folder that transformers is to open.
+        subfolder: where in that folder the model lies; empty for the folder itself.
+        config: its ``config.json``.
+    """
+
+    name: str
+    checkpoint: Checkpoint
+    root: Path
+    subfolder: str
+    config: Mapping[str, Any]
+
+    @property
+    def where(self) -> str:
+        """The place of the configuration, for messages."""
+        return str(self.root / self.subfolder / "config.json")
+
+
+def open_model(reference: str | Path, *, allow_pickle: bool = False) -> Opened:
+    """Open a reference, reading its configuration and the headers of its weights only.
+
+    Raises:
+        CheckpointError: nothing there, no configuration, or weights that cannot be used.
+    """
+    name = str(reference)
+    folder, _, subfolder = name.partition(SEPARATOR)
+    if subfolder:
+        parts = PurePosixPath(subfolder).parts
+        if PurePosixPath(subfolder).is_absolute() or ".." in parts:
+            raise CheckpointError(
+                f"{subfolder!r} leaves the model folder",
+                where=name,
+                mend="give a folder inside it, as model::heads/name",
+            )
+    root = Path(folder).expanduser()
+    if subfolder and root.is_dir():
+        if not (root / subfolder).is_dir():
+            raise _no_subfolder(root, subfolder)
+        checkpoint = open_checkpoint(root / subfolder, allow_pickle=allow_pickle)
+        config = checkpoint.config
+    else:
+        checkpoint = open_checkpoint(folder, allow_pickle=allow_pickle)
+        root, config = checkpoint.path, checkpoint.config
+        if subfolder:
+            config = read_json(root / subfolder / "config.json", missing={})
+            if not config:
+                raise _no_subfolder(root, subfolder)
+    if not config:
+        raise CheckpointError(
+            "no config.json here", where=name, mend="give a model folder in Hugging Face layout"
+        )
+    return Opened(name, checkpoint, root, subfolder, config)
+
+
+def _no_subfolder(root: Path, subfolder: str) -> CheckpointError:
+    found = sorted(path.parent.relative_to(root).as_posix() for path in root.glob("heads/*/config.json"))
+    return CheckpointError(
+        f"there is no {subfolder!r} in this model",
+        where=root,
+        mend=f"choose one of {', '.join(found)}"
+        if found
+        else "leave it out: the model has no separate heads",
+    )
+
+
+def load_tokenizer(opened: Opened) -> Any:
+    """The tokenizer of a model; a head in a sub-folder (``heads/name``) shares that of the whole folder.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be loaded.
+    """
+    own = opened.root / opened.subfolder
+    places = [own, opened.root, *([own.parent.parent] if own.parent.name == "heads" else [])]
+    place = next((p for p in places if any((p / file).is_file() for file in _TOKENIZER_FILES)), None)
+    if place is None:
+        raise _no_tokenizer(own, "there is none")
+    try:
+        with quiet():
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                str(place), local_files_only=True, trust_remote_code=False
+            )
+    except Exception as error:  # damaged files; the loaders raise many kinds
+        raise _no_tokenizer(place, first_line(error)) from None
+    if len(tokenizer) <= len(
+        tokenizer.all_special_tokens
+    ):  # made up by transformers from a configuration alone
+        raise _no_tokenizer(place, "it has no vocabulary")
+    return tokenizer
+
+
+def _no_tokenizer(place: Path, why: str) -> CheckpointError:
+    return CheckpointError(
+        f"the tokenizer cannot be loaded: {why}",
+        where=place,
+        mend="put the tokenizer's files (tokenizer.json, tokenizer_config.json, …) beside the weights",
+    )
+
+
+def load_model(
+    opened: Opened, class_name: str, *, complete: bool = True, allow_pickle: bool = False
+) -> nn.Module:
+    """The model in float32 and eval mode, on the CPU.
+
+    Args:
+        opened: what :func:`open_model` returned.
+        class_name: the transformers class to load it with, such as ``AutoModelForSequenceClassification``.
+        complete: every parameter must be in the checkpoint. A head that is not would be random, and so its
+            scores.
+        allow_pickle: accept pickled weights.
+
+    Raises:
+        CheckpointError: the weights do not fit the architecture, or lack a part that the task needs.
+    """
+    opened.checkpoint.fetch()
+    try:
+        with quiet():
+            model, info = getattr(transformers, class_name).from_pretrained(
+                str(opened.root),
+                subfolder=opened.subfolder,
+                dtype=torch.float32,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=None if allow_pickle else True,
+                output_loading_info=True,
+            )
+    except Exception as error:  # whatever damaged weights or a stranger's configuration provoke
+        raise CheckpointError(
+            f"cannot be loaded as {class_name}: {first_line(error)}",
+            where=opened.name,
+            mend="check that config.json and weights belong together",
+        ) from None
+    missing = sorted(info.get("missing_keys") or ())
+    if complete and missing:
+        raise CheckpointError(
+            f"the checkpoint has no weights for {', '.join(missing[:5])}{', …' if len(missing) > 5 else ''}",
+            where=opened.name,
+            mend="choose a task that the checkpoint was trained for",
+        )
+    return model.eval()
+
+
+def length_limit(config: Mapping[str, Any], tokenizer: Any) -> int | None:
+    """The most tokens that a model and its tokenizer take; None where neither says."""
+    limits = []
+    tokenizer_limit = getattr(tokenizer, "model_max_length", None)
+    if tokenizer_limit and tokenizer_limit < 1_000_000:  # transformers' word for "no limit" is 1e30
+        limits.append(int(tokenizer_limit))
+    if config.get("model_type") not in (
+        "t5",
+        "mt5",
+        "umt5",
+        "longt5",
+        "switch_transformers",
+    ):  # n_positions is unused
+        positions = config.get("max_position_embeddings") or config.get("n_positions")
+        if isinstance(positions, int) and positions > 0:
+            shifted = config.get("model_type") in _SHIFTED_POSITIONS
+            limits.append(positions - (int(config.get("pad_token_id") or 0) + 1 if shifted else 0))
+    return min(limits) if limits else None
+
+
+def choose_length(
+    asked: int | None, config: Mapping[str, Any], tokenizer: Any, *, pairs: bool, default: int = 128
+) -> int:
+    """The length at which texts are cut: the asked one (or 128), or the model's limit where that is less.
+
+    Raises:
+        UserError: too short to hold a token beside the special tokens.
+    """
+    limit = length_limit(config, tokenizer)
+    length = min(asked or default, limit) if limit else asked or default
+    special = tokenizer.num_special_tokens_to_add(pair=pairs)
+    if length <= special:
+        raise UserError(
+            f"a maximum length of {length} leaves no room beside {special} special tokens",
+            where="max_length",
+            mend=f"give at least {special + 1}",
+        )
+    return length
+
+
+def padding_id(tokenizer: Any) -> int:
+    """The id to pad with: the padding token's, or the end of text's, or any: padding is always masked."""
+    for name in ("pad_token_id", "eos_token_id", "unk_token_id"):
+        value = getattr(tokenizer, name, None)
+        if value is not None:
+            return int(value)
+    return 0
+
+
+def prepare_padding(model: nn.Module, tokenizer: Any) -> None:
+    """Tell a model without a padding token which one the batches use (decoders that classify look for it)."""
+    config: Any = model.config
+    if getattr(config, "pad_token_id", None) is None:
+        config.pad_token_id = padding_id(tokenizer)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' loading bars and reports off the terminal; our own errors say what matters."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its kind where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,150 @@
+"""Token classification: a BIO tag for each word, scored by entities."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from merganser.errors import CheckpointError, DataError
+from merganser.statistics.scores import Problem
+from merganser.tasks.base import Metric, Task, mean_of_known
+from merganser.tasks.batches import IGNORED, Collation, Feature
+from merganser.tasks.columns import Columns, option
+from merganser.tasks.data import Rows
+from merganser.tasks.entities import OUTSIDE, count_entities, f1, is_bio, precision, recall
+from merganser.tasks.labels import CHOOSE, LabelReader, LabelSpace, spread
+from merganser.tasks.models import Opened, padding_id
+from merganser.tasks.tokens import Encoded, encode_words
+
+
+@dataclass(frozen=True)
+class TokenClassification(Task):
+    """A tag for each word; key metric micro entity F1 (seqeval's definition).
+
+    The first sub-word of a word carries its label and gives its prediction. Words beyond the maximum length
+    are predicted ``O``, so that cutting never raises a score; the cut sequences are counted.
+    """
+
+    name: ClassVar[str] = "token-classification"
+    auto_class: ClassVar[str] = "AutoModelForTokenClassification"
+    heads: ClassVar[tuple[str, ...]] = ("ForTokenClassification",)
+    problem: ClassVar[Problem | None] = "tokens"
+    metrics: ClassVar[Mapping[str, Metric]] = {"f1": f1, "precision": precision, "recall": recall}
+    needs: ClassVar[tuple[str, ...]] = ("tokens",)
+    wants: ClassVar[tuple[str, ...]] = ()
+    usual: ClassVar[Mapping[str, tuple[str, ...]]] = {"label": ("ner_tags", "tags", "labels", "label")}
+
+    def space(self, config: Mapping[str, Any]) -> LabelSpace:
+        """The tags."""
+        return LabelSpace.of(config)
+
+    def references(self, rows: Rows, columns: Columns, space: LabelSpace) -> list[list[str]]:
+        """The tags of each row's words."""
+        column, words = columns.label or "tags", columns.tokens or "tokens"
+        reader = LabelReader(space, rows.class_names.get(column))
+        found = []
+        for index in range(len(rows)):
+            where = rows.where(index)
+            tags = rows.value(index, column, option("label"))
+            tokens = rows.value(index, words, option("tokens"))
+            if not isinstance(tags, list | tuple) or not isinstance(tokens, list | tuple):
+                raise DataError(f"{words!r} and {column!r} must both be lists", where=where, mend=CHOOSE)
+            if len(tags) != len(tokens):
+                raise DataError(
+                    f"{len(tokens)} words but {len(tags)} tags",
+                    where=where,
+                    mend="give one tag for each word",
+                )
+            found.append([space.names[reader.read(tag, where)] for tag in tags])
+        return found
+
+    def encode(
+        self,
+        rows: Rows,
+        tokenizer: Any,
+        config: Mapping[str, Any],
+        columns: Columns,
+        max_length: int,
+        references: Sequence[Any] | None = None,
+    ) -> Encoded:
+        """Tokenise words; labels are -100 except on the first sub-word of each word."""
+        sentences = [_words(rows, index, columns.tokens or "tokens") for index in range(len(rows))]
+        encoded = encode_words(rows, sentences, tokenizer, config, max_length)
+        if references is None:
+            return encoded
+        space = self.space(config)
+        features = []
+        for feature, tags in zip(encoded.features, references, strict=True):
+            labels = [IGNORED] * len(feature.input_ids)
+            for position, tag in zip(feature.words or (), tags, strict=True):
+                if position >= 0:
+                    labels[position] = space.find(tag)
+            features.append(replace(feature, labels=labels))
+        return replace(encoded, features=features)
+
+    def outputs(
+        self, model: nn.Module, inputs: dict[str, Tensor], features: Sequence[Feature], tokenizer: Any
+    ) -> list[np.ndarray]:
+        """The logits of each word's first sub-word, (words, tags) for each example; NaN for words cut off."""
+        with torch.inference_mode():
+            logits = model(**inputs).logits.float().cpu().numpy()
+        found = []
+        for row, feature in zip(logits, features, strict=True):
+            places = np.array(feature.words or [], np.int64)
+            by_word = np.full((len(places), row.shape[1]), np.nan, np.float32)
+            by_word[places >= 0] = row[places[places >= 0]]
+            found.append(by_word)
+        return found
+
+    def align(self, outputs: Sequence[np.ndarray], own: LabelSpace, space: LabelSpace) -> list[np.ndarray]:
+        """Logits (words, tags of the space) for each example."""
+        return [spread(logits, own, space) for logits in outputs]
+
+    def combine(self, aligned: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:
+        """The mean of the logits word by word, whatever the models' tokenizers."""
+        return [mean_of_known(np.stack(models)) for models in zip(*aligned, strict=True)]
+
+    def judge(
+        self, aligned: Sequence[np.ndarray], references: Sequence[Any], space: LabelSpace
+    ) -> np.ndarray:
+        """Right, predicted and true entities of each sequence: int64 (examples, 3)."""
+        counts = []
+        for logits, tags in zip(aligned, references, strict=True):
+            known = np.where(np.isnan(logits), -np.inf, logits)
+            best = known.argmax(axis=1) if len(known) else []
+            predicted = [
+                space.names[place] if np.isfinite(row).any() else OUTSIDE
+                for place, row in zip(best, known, strict=True)
+            ]
+            counts.append(count_entities(predicted, tags))
+        return np.array(counts, np.int64).reshape(-1, 3)
+
+    def check_scoring(self, opened: Opened) -> None:
+        """Refuse a head whose outputs are not named by BIO tags."""
+        wrong = [name for name in self.space(opened.config).names if not is_bio(name)]
+        if wrong:
+            raise CheckpointError(
+                f"entities cannot be scored: the model's labels are not BIO tags: {', '.join(wrong[:10])}",
+                where=opened.where,
+                mend="name the outputs O, B-TYPE, I-TYPE in id2label",
+            )
+
+    def collation(self, tokenizer: Any, config: Mapping[str, Any]) -> Collation:
+        """Encoders only: the token classifiers of encoder-decoder models leave the decoder out."""
+        return Collation(padding_id(tokenizer))
+
+
+def _words(rows: Rows, index: int, column: str) -> list[str]:
+    words = rows.value(index, column, option("tokens"))
+    if not isinstance(words, list | tuple) or not all(isinstance(word, str) for word in words):
+        raise DataError(
+            f"{column!r} is not a list of words",
+            where=rows.where(index),
+            mend=f"correct the row, or choose another column with {option('tokens')}",
+        )
+    return list(words)

@@ -1,0 +1,94 @@
+"""Writing: streamed, in any order, whole or nothing."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from merganser.checkpoints import open_checkpoint
+from merganser.checkpoints.writer import (
+    SafetensorsWriter,
+    TensorSpec,
+    check_output,
+    new_folder,
+    parse_size,
+    shard,
+)
+from merganser.errors import CheckpointError, UserError
+
+
+def test_tensors_in_any_order_read_back_by_safetensors(tmp_path: Path) -> None:
+    tensors = {"a": torch.randn(3, 4), "b": torch.randn(5).to(torch.float16), "c": torch.zeros(0, 2)}
+    specs = [TensorSpec("a", "F32", (3, 4)), TensorSpec("b", "F16", (5,)), TensorSpec("c", "F32", (0, 2))]
+    with SafetensorsWriter(tmp_path, {"model.safetensors": specs}) as writer:
+        for name in ("c", "b", "a"):
+            writer.write("model.safetensors", name, tensors[name])
+    loaded = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+    assert (tmp_path / "model.safetensors").stat().st_size % 2 == 0
+    assert list(open_checkpoint(tmp_path).tensors) == ["a", "b", "c"]
+
+
+def test_wrong_shape_and_forgotten_tensors_are_refused(tmp_path: Path) -> None:
+    spec = [TensorSpec("a", "F32", (2,))]
+    with pytest.raises(ValueError, match="is not F32"), SafetensorsWriter(tmp_path, {"x.safetensors": spec}) as w:
+        w.write("x.safetensors", "a", torch.zeros(3))
+    with pytest.raises(RuntimeError, match="never written"), SafetensorsWriter(tmp_path, {"y.safetensors": spec}):
+        pass
+
+
+def test_shards_are_filled_in_order() -> None:
+    specs = [TensorSpec(str(i), "F32", (10,)) for i in range(5)]
+    files = shard(specs, "model", 80)
+    assert list(files) == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    assert [[s.name for s in f] for f in files.values()] == [["0", "1"], ["2", "3"], ["4"]]
+    assert list(shard(specs, "model", 10**6)) == ["model.safetensors"]
+    assert len(shard(specs, "model", 1)) == 5  # a tensor larger than a shard has one to itself
+
+
+@pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("1.5 MB", 1_500_000), ("2KiB", 2048), ("7", 7)])
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "5 apples", "-1GB", "0"])
+def test_sizes_that_are_none(text: str) -> None:
+    with pytest.raises(UserError, match="is not a size"):
+        parse_size(text)
+
+
+def test_nothing_is_left_when_the_block_fails(tmp_path: Path) -> None:
+    for error in (ValueError("x"), KeyboardInterrupt()):
+        with pytest.raises(type(error)), new_folder(tmp_path / "out") as work:
+            (work / "config.json").write_text("{}")
+            raise error
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_said_in_plain_words(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="the disk is full"), new_folder(tmp_path / "out"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_overwrite_replaces_whole_folders_of_models_only(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text("{}")
+    (out / "old").write_text("x")
+    problem = check_output(out, False)
+    assert problem and "--overwrite" in str(problem)
+    assert check_output(out, True) is None
+    assert check_output(out, True, [out]) is not None  # one of the inputs
+    with new_folder(out, overwrite=True) as work:
+        (work / "config.json").write_text("{}")
+    assert [p.name for p in out.iterdir()] == ["config.json"]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.tex").write_text("x")
+    problem = check_output(tmp_path / "home", True)
+    assert problem and "no model folder" in str(problem)
