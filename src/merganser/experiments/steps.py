@@ -109,7 +109,8 @@ def run_steps(steps: Sequence[Step], journal: Journal, *, description: str) -> d
         shown.smoothing = 0  # the mean rate since the start: steps differ too much for a recent one
         shown.bar_format = "{desc} {percentage:3.0f}%|{bar}| {elapsed} so far, {remaining} to go"
         for step in steps[finished:]:
-            shown.set_description_str(f"{description}: {step.name}")
+            late = shown.format_dict["elapsed"] > shown.delay  # a bar that is not up yet stays hidden
+            shown.set_description_str(f"{description}: {step.name}", refresh=late)
             start, before = time.perf_counter(), shown.n
 
             def advance(share: float, step: Step = step, before: float = before) -> None:

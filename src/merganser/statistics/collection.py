@@ -22,6 +22,7 @@ from merganser.statistics.format import FisherKind, LayerStatistics, StatisticsH
 from merganser.statistics.gram import Workers
 from merganser.statistics.inputs import Observer, Wiring, discover
 from merganser.statistics.masks import batch_masks, describe_masking
+from merganser.statistics.pieces import by_length
 from merganser.statistics.scores import Problem
 from merganser.tensors import pack_upper
 
@@ -90,8 +91,9 @@ def collect_statistics(
         for batch in chain([first], (_moved(batch, device) for batch in stream)):
             masks = batch_masks(batch, model)
             if observer is not None:
-                # a context of its own: the run is cut short, and leaves nothing in context variables
-                contextvars.copy_context().run(observer.run, batch, masks)
+                for piece in by_length(batch, model):
+                    # a context of its own: the run is cut short, and leaves nothing in context variables
+                    contextvars.copy_context().run(observer.run, piece, batch_masks(piece, model))
             if information is not None:
                 left = None if fisher_examples is None else fisher_examples - information.examples
                 if left is None or left > 0:

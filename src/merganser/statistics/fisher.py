@@ -20,6 +20,7 @@ from merganser.errors import StatisticsError
 from merganser.statistics.format import FisherKind
 from merganser.statistics.inputs import probe
 from merganser.statistics.masks import batch_masks
+from merganser.statistics.pieces import take_rows, trimmed
 from merganser.statistics.scores import SAMPLES, Problem, Scored, cotangents, scored
 from merganser.statistics.separable import NotSeparable, Separable
 
@@ -68,7 +69,7 @@ class FisherCollector:
         stop = size if limit is None else min(size, limit)
         step = CHUNK if self._separable else 1
         for start in range(0, stop, step):
-            rows = rows_of(batch, size, start, min(start + step, stop))
+            rows = take_rows(batch, size, slice(start, min(start + step, stop)))
             self._squares_of(rows, self._separable, self._squares)
         self.examples += stop
         return stop
@@ -108,7 +109,7 @@ class FisherCollector:
             self.notes.append(f"Fisher information one example at a time: {reason}")
             return
         for row in range(size):
-            self._squares_of(rows_of(few, size, row, row + 1), None, theirs)
+            self._squares_of(take_rows(few, size, slice(row, row + 1)), None, theirs)
         for name, exact in theirs.items():
             if float((ours[name] - exact).abs().max()) > AGREEMENT * float(exact.abs().max()) + 1e-30:
                 self.notes.append(
@@ -126,10 +127,10 @@ class FisherCollector:
         def vectors(logits: Tensor) -> Iterator[Tensor]:
             return cotangents(outputs_of(logits), self._kind)
 
+        rows = trimmed(rows, self._model)
         if engine is not None:
             engine.add(rows, forward, vectors, squares)
         else:
-            rows = trimmed(rows, self._model)
             one_by_one(self._model, rows, self._parameters, vectors, squares)
 
 
@@ -168,31 +169,6 @@ def forward(model: nn.Module, batch: dict[str, Any]) -> Tensor:
             mend="name the task (--task), or collect without --fisher",
         )
     return logits
-
-
-def rows_of(batch: dict[str, Any], size: int, start: int, stop: int) -> dict[str, Any]:
-    """Examples ``start:stop`` of a batch of ``size``."""
-    return {
-        key: value[start:stop]
-        if isinstance(value, Tensor) and value.ndim and value.shape[0] == size
-        else value
-        for key, value in batch.items()
-    }
-
-
-def trimmed(example: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    """A batch without the columns at its end in which no example has a token; the decoder's stay."""
-    mask = batch_masks(example, model).tokens.mask
-    width = int(mask.any(0).nonzero().max()) + 1 if bool(mask.any()) else mask.shape[1]
-    skip = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-    return {
-        key: value[:, :width]
-        if isinstance(value, Tensor)
-        and value.shape[:2] == mask.shape
-        and not (skip and (key == "labels" or key.startswith("decoder_")))
-        else value
-        for key, value in example.items()
-    }
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from merganser.statistics.masks import (
     token_ids,
     token_rows,
 )
+from merganser.statistics.pieces import take_rows
 
 Identity = tuple[int, tuple[int, ...], tuple[int, ...], int]
 
@@ -63,13 +64,8 @@ def probe(batch: dict[str, Any], model: nn.Module) -> dict[str, Any]:
         batch = {key: _reshaped(key, value, decoder) for key, value in batch.items()}
         decoder = decoder - 1 if decoder > 1 else 2
     size = next(n for n in range(3, 6) if n not in (length, decoder))
-    rows = torch.arange(size) % masks.examples
-    return {
-        key: value[rows.to(value.device)]
-        if isinstance(value, Tensor) and value.ndim and value.shape[0] == masks.examples
-        else value
-        for key, value in batch.items()
-    }
+    rows = torch.arange(size, device=masks.tokens.mask.device) % masks.examples
+    return take_rows(batch, masks.examples, rows)
 
 
 def _reshaped(key: str, value: Any, length: int) -> Any:

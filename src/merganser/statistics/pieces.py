@@ -1,0 +1,70 @@
+"""Parts of a batch: some of its rows, without the padding that only the other rows needed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from merganser.statistics.masks import batch_masks
+
+PIECE_COST = 64  # padded tokens that one more forward pass is worth (measured with a 22M encoder on 2 cores)
+
+Batch = dict[str, Any]
+
+
+def take_rows(batch: Batch, size: int, rows: slice | Tensor) -> Batch:
+    """Some examples of a batch of ``size``."""
+    return {key: value[rows] if _has_rows(value, size) else value for key, value in batch.items()}
+
+
+def trimmed(batch: Batch, model: nn.Module) -> Batch:
+    """A batch without the columns at its end in which no example has a token; a decoder's stay."""
+    mask = batch_masks(batch, model).tokens.mask
+    width = int(mask.any(0).nonzero().max()) + 1 if bool(mask.any()) else mask.shape[1]
+    if width == mask.shape[1]:
+        return batch
+    decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+    def narrow(key: str, value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.shape[:2] != mask.shape:
+            return value
+        if decoder and (key == "labels" or key.startswith("decoder_")):
+            return value
+        return value[:, :width]
+
+    return {key: narrow(key, value) for key, value in batch.items()}
+
+
+def by_length(batch: Batch, model: nn.Module) -> list[Batch]:
+    """A batch in pieces of similar length, where that saves more padding than the extra passes cost.
+
+    Batches that hold anything but one row of at most two dimensions an example stay whole.
+    """
+    mask = batch_masks(batch, model).tokens.mask
+    size, width = mask.shape
+    tensors = [value for value in batch.values() if isinstance(value, Tensor)]
+    if size < 2 or mask.is_cuda or not all(_has_rows(value, size) and value.ndim <= 2 for value in tensors):
+        return [batch]
+    lengths, order = (mask.cumsum(1).argmax(1) + 1).sort(stable=True)  # up to the last real token
+    groups = split_lengths(lengths.tolist(), PIECE_COST)
+    if len(groups) == 1 and int(lengths[-1]) == width:
+        return [batch]
+    return [trimmed(take_rows(batch, size, order[start:stop]), model) for start, stop in groups]
+
+
+def split_lengths(lengths: list[int], cost: int) -> list[tuple[int, int]]:
+    """Cut ascending lengths into runs, each as long as its last, while a cut saves more than ``cost`` tokens."""
+    best, where = cost, 0
+    for cut in range(1, len(lengths)):
+        saved = cut * (lengths[-1] - lengths[cut - 1])
+        if saved > best:
+            best, where = saved, cut
+    if not where:
+        return [(0, len(lengths))]
+    left, right = split_lengths(lengths[:where], cost), split_lengths(lengths[where:], cost)
+    return left + [(start + where, stop + where) for start, stop in right]
+
+
+def _has_rows(value: Any, size: int) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == size
