@@ -51,15 +51,13 @@ def model_card(plan: Plan, layout: Layout, outcomes: Mapping[str, Outcome]) -> s
             f"\n## Heads\n\nEach contributor's own head is kept under `{HEADS}/`; the root opens with the first. "
             f"Download the whole folder, then\n\n{listing}\n"
         )
-    notes = "".join(f"\n- {note}" for note in plan.notes)
+    notes = "\n## Notes\n\n" + "".join(f"- {note}\n" for note in plan.notes) if plan.notes else ""
     return f"""---
 {front}---
 
 # Merge of {len(plan.parents)} models by {plan.method.name}
 
-Made with merganser: {plan.method.summary} ({options}). `{
-        "provenance.json"
-    }` holds the recipe, the hash of every
+Made with merganser: {plan.method.summary} ({options}). `provenance.json` holds the recipe, the hash of every
 parent and of every tensor, and the method that was really used for each; `merganser verify` checks it and
 `merganser reproduce` repeats the merge byte for byte.
 
@@ -70,13 +68,7 @@ parent and of every tensor, and the method that was really used for each; `merga
 | treatment | tensors | why not the method |
 |---|---|---|
 {treatment}
-{heads}{
-        notes
-        and f'''
-## Notes
-{notes}
-'''
-    }
+{heads}{notes}
 The licences of the contributors apply to the result.
 """
 

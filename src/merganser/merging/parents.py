@@ -68,7 +68,7 @@ def open_base(recipe: Recipe, names: list[str], problems: list[UserError]) -> Pa
     checkpoint = _open(recipe.base, recipe, problems)
     if checkpoint is None:
         return None
-    return Parent(Contributor(model=recipe.base), checkpoint, None, align(names, checkpoint.tensors))
+    return Parent(Contributor.model_validate({"model": recipe.base}), checkpoint, None, align(names, checkpoint.tensors))
 
 
 def _open(reference: str, recipe: Recipe, problems: list[UserError]) -> Checkpoint | None:

@@ -103,9 +103,8 @@ class Plan:
         """Size of everything that is read: weights of contributors and base, and their statistics."""
         weights = sum(info.nbytes for p in self.parents for info in p.checkpoint.tensors.values())
         base = sum(info.nbytes for info in self.base.checkpoint.tensors.values()) if self.base else 0
-        uses_statistics = self.method.needs_statistics
-        files = [p.statistics.path.stat().st_size for p in self.parents if p.statistics and uses_statistics]
-        return weights + base + sum(files)
+        published = [p.statistics for p in self.parents if p.statistics and self.method.needs_statistics]
+        return weights + base + sum(info.nbytes for one in published for info in one.tensors.values())
 
     @property
     def peak_bytes(self) -> int:

@@ -23,10 +23,14 @@ from merganser.merging.recipe import Recipe, make_recipe
 
 FILE_NAME = "provenance.json"
 FORMAT = 1
+_LOADED = (".safetensors", ".bin", ".json", ".py")  # files that change what from_pretrained loads
 
 
 def make_provenance(plan: Plan, outcomes: Mapping[str, Outcome], folder: Path) -> dict[str, Any]:
-    """Everything that ``provenance.json`` says, with the hashes of all files that are in ``folder`` by now."""
+    """Everything that ``provenance.json`` says, with the hashes of all files that are in ``folder`` by now.
+
+    The card is left out: its owner is meant to edit it.
+    """
     return {
         "format": FORMAT,
         "recipe": plan.recipe.model_dump(mode="json"),
@@ -84,7 +88,7 @@ def check_files(folder: Path, provenance: Mapping[str, Any]) -> list[UserError]:
         if file not in present:
             problems.append(CheckpointError(f"{file} is missing", where=folder, mend="merge again"))
         elif file not in recorded:
-            if not file.endswith(".md") and not file.startswith("."):
+            if Path(file).suffix in _LOADED and not file.endswith("merge_statistics.safetensors"):
                 problems.append(
                     CheckpointError(f"{file} was added after the merge", where=folder, mend="remove it")
                 )
@@ -158,4 +162,5 @@ def _parent(parent: Parent, uses_statistics: bool) -> dict[str, Any]:
 
 def _files(folder: Path) -> list[str]:
     inside = (path for path in folder.rglob("*") if path.is_file())
-    return sorted(name for p in inside if (name := p.relative_to(folder).as_posix()) != FILE_NAME)
+    names = (path.relative_to(folder).as_posix() for path in inside)
+    return sorted(name for name in names if name not in (FILE_NAME, "README.md"))

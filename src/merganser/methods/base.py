@@ -113,7 +113,9 @@ class Method:
     needs_layers: ClassVar[bool] = False
     signed: ClassVar[bool] = False  # whether negative coefficients make sense
 
-    def __init__(self, options: Any = None) -> None:
+    options: Any  # an instance of the class's Options
+
+    def __init__(self, options: Options | None = None) -> None:
         self.options = self.Options() if options is None else options
 
     def units(self, facts: Sequence[Facts]) -> tuple[list[Unit], dict[str, str]]:

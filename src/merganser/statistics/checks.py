@@ -127,6 +127,19 @@ def is_semidefinite(matrix: Tensor, scale: float = 0.0) -> bool:
     return int(failed) == 0
 
 
+def naming_problems(
+    header: StatisticsHeader, tensors: Mapping[str, TensorInfo], checkpoint: Checkpoint
+) -> Iterator[str]:
+    """What headers alone show: tensors that the checkpoint lacks, statistics that fit no tensor's shape."""
+    absent = [name for name in header.tensor_sha256 if name not in checkpoint.tensors]
+    for name in absent[:MOST_NAMED]:
+        yield f"statistics of other weights: {checkpoint.name} has no tensor {name}"
+    if len(absent) > MOST_NAMED:
+        yield f"statistics of other weights: {len(absent) - MOST_NAMED} more tensors are absent"
+    if not absent:
+        yield from _misshapen(header, tensors, checkpoint)
+
+
 def binding_problems(
     header: StatisticsHeader, tensors: Mapping[str, TensorInfo], checkpoint: Checkpoint
 ) -> Iterator[str]:

@@ -30,7 +30,7 @@ from torch import Tensor
 from merganser.checkpoints import Checkpoint, TensorInfo, sha256_file
 from merganser.checkpoints.header import read_header, tensor_infos
 from merganser.errors import CheckpointError, StatisticsError, raise_all
-from merganser.statistics.checks import binding_problems, layout_problems, value_problems
+from merganser.statistics.checks import binding_problems, layout_problems, naming_problems, value_problems
 from merganser.tensors import unpack_upper
 
 FILE_NAME = "merge_statistics.safetensors"
@@ -197,6 +197,10 @@ class Statistics:
         """Whether the on-disk tensor ``parameter`` has Fisher information."""
         return f"fisher.{parameter}" in self.tensors
 
+    def has_count(self, module: str) -> bool:
+        """Whether the embedding ``module`` has token counts."""
+        return f"count.{module}" in self.tensors
+
     def validate(self) -> None:
         """Read everything: finite, positive semi-definite, no negative counts, means within the Grams.
 
@@ -215,6 +219,13 @@ class Statistics:
         if self.path is None:
             raise StatisticsError("statistics in memory have no file hash", mend="write them first")
         return sha256_file(self.path)
+
+    def check_names(self, checkpoint: Checkpoint) -> list[StatisticsError]:
+        """What headers alone show of statistics of other weights; no weight is read."""
+        return [
+            self._error(text, "give the statistics of these weights, or collect them again")
+            for text in naming_problems(self.header, self.tensors, checkpoint)
+        ]
 
     def check_binding(self, checkpoint: Checkpoint) -> list[StatisticsError]:
         """What shows that these are statistics of other weights: each tensor that differs, both hashes."""

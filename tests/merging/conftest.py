@@ -1,0 +1,61 @@
+"""A family of tiny fine-tunes with statistics, as a merge needs them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import VOCABULARY, make_model
+from merganser.checkpoints import open_checkpoint
+from merganser.statistics import FILE_NAME, collect_statistics, write_statistics
+
+
+def batches(seed: int, architecture: str, count: int = 6, size: int = 4) -> list[dict[str, torch.Tensor]]:
+    """Padded batches of random tokens; with labels where the model is a decoder."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for _ in range(count):
+        ids = torch.randint(3, VOCABULARY, (size, 9), generator=generator)
+        mask = torch.ones_like(ids)
+        for row, length in enumerate(torch.randint(4, 10, (size,), generator=generator).tolist()):
+            mask[row, length:] = 0
+        batch = {"input_ids": ids * mask, "attention_mask": mask}
+        if architecture == "t5":
+            labels = torch.randint(3, VOCABULARY, (size, 5), generator=generator)
+            labels[0, 3:] = -100
+            batch["labels"] = labels
+        found.append(batch)
+    return found
+
+
+@pytest.fixture
+def family(tmp_path: Path) -> Callable[..., tuple[Path, list[Path]]]:
+    """``family(architecture, n)`` → the base's folder and n fine-tunes of it, statistics in their folders."""
+
+    def make(
+        architecture: str = "bert", n: int = 2, *, statistics: bool = True, fisher: str | None = None, **config: Any
+    ) -> tuple[Path, list[Path]]:
+        base = make_model(architecture, 0, **config)
+        base.save_pretrained(tmp_path / "base")
+        folders = []
+        for number in range(n):
+            model = make_model(architecture, 0, **config)
+            generator = torch.Generator().manual_seed(100 + number)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+            folder = tmp_path / f"tuned-{number}"
+            model.save_pretrained(folder)
+            if statistics:
+                header, tensors = collect_statistics(
+                    model, open_checkpoint(folder), batches(number, architecture), fisher=fisher
+                )
+                write_statistics(folder / FILE_NAME, header, tensors)
+            folders.append(folder)
+        return tmp_path / "base", folders
+
+    return make
