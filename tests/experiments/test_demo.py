@@ -16,7 +16,9 @@ from merganser.experiments.demo import Settings, demo_table, find_base, run_demo
 from merganser.experiments.report import read_results
 from merganser.experiments.sentiment import Domain, Example
 
-SETTINGS = Settings(train=24, test=12, dev=2, epochs=1, learning_rate=1e-3, batch_size=8, statistics_texts=16)
+SETTINGS = Settings(
+    train=24, test=12, dev=2, epochs=1, learning_rate=1e-3, batch_size=8, statistics_texts=16, fisher_texts=8
+)
 TONES = [["bad", "not"], ["the", "was"], ["good", "very"]]
 METHODS = ["Simple", "Fisher", "RegMean", "ACTMat"]
 

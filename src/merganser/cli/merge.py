@@ -87,7 +87,8 @@ def merge_command(
     if dry_run:
         show_plan(plan, as_json)
         return
-    assert output is not None
+    if output is None:  # refused above
+        return
     carry_out(plan, output, overwrite=overwrite)
     treated = ", ".join(f"{count} {method}" for method, count in plan.counts.items())
     warn(f"{human_bytes(plan.bytes_written)} written; tensors: {treated}")

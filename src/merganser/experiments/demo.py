@@ -68,7 +68,8 @@ class Settings:
     Attributes:
         train, test, dev: texts a domain.
         epochs, learning_rate, batch_size, max_length: of the fine-tuning.
-        statistics_texts: training texts that a specialist's statistics are computed from.
+        statistics_texts: training texts that a specialist's Gram matrices and counts are computed from.
+        fisher_texts: training texts that its Fisher information, the costliest part, is computed from.
         seed: of the splits, of the head that all specialists start from, and of the training.
     """
 
@@ -80,11 +81,12 @@ class Settings:
     batch_size: int = 16
     max_length: int = 128
     statistics_texts: int = 1000
+    fisher_texts: int = 250
     seed: int = 1
 
 
 FULL = Settings()
-FAST = Settings(train=600, test=300, dev=0, epochs=2, statistics_texts=300)
+FAST = Settings(train=600, test=300, dev=0, epochs=2, statistics_texts=300, fisher_texts=100)
 
 
 @dataclass(frozen=True)
@@ -269,7 +271,7 @@ def _steps(job: _Job) -> list[Step]:
         )
     for name in job.domains:
         made = job.model(name) / STATISTICS
-        cost = 0.09 * min(job.settings.statistics_texts, job.settings.train)
+        cost = 0.006 * job.settings.statistics_texts + 0.09 * job.settings.fisher_texts
         steps.append(step(f"statistics {name}", cost, partial(_collect, job, name), made))
     steps.append(step("evaluate specialists", 0.018 * tests, partial(_evaluate_specialists, job)))
     for method in METHODS:
@@ -330,6 +332,7 @@ def _collect(job: _Job, name: str, advance: Advance) -> dict[str, Any]:
         job.model(name),
         job.data(name, "train"),
         fisher="expected",
+        fisher_examples=min(job.settings.fisher_texts, job.settings.statistics_texts, job.settings.train),
         limit=job.settings.statistics_texts,
         max_length=job.settings.max_length,
         overwrite=True,

@@ -73,7 +73,7 @@ def _lead(rows: Sequence[Row], number: str) -> str:
         said[-1] += f", {gain} the plain average of the weights ({show(simple.average)})"
     if simple and regmean and regmean is not best:
         gain = _compared(regmean.average, simple.average)
-        said.append(f"RegMean scores {show(regmean.average)}, {gain} it")
+        said.append(f"RegMean scores {show(regmean.average)}, {gain} that average")
     return ". ".join(said) + "."
 
 
@@ -137,7 +137,7 @@ def _making(domains: Sequence[Domain], settings: Mapping[str, Any]) -> Section:
         ),
         commands=(
             f"merganser collect models/{first} --data data/{first}/train.jsonl --fisher expected "
-            f"--limit {settings['statistics_texts']}",
+            f"--fisher-examples {settings['fisher_texts']} --limit {settings['statistics_texts']}",
             f"merganser merge {models} --method actmat --base models/base -o merged-again",
             f"merganser merge {models} --method regmean -o merged-again",
             f"merganser evaluate merged/regmean {tests}",

@@ -113,21 +113,17 @@ def _draw_row(axes: Axes, row: Row, y: int, columns: Mapping[str, str], wide: bo
         color=colour,
         fontweight=strong,
     )
-    name_at = {"xy": (0, y), "xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
-    if wide:
-        axes.annotate(
-            row.name,
-            **name_at,
-            xytext=(-8, 0),
-            ha="right",
-            va="center_baseline",
-            color=_INK,
-            fontweight=strong,
-        )
-    else:
-        axes.annotate(
-            row.name, **name_at, xytext=(0, 9), ha="left", va="baseline", color=_INK, fontweight=strong
-        )
+    axes.annotate(
+        row.name,
+        (0, y),
+        xycoords=("axes fraction", "data"),
+        xytext=(-8, 0) if wide else (0, 9),
+        textcoords="offset points",
+        ha="right" if wide else "left",
+        va="center_baseline" if wide else "baseline",
+        color=_INK,
+        fontweight=strong,
+    )
 
 
 def _finish(axes: Axes, rows: Sequence[Row], columns: Mapping[str, str], metric: str, wide: bool) -> None:

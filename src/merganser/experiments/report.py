@@ -140,7 +140,14 @@ def best_scores(rows: Sequence[Row], columns: Sequence[str]) -> dict[str, float]
 
 def results_table(rows: Sequence[Row], columns: Mapping[str, str], *, metric: str = "score") -> RichTable:
     """The result table for a terminal; the best method of each column is bold."""
-    table = RichTable(title=f"{metric}", box=box.SIMPLE_HEAD, title_justify="left", title_style="dim")
+    table = RichTable(
+        title=metric,
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+        title_style="dim",
+        show_edge=False,
+        pad_edge=False,
+    )
     table.add_column("model", no_wrap=True)
     for heading in (*columns.values(), "average"):
         table.add_column(heading, justify="right")

@@ -8,6 +8,7 @@ and everything after it, is done (again).
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -105,7 +106,7 @@ def run_steps(steps: Sequence[Step], journal: Journal, *, description: str) -> d
         raise UserError("two steps have one name", mend="give every step a name of its own")
     finished = _finished(steps, journal)
     journal.done = journal.done[:finished]
-    with progress.bar(round(sum(step.cost for step in steps[finished:])), description) as shown:
+    with progress.bar(math.ceil(sum(step.cost for step in steps[finished:])), description) as shown:
         shown.smoothing = 0  # the mean rate since the start: steps differ too much for a recent one
         shown.bar_format = "{desc} {percentage:3.0f}%|{bar}| {elapsed} so far, {remaining} to go"
         for step in steps[finished:]:

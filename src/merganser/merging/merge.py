@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -201,7 +201,8 @@ def reproduce(folder: str | Path, output: str | Path | None = None) -> list[str]
     recipe = provenance.recipe_of(found, folder)
     with tempfile.TemporaryDirectory(prefix="merganser-") as scratch:
         place = Path(output) if output is not None else Path(scratch) / "again"
-        merge(recipe, place)
+        plan = replace(prepare(recipe, place), choice=found.get("method_chosen_because"))
+        carry_out(plan, place)
         again = provenance.read_provenance(place)
     files = {**found["files"], **again["files"]}
     differing = sorted(f for f in files if found["files"].get(f) != again["files"].get(f))

@@ -1,20 +1,20 @@
-"""Accumulators of Gram matrices, of their means, and of token counts.
+"""Accumulators of Gram matrices and their means, and the threads that fill and multiply them.
 
 Real tokens are gathered into a buffer for each distinct input; when the buffers are full, all of them are
-multiplied at once, on as many threads as torch has, each product on one thread. So the sums have one order
-whatever the number of threads, small matrices cost no synchronisation, and each product has thousands of
-rows.
+multiplied at once. Forward passes of small batches, and products, are the units of work: each runs on one
+thread, as many at once as torch has threads. So sums have one order whatever the number of threads, small
+matrices cost no synchronisation, and each product has thousands of rows.
 
-torch has no symmetric rank-k update. NumPy has: ``x.T @ x`` of one array calls BLAS's ``ssyrk``, which
-computes one triangle only. Measured on Zen 4, one thread, as multiples of half the full product's
-arithmetic: ssyrk 95 GFLOP/s at widths 384–1536, recursive torch tiles 80, a full product 49
-    (``benchmarks/collect.py``).
+torch has no symmetric rank-k update. NumPy has: ``x.T @ x`` of one array calls BLAS's ``ssyrk``, which computes
+one triangle only. Measured on Zen 4, one thread, in terms of half the full product's arithmetic: ssyrk 95
+GFLOP/s at widths 384–1536, recursive torch tiles 80, a full product 49.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import numpy as np
 import torch
@@ -46,29 +46,23 @@ class Gram:
         self._buffer = torch.empty(capacity, width) if capacity and on_cpu else None
         self._filled = 0
 
-    def room(self) -> int:
-        """Rows that still fit into the buffer."""
-        return 0 if self._buffer is None else self._buffer.shape[0] - self._filled
+    @property
+    def capacity(self) -> int:
+        """Rows of the buffer; 0 where there is none."""
+        return 0 if self._buffer is None else self._buffer.shape[0]
 
-    def add(self, rows: Tensor, index: Tensor | None) -> list[Task]:
-        """Add ``rows`` (n, d), or those of ``index``; products that cannot wait are returned as tasks."""
-        count = rows.shape[0] if index is None else index.shape[0]
-        self.rows += count
-        if self._buffer is None or count > self._buffer.shape[0]:
-            chosen = rows if index is None else rows.index_select(0, index)
-            return self._products(chosen.to(torch.float32))
-        tasks = self.flush() if count > self.room() else []
-        for task in tasks:  # the buffer is about to be overwritten
-            task()
-        place = self._buffer[self._filled : self._filled + count]
-        if index is None:
-            place.copy_(rows)
-        elif rows.dtype == torch.float32:
-            torch.index_select(rows, 0, index, out=place)
-        else:
-            place.copy_(rows.index_select(0, index))
-        self._filled += count
-        return []
+    def fits(self, rows: int) -> bool:
+        """Whether so many rows still fit into the buffer, or never will."""
+        return rows > self.capacity or self._filled + rows <= self.capacity
+
+    def reserve(self, rows: int) -> Tensor | None:
+        """A place (rows, d) in the buffer, to be filled before the next :meth:`flush`; None if they never fit."""
+        if self._buffer is None or not 0 < rows <= self.capacity:
+            return None
+        place = self._buffer[self._filled : self._filled + rows]
+        self._filled += rows
+        self.rows += rows
+        return place
 
     def flush(self) -> list[Task]:
         """The products of what the buffer holds, as independent tasks; it counts as empty afterwards."""
@@ -77,6 +71,11 @@ class Gram:
         block = self._buffer[: self._filled]
         self._filled = 0
         return self._products(block)
+
+    def add(self, block: Tensor) -> list[Task]:
+        """The products of rows (n, d) that are in no buffer, as independent tasks."""
+        self.rows += block.shape[0]
+        return self._products(block.to(torch.float32))
 
     def mean_product(self) -> Tensor:
         """(d, d): the mean of x xᵀ; only its upper triangle is meaningful. The accumulator is used up."""
@@ -110,20 +109,47 @@ def _product(x: np.ndarray, total: np.ndarray, sums: np.ndarray, i: int, j: int)
     return run
 
 
+def fill(place: Tensor, rows: Tensor, index: Tensor | None) -> None:
+    """Copy ``rows`` (n, d), or those of ``index``, to a place that was reserved for them."""
+    if index is None:
+        place.copy_(rows)
+    elif rows.dtype == torch.float32:
+        torch.index_select(rows, 0, index, out=place)
+    else:
+        place.copy_(rows.index_select(0, index))
+
+
 class Workers:
-    """Threads that run tasks, each with a BLAS of one thread. A context manager."""
+    """Threads that run tasks, each with torch and BLAS on one thread. A context manager."""
 
     def __init__(self, threads: int) -> None:
-        self._pool = ThreadPoolExecutor(max_workers=max(1, threads), thread_name_prefix="gram")
+        threads = max(1, threads)
+        self._threads = torch.get_num_threads()
+        self._pool = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="merganser")
         self._blas = ThreadpoolController()
+        started = threading.Barrier(threads)
+
+        def start() -> None:
+            torch.set_num_threads(1)  # for this thread; new threads elsewhere take it over too, so:
+            started.wait()
+
+        self.run([start] * threads)
+        torch.set_num_threads(self._threads)
 
     def run(self, tasks: Sequence[Task]) -> None:
-        """Run all tasks and wait for them."""
+        """Run all tasks and wait for them; after an error, for those that have begun."""
         if not tasks:
             return
         with self._blas.limit(limits=1, user_api="blas"):
-            for future in [self._pool.submit(task) for task in tasks]:
-                future.result()
+            futures = [self._pool.submit(task) for task in tasks]
+            try:
+                for future in futures:
+                    future.result()
+            except BaseException:
+                for future in futures:
+                    future.cancel()
+                wait(futures)
+                raise
 
     def __enter__(self) -> Workers:
         return self

@@ -33,6 +33,19 @@ Identity = tuple[int, tuple[int, ...], tuple[int, ...], int]
 
 
 @dataclass(frozen=True)
+class Call:
+    """One call of a layer in each forward pass.
+
+    Attributes:
+        kind: whose rows it holds.
+        factor: rows a token (or example); 1, but for inputs that are split up by heads and the like.
+    """
+
+    kind: RowKind
+    factor: int
+
+
+@dataclass(frozen=True)
 class Wiring:
     """What the probe found.
 
@@ -41,19 +54,13 @@ class Wiring:
             count.
         leaders: for each linear layer, the first layer that sees the same input (itself, if it is the first).
         widths: of each leader's input.
-        calls: how many calls of layers that matter one forward pass has.
         notes: what was left out or assumed.
     """
 
-    kinds: dict[str, tuple[RowKind | None, ...]]
+    calls: dict[str, tuple[Call | None, ...]]
     leaders: dict[str, str]
     widths: dict[str, int]
-    calls: int
     notes: tuple[str, ...]
-
-
-class _Enough(Exception):
-    """Everything needed of this forward pass has been seen."""
 
 
 def probe(batch: dict[str, Any], model: nn.Module) -> dict[str, Any]:
@@ -124,107 +131,6 @@ def _choose(
         return tuple(found)
     notes.append(f"{name}: sees no tokens; every row of its inputs was counted")
     return tuple("all" for _ in found)
-
-
-class Observer:
-    """Accumulates the inputs of a model's layers while the model runs. A context manager that owns the hooks.
-
-    Args:
-        model: in eval mode.
-        layers: as :func:`discover` was given.
-        wiring: what it found.
-        workers: run the products.
-        device: of the model's inputs.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        layers: Sequence[Layer],
-        wiring: Wiring,
-        workers: Workers,
-        device: torch.device,
-    ) -> None:
-        self._model, self._wiring, self._workers = model, wiring, workers
-        capacity = buffer_rows(wiring.widths.values())
-        self.grams = {name: Gram(width, capacity, device) for name, width in wiring.widths.items()}
-        self.counts = {
-            layer.module: torch.zeros(_vocabulary(model, layer.module), dtype=torch.int64, device=device)
-            for layer in layers
-            if layer.kind == "embedding" and layer.module in wiring.kinds
-        }
-        self._masks: BatchMasks | None = None
-        self._calls: dict[str, int] = {}
-        self._inputs: dict[tuple[str, int], Identity] = {}
-        self._seen = 0
-
-    def run(self, batch: dict[str, Any], masks: BatchMasks) -> None:
-        """Run the model up to the last layer that matters, and count this batch.
-
-        Raises:
-            StatisticsError: the layers are not called as they were in the probe.
-        """
-        room = [gram.room() for gram in self.grams.values()]
-        if any(0 < free < masks.most_rows for free in room):
-            self.flush()
-        self._masks, self._calls, self._inputs, self._seen = masks, {}, {}, 0
-        try:
-            with _hooks(self._model, list(self._wiring.kinds), self._see):
-                self._model(**batch)
-        except _Enough:
-            pass
-        finally:
-            self._masks = None
-        if self._seen != self._wiring.calls:
-            fewer = next(n for n, k in self._wiring.kinds.items() if self._calls.get(n, 0) != len(k))
-            raise _changed(fewer, "it was called less often")
-
-    def flush(self) -> None:
-        """Multiply what the buffers hold, the largest matrices first so that threads end together."""
-        grams = sorted(self.grams.values(), key=lambda gram: -gram.width)
-        self._workers.run([task for gram in grams for task in gram.flush()])
-
-    def _see(self, name: str, x: Tensor) -> None:
-        masks, call = self._masks, self._calls.get(name, 0)
-        kinds = self._wiring.kinds[name]
-        if masks is None or call >= len(kinds):
-            raise _changed(name, "it was called more often")
-        self._calls[name] = call + 1
-        self._seen += 1
-        kind = kinds[call]
-        if kind is not None:
-            try:
-                self._workers.run(self._count(name, call, x, kind, masks))
-            except ValueError as error:
-                raise _changed(name, f"its input of {error}") from None
-        if self._seen == self._wiring.calls:
-            raise _Enough
-
-    def _count(self, name: str, call: int, x: Tensor, kind: RowKind, masks: BatchMasks) -> list[Task]:
-        if name in self.counts:
-            count = self.counts[name]
-            count += torch.bincount(token_ids(x, kind, masks), minlength=count.numel())
-            return []
-        leader = self._wiring.leaders[name]
-        number = sum(k is not None for k in self._wiring.kinds[name][:call])  # among the calls that count
-        if leader == name:
-            self._inputs[name, number] = _identity(x)
-            return self.grams[name].add(*token_rows(x, kind, masks))
-        if self._inputs.get((leader, number)) != _identity(x):
-            raise _changed(name, f"it no longer sees the same input as {leader}")
-        return []
-
-
-def _changed(name: str, how: str) -> StatisticsError:
-    return StatisticsError(
-        f"layer {name} does not behave as in the first batch: {how}",
-        mend="models whose structure depends on the data cannot be observed; merge them with a method "
-        "that needs no Gram matrices",
-    )
-
-
-def _vocabulary(model: nn.Module, embedding: str) -> int:
-    return int(model.get_parameter(f"{embedding}.weight").shape[0])
 
 
 def _identity(x: Tensor) -> Identity:

@@ -170,7 +170,7 @@ def fine_tune(
     return output
 
 
-class _Steps(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
+class _Steps(TrainerCallback):
     """Tell the steps to a function."""
 
     def __init__(self, on_step: OnStep) -> None:
