@@ -37,8 +37,8 @@ from transformers.pytorch_utils import Conv1D
 from merganser.checkpoints import open_checkpoint
 from merganser.checkpoints.layers import layers_of
 from merganser.statistics.gram import Workers
-from merganser.statistics.inputs import Observer, discover
-from merganser.statistics.masks import batch_masks
+from merganser.statistics.inputs import discover
+from merganser.statistics.observer import Observer
 from merganser.statistics.pieces import by_length
 
 Batch = dict[str, Tensor]
@@ -118,9 +118,9 @@ def ours(
     wiring = discover(model, layers, batches[0])
     observer = Observer(model, layers, wiring, workers, torch.device("cpu"))
     for batch in batches:
-        for piece in by_length(batch, model) if split else [batch]:
-            observer.run(piece, batch_masks(piece, model))
-    observer.flush()
+        for piece in by_length(batch, model, observer.most_tokens) if split else [batch]:
+            observer.add(piece)
+    observer.finish()
     return {name: gram.mean_product() for name, gram in observer.grams.items()}, wiring.leaders
 
 

@@ -16,8 +16,9 @@ from conftest import ARCHITECTURES, make_model
 from merganser.checkpoints import open_checkpoint
 from merganser.errors import DataError, StatisticsError
 from merganser.statistics import Statistics, collect_statistics, write_statistics
-from merganser.statistics.inputs import Observer, discover
+from merganser.statistics.inputs import discover
 from merganser.statistics.masks import batch_masks
+from merganser.statistics.observer import Observer
 from merganser.tensors import unpack_upper
 from statistics_examples import Example, alone, batched, collate, make_examples
 
@@ -27,9 +28,11 @@ BUCKETS = 16  # rows of the tiny DeBERTa's relative embeddings; no example has t
 @pytest.fixture
 def model_and_checkpoint(tmp_path: Path):  # type: ignore[no-untyped-def]
     def make(architecture: str = "bert", model_class: Any = None, **config: Any) -> tuple[Any, Any]:
-        model = make_model(architecture, **config) if model_class is None else model_class(
-            ARCHITECTURES[architecture][0](**config)
-        ).eval()
+        model = (
+            make_model(architecture, **config)
+            if model_class is None
+            else model_class(ARCHITECTURES[architecture][0](**config)).eval()
+        )
         model.save_pretrained(tmp_path / "model")
         return model, open_checkpoint(tmp_path / "model")
 
@@ -44,7 +47,9 @@ def captured(model: nn.Module, examples: list[Example]) -> dict[str, list[Tensor
     for name, module in model.named_modules():
         if isinstance(module, kinds):
             handles.append(
-                module.register_forward_pre_hook(lambda _, args, name=name: found[name].append(args[0].clone()))
+                module.register_forward_pre_hook(
+                    lambda _, args, name=name: found[name].append(args[0].clone())
+                )
             )
     with torch.no_grad():
         for example in examples:
@@ -60,7 +65,9 @@ def expected_rows(inputs: list[Tensor]) -> Tensor:
     return torch.cat([x.reshape(-1, x.shape[-1]) for x in tokens]).double()
 
 
-def check(header: Any, tensors: dict[str, Tensor], inputs: dict[str, list[Tensor]], vocabulary: dict[str, int]) -> None:
+def check(
+    header: Any, tensors: dict[str, Tensor], inputs: dict[str, list[Tensor]], vocabulary: dict[str, int]
+) -> None:
     """Each layer's statistics equal the captured inputs'; layers with equal inputs share."""
     seen = set()
     for layer in header.layers:
@@ -111,7 +118,9 @@ def test_grams_and_counts_equal_inputs_without_padding(model_and_checkpoint, arc
         ("roberta", transformers.RobertaForSequenceClassification, {"num_labels": 1}),
     ],
 )
-def test_other_heads(model_and_checkpoint, architecture: str, model_class: Any, config: dict[str, Any]) -> None:
+def test_other_heads(
+    model_and_checkpoint, architecture: str, model_class: Any, config: dict[str, Any]
+) -> None:
     model, checkpoint = model_and_checkpoint(architecture, model_class, **config)
     model.config.is_encoder_decoder = False
     examples = make_examples(model)
@@ -265,7 +274,9 @@ def test_hooks_go_when_a_batch_fails(model_and_checkpoint) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["bert", "gpt2"])
-def test_the_same_bytes_on_any_number_of_threads(model_and_checkpoint, tmp_path: Path, architecture: str) -> None:
+def test_the_same_bytes_on_any_number_of_threads(
+    model_and_checkpoint, tmp_path: Path, architecture: str
+) -> None:
     model, checkpoint = model_and_checkpoint(architecture)
     hashes = set()
     before = torch.get_num_threads()
@@ -300,7 +311,9 @@ def test_activations_that_are_not_finite_name_the_layer(tmp_path: Path) -> None:
     with torch.no_grad():
         model.bert.encoder.layer[1].attention.output.LayerNorm.weight[3] = float("inf")
     model.save_pretrained(tmp_path)
-    with pytest.raises(StatisticsError, match=r"inputs of layer bert\.encoder\.layer\.1\.intermediate\.dense"):
+    with pytest.raises(
+        StatisticsError, match=r"inputs of layer bert\.encoder\.layer\.1\.intermediate\.dense"
+    ):
         collect_statistics(model, open_checkpoint(tmp_path), batched(model, make_examples(model), 4))
 
 
@@ -342,8 +355,8 @@ def observe(kind: str) -> tuple[Toy, Any, Observer]:
     with torch.no_grad(), Workers(1) as workers:
         wiring = discover(model, toy_layers(), batch)
         observer = Observer(model, toy_layers(), wiring, workers, torch.device("cpu"))
-        observer.run(batch, batch_masks(batch, model))
-        observer.flush()
+        observer.add(batch)
+        observer.finish()
     return model, wiring, observer
 
 
@@ -386,7 +399,13 @@ def test_large_widths_and_batches_use_tiles_and_no_buffer(monkeypatch: pytest.Mo
         with gram.Workers(2) as workers:
             total = gram.Gram(8, capacity, torch.device("cpu"))
             for part in x.split([5, 30, 6, 9]):
-                workers.run(total.add(torch.cat([part, part]), torch.arange(len(part))))
+                if not total.fits(len(part)):
+                    workers.run(total.flush())
+                place = total.reserve(len(part))
+                if place is None:
+                    workers.run(total.add(part))
+                else:
+                    gram.fill(place, torch.cat([part, part]), torch.arange(len(part)))
             workers.run(total.flush())
         assert total.rows == 50
         assert torch.allclose(total.mean(), x.mean(0), atol=1e-6)

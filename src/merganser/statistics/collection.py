@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextvars
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -20,8 +19,9 @@ from merganser.progress import bar
 from merganser.statistics.fisher import FisherCollector
 from merganser.statistics.format import FisherKind, LayerStatistics, StatisticsHeader
 from merganser.statistics.gram import Workers
-from merganser.statistics.inputs import Observer, Wiring, discover
+from merganser.statistics.inputs import Wiring, discover
 from merganser.statistics.masks import batch_masks, describe_masking
+from merganser.statistics.observer import Observer
 from merganser.statistics.pieces import by_length
 from merganser.statistics.scores import Problem
 from merganser.tensors import pack_upper
@@ -91,9 +91,8 @@ def collect_statistics(
         for batch in chain([first], (_moved(batch, device) for batch in stream)):
             masks = batch_masks(batch, model)
             if observer is not None:
-                for piece in by_length(batch, model):
-                    # a context of its own: the run is cut short, and leaves nothing in context variables
-                    contextvars.copy_context().run(observer.run, piece, batch_masks(piece, model))
+                for piece in by_length(batch, model, observer.most_tokens):
+                    observer.add(piece)
             if information is not None:
                 left = None if fisher_examples is None else fisher_examples - information.examples
                 if left is None or left > 0:
@@ -106,7 +105,7 @@ def collect_statistics(
         tensors: dict[str, Tensor] = {}
         entries: list[LayerStatistics] = []
         if observer is not None and wiring is not None:
-            observer.flush()
+            observer.finish()
             entries = _layer_entries(layers, observer, wiring)
             tensors.update(_gram_tensors(observer))
             tensors.update(
@@ -146,7 +145,7 @@ def library_versions() -> dict[str, str]:
 def _layer_entries(layers: list[Layer], observer: Observer, wiring: Wiring) -> list[LayerStatistics]:
     entries = []
     for layer in layers:
-        if layer.module not in wiring.kinds:
+        if layer.module not in wiring.calls:
             continue
         leader = wiring.leaders.get(layer.module)
         rows = int(observer.counts[layer.module].sum()) if leader is None else observer.grams[leader].rows

@@ -1,13 +1,13 @@
-"""Which layers see which inputs, learnt from one small forward pass, and the hooks that then gather them.
+"""Which layers see which inputs, learnt from one small forward pass.
 
 Layers that see the same tensor (query, key and value; key and value of every cross-attention) share one Gram
-matrix. The probe is a batch whose sizes differ from one another, so that shapes tell whose rows an input
-holds; the answer is kept per call, and later batches may have any sizes.
+matrix. The probe is a batch whose sizes differ from one another, so that shapes tell whose rows an input holds;
+the answer is kept per call, and later batches may have any sizes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,19 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from merganser.checkpoints.layers import Layer
-from merganser.errors import StatisticsError
-from merganser.statistics.gram import Gram, Task, Workers, buffer_rows
-from merganser.statistics.masks import (
-    BatchMasks,
-    RowKind,
-    batch_masks,
-    decoder_length,
-    kind_of_rows,
-    token_ids,
-    token_rows,
-)
+from merganser.statistics.masks import BatchMasks, RowKind, batch_masks, decoder_length, kind_of_rows
 from merganser.statistics.pieces import take_rows
 
+#: Address, shape, strides and version: equal while alive means one tensor, not changed in place in between.
 Identity = tuple[int, tuple[int, ...], tuple[int, ...], int]
 
 
@@ -38,11 +29,18 @@ class Call:
 
     Attributes:
         kind: whose rows it holds.
-        factor: rows a token (or example); 1, but for inputs that are split up by heads and the like.
+        factor: rows a token (or example): 1, but for inputs that are cut up by heads and the like.
     """
 
     kind: RowKind
-    factor: int
+    factor: int = 1
+
+    def rows(self, masks: BatchMasks) -> int:
+        """How many rows of a batch count; 0 where the masks do not tell."""
+        side = masks.side(self.kind)
+        if side is not None:
+            return side.rows * self.factor
+        return masks.examples if self.kind == "examples" else 0
 
 
 @dataclass(frozen=True)
@@ -50,8 +48,7 @@ class Wiring:
     """What the probe found.
 
     Attributes:
-        kinds: for each layer's module, whose rows each of its calls holds; None for a call that does not
-            count.
+        calls: of each layer that matters, by module; None for a call that does not count.
         leaders: for each linear layer, the first layer that sees the same input (itself, if it is the first).
         widths: of each leader's input.
         notes: what was left out or assumed.
@@ -61,6 +58,15 @@ class Wiring:
     leaders: dict[str, str]
     widths: dict[str, int]
     notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """An input that the probe saw; the reference keeps it alive, so that no other tensor takes its address."""
+
+    tensor: Tensor
+    call: Call | None
+    identity: Identity
 
 
 def probe(batch: dict[str, Any], model: nn.Module) -> dict[str, Any]:
@@ -75,12 +81,6 @@ def probe(batch: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     return take_rows(batch, masks.examples, rows)
 
 
-def _reshaped(key: str, value: Any, length: int) -> Any:
-    if not isinstance(value, Tensor) or not (key.startswith("decoder_") or key == "labels"):
-        return value
-    return value[:, :-1] if length > 1 else torch.cat([value, value], 1)
-
-
 def discover(model: nn.Module, layers: Sequence[Layer], batch: dict[str, Any]) -> Wiring:
     """Run the probe of ``batch`` and find whose rows, and which same inputs, the layers see.
 
@@ -89,57 +89,40 @@ def discover(model: nn.Module, layers: Sequence[Layer], batch: dict[str, Any]) -
     """
     batch = probe(batch, model)
     masks = batch_masks(batch, model)
-    seen: dict[str, list[tuple[Tensor, RowKind | None, Identity]]] = {}  # in the order of the first calls
+    seen: dict[str, list[_Seen]] = {}  # in the order of the first calls
     embeddings = {layer.module for layer in layers if layer.kind == "embedding"}
 
     def look(name: str, x: Tensor) -> None:
-        # the references keep the tensors alive: equal addresses then mean one tensor
         kind = kind_of_rows(x, masks, ids=name in embeddings)
-        seen.setdefault(name, []).append((x, kind, _identity(x)))
+        seen.setdefault(name, []).append(_Seen(x, _call(x, kind, masks), identity_of(x)))
 
-    with _hooks(model, [layer.module for layer in layers], look):
+    with input_hooks(model, [layer.module for layer in layers], look):
         model(**batch)
-    kinds: dict[str, tuple[RowKind | None, ...]] = {}
+    absent = [layer.module for layer in layers if layer.module not in seen]
+    notes = [f"{name}: not called by the model; no statistics" for name in absent]
+    calls: dict[str, tuple[Call | None, ...]] = {}
     leaders: dict[str, str] = {}
     widths: dict[str, int] = {}
     by_inputs: dict[tuple[Any, ...], str] = {}
-    notes = [
-        f"{layer.module}: not called by the model; no statistics"
-        for layer in layers
-        if layer.module not in seen
-    ]
-    for name, calls in seen.items():
-        chosen = _choose(name, [kind for _, kind, _ in calls], name in embeddings, notes)
+    for name, found in seen.items():
+        chosen = _choose(name, [s.call for s in found], name in embeddings, notes)
         if not any(chosen):
             continue
-        kinds[name] = chosen
+        calls[name] = chosen
         if name not in embeddings:
-            used = tuple((i, k) for (_, _, i), k in zip(calls, chosen, strict=True) if k)
+            used = tuple((s.identity, call) for s, call in zip(found, chosen, strict=True) if call)
             leaders[name] = by_inputs.setdefault(used, name)
-            widths.setdefault(leaders[name], calls[0][0].shape[-1])
-    total = sum(len(chosen) for chosen in kinds.values())
-    return Wiring(kinds, leaders, widths, total, tuple(notes))
+            widths.setdefault(leaders[name], found[0].tensor.shape[-1])
+    return Wiring(calls, leaders, widths, tuple(notes))
 
 
-def _choose(
-    name: str, found: list[RowKind | None], ids: bool, notes: list[str]
-) -> tuple[RowKind | None, ...]:
-    if any(found) or ids:
-        if not all(found):
-            what = "ids that are not one a token" if ids else "inputs that are not tokens"
-            notes.append(f"{name}: {what} were left out" + ("" if any(found) else "; no statistics"))
-        return tuple(found)
-    notes.append(f"{name}: sees no tokens; every row of its inputs was counted")
-    return tuple("all" for _ in found)
-
-
-def _identity(x: Tensor) -> Identity:
-    version = 0 if x.is_inference() else x._version
-    return x.data_ptr(), tuple(x.shape), x.stride(), version
+def identity_of(x: Tensor) -> Identity:
+    """What tells a tensor from others that are alive."""
+    return x.data_ptr(), tuple(x.shape), x.stride(), 0 if x.is_inference() else x._version
 
 
 @contextmanager
-def _hooks(model: nn.Module, names: Sequence[str], see: Any) -> Iterator[None]:
+def input_hooks(model: nn.Module, names: Sequence[str], see: Callable[[str, Tensor], None]) -> Iterator[None]:
     """Call ``see(name, input)`` before each call of the named modules, while the context lasts."""
 
     def hook_for(name: str) -> Any:
@@ -151,10 +134,33 @@ def _hooks(model: nn.Module, names: Sequence[str], see: Any) -> Iterator[None]:
     handles = []
     try:
         for name in names:
-            handles.append(
-                model.get_submodule(name).register_forward_pre_hook(hook_for(name), with_kwargs=True)
-            )
+            module = model.get_submodule(name)
+            handles.append(module.register_forward_pre_hook(hook_for(name), with_kwargs=True))
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _call(x: Tensor, kind: RowKind | None, masks: BatchMasks) -> Call | None:
+    if kind is None:
+        return None
+    side = masks.side(kind)
+    rows = x.numel() // x.shape[-1]
+    return Call(kind, max(1, rows // side.mask.numel()) if side is not None else 1)
+
+
+def _choose(name: str, found: list[Call | None], ids: bool, notes: list[str]) -> tuple[Call | None, ...]:
+    if any(found) or ids:
+        if not all(found):
+            what = "ids that are not one a token" if ids else "inputs that are not tokens"
+            notes.append(f"{name}: {what} were left out" + ("" if any(found) else "; no statistics"))
+        return tuple(found)
+    notes.append(f"{name}: sees no tokens; every row of its inputs was counted")
+    return tuple(Call("all") for _ in found)
+
+
+def _reshaped(key: str, value: Any, length: int) -> Any:
+    if not isinstance(value, Tensor) or not (key.startswith("decoder_") or key == "labels"):
+        return value
+    return value[:, :-1] if length > 1 else torch.cat([value, value], 1)

@@ -36,10 +36,15 @@ def trimmed(batch: Batch, model: nn.Module) -> Batch:
     return {key: narrow(key, value) for key, value in batch.items()}
 
 
-def by_length(batch: Batch, model: nn.Module) -> list[Batch]:
+def by_length(batch: Batch, model: nn.Module, most_tokens: int | None = None) -> list[Batch]:
     """A batch in pieces of similar length, where that saves more padding than the extra passes cost.
 
     Batches that hold anything but one row of at most two dimensions an example stay whole.
+
+    Args:
+        batch: ready for ``model(**batch)``.
+        model: told from its configuration whether it has a decoder.
+        most_tokens: padded tokens of a piece, unless one example has more.
     """
     mask = batch_masks(batch, model).tokens.mask
     size, width = mask.shape
@@ -47,10 +52,20 @@ def by_length(batch: Batch, model: nn.Module) -> list[Batch]:
     if size < 2 or mask.is_cuda or not all(_has_rows(value, size) and value.ndim <= 2 for value in tensors):
         return [batch]
     lengths, order = (mask.cumsum(1).argmax(1) + 1).sort(stable=True)  # up to the last real token
-    groups = split_lengths(lengths.tolist(), PIECE_COST)
-    if len(groups) == 1 and int(lengths[-1]) == width:
+    ascending = lengths.tolist()
+    groups = split_lengths(ascending, PIECE_COST)
+    if most_tokens is not None:
+        groups = [part for start, stop in groups for part in _halved(start, stop, ascending, most_tokens)]
+    if len(groups) == 1 and ascending[-1] == width:
         return [batch]
     return [trimmed(take_rows(batch, size, order[start:stop]), model) for start, stop in groups]
+
+
+def _halved(start: int, stop: int, lengths: list[int], most: int) -> list[tuple[int, int]]:
+    if stop - start < 2 or (stop - start) * lengths[stop - 1] <= most:
+        return [(start, stop)]
+    middle = (start + stop) // 2
+    return _halved(start, middle, lengths, most) + _halved(middle, stop, lengths, most)
 
 
 def split_lengths(lengths: list[int], cost: int) -> list[tuple[int, int]]:

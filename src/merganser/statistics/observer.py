@@ -1,0 +1,201 @@
+"""Running a model over batches while hooks gather its layers' inputs into accumulators."""
+
+from __future__ import annotations
+
+import contextvars
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from merganser.checkpoints.layers import Layer
+from merganser.errors import StatisticsError
+from merganser.statistics.gram import Gram, Workers, buffer_rows, fill
+from merganser.statistics.inputs import Identity, Wiring, identity_of, input_hooks
+from merganser.statistics.masks import BatchMasks, batch_masks, token_ids, token_rows
+
+PIECES = 8  # forward passes that fill the buffers once, at least: enough for as many threads
+
+
+class _Enough(Exception):
+    """Everything needed of this forward pass has been seen."""
+
+
+@dataclass
+class _Pass:
+    """One forward pass: its batch, the places reserved for its rows, and what has been seen of it.
+
+    Attributes:
+        places: by leader and number of the call (of those that count).
+        loose: rows without a place, by leader, in the order of the calls.
+    """
+
+    batch: dict[str, Any]
+    masks: BatchMasks
+    places: dict[tuple[str, int], Tensor | None]
+    loose: list[tuple[str, Tensor]] = field(default_factory=list)
+    inputs: dict[tuple[str, int], Identity] = field(default_factory=dict)
+    calls: dict[str, int] = field(default_factory=dict)
+    seen: int = 0
+
+
+class Observer:
+    """Accumulates the inputs of a model's layers.
+
+    Places in the buffers are reserved in the order in which batches come, so that it does not matter which
+    thread fills them when. Models too wide for buffers, and models on another device than the CPU, are run one
+    batch after the other, with the threads inside torch.
+
+    Args:
+        model: in eval mode.
+        layers: as :func:`~merganser.statistics.inputs.discover` was given.
+        wiring: what it found.
+        workers: run forward passes and products.
+        device: of the model's inputs.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[Layer],
+        wiring: Wiring,
+        workers: Workers,
+        device: torch.device,
+    ) -> None:
+        self._model, self._wiring, self._workers = model, wiring, workers
+        self._expected = sum(len(calls) for calls in wiring.calls.values())
+        self._capacity = buffer_rows(wiring.widths.values()) if device.type == "cpu" else 0
+        self.grams = {name: Gram(width, self._capacity, device) for name, width in wiring.widths.items()}
+        self.counts = {
+            layer.module: torch.zeros(_vocabulary(model, layer.module), dtype=torch.int64, device=device)
+            for layer in layers
+            if layer.kind == "embedding" and layer.module in wiring.calls
+        }
+        self._waiting: list[_Pass] = []
+        self._now = threading.local()
+        self._lock = threading.Lock()
+
+    @property
+    def most_tokens(self) -> int | None:
+        """Padded tokens that one batch had better not exceed; None: any number will do."""
+        return self._capacity // PIECES if self._capacity else None
+
+    def add(self, batch: dict[str, Any]) -> None:
+        """Count a batch, now or when there is enough to do for all threads.
+
+        Raises:
+            StatisticsError: the layers are not called as they were in the probe.
+        """
+        masks = batch_masks(batch, self._model)
+        calls = [
+            (name, number, call.rows(masks))
+            for name in self.grams
+            for number, call in enumerate(c for c in self._wiring.calls[name] if c is not None)
+        ]
+        rows = dict.fromkeys(self.grams, 0)
+        for name, _, count in calls:
+            rows[name] += count
+        if not all(self.grams[name].fits(count) for name, count in rows.items()):
+            self.finish()
+        places = {
+            (name, number): self.grams[name].reserve(count) if rows[name] <= self._capacity else None
+            for name, number, count in calls
+        }
+        self._waiting.append(_Pass(batch, masks, places))
+        if not self._capacity:
+            self.finish()
+
+    def finish(self) -> None:
+        """Run what waits, and multiply what the buffers hold; the largest first, so that threads end together."""
+        waiting, self._waiting = self._waiting, []
+        with input_hooks(self._model, list(self._wiring.calls), self._see):
+            if self._capacity:
+                ordered = sorted(waiting, key=lambda one: -one.masks.tokens.mask.numel())
+                self._workers.run([partial(self._run, one) for one in ordered])
+            else:
+                for one in waiting:
+                    self._run(one)
+        grams = sorted(self.grams.values(), key=lambda gram: -gram.width)
+        self._workers.run([task for gram in grams for task in gram.flush()])
+        for one in waiting:
+            for name, block in one.loose:
+                self._workers.run(self.grams[name].add(block))
+
+    def _run(self, one: _Pass) -> None:
+        self._now.one = one
+        try:
+            # context variables of its own: a pass that is cut short leaves nothing behind in them
+            contextvars.copy_context().run(self._forward, one.batch)
+        except _Enough:
+            pass
+        finally:
+            self._now.one = None
+        if one.seen != self._expected:
+            calls = self._wiring.calls.items()
+            raise _changed(
+                next(n for n, c in calls if one.calls.get(n, 0) != len(c)), "it is called less often"
+            )
+
+    def _forward(self, batch: dict[str, Any]) -> None:
+        with torch.no_grad():  # each thread has its own
+            self._model(**batch)
+
+    def _see(self, name: str, x: Tensor) -> None:
+        one: _Pass = self._now.one
+        expected, number = self._wiring.calls[name], one.calls.get(name, 0)
+        if number >= len(expected):
+            raise _changed(name, "it is called more often")
+        one.calls[name] = number + 1
+        one.seen += 1
+        if expected[number] is not None:
+            try:
+                self._count(name, number, x, one)
+            except ValueError as error:
+                raise _changed(name, f"its input of {error}") from None
+        if one.seen == self._expected:
+            raise _Enough
+
+    def _count(self, name: str, number: int, x: Tensor, one: _Pass) -> None:
+        calls = self._wiring.calls[name]
+        call = calls[number]
+        if call is None:
+            return
+        if name in self.counts:
+            total = self.counts[name]
+            found = torch.bincount(token_ids(x, call.kind, one.masks), minlength=total.numel())
+            with self._lock:
+                total += found
+            return
+        leader = self._wiring.leaders[name]
+        number = sum(c is not None for c in calls[:number])  # of those that count
+        if leader != name:
+            if one.inputs.get((leader, number)) != identity_of(x):
+                raise _changed(name, f"it no longer sees the same input as {leader}")
+            return
+        one.inputs[name, number] = identity_of(x)
+        rows, index = token_rows(x, call.kind, one.masks)
+        count = rows.shape[0] if index is None else index.shape[0]
+        place = one.places[name, number]
+        if place is None:
+            # a copy: later layers may change their input in place
+            one.loose.append((name, rows.clone() if index is None else rows.index_select(0, index)))
+        elif len(place) != count:
+            raise ValueError(f"{tuple(x.shape)} has {count} rows that count, not {len(place)}")
+        else:
+            fill(place, rows, index)
+
+
+def _changed(name: str, how: str) -> StatisticsError:
+    return StatisticsError(
+        f"layer {name} does not behave as in the first batch: {how}",
+        mend="models whose structure depends on the data cannot be observed; merge them with a method "
+        "that needs no Gram matrices",
+    )
+
+
+def _vocabulary(model: nn.Module, embedding: str) -> int:
+    return int(model.get_parameter(f"{embedding}.weight").shape[0])
