@@ -35,9 +35,15 @@ def test_tensors_in_any_order_read_back_by_safetensors(tmp_path: Path) -> None:
 
 def test_wrong_shape_and_forgotten_tensors_are_refused(tmp_path: Path) -> None:
     spec = [TensorSpec("a", "F32", (2,))]
-    with pytest.raises(ValueError, match="is not F32"), SafetensorsWriter(tmp_path, {"x.safetensors": spec}) as w:
+    with (
+        pytest.raises(ValueError, match="is not F32"),
+        SafetensorsWriter(tmp_path, {"x.safetensors": spec}) as w,
+    ):
         w.write("x.safetensors", "a", torch.zeros(3))
-    with pytest.raises(RuntimeError, match="never written"), SafetensorsWriter(tmp_path, {"y.safetensors": spec}):
+    with (
+        pytest.raises(RuntimeError, match="never written"),
+        SafetensorsWriter(tmp_path, {"y.safetensors": spec}),
+    ):
         pass
 
 
@@ -50,7 +56,9 @@ def test_shards_are_filled_in_order() -> None:
     assert len(shard(specs, "model", 1)) == 5  # a tensor larger than a shard has one to itself
 
 
-@pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("1.5 MB", 1_500_000), ("2KiB", 2048), ("7", 7)])
+@pytest.mark.parametrize(
+    ("text", "size"), [("5GB", 5 * 10**9), ("1.5 MB", 1_500_000), ("2KiB", 2048), ("7", 7)]
+)
 def test_sizes(text: str, size: int) -> None:
     assert parse_size(text) == size
 

@@ -75,7 +75,8 @@ def test_regmean(family, tmp_path: Path, architecture: str, augment: bool) -> No
             seen = total > 0
             expected = sum(ci * p[name] for ci, p in zip(c, parents, strict=True)) / sum(c)
             expected[seen] = (
-                sum(s[:, None] * p[name] for s, p in zip(shares, parents, strict=True))[seen] / total[seen, None]
+                sum(s[:, None] * p[name] for s, p in zip(shares, parents, strict=True))[seen]
+                / total[seen, None]
             )
             close(merged[name], expected)
             continue
@@ -131,11 +132,15 @@ def test_regmean_diagonal_is_alpha_zero_and_both_differ_from_full(family, tmp_pa
 def test_actmat(family, tmp_path: Path, architecture: str) -> None:
     base, models = family(architecture, 3, statistics=False)
     ridge, c = 0.05, [1.0, 2.0, 1.0]
-    out = merge(models, tmp_path / "out", method="actmat", base=base, coefficients=c, options={"ridge": ridge})
+    out = merge(
+        models, tmp_path / "out", method="actmat", base=base, coefficients=c, options={"ridge": ridge}
+    )
     origin, parents, merged = weights_of(base), [weights_of(m) for m in models], weights_of(out)
     used = json.loads((out / "provenance.json").read_text())["tensors"]
     treated = [name for name, entry in used.items() if entry["method"] == "actmat"]
-    assert len(treated) >= 8 and not any("embeddings" in n or "wte" in n or n.endswith("bias") for n in treated)
+    assert len(treated) >= 8 and not any(
+        "embeddings" in n or "wte" in n or n.endswith("bias") for n in treated
+    )
     for name in treated:
         turn = (lambda a: a.T) if architecture == "gpt2" else (lambda a: a)
         w = [turn(p[name]) for p in parents]
@@ -159,7 +164,9 @@ def test_fisher(family, tmp_path: Path) -> None:
         total = f[0] + f[1]
         average = (parents[0][name] + 2 * parents[1][name]) / 3
         informed = np.where(total > 0, total, 1)
-        expected = np.where(total > 0, (f[0] * parents[0][name] + f[1] * parents[1][name]) / informed, average)
+        expected = np.where(
+            total > 0, (f[0] * parents[0][name] + f[1] * parents[1][name]) / informed, average
+        )
         close(tensor, expected)
 
 

@@ -93,7 +93,9 @@ def test_diagonal_solution(seed: int) -> None:
     expected = sum(ci * f * v for ci, f, v in zip(c, metrics, values, strict=True)) / sum(
         ci * f for ci, f in zip(c, metrics, strict=True)
     )
-    np.testing.assert_allclose(solve_diagonal(tensors(values), c, tensors(metrics), 0.0).value, expected, rtol=1e-10)
+    np.testing.assert_allclose(
+        solve_diagonal(tensors(values), c, tensors(metrics), 0.0).value, expected, rtol=1e-10
+    )
 
 
 def test_without_information_the_average() -> None:

@@ -13,7 +13,9 @@ from merganser.cli.data_options import columns_of, data_options
 
 @click.command("collect")
 @click.argument("model")
-@click.option("--data", required=True, metavar="FILE|DATASET", help="JSONL, CSV, TSV, Parquet or a dataset name.")
+@click.option(
+    "--data", required=True, metavar="FILE|DATASET", help="JSONL, CSV, TSV, Parquet or a dataset name."
+)
 @data_options
 @click.option(
     "--fisher",
@@ -25,7 +27,9 @@ from merganser.cli.data_options import columns_of, data_options
 @click.option("--fisher-examples", type=click.IntRange(1), help="Fisher information from so many examples.")
 @click.option("--no-grams", is_flag=True, help="Fisher information alone.")
 @click.option("--ignore-labels", is_flag=True, help="Do not check the labels; Gram matrices need none.")
-@click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Examples in a batch.")
+@click.option(
+    "--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Examples in a batch."
+)
 @click.option("--label", default="", help="Free text about the data, published in the file.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="[default: in the model's folder]")
 @click.option("--overwrite", is_flag=True, help="Replace existing statistics.")

@@ -15,7 +15,9 @@ from merganser.errors import UserError
 @click.command("inspect")
 @click.argument("path", metavar="PATH")
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
-@click.option("--validate", is_flag=True, help="Read a whole statistics file: finite, positive semi-definite.")
+@click.option(
+    "--validate", is_flag=True, help="Read a whole statistics file: finite, positive semi-definite."
+)
 def inspect_command(path: str, as_json: bool, validate: bool) -> None:
     """Show what a model folder, a Hub reference or a statistics file holds."""
     quiet_libraries()
@@ -55,7 +57,10 @@ def _checkpoint(reference: str) -> dict[str, Any]:
     if labels:
         found["labels"] = list(labels.values())
     tables: dict[str, Any] = {
-        "tensors": (["dtype", "tensors", "size"], [[d, n, human_bytes(size)] for d, (n, size) in dtypes.items()])
+        "tensors": (
+            ["dtype", "tensors", "size"],
+            [[d, n, human_bytes(size)] for d, (n, size) in dtypes.items()],
+        )
     }
     if (checkpoint.path / STATISTICS).is_file():
         inner = _statistics(checkpoint.path / STATISTICS, False)

@@ -18,17 +18,27 @@ if TYPE_CHECKING:
 @click.argument("models", nargs=-1, required=True, metavar="MODEL MODEL… | RECIPE.yaml")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder to write.")
 @click.option("--method", help="auto, simple, fisher, regmean, actmat.  [default: auto]")
-@click.option("--base", metavar="MODEL", help="The pre-trained model that all started from (actmat needs it).")
-@click.option("--weights", "coefficients", metavar="C1,C2,…", help="Coefficients, in the order of the models.")
+@click.option(
+    "--base", metavar="MODEL", help="The pre-trained model that all started from (actmat needs it)."
+)
+@click.option(
+    "--weights", "coefficients", metavar="C1,C2,…", help="Coefficients, in the order of the models."
+)
 @click.option("--statistics", multiple=True, metavar="FILE", help="One for each model, if not in its folder.")
 @click.option("--alpha", type=float, help="RegMean: multiplier of the Gram matrices' off-diagonals.")
 @click.option("--ridge", type=float, help="Pull toward the weighted average.")
 @click.option("--option", "pairs", multiple=True, metavar="KEY=VALUE", help="Any other option of the method.")
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Tensors to average instead.")
-@click.option("--keep-separate", multiple=True, metavar="PATTERN", help="Tensors that each model keeps (heads).")
-@click.option("--labels", type=click.Choice(["same", "union"]), help="union: one head that knows every label.")
+@click.option(
+    "--keep-separate", multiple=True, metavar="PATTERN", help="Tensors that each model keeps (heads)."
+)
+@click.option(
+    "--labels", type=click.Choice(["same", "union"]), help="union: one head that knows every label."
+)
 @click.option("--vocabulary", type=click.Choice(["same", "largest"]), help="largest: accept appended tokens.")
-@click.option("--dtype", type=click.Choice(["F64", "F32", "F16", "BF16"]), help="Storage dtype of the result.")
+@click.option(
+    "--dtype", type=click.Choice(["F64", "F32", "F16", "BF16"]), help="Storage dtype of the result."
+)
 @click.option("--max-shard-size", metavar="SIZE", help="Largest weight file.  [default: 5GB]")
 @click.option("--allow-pickle", is_flag=True, default=None, help="Accept pytorch_model.bin (weights_only).")
 @click.option("--threads", type=click.IntRange(1), help="Units worked on at once.  [default: all cores]")
@@ -70,7 +80,9 @@ def merge_command(
         where = models[0]
         values = load_recipe(Path(models[0]))
         if coefficients or statistics:
-            raise click.UsageError("--weights and --statistics go with models; in a recipe they belong to contributors")
+            raise click.UsageError(
+                "--weights and --statistics go with models; in a recipe they belong to contributors"
+            )
     else:
         values["contributors"] = contributors_of(models, _numbers(coefficients), statistics or None)
     flags = {key: list(v) if isinstance(v, tuple) else v for key, v in keys.items() if v not in (None, ())}
@@ -142,4 +154,6 @@ def _numbers(text: str | None) -> list[float] | None:
     try:
         return [float(part) for part in text.replace(" ", ",").split(",") if part]
     except ValueError:
-        raise click.BadParameter(f"{text!r} is no list of numbers, such as 1,1,0.5", param_hint="--weights") from None
+        raise click.BadParameter(
+            f"{text!r} is no list of numbers, such as 1,1,0.5", param_hint="--weights"
+        ) from None

@@ -85,7 +85,9 @@ def contributors_of(
             )
     found = []
     for number, model in enumerate(models):
-        entry: dict[str, Any] = model.model_dump() if isinstance(model, Contributor) else {"model": str(model)}
+        entry: dict[str, Any] = (
+            model.model_dump() if isinstance(model, Contributor) else {"model": str(model)}
+        )
         if coefficients is not None:
             entry["coefficient"] = coefficients[number]
         if statistics is not None:

@@ -41,9 +41,11 @@ class Parent:
     @property
     def label_names(self) -> list[str]:
         """The labels of its head, in order; empty where its configuration names none."""
-        table = self.checkpoint.config.get("id2label")
+        config = self.checkpoint.config
+        table = config.get("id2label")
         if not isinstance(table, dict):
-            return []
+            classifies = any("Classification" in str(name) for name in config.get("architectures") or [])
+            return ["LABEL_0", "LABEL_1"] if classifies else []  # transformers writes no default down
         return [str(table[key]) for key in sorted(table, key=lambda key: int(key))]
 
 
@@ -68,7 +70,9 @@ def open_base(recipe: Recipe, names: list[str], problems: list[UserError]) -> Pa
     checkpoint = _open(recipe.base, recipe, problems)
     if checkpoint is None:
         return None
-    return Parent(Contributor.model_validate({"model": recipe.base}), checkpoint, None, align(names, checkpoint.tensors))
+    return Parent(
+        Contributor.model_validate({"model": recipe.base}), checkpoint, None, align(names, checkpoint.tensors)
+    )
 
 
 def _open(reference: str, recipe: Recipe, problems: list[UserError]) -> Checkpoint | None:

@@ -85,7 +85,7 @@ def collect_statistics(
             wiring = discover(model, layers, first)
             observer = Observer(model, layers, wiring, workers, device)
             notes += wiring.notes
-        information = FisherCollector(model, names, fisher, problem) if fisher else None
+        information = FisherCollector(model, names, fisher, workers, problem) if fisher else None
         progress: tqdm[Any] = stack.enter_context(bar(total or 0, "collecting", "ex"))
         progress.total = total
         for batch in chain([first], (_moved(batch, device) for batch in stream)):

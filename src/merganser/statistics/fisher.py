@@ -10,22 +10,24 @@ tried out on the first examples, against the other engine.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from merganser.errors import StatisticsError
 from merganser.statistics.format import FisherKind
+from merganser.statistics.gram import Workers
 from merganser.statistics.inputs import probe
 from merganser.statistics.masks import batch_masks
-from merganser.statistics.pieces import take_rows, trimmed
-from merganser.statistics.scores import SAMPLES, Problem, Scored, cotangents, scored
+from merganser.statistics.pieces import Batch, take_rows, trimmed
+from merganser.statistics.scores import SAMPLES, Problem, cotangents, scored
 from merganser.statistics.separable import NotSeparable, Separable
 
-CHUNK = 16  # examples whose activations are held at once
+CHUNK = 8  # examples whose activations one thread holds at once
 AGREEMENT = 2e-3  # of a tensor's largest value, between the engines
+MOST_LANES, LANE_BYTES = 4, 2**30  # sums that are kept apart, and their memory in all
 
 Squares = dict[str, Tensor]
 
@@ -33,30 +35,44 @@ Squares = dict[str, Tensor]
 class FisherCollector:
     """Accumulates Fisher information over batches.
 
+    Pieces of batches are dealt out to a few lanes, whose number depends on the size of the model alone. A lane
+    is one task on one thread and has sums of its own, so that these have one order whatever the number of
+    threads. A model too large for two lanes, or on another device, uses the threads inside torch instead.
+
     Args:
         model: in eval mode.
         names: parameter names → on-disk names; parameters that are absent are left out.
         kind: ``expected``, ``empirical`` or ``predicted``.
+        workers: run the lanes.
         problem: see :mod:`merganser.statistics.scores`; None: from configuration and shapes.
     """
 
     def __init__(
-        self, model: nn.Module, names: Mapping[str, str], kind: FisherKind, problem: Problem | None = None
+        self,
+        model: nn.Module,
+        names: Mapping[str, str],
+        kind: FisherKind,
+        workers: Workers,
+        problem: Problem | None = None,
     ) -> None:
-        self._model, self._kind, self._problem = model, kind, problem
+        self._model, self._kind, self._problem, self._workers = model, kind, problem, workers
         self._parameters = {
             names[name]: parameter
             for name, parameter in model.named_parameters()
             if name in names and parameter.is_floating_point()
         }
-        self._squares = _zeros(self._parameters)
+        size = 4 * sum(parameter.numel() for parameter in self._parameters.values())
+        on_cpu = all(parameter.device.type == "cpu" for parameter in self._parameters.values())
+        lanes = max(1, min(MOST_LANES, LANE_BYTES // max(size, 1))) if on_cpu else 1
+        self._lanes = [_zeros(self._parameters) for _ in range(lanes)]
+        self._waiting: list[Batch] = []
+        self._dealt = 0
         self._separable: Separable | None = None
-        self._tried = False
-        self._sampled = False
+        self._tried = self._sampled = False
         self.examples = 0
         self.notes: list[str] = []
 
-    def add(self, batch: dict[str, Any], limit: int | None = None) -> int:
+    def add(self, batch: Batch, limit: int | None = None) -> int:
         """Add each example of a batch, at most the first ``limit``; how many there were is returned.
 
         Raises:
@@ -70,64 +86,93 @@ class FisherCollector:
         step = CHUNK if self._separable else 1
         for start in range(0, stop, step):
             rows = take_rows(batch, size, slice(start, min(start + step, stop)))
-            self._squares_of(rows, self._separable, self._squares)
+            self._waiting.append(trimmed(rows, self._model))
         self.examples += stop
+        if len(self._waiting) >= 4 * len(self._lanes):
+            self._run()
         return stop
 
     def result(self) -> Squares:
-        """The mean over examples, float32, by on-disk name.
+        """The mean over examples, float32, by on-disk name. The collector is used up.
 
         Raises:
             StatisticsError: a gradient was infinite or NaN, naming the parameter.
         """
-        found = {}
-        for name, total in self._squares.items():
-            mean = (total / max(self.examples, 1)).cpu()
-            if not bool(torch.isfinite(mean).all()):
+        self._run()
+        total, *others = self._lanes
+        for name, values in total.items():
+            for lane in others:
+                values += lane.pop(name)
+            values /= max(self.examples, 1)
+            if not bool(torch.isfinite(values).all()):
                 raise StatisticsError(
                     f"the gradient of {name} is infinite or NaN",
                     mend="check the model on these examples; weights in half precision may overflow",
                 )
-            found[name] = mean
         if self._sampled:
             self.notes.append(
                 f"Fisher information over sequences: {SAMPLES} sampled label sequences an example"
             )
-        return found
+        return {name: values.cpu() for name, values in total.items()}
 
-    def _try(self, batch: dict[str, Any]) -> None:
+    def _run(self) -> None:
+        """Add what waits, each piece in the lane whose turn it is."""
+        waiting, self._waiting = self._waiting, []
+        lanes = len(self._lanes)
+        hands: list[list[Batch]] = [[] for _ in range(lanes)]
+        for rows in waiting:
+            hands[self._dealt % lanes].append(rows)
+            self._dealt += 1
+
+        def task(hand: list[Batch], lane: Squares) -> None:
+            for rows in hand:
+                self._squares_of(rows, self._separable, lane)
+
+        tasks = [partial(task, hand, lane) for hand, lane in zip(hands, self._lanes, strict=True)]
+        with self._ready(self._separable):
+            if lanes > 1:
+                self._workers.run(tasks)
+            else:
+                tasks[0]()
+
+    def _try(self, batch: Batch) -> None:
         """Compare the engines on a few examples, and take the faster one only if it gives the same."""
         self._tried = True
+        few = probe(batch, self._model)
+        ours, theirs = _zeros(self._parameters), _zeros(self._parameters)
         try:
             candidate = Separable(self._model, self._parameters)
-            few = probe(batch, self._model)
-            size = batch_masks(few, self._model).examples
-            ours, theirs = _zeros(self._parameters), _zeros(self._parameters)
-            self._squares_of(few, candidate, ours)
+            with self._ready(candidate):
+                self._squares_of(few, candidate, ours)
         except (NotSeparable, RuntimeError, TypeError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             self.notes.append(f"Fisher information one example at a time: {reason}")
             return
-        for row in range(size):
-            self._squares_of(take_rows(few, size, slice(row, row + 1)), None, theirs)
+        size = batch_masks(few, self._model).examples
+        with self._ready(None):
+            for row in range(size):
+                self._squares_of(take_rows(few, size, slice(row, row + 1)), None, theirs)
         for name, exact in theirs.items():
-            if float((ours[name] - exact).abs().max()) > AGREEMENT * float(exact.abs().max()) + 1e-30:
+            if not float((ours[name] - exact).abs().max()) <= AGREEMENT * float(exact.abs().max()) + 1e-30:
                 self.notes.append(
                     f"Fisher information one example at a time: batched gradients of {name} differ"
                 )
                 return
         self._separable = candidate
 
-    def _squares_of(self, rows: dict[str, Any], engine: Separable | None, squares: Squares) -> None:
-        def outputs_of(logits: Tensor) -> Scored:
-            found = scored(logits, rows, self._model, self._kind, self._problem)
-            self._sampled |= self._kind == "expected" and found.where is not None
-            return found
+    @contextmanager
+    def _ready(self, engine: Separable | None) -> Iterator[None]:
+        """The model prepared for an engine, on any number of threads."""
+        wanted = set() if engine else set(map(id, self._parameters.values()))
+        with gradients_of(self._model, wanted), engine.attached() if engine else nullcontext():
+            yield
 
+    def _squares_of(self, rows: Batch, engine: Separable | None, squares: Squares) -> None:
         def vectors(logits: Tensor) -> Iterator[Tensor]:
-            return cotangents(outputs_of(logits), self._kind)
+            outputs = scored(logits, rows, self._model, self._kind, self._problem)
+            self._sampled |= self._kind == "expected" and outputs.where is not None
+            return cotangents(outputs, self._kind)
 
-        rows = trimmed(rows, self._model)
         if engine is not None:
             engine.add(rows, forward, vectors, squares)
         else:
@@ -136,25 +181,24 @@ class FisherCollector:
 
 def one_by_one(
     model: nn.Module,
-    example: dict[str, Any],
+    example: Batch,
     parameters: Mapping[str, nn.Parameter],
     vectors: Callable[[Tensor], Iterator[Tensor]],
     squares: Squares,
 ) -> None:
     """Add the squared gradients of a batch of one example, one backward pass for each vector."""
-    with torch.enable_grad(), gradients_of(model, set(map(id, parameters.values()))):
+    wanted = list(parameters.values())
+    with torch.enable_grad():
         logits = forward(model, example)
-        for vector in vectors(logits):
-            found = torch.autograd.grad(
-                logits, list(parameters.values()), vector, retain_graph=True, allow_unused=True
-            )
-            for name, gradient in zip(parameters, found, strict=True):
-                if gradient is not None:
-                    gradient = gradient.to(torch.float32)
-                    squares[name].addcmul_(gradient, gradient)
+    for vector in vectors(logits):
+        found = torch.autograd.grad(logits, wanted, vector, retain_graph=True, allow_unused=True)
+        for name, gradient in zip(parameters, found, strict=True):
+            if gradient is not None:
+                gradient = gradient.to(torch.float32)
+                squares[name].addcmul_(gradient, gradient)
 
 
-def forward(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+def forward(model: nn.Module, batch: Batch) -> Tensor:
     """The model's logits. Labels are passed on only where a decoder reads them.
 
     Raises:

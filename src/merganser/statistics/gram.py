@@ -100,11 +100,12 @@ def _product(x: np.ndarray, total: np.ndarray, sums: np.ndarray, i: int, j: int)
 
     def run() -> None:
         left = x[:, rows]
-        if i == j:
-            sums[rows] += np.ones(len(x), np.float32) @ left
-            total[rows, rows] += left.T @ left  # one array, twice: ssyrk
-        else:
-            total[rows, columns] += left.T @ x[:, columns]
+        with np.errstate(all="ignore"):  # what is not finite is found at the end, and named
+            if i == j:
+                sums[rows] += np.ones(len(x), np.float32) @ left
+                total[rows, rows] += left.T @ left  # one array, twice: ssyrk
+            else:
+                total[rows, columns] += left.T @ x[:, columns]
 
     return run
 

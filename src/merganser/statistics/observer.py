@@ -182,7 +182,11 @@ class Observer:
         place = one.places[name, number]
         if place is None:
             # a copy: later layers may change their input in place
-            one.loose.append((name, rows.clone() if index is None else rows.index_select(0, index)))
+            block = rows.clone() if index is None else rows.index_select(0, index)
+            if self._capacity:
+                one.loose.append((name, block))
+            else:  # this is not a worker, and they are idle
+                self._workers.run(self.grams[name].add(block))
         elif len(place) != count:
             raise ValueError(f"{tuple(x.shape)} has {count} rows that count, not {len(place)}")
         else:

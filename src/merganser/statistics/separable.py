@@ -8,9 +8,13 @@ one such gradient exists at a time.
 
 from __future__ import annotations
 
+import copy
+import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,6 +52,7 @@ class Separable:
     def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
         self._model = model
         names = {id(parameter): name for name, parameter in parameters.items()}
+        self._now = threading.local()  # of each thread: size of its batch, and the calls so far
         self._layers: dict[str, nn.Module] = {}
         self._names: dict[str, dict[str, str]] = {}  # layer → attribute → on-disk name
         owners: dict[int, str] = {}
@@ -64,6 +69,16 @@ class Separable:
             self._layers[layer] = module
             self._names[layer] = {key: names[id(p)] for key, p in own.items()}
 
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """The hooks, for any number of threads. The model's parameters should not require gradients."""
+        with ExitStack() as hooks:
+            for layer, module in self._layers.items():
+                if isinstance(module, nn.Embedding):
+                    hooks.callback(module.register_forward_pre_hook(self._before).remove)
+                hooks.callback(module.register_forward_hook(partial(self._after, layer)).remove)
+            yield
+
     def add(
         self,
         batch: dict[str, Any],
@@ -76,57 +91,36 @@ class Separable:
         Raises:
             NotSeparable: a layer is called more than once, or on inputs that are not one for each example.
         """
-        size = next(value.shape[0] for value in batch.values() if isinstance(value, Tensor) and value.ndim)
-        calls: list[_Call] = []
-        frozen = [(parameter, parameter.requires_grad) for parameter in self._model.parameters()]
-        try:
-            for parameter, _ in frozen:  # gradients flow from the first layers' outputs instead
-                parameter.requires_grad_(False)
-            with torch.enable_grad():
-                with ExitStack() as hooks:
-                    self._attach(hooks, calls, size)
-                    logits = forward(self._model, batch)
-                outputs = [call.output for call in calls]
-                for vector in vectors(logits):
-                    found = torch.autograd.grad(logits, outputs, vector, retain_graph=True, allow_unused=True)
-                    with torch.no_grad():
-                        for call, gradient in zip(calls, found, strict=True):
-                            if gradient is not None:
-                                self._square(call, gradient, squares)
-        finally:
-            for parameter, required in frozen:
-                parameter.requires_grad_(required)
+        self._now.size = next(v.shape[0] for v in batch.values() if isinstance(v, Tensor) and v.ndim)
+        self._now.calls = calls = []
+        with torch.enable_grad():
+            logits = forward(self._model, batch)
+        outputs = [call.output for call in calls]
+        for vector in vectors(logits):
+            found = torch.autograd.grad(logits, outputs, vector, retain_graph=True, allow_unused=True)
+            with torch.no_grad():
+                for call, gradient in zip(calls, found, strict=True):
+                    if gradient is not None:
+                        self._square(call, gradient, squares)
 
-    def _attach(self, hooks: ExitStack, calls: list[_Call], size: int) -> None:
-        called: set[str] = set()
+    def _before(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        ids, size = args[0], self._now.size
+        if ids.ndim == 2 and ids.shape[0] == 1 and size > 1:  # positions, the same for each example
+            return (ids.expand(size, -1), *args[1:])
+        return args
 
-        def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            ids = args[0]
-            if ids.ndim == 2 and ids.shape[0] == 1 and size > 1:  # positions, the same for each example
-                return (ids.expand(size, -1), *args[1:])
-            return args
-
-        def after(layer: str) -> Any:
-            def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-                x = args[0] if args else None
-                if layer in called:
-                    raise NotSeparable(f"{layer} is called more than once")
-                called.add(layer)
-                if not isinstance(x, Tensor) or not isinstance(output, Tensor):
-                    raise NotSeparable(f"{layer} is no function of one tensor")
-                if not x.ndim or x.shape[0] != size or output.shape[0] != size:
-                    raise NotSeparable(f"{layer} sees {list(x.shape)}, not {size} examples")
-                if not output.requires_grad:
-                    output = output.detach().requires_grad_()
-                calls.append(_Call(layer, x.detach(), output))
-                return output
-
-            return hook
-
-        for layer, module in self._layers.items():
-            if isinstance(module, nn.Embedding):
-                hooks.callback(module.register_forward_pre_hook(before).remove)
-            hooks.callback(module.register_forward_hook(after(layer)).remove)
+    def _after(self, layer: str, _: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        x, size = args[0] if args else None, self._now.size
+        if any(call.layer == layer for call in self._now.calls):
+            raise NotSeparable(f"{layer} is called more than once")
+        if not isinstance(x, Tensor) or not isinstance(output, Tensor):
+            raise NotSeparable(f"{layer} is no function of one tensor")
+        if not x.ndim or x.shape[0] != size or output.shape[0] != size:
+            raise NotSeparable(f"{layer} sees {list(x.shape)}, not {size} examples")
+        if not output.requires_grad:  # gradients flow from the first layers' outputs
+            output = output.detach().requires_grad_()
+        self._now.calls.append(_Call(layer, x.detach(), output))
+        return output
 
     def _square(self, call: _Call, gradient: Tensor, squares: Squares) -> None:
         module, names = self._layers[call.layer], self._names[call.layer]
@@ -170,6 +164,7 @@ def _embedding(total: Tensor, ids: Tensor, gradient: Tensor, padding: int | None
 def _generic(module: nn.Module, names: dict[str, str], x: Tensor, gradient: Tensor, squares: Squares) -> None:
     """Any other layer that treats examples alone (norms): its own gradient, example by example."""
     parameters = {key: p.detach() for key, p in module.named_parameters() if key in names}
+    module = _copy(module)
 
     def product(values: dict[str, Tensor], xi: Tensor, gi: Tensor) -> Tensor:
         output: Tensor = torch.func.functional_call(module, values, (xi.unsqueeze(0),))
@@ -178,3 +173,11 @@ def _generic(module: nn.Module, names: dict[str, str], x: Tensor, gradient: Tens
     per_example = torch.func.vmap(torch.func.grad(product), in_dims=(None, 0, 0))
     for key, values in per_example(parameters, x, gradient).items():
         squares[names[key]] += values.to(torch.float32).square().sum(0)
+
+
+def _copy(module: nn.Module) -> nn.Module:
+    """The same layer without hooks, whose parameters can be exchanged while other threads use the original."""
+    twin = copy.copy(module)
+    twin._parameters = dict(module._parameters)
+    twin._forward_hooks, twin._forward_pre_hooks = OrderedDict(), OrderedDict()
+    return twin
