@@ -9,6 +9,7 @@ import json
 import math
 import struct
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,7 @@ def tensor_infos(header: dict[str, Any], start: int, size: int, path: Path, file
             )
         infos.append(TensorInfo(name, dtype, shape, file, start + begin, end - begin))
     infos.sort(key=lambda info: (info.offset, info.nbytes, info.name))  # empty tensors first
-    for before, after in zip(infos, infos[1:], strict=False):
+    for before, after in pairwise(infos):
         if before.offset + before.nbytes > after.offset:
             raise CheckpointError(
                 f"tensors {before.name!r} and {after.name!r} overlap", where=path, mend=AGAIN

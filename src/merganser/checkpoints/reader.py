@@ -111,7 +111,7 @@ class Checkpoint:
         self.fetch()
         path = self.path / file
         buffer = torch.empty(nbytes, dtype=torch.uint8)
-        view = memoryview(buffer.numpy())
+        view = buffer.numpy().data
         with path.open("rb", buffering=0) as stream:
             status = os.fstat(stream.fileno())
             stamp = (status.st_size, status.st_mtime_ns)
@@ -148,7 +148,7 @@ def read_json(path: Path, missing: Any = None) -> Any:
 def sha256_tensor(tensor: Tensor, dtype: str) -> str:
     """The hash of a tensor's dtype name, shape and bytes, in hexadecimal."""
     digest = hashlib.sha256(f"{dtype} {list(tensor.shape)}\n".encode())
-    digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -109,7 +109,7 @@ class SafetensorsWriter:
             raise ValueError(
                 f"{name}: {tensor.dtype} {list(tensor.shape)} is not {info.dtype} {list(info.shape)}"
             )
-        data = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+        data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
         _write_at(self._descriptors[file], data, info.offset)
         self._missing.discard((file, name))
 
@@ -183,7 +183,7 @@ def new_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         CheckpointError: the disk is full or the place cannot be written.
     """
-    target = Path(os.path.abspath(target))
+    target = target.absolute()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
@@ -224,7 +224,7 @@ def _cannot_write(target: Path, error: OSError) -> CheckpointError:
 
 def free_bytes(target: Path) -> int:
     """Free space on the disk that ``target`` would lie on."""
-    place = Path(os.path.abspath(target))
+    place = target.absolute()
     while not place.exists():
         place = place.parent
     return shutil.disk_usage(place).free

@@ -115,7 +115,7 @@ class Method:
 
     options: Any  # an instance of the class's Options
 
-    def __init__(self, options: Options | None = None) -> None:
+    def __init__(self, options: BaseModel | None = None) -> None:
         self.options = self.Options() if options is None else options
 
     def units(self, facts: Sequence[Facts]) -> tuple[list[Unit], dict[str, str]]:

@@ -125,17 +125,18 @@ class Workers:
 
     def __init__(self, threads: int) -> None:
         threads = max(1, threads)
-        self._threads = torch.get_num_threads()
+        before = torch.get_num_threads()
         self._pool = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="merganser")
         self._blas = ThreadpoolController()
         started = threading.Barrier(threads)
 
         def start() -> None:
-            torch.set_num_threads(1)  # for this thread; new threads elsewhere take it over too, so:
+            torch.get_num_threads()  # a thread takes over the process's number at its first question, so first ask
+            torch.set_num_threads(1)
             started.wait()
 
         self.run([start] * threads)
-        torch.set_num_threads(self._threads)
+        torch.set_num_threads(before)  # of the process, which threads to come take over
 
     def run(self, tasks: Sequence[Task]) -> None:
         """Run all tasks and wait for them; after an error, for those that have begun."""
