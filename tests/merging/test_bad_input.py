@@ -84,7 +84,7 @@ def test_another_shape_inside(family, tmp_path: Path) -> None:
 
 
 def test_another_architecture(family, save_model, tmp_path: Path) -> None:
-    base, models = family(statistics=False)
+    _, models = family(statistics=False)
     other = save_model("roberta", "roberta")
     text = refused([models[0], other], tmp_path / "out", "another architecture: 'roberta'", method="simple")
     assert "'bert'" in text

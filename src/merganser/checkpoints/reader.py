@@ -77,6 +77,7 @@ class Checkpoint:
         Raises:
             CheckpointError: the file is shorter than its header says, or changed while it was in use.
         """
+        self.fetch()  # before the offsets are looked up: a remote header does not tell where its data begin
         info = self.tensors[name]
         shape, offset, nbytes = info.shape, info.offset, info.nbytes
         if start or stop is not None:
@@ -108,7 +109,6 @@ class Checkpoint:
         return sorted(found)
 
     def _bytes(self, file: str, offset: int, nbytes: int) -> Tensor:
-        self.fetch()
         path = self.path / file
         buffer = torch.empty(nbytes, dtype=torch.uint8)
         view = buffer.numpy().data

@@ -1,0 +1,135 @@
+"""Hub references against a small server on loopback that speaks the Hub's protocol; nothing leaves the machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Hub(ThreadingHTTPServer):
+    """Serves one folder as ``org/model`` and notes what was asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.log = folder, []  # type: ignore[var-annotated]
+        super().__init__(("127.0.0.1", 0), Handler)
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Hub
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.answer(body=False)
+
+    def do_GET(self) -> None:
+        self.answer(body=True)
+
+    def answer(self, body: bool) -> None:
+        path = self.path.split("?")[0]
+        self.server.log.append((self.command, path, self.headers.get("Range")))
+        files = {p.relative_to(self.server.folder).as_posix(): p for p in self.server.folder.rglob("*") if p.is_file()}
+        if re.fullmatch(r"/api/models/org/model(/revision/\w+)?", path):
+            siblings = [{"rfilename": name} for name in files]
+            return self.send_json({"id": "org/model", "modelId": "org/model", "sha": COMMIT, "siblings": siblings})
+        if re.match(r"/api/models/org/model/tree/\w+", path):
+            entries = [
+                {"type": "file", "path": n, "size": p.stat().st_size, "oid": hashlib.sha1(p.read_bytes()).hexdigest()}
+                for n, p in files.items()
+            ]
+            return self.send_json(entries)
+        match = re.fullmatch(r"/org/model/resolve/\w+/(.+)", path)
+        if match and match[1] in files:
+            data = files[match[1]].read_bytes()
+            ranged = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+            part = data
+            if ranged:
+                part = data[int(ranged[1]) : int(ranged[2]) + 1 if ranged[2] else None]
+            self.send_response(206 if ranged else 200)
+            if ranged:
+                stop = int(ranged[1]) + len(part) - 1
+                self.send_header("Content-Range", f"bytes {ranged[1]}-{stop}/{len(data)}")
+            self.send_header("ETag", f'"{hashlib.sha1(data).hexdigest()}"')
+            self.send_header("X-Repo-Commit", COMMIT)
+            self.send_header("Content-Length", str(len(part)))
+            self.end_headers()
+            if body:
+                self.wfile.write(part)
+            return None
+        self.send_response(404)
+        self.send_header("X-Error-Code", "EntryNotFound" if match else "RepoNotFound")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+        return None
+
+    def send_json(self, value: object) -> None:
+        data = json.dumps(value).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+@pytest.fixture
+def hub(save_model) -> Iterator[Hub]:
+    folder = save_model("remote")
+    (folder / "pytorch_model.bin").write_bytes(b"never wanted")
+    server = Hub(folder)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+def run(code: str, hub: Hub, cache: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a process of its own: the client reads its settings when it is imported."""
+    settings = {
+        **os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(cache),
+        "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "no_proxy": "*", **environment,
+    }  # fmt: skip
+    return subprocess.run([sys.executable, "-c", code], env=settings, capture_output=True, text=True, timeout=120)
+
+
+OPEN = "from merganser.checkpoints import open_checkpoint\nc = open_checkpoint('org/model@main')\n"
+
+
+def test_headers_first_then_weights_then_offline(hub: Hub, tmp_path: Path) -> None:
+    from merganser.checkpoints import open_checkpoint
+
+    local = open_checkpoint(hub.folder)
+    code = OPEN + "print(c.revision, len(c.tensors), c.config['model_type'])"
+    first = run(code, hub, tmp_path / "cache")
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.split() == [COMMIT, str(len(local.tensors)), "bert"]
+    weights = [entry for entry in hub.log if entry[1].endswith("model.safetensors") and entry[0] == "GET"]
+    assert weights and all(entry[2] for entry in weights)  # ranges for the header, never the whole file
+    second = run(OPEN + "print(c.manifest_sha256())", hub, tmp_path / "cache")
+    assert second.returncode == 0, second.stderr
+    assert second.stdout.strip() == local.manifest_sha256()
+    assert not any(entry[1].endswith("pytorch_model.bin") for entry in hub.log)
+    hub.log.clear()
+    third = run(OPEN + "print(c.manifest_sha256())", hub, tmp_path / "cache", HF_HUB_OFFLINE="1")
+    assert third.stdout.strip() == local.manifest_sha256() and hub.log == []
+
+
+def test_what_cannot_be_had_says_how_to_mend_it(hub: Hub, tmp_path: Path) -> None:
+    for name, offline in (("org/other", "0"), ("org/model", "1")):
+        code = (
+            "from merganser.checkpoints import open_checkpoint\nfrom merganser.errors import CheckpointError\n"
+            f"try:\n    open_checkpoint({name!r})\nexcept CheckpointError as error:\n    print(error)\n"
+        )
+        found = run(code, hub, tmp_path / "empty", HF_HUB_OFFLINE=offline)
+        assert "cannot be had from the Hub" in found.stdout and f"hf download {name}" in found.stdout, found.stderr
