@@ -30,16 +30,16 @@ def open_hub(name: str, repo: str, revision: str | None) -> Checkpoint:
 
     from merganser.checkpoints.opening import local_tensors
 
-    def snapshot(**options: Any) -> Path:
+    def snapshot(revision: str | None, **options: Any) -> Path:
         return Path(huggingface_hub.snapshot_download(repo, revision=revision, **options))
 
     try:
         if constants.HF_HUB_OFFLINE:
-            folder = snapshot(local_files_only=True)
+            folder = snapshot(revision, local_files_only=True)
             return Checkpoint(name, folder, local_tensors(folder), revision=folder.name)
-        commit = huggingface_hub.HfApi().model_info(repo, revision=revision).sha
-        revision = commit
-        folder = snapshot(ignore_patterns=_WEIGHTS + _UNWANTED)
+        # By the name that was given, so that the cache remembers what it stands for; from then on by its commit.
+        folder = snapshot(revision, ignore_patterns=_WEIGHTS + _UNWANTED)
+        commit = folder.name
         metadata = huggingface_hub.get_safetensors_metadata(repo, revision=commit)
     except CheckpointError:
         raise
@@ -61,7 +61,7 @@ def open_hub(name: str, repo: str, revision: str | None) -> Checkpoint:
     checkpoint = Checkpoint(name, folder, tensors, revision=commit)
 
     def fetch() -> None:
-        place = snapshot(allow_patterns=_WEIGHTS, ignore_patterns=_UNWANTED)
+        place = snapshot(commit, allow_patterns=_WEIGHTS, ignore_patterns=_UNWANTED)
         checkpoint.path, checkpoint.tensors = place, local_tensors(place)
 
     checkpoint._fetch = fetch
