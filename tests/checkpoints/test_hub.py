@@ -14,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import torch
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -88,6 +89,7 @@ class Handler(BaseHTTPRequestHandler):
 def hub(save_model) -> Iterator[Hub]:
     folder = save_model("remote")
     (folder / "pytorch_model.bin").write_bytes(b"never wanted")
+    (folder / "merge_statistics.safetensors").write_bytes(b"published")
     server = Hub(folder)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
@@ -110,7 +112,8 @@ def test_headers_first_then_weights_then_offline(hub: Hub, tmp_path: Path) -> No
     from merganser.checkpoints import open_checkpoint
 
     local = open_checkpoint(hub.folder)
-    code = OPEN + "print(c.revision, len(c.tensors), c.config['model_type'])"
+    code = OPEN + "print(c.revision, len(c.tensors), c.config['model_type'])\n"
+    code += "assert (c.path / 'merge_statistics.safetensors').read_bytes() == b'published'"
     first = run(code, hub, tmp_path / "cache")
     assert first.returncode == 0, first.stderr
     assert first.stdout.split() == [COMMIT, str(len(local.tensors)), "bert"]
@@ -122,7 +125,8 @@ def test_headers_first_then_weights_then_offline(hub: Hub, tmp_path: Path) -> No
     assert not any(entry[1].endswith("pytorch_model.bin") for entry in hub.log)
     hub.log.clear()
     third = run(OPEN + "print(c.manifest_sha256())", hub, tmp_path / "cache", HF_HUB_OFFLINE="1")
-    assert third.stdout.strip() == local.manifest_sha256() and hub.log == []
+    assert third.stdout.strip() == local.manifest_sha256(), third.stderr
+    assert hub.log == []
 
 
 def test_what_cannot_be_had_says_how_to_mend_it(hub: Hub, tmp_path: Path) -> None:
@@ -133,3 +137,13 @@ def test_what_cannot_be_had_says_how_to_mend_it(hub: Hub, tmp_path: Path) -> Non
         )
         found = run(code, hub, tmp_path / "empty", HF_HUB_OFFLINE=offline)
         assert "cannot be had from the Hub" in found.stdout and f"hf download {name}" in found.stdout, found.stderr
+
+
+def test_nested_modules_are_there_from_the_start(hub: Hub, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    (hub.folder / "modules.json").write_text('[{"path": ""}, {"path": "2_Dense"}]')
+    (hub.folder / "2_Dense").mkdir()
+    save_file({"linear.weight": torch.eye(2)}, hub.folder / "2_Dense" / "model.safetensors")
+    found = run(OPEN + "print('2_Dense/linear.weight' in c.tensors)", hub, tmp_path / "cache")
+    assert found.stdout.strip() == "True", found.stderr

@@ -5,6 +5,7 @@ Follows the Hub client's own conventions: its cache, its tokens, ``HF_HUB_OFFLIN
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from merganser.errors import CheckpointError
 _WEIGHTS = ["*.safetensors"]
 _UNWANTED = [
     "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.ot", "*.gguf", "*.pkl", "onnx/*", "openvino/*",
-    "checkpoint-*/*", "merge_statistics.safetensors",
+    "checkpoint-*/*",
 ]  # fmt: skip
+_STATISTICS = "merge_statistics.safetensors"  # small beside the weights, and needed to plan
 
 
 def open_hub(name: str, repo: str, revision: str | None) -> Checkpoint:
@@ -27,6 +29,7 @@ def open_hub(name: str, repo: str, revision: str | None) -> Checkpoint:
     """
     import huggingface_hub
     from huggingface_hub import constants
+    from huggingface_hub.errors import EntryNotFoundError
 
     from merganser.checkpoints.opening import local_tensors
 
@@ -35,12 +38,17 @@ def open_hub(name: str, repo: str, revision: str | None) -> Checkpoint:
 
     try:
         if constants.HF_HUB_OFFLINE:
-            folder = snapshot(revision, local_files_only=True)
+            folder = snapshot(revision, local_files_only=True, ignore_patterns=_UNWANTED)
             return Checkpoint(name, folder, local_tensors(folder), revision=folder.name)
         # By the name that was given, so that the cache remembers what it stands for; from then on by its commit.
         folder = snapshot(revision, ignore_patterns=_WEIGHTS + _UNWANTED)
         commit = folder.name
+        if (folder / "modules.json").is_file():  # nested modules may hold weights that no index lists
+            folder = snapshot(commit, ignore_patterns=_UNWANTED)
+            return Checkpoint(name, folder, local_tensors(folder), revision=commit)
         metadata = huggingface_hub.get_safetensors_metadata(repo, revision=commit)
+        with suppress(EntryNotFoundError):
+            huggingface_hub.hf_hub_download(repo, _STATISTICS, revision=commit)
     except CheckpointError:
         raise
     except Exception as error:  # the client raises many kinds; all mean that the reference cannot be had
