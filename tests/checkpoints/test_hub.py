@@ -42,13 +42,24 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self, body: bool) -> None:
         path = self.path.split("?")[0]
         self.server.log.append((self.command, path, self.headers.get("Range")))
-        files = {p.relative_to(self.server.folder).as_posix(): p for p in self.server.folder.rglob("*") if p.is_file()}
+        files = {
+            p.relative_to(self.server.folder).as_posix(): p
+            for p in self.server.folder.rglob("*")
+            if p.is_file()
+        }
         if re.fullmatch(r"/api/models/org/model(/revision/\w+)?", path):
             siblings = [{"rfilename": name} for name in files]
-            return self.send_json({"id": "org/model", "modelId": "org/model", "sha": COMMIT, "siblings": siblings})
+            return self.send_json(
+                {"id": "org/model", "modelId": "org/model", "sha": COMMIT, "siblings": siblings}
+            )
         if re.match(r"/api/models/org/model/tree/\w+", path):
             entries = [
-                {"type": "file", "path": n, "size": p.stat().st_size, "oid": hashlib.sha1(p.read_bytes()).hexdigest()}
+                {
+                    "type": "file",
+                    "path": n,
+                    "size": p.stat().st_size,
+                    "oid": hashlib.sha1(p.read_bytes()).hexdigest(),
+                }
                 for n, p in files.items()
             ]
             return self.send_json(entries)
@@ -102,7 +113,9 @@ def run(code: str, hub: Hub, cache: Path, **environment: str) -> subprocess.Comp
         **os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(cache),
         "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "no_proxy": "*", **environment,
     }  # fmt: skip
-    return subprocess.run([sys.executable, "-c", code], env=settings, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-c", code], env=settings, capture_output=True, text=True, timeout=120
+    )
 
 
 OPEN = "from merganser.checkpoints import open_checkpoint\nc = open_checkpoint('org/model@main')\n"
@@ -136,7 +149,9 @@ def test_what_cannot_be_had_says_how_to_mend_it(hub: Hub, tmp_path: Path) -> Non
             f"try:\n    open_checkpoint({name!r})\nexcept CheckpointError as error:\n    print(error)\n"
         )
         found = run(code, hub, tmp_path / "empty", HF_HUB_OFFLINE=offline)
-        assert "cannot be had from the Hub" in found.stdout and f"hf download {name}" in found.stdout, found.stderr
+        assert "cannot be had from the Hub" in found.stdout and f"hf download {name}" in found.stdout, (
+            found.stderr
+        )
 
 
 def test_nested_modules_are_there_from_the_start(hub: Hub, tmp_path: Path) -> None:
