@@ -111,7 +111,8 @@ def run(code: str, hub: Hub, cache: Path, **environment: str) -> subprocess.Comp
     """Run code in a process of its own: the client reads its settings when it is imported."""
     settings = {
         **os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(cache),
-        "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "no_proxy": "*", **environment,
+        "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
+        "no_proxy": "*", **environment,
     }  # fmt: skip
     return subprocess.run(
         [sys.executable, "-c", code], env=settings, capture_output=True, text=True, timeout=120

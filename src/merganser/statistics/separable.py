@@ -92,7 +92,8 @@ class Separable:
             NotSeparable: a layer is called more than once, or on inputs that are not one for each example.
         """
         self._now.size = next(v.shape[0] for v in batch.values() if isinstance(v, Tensor) and v.ndim)
-        self._now.calls = calls = []
+        calls: list[_Call] = []
+        self._now.calls = calls
         with torch.enable_grad():
             logits = forward(self._model, batch)
         outputs = [call.output for call in calls]
@@ -128,9 +129,7 @@ class Separable:
         if isinstance(module, nn.Embedding):
             _embedding(squares[names["weight"]], call.input, gradient, module.padding_idx)
         elif kind is not None:
-            x, g = call.input.flatten(1, -2), gradient.flatten(1, -2)
-            if call.input.ndim == 2:
-                x, g = call.input[:, None], gradient[:, None]
+            x, g = (t.reshape(t.shape[0], -1, t.shape[-1]) for t in (call.input, gradient))
             if "weight" in names:
                 left, right = (x, g) if kind == "conv1d" else (g, x)
                 _products(squares[names["weight"]], left, right)
