@@ -86,7 +86,10 @@ class Settings:
 
 
 FULL = Settings()
-FAST = Settings(train=600, test=300, dev=0, epochs=2, statistics_texts=300, fisher_texts=100)
+#: Few steps need a higher learning rate: at 5e-5, 75 steps leave the specialists hardly trained.
+FAST = replace(
+    FULL, train=600, test=300, dev=0, epochs=2, learning_rate=2e-4, statistics_texts=300, fisher_texts=64
+)
 
 
 @dataclass(frozen=True)

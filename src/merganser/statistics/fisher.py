@@ -20,7 +20,7 @@ from merganser.errors import StatisticsError
 from merganser.statistics.format import FisherKind
 from merganser.statistics.gram import Workers
 from merganser.statistics.inputs import probe
-from merganser.statistics.masks import batch_masks
+from merganser.statistics.masks import batch_masks, model_inputs
 from merganser.statistics.pieces import Batch, by_length, take_rows, trimmed
 from merganser.statistics.scores import SAMPLES, Problem, cotangents, scored
 from merganser.statistics.separable import NotSeparable, Separable
@@ -203,14 +203,12 @@ def one_by_one(
 
 
 def forward(model: nn.Module, batch: Batch) -> Tensor:
-    """The model's logits. Labels are passed on only where a decoder reads them.
+    """The model's logits.
 
     Raises:
         StatisticsError: the model has no logits.
     """
-    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        batch = {key: value for key, value in batch.items() if key != "labels"}
-    logits = getattr(model(**batch), "logits", None)
+    logits = getattr(model(**model_inputs(batch, model)), "logits", None)
     if not isinstance(logits, Tensor):
         raise StatisticsError(
             f"Fisher information needs a model with a head: {type(model).__name__} has no logits",

@@ -16,7 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from merganser.checkpoints.layers import Layer
-from merganser.statistics.masks import BatchMasks, RowKind, batch_masks, decoder_length, kind_of_rows
+from merganser.statistics.masks import (
+    BatchMasks,
+    RowKind,
+    batch_masks,
+    decoder_length,
+    kind_of_rows,
+    model_inputs,
+)
 from merganser.statistics.pieces import take_rows
 
 #: Address, shape, strides and version: equal while alive means one tensor, not changed in place in between.
@@ -97,7 +104,7 @@ def discover(model: nn.Module, layers: Sequence[Layer], batch: dict[str, Any]) -
         seen.setdefault(name, []).append(_Seen(x, _call(x, kind, masks), identity_of(x)))
 
     with input_hooks(model, [layer.module for layer in layers], look):
-        model(**batch)
+        model(**model_inputs(batch, model))
     absent = [layer.module for layer in layers if layer.module not in seen]
     notes = [f"{name}: not called by the model; no statistics" for name in absent]
     calls: dict[str, tuple[Call | None, ...]] = {}

@@ -192,6 +192,14 @@ def decoder_length(batch: Mapping[str, Any], model: nn.Module) -> int | None:
     return None  # no decoder, or one that reads the inputs once more
 
 
+def model_inputs(batch: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    """What the model is called with: labels only where they become the decoder's inputs, and no loss otherwise."""
+    given = any(batch.get(key) is not None for key in ("decoder_input_ids", "decoder_inputs_embeds"))
+    if decoder_length(batch, model) is not None and not given:
+        return dict(batch)
+    return {key: value for key, value in batch.items() if key != "labels"}
+
+
 def _decoder(batch: Mapping[str, Any], model: nn.Module) -> Side | None:
     length = decoder_length(batch, model)
     if length is None:

@@ -16,7 +16,7 @@ from merganser.checkpoints.layers import Layer
 from merganser.errors import StatisticsError
 from merganser.statistics.gram import Gram, Workers, buffer_rows, fill
 from merganser.statistics.inputs import Identity, Wiring, identity_of, input_hooks
-from merganser.statistics.masks import BatchMasks, batch_masks, token_ids, token_rows
+from merganser.statistics.masks import BatchMasks, batch_masks, model_inputs, token_ids, token_rows
 
 PIECES = 8  # forward passes that fill the buffers once, at least: enough for as many threads
 
@@ -142,7 +142,7 @@ class Observer:
 
     def _forward(self, batch: dict[str, Any]) -> None:
         with torch.no_grad():  # each thread has its own
-            self._model(**batch)
+            self._model(**model_inputs(batch, self._model))
 
     def _see(self, name: str, x: Tensor) -> None:
         one: _Pass = self._now.one
