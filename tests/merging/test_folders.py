@@ -275,3 +275,15 @@ def test_ctrl_c_removes_what_was_begun(family, tmp_path: Path) -> None:
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1 and "nothing half-written" in errors
     assert [p.name for p in tmp_path.iterdir() if "out" in p.name] == []
+
+
+def test_a_merge_made_with_relative_paths_is_repeated_from_anywhere(
+    family, tmp_path: Path, monkeypatch
+) -> None:
+    family("bert", 2)
+    monkeypatch.chdir(tmp_path)
+    merge(["tuned-0", "tuned-1"], "results/out")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert verify("../results/out").parents == 2
+    assert reproduce("../results/out") == []

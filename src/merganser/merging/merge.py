@@ -173,7 +173,7 @@ def verify(folder: str | Path) -> Verification:
         UserError: everything that differs, at once.
     """
     found = provenance.read_provenance(Path(folder))
-    parents, absent = provenance.check_parents(found)
+    parents, absent = provenance.check_parents(found, Path(folder))
     raise_all(provenance.check_files(Path(folder), found) + parents)
     total = len(found["parents"]) + bool(found.get("base"))
     return Verification(len(found["files"]), total - len(absent), tuple(absent))
@@ -194,7 +194,7 @@ def reproduce(folder: str | Path, output: str | Path | None = None) -> list[str]
     """
     folder = Path(folder)
     found = provenance.read_provenance(folder)
-    problems, absent = provenance.check_parents(found)
+    problems, absent = provenance.check_parents(found, folder)
     problems += [
         CheckpointError(f"a parent cannot be had: {reason}", where=folder, mend="put it where it was")
         for reason in absent

@@ -76,8 +76,31 @@ def read_provenance(folder: Path) -> dict[str, Any]:
 
 
 def recipe_of(provenance: Mapping[str, Any], where: Path) -> Recipe:
-    """The recipe to repeat a merge by."""
-    return make_recipe(provenance["recipe"], str(where / FILE_NAME))
+    """The recipe to repeat a merge by, its folders as they are found from here."""
+    recipe = make_recipe(provenance["recipe"], str(where / FILE_NAME))
+    people = tuple(
+        one.model_copy(
+            update={
+                "model": located(one.model, where),
+                "statistics": one.statistics and located(one.statistics, where),
+            }
+        )
+        for one in recipe.contributors
+    )
+    return recipe.model_copy(
+        update={"contributors": people, "base": recipe.base and located(recipe.base, where)}
+    )
+
+
+def located(reference: str, folder: Path) -> str:
+    """A path that was relative to where the merge ran: as it is, or below a folder that holds ``folder``.
+
+    Whatever is found is held against its recorded hash before it is used.
+    """
+    if Path(reference).is_absolute() or Path(reference).exists():
+        return reference
+    places = (place / reference for place in folder.resolve().parents)
+    return next((str(place) for place in places if place.exists()), reference)
 
 
 def check_files(folder: Path, provenance: Mapping[str, Any]) -> list[UserError]:
@@ -103,13 +126,13 @@ def check_files(folder: Path, provenance: Mapping[str, Any]) -> list[UserError]:
     return problems
 
 
-def check_parents(provenance: Mapping[str, Any]) -> tuple[list[UserError], list[str]]:
+def check_parents(provenance: Mapping[str, Any], folder: Path) -> tuple[list[UserError], list[str]]:
     """What differs between the parents as they are now and as they were merged; and which cannot be had here."""
     problems: list[UserError] = []
     absent = []
     for entry in [*provenance["parents"], *([provenance["base"]] if provenance.get("base") else [])]:
         try:
-            reference = entry["model"] if not entry.get("revision") else _pinned(entry)
+            reference = _pinned(entry) if entry.get("revision") else located(entry["model"], folder)
             checkpoint = open_checkpoint(
                 reference, allow_pickle=provenance["recipe"].get("allow_pickle", False)
             )
