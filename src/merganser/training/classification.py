@@ -31,12 +31,12 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.utils import logging as transformers_logging
 
 from merganser import progress
 from merganser.checkpoints import open_checkpoint
 from merganser.checkpoints.writer import check_output, new_folder
 from merganser.errors import CheckpointError, DataError, UserError
+from merganser.tasks.models import quiet
 
 #: Called after each optimiser step with the steps done and the steps in all.
 OnStep = Callable[[int, int], None]
@@ -66,7 +66,7 @@ def prepare_base(
     output = Path(output)
     _check_names(label_names)
     _check_place(output, base, overwrite)
-    with new_folder(output, overwrite=overwrite) as temporary, _quiet():
+    with new_folder(output, overwrite=overwrite) as temporary, quiet():
         model, tokenizer = _load(base, label_names, seed)
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
@@ -122,7 +122,7 @@ def fine_tune(
     _check_data(texts, labels, label_names)
     _check_settings(epochs, learning_rate, batch_size, max_length, warmup)
     _check_place(output, base, overwrite)
-    with new_folder(output, overwrite=overwrite) as temporary, _quiet():
+    with new_folder(output, overwrite=overwrite) as temporary, quiet():
         model, tokenizer = _load(base, label_names, seed)
         use_cache = getattr(model.config, "use_cache", None)  # the Trainer switches it off
         tokenizer.save_pretrained(temporary)  # before encoding, which leaves truncation settings in it
@@ -230,20 +230,6 @@ def _limit(max_length: int, model: PreTrainedModel, tokenizer: PreTrainedTokeniz
     """The asked length, or what the tokenizer and the position embeddings allow when that is less."""
     positions = getattr(model.config, "max_position_embeddings", None) or max_length
     return int(min(max_length, tokenizer.model_max_length, positions))
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers' loading bars and its notes on new heads off the terminal; errors still show."""
-    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()
 
 
 def _check_place(output: Path, base: str | Path, overwrite: bool) -> None:
