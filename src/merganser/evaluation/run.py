@@ -21,19 +21,12 @@ from merganser.evaluation.bootstrap import difference, resample, standard_error
 from merganser.evaluation.result import Evaluation, Score
 from merganser.tasks import task_for
 from merganser.tasks.base import Task
-from merganser.tasks.batches import make_batches, restore
 from merganser.tasks.columns import Columns
 from merganser.tasks.data import Rows, read_rows
 from merganser.tasks.gather import Gather
 from merganser.tasks.labels import LabelSpace, union
-from merganser.tasks.models import (
-    Opened,
-    choose_length,
-    load_model,
-    load_tokenizer,
-    open_model,
-    prepare_padding,
-)
+from merganser.tasks.models import Opened, load_model, load_tokenizer, open_model, prepare_padding
+from merganser.tasks.predict import Prediction, predict
 
 T = TypeVar("T")
 
@@ -48,15 +41,6 @@ class _Member:
     opened: Opened
     task: Task
     space: LabelSpace
-
-
-@dataclass(frozen=True)
-class _Cell:
-    """A model on a data set: what it said, aligned to the labels that it is scored over."""
-
-    aligned: Any
-    truncated: int
-    max_length: int
 
 
 def evaluate(
@@ -128,14 +112,24 @@ def evaluate(
     tokenizers = [gather(load_tokenizer, member.opened) for member in members]
     gather.settle()
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    cells: dict[tuple[int, int], _Cell] = {}
+    cells: dict[tuple[int, int], Prediction] = {}
     total = len(members) * sum(map(len, rows_of))
     with progress.bar(total, "evaluating", "ex") as bar:
         for m, (member, tokenizer, space) in enumerate(zip(members, tokenizers, spaces, strict=True)):
             network = _load(member, tokenizer, place, allow_pickle)
             for d, rows in enumerate(rows_of):
-                cells[m, d] = _run(
-                    member, network, tokenizer, rows, truths[m, d][0], space, batch_size, max_length, bar
+                cells[m, d] = predict(
+                    network,
+                    tokenizer,
+                    member.opened.config,
+                    member.task,
+                    rows,
+                    truths[m, d][0],
+                    space,
+                    name=member.opened.name,
+                    batch_size=batch_size,
+                    max_length=max_length,
+                    bar=bar,
                 )
             del network
     labels = [(member.opened.name, member.task, space) for member, space in zip(members, spaces, strict=True)]
@@ -145,7 +139,7 @@ def evaluate(
         for d in range(len(rows_of)):
             parts = [cells[m, d] for m in range(len(members))]
             truths[joint, d] = truths[0, d]
-            cells[joint, d] = _Cell(
+            cells[joint, d] = Prediction(
                 first.combine([part.aligned for part in parts]),
                 max(part.truncated for part in parts),
                 min(part.max_length for part in parts),
@@ -244,51 +238,10 @@ def _load(member: _Member, tokenizer: Any, place: str, allow_pickle: bool) -> nn
     return network.to(place)
 
 
-def _run(
-    member: _Member,
-    network: nn.Module,
-    tokenizer: Any,
-    rows: Rows,
-    columns: Columns,
-    space: LabelSpace,
-    batch_size: int,
-    max_length: int | None,
-    bar: Any,
-) -> _Cell:
-    task, config = member.task, member.opened.config
-    length = choose_length(max_length, config, tokenizer, pairs=columns.text_pair is not None)
-    encoded = task.encode(rows, tokenizer, config, columns, length)
-    batches = make_batches(encoded.features, task.collation(tokenizer, config), batch_size)
-    place = next(network.parameters()).device
-    results = []
-    for batch in batches:
-        inputs = {name: value.to(place) for name, value in batch.inputs.items() if name not in _TRUTHS}
-        results.append(task.outputs(network, inputs, [encoded.features[i] for i in batch.indices], tokenizer))
-        bar.update(len(batch.indices))
-    outputs = restore(batches, results)
-    _check_finite(outputs, encoded.features, member, rows)
-    return _Cell(task.align(outputs, member.space, space), encoded.truncated, length)
-
-
-_TRUTHS = ("labels", "decoder_attention_mask")  # what a model that is asked must not see
-
-
-def _check_finite(outputs: Sequence[Any], features: Sequence[Any], member: _Member, rows: Rows) -> None:
-    for index, (output, feature) in enumerate(zip(outputs, features, strict=True)):
-        if isinstance(output, np.ndarray):
-            seen = output if feature.words is None else output[np.array(feature.words, np.int64) >= 0]
-            if not np.isfinite(seen).all():
-                raise CheckpointError(
-                    f"the model's outputs are not finite ({rows.where(index)})",
-                    where=member.opened.name,
-                    mend="look for NaN in the weights with merganser inspect",
-                )
-
-
 def _scores(
     labels: Sequence[tuple[str, Task, LabelSpace]],
     rows_of: Sequence[Rows],
-    cells: Mapping[tuple[int, int], _Cell],
+    cells: Mapping[tuple[int, int], Prediction],
     truths: Mapping[tuple[int, int], tuple[Columns, Any]],
     metric: str | None,
     bootstrap: int,
