@@ -22,6 +22,9 @@ COMMANDS = {
     "inspect": ("inspect", "Show what a model, statistics file or merge holds."),
     "verify": ("inspect", "Check a merge against its provenance."),
     "reproduce": ("inspect", "Repeat a merge and compare byte for byte."),
+    "experiment": ("experiment", "Run a grid of merges and comparators from YAML files."),
+    "report": ("report", "Make a page of an experiment's results."),
+    "zoo": ("zoo", "List, show and remove trained models."),
     "demo": ("demo", "Fine-tune, collect, merge and compare, on real data."),
 }
 

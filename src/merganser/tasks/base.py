@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -72,7 +72,7 @@ class Task(ABC):
         Raises:
             UserError: an option that the task does not have.
         """
-        known = list(self.__dataclass_fields__)
+        known = [field.name for field in fields(self)]
         for option in options:
             if option not in known:
                 raise UserError(
@@ -204,6 +204,10 @@ class Task(ABC):
     @abstractmethod
     def judge(self, aligned: Any, references: Sequence[Any], space: LabelSpace) -> np.ndarray:
         """Predictions beside truths, an array (examples, …): all that the metrics see."""
+
+    def by_label(self, aligned: Any, references: Sequence[Any], space: LabelSpace) -> dict[str, float]:
+        """The F1 of each label that occurs, where the task has labels; of tokens, of each type of entity."""
+        return {}
 
     def score(self, judgements: np.ndarray) -> dict[str, float]:
         """Every metric of the judgements."""

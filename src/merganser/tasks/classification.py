@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 from sklearn import metrics as sklearn_metrics
 
+from merganser.errors import UserError, did_you_mean
 from merganser.statistics.scores import Problem
 from merganser.tasks.base import Metric, Task
 from merganser.tasks.columns import Columns
@@ -38,7 +39,16 @@ def matthews(judgements: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class TextClassification(Task):
-    """One of several labels; key metric macro-F1."""
+    """One of several labels; key metric macro-F1 unless another is chosen.
+
+    Attributes:
+        key: the key metric, one of ``macro_f1``, ``accuracy`` and ``matthews``; empty for the first.
+
+    Raises:
+        UserError: a key that is none of these.
+    """
+
+    key: str = ""
 
     name: ClassVar[str] = "text-classification"
     auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
@@ -49,6 +59,19 @@ class TextClassification(Task):
         "accuracy": accuracy,
         "matthews": matthews,
     }
+
+    def __post_init__(self) -> None:
+        if self.key and self.key not in self.metrics:
+            raise UserError(
+                f"task {self.name!r} has no metric {self.key!r}",
+                where="key",
+                mend=did_you_mean(str(self.key), self.metrics),
+            )
+
+    @property
+    def key_metric(self) -> str:
+        """The chosen metric, or macro-F1."""
+        return self.key or super().key_metric
 
     def fits(self, config: Mapping[str, Any]) -> bool:
         """A classifier that is neither a multi-label one nor a regression."""

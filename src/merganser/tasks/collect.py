@@ -29,11 +29,12 @@ from merganser.tasks.models import (
     open_model,
     prepare_padding,
 )
+from merganser.tasks.suite import selected
 
 
 def collect(
     model: str | Path,
-    data: str | Path,
+    data: str | Path | Rows,
     *,
     task: str | Task = "auto",
     fisher: str | None = None,
@@ -57,7 +58,7 @@ def collect(
 
     Args:
         model: a model folder, ``folder::heads/name`` or ``org/name@revision``.
-        data: see :func:`merganser.tasks.data.read_rows`; of several splits, ``train`` is taken.
+        data: rows, or what :func:`merganser.tasks.data.read_rows` takes; of several splits, ``train`` is taken.
         task: a name of :data:`merganser.tasks.TASKS`, or ``auto`` to go by the model's configuration.
         fisher: also collect diagonal Fisher information: ``expected`` (over the model's own labels),
             ``empirical`` (the labels of the data) or ``predicted`` (the most probable label).
@@ -87,7 +88,7 @@ def collect(
         raise UserError("there is nothing to collect", where="collect", mend="ask for grams, fisher or both")
     gather = Gather()
     opened = gather(open_model, model, allow_pickle=allow_pickle)
-    rows = gather(read_rows, data, split=split, limit=limit, prefer=("train",))
+    rows = gather(_rows, data, split, limit)
     target = None if opened is None else gather(_target, opened, output, overwrite)
     chosen = None if opened is None else gather(_task, opened, task, kind)
     gather.settle()
@@ -128,6 +129,12 @@ def collect(
     )
     write_statistics(target, header.model_copy(update={"notes": (*header.notes, *notes)}), tensors)
     return target
+
+
+def _rows(data: str | Path | Rows, split: str | None, limit: int | None) -> Rows:
+    if isinstance(data, Rows):
+        return data if limit is None else selected(data, range(min(limit, len(data))))
+    return read_rows(data, split=split, limit=limit, prefer=("train",))
 
 
 def _task(opened: Opened, task: str | Task, kind: FisherKind | None) -> Task:

@@ -1,4 +1,4 @@
-"""Data files as numbered rows: JSON lines, JSON, CSV, TSV and Parquet, each error with its file and line.
+"""Data files as numbered rows: JSON lines, JSON, CSV, TSV, Parquet, CoNLL; each error has file and line.
 
 A reader yields ``(number, row)``: the line on which the row begins (its number, for Parquet) and a
 dictionary.
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from merganser.errors import DataError
+from merganser.tasks.conll import read_sentences
 
 Row = dict[str, Any]
 Numbered = Iterator[tuple[int, Row]]
@@ -190,6 +191,11 @@ def _read_parquet(path: Path) -> Numbered:
         ) from None
 
 
+def read_conll(path: Path) -> Numbered:
+    """The sentences of a file in columns (see :mod:`merganser.tasks.conll`), whatever its ending."""
+    yield from read_sentences(_text_lines(path), path)
+
+
 #: How each ending is read.
 READERS: dict[str, Callable[[Path], Numbered]] = {
     ".jsonl": _read_jsonl,
@@ -198,4 +204,5 @@ READERS: dict[str, Callable[[Path], Numbered]] = {
     ".csv": _read_csv,
     ".tsv": _read_tsv,
     ".parquet": _read_parquet,
+    ".conll": read_conll,
 }

@@ -150,6 +150,12 @@ class MultiLabel(Task):
         marks = np.where(np.isnan(true), NOT_ANNOTATED, true)
         return np.stack([predicted.astype(np.int8), marks.astype(np.int8)], axis=1)
 
+    def by_label(self, aligned: np.ndarray, references: Sequence[Any], space: LabelSpace) -> dict[str, float]:
+        """F1 of each annotated label; their mean is the key metric."""
+        judgements = self.judge(aligned, references, space)
+        alone = ((name, judgements[:, :, index : index + 1]) for index, name in enumerate(space.names))
+        return {name: macro_f1(one) for name, one in alone if (one[:, 1] != NOT_ANNOTATED).any()}
+
 
 def _parse(value: Any, where: str) -> list[Any] | dict[Any, Any]:
     if isinstance(value, str):

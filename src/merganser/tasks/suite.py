@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -89,7 +89,7 @@ def with_options(suite: type[Suite], root: str | Path | None, options: Mapping[s
     Raises:
         UserError: an option that it does not have.
     """
-    known = [name for name in suite.__dataclass_fields__ if name != "root"]
+    known = [field.name for field in fields(suite) if field.name != "root"]
     for option in options:
         if option not in known:
             mend = did_you_mean(option, known) if known else "this suite has no options"

@@ -113,16 +113,29 @@ class TokenClassification(Task):
         self, aligned: Sequence[np.ndarray], references: Sequence[Any], space: LabelSpace
     ) -> np.ndarray:
         """Right, predicted and true entities of each sequence: int64 (examples, 3)."""
-        counts = []
-        for logits, tags in zip(aligned, references, strict=True):
-            known = np.where(np.isnan(logits), -np.inf, logits)
-            best = known.argmax(axis=1) if len(known) else []
-            predicted = [
-                space.names[place] if np.isfinite(row).any() else OUTSIDE
-                for place, row in zip(best, known, strict=True)
-            ]
-            counts.append(count_entities(predicted, tags))
+        counts = [
+            count_entities(_tags(logits, space), tags)
+            for logits, tags in zip(aligned, references, strict=True)
+        ]
         return np.array(counts, np.int64).reshape(-1, 3)
+
+    def by_label(
+        self, aligned: Sequence[np.ndarray], references: Sequence[Any], space: LabelSpace
+    ) -> dict[str, float]:
+        """Entity F1 of each type that occurs."""
+        predicted = [_tags(logits, space) for logits in aligned]
+        kinds = sorted({tag[2:] for tags in references for tag in tags if tag != OUTSIDE})
+        return {
+            kind: f1(
+                np.array(
+                    [
+                        count_entities(_of(kind, found), _of(kind, true))
+                        for found, true in zip(predicted, references, strict=True)
+                    ]
+                )
+            )
+            for kind in kinds
+        }
 
     def check_scoring(self, opened: Opened) -> None:
         """Refuse a head whose outputs are not named by BIO tags."""
@@ -137,6 +150,21 @@ class TokenClassification(Task):
     def collation(self, tokenizer: Any, config: Mapping[str, Any]) -> Collation:
         """Encoders only: the token classifiers of encoder-decoder models leave the decoder out."""
         return Collation(padding_id(tokenizer))
+
+
+def _tags(logits: np.ndarray, space: LabelSpace) -> list[str]:
+    """The best tag of each word; O where nothing is known of it (it was cut off)."""
+    known = np.where(np.isnan(logits), -np.inf, logits)
+    best = known.argmax(axis=1) if len(known) else []
+    return [
+        space.names[place] if np.isfinite(row).any() else OUTSIDE
+        for place, row in zip(best, known, strict=True)
+    ]
+
+
+def _of(kind: str, tags: Sequence[str]) -> list[str]:
+    """The tags of one type of entity."""
+    return [tag if tag[2:] == kind else OUTSIDE for tag in tags]
 
 
 def _words(rows: Rows, index: int, column: str) -> list[str]:

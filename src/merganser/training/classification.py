@@ -1,4 +1,4 @@
-"""Fine-tune an encoder for text classification with transformers' Trainer, unpatched.
+"""Fine-tune an encoder for text classification: :func:`~merganser.training.fine_tune.train` on lists of texts.
 
     from merganser.training import fine_tune, prepare_base
     prepare_base("org/encoder", label_names=["no", "yes"], output="base", seed=1)
@@ -10,36 +10,18 @@ names.
 
 from __future__ import annotations
 
-import importlib.util
-import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    DataCollatorWithPadding,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
-
-from merganser import progress
-from merganser.checkpoints import open_checkpoint
-from merganser.checkpoints.writer import check_output, new_folder
-from merganser.errors import CheckpointError, DataError, UserError
+from merganser.checkpoints.writer import new_folder
+from merganser.errors import DataError
+from merganser.tasks.classification import TextClassification
+from merganser.tasks.data import Rows
 from merganser.tasks.models import quiet
-
-#: Called after each optimiser step with the steps done and the steps in all.
-OnStep = Callable[[int, int], None]
+from merganser.training.fine_tune import check_place, train
+from merganser.training.heads import load_start, open_start
+from merganser.training.loop import OnStep
+from merganser.training.settings import make_settings
 
 
 def prepare_base(
@@ -65,11 +47,11 @@ def prepare_base(
     """
     output = Path(output)
     _check_names(label_names)
-    _check_place(output, base, overwrite)
+    check_place(output, base, overwrite)
     with new_folder(output, overwrite=overwrite) as temporary, quiet():
-        model, tokenizer = _load(base, label_names, seed)
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+        start = open_start(base, TextClassification(), label_names)
+        load_start(start, seed).save_pretrained(temporary)
+        start.tokenizer.save_pretrained(temporary)
     return output
 
 
@@ -117,125 +99,35 @@ def fine_tune(
         UserError: ``accelerate``, which the Trainer needs, is not installed, or a setting is out of its
             range.
     """
-    output = Path(output)
     _check_names(label_names)
     _check_data(texts, labels, label_names)
-    _check_settings(epochs, learning_rate, batch_size, max_length, warmup)
-    _check_place(output, base, overwrite)
-    with new_folder(output, overwrite=overwrite) as temporary, quiet():
-        model, tokenizer = _load(base, label_names, seed)
-        use_cache = getattr(model.config, "use_cache", None)  # the Trainer switches it off
-        tokenizer.save_pretrained(temporary)  # before encoding, which leaves truncation settings in it
-        encoded = tokenizer(list(texts), truncation=True, max_length=_limit(max_length, model, tokenizer))
-        examples = [
-            {**{key: values[index] for key, values in encoded.items()}, "labels": int(label)}
-            for index, label in enumerate(labels)
-        ]
-        arguments = TrainingArguments(
-            output_dir=str(temporary),
-            num_train_epochs=epochs,
-            learning_rate=learning_rate,
-            per_device_train_batch_size=batch_size,
-            warmup_steps=warmup,
-            seed=seed,
-            train_sampling_strategy="group_by_length",
-            eval_strategy="no",
-            save_strategy="no",
-            logging_strategy="no",
-            logging_nan_inf_filter=False,  # a loss that is not finite must be seen
-            report_to="none",
-            dataloader_num_workers=0,
-            dataloader_pin_memory=False,
-            disable_tqdm=True,
-        )
-        with _display(on_step, f"fine-tune {output.name}") as callback:
-            trainer = Trainer(
-                model=model,
-                args=arguments,
-                train_dataset=examples,
-                data_collator=DataCollatorWithPadding(tokenizer),
-                processing_class=tokenizer,
-                callbacks=[callback],
-            )
-            trainer.remove_callback(PrinterCallback)  # it prints on standard output, which is for data
-            loss = trainer.train().training_loss
-        if not math.isfinite(loss):
-            raise DataError(
-                f"training diverged, its loss is {loss}",
-                mend=f"lower the learning rate (now {learning_rate:g})",
-            )
-        if use_cache is not None:
-            model.config.use_cache = use_cache
-        model.to("cpu").save_pretrained(temporary)
-    return output
-
-
-class _Steps(TrainerCallback):
-    """Tell the steps to a function."""
-
-    def __init__(self, on_step: OnStep) -> None:
-        self.on_step = on_step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.on_step(state.global_step, state.max_steps)
-
-
-@contextmanager
-def _display(on_step: OnStep | None, description: str) -> Iterator[_Steps]:
-    """The callback for the caller's function, or for a bar of our own."""
-    if on_step is not None:
-        yield _Steps(on_step)
-        return
-    with progress.bar(0, description, "step") as shown:
-
-        def advance(done: int, total: int) -> None:
-            shown.total = total
-            shown.update(done - shown.n)
-
-        yield _Steps(advance)
-
-
-def _load(
-    base: str | Path, label_names: Sequence[str], seed: int
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model in float32 with a head for the labels (a new one drawn from ``seed``), and its tokenizer."""
-    set_seed(seed)
-    names = dict(enumerate(label_names))
-    checkpoint = open_checkpoint(base)
-    checkpoint.fetch()
-    folder = checkpoint.path
-    try:
-        config = AutoConfig.from_pretrained(folder)
-        same_head = list(config.id2label.values()) == list(label_names)
-        config.id2label, config.label2id = names, {name: index for index, name in names.items()}
-        config.problem_type = "single_label_classification"
-        model = AutoModelForSequenceClassification.from_pretrained(
-            folder,
-            config=config,
-            dtype=torch.float32,
-            ignore_mismatched_sizes=not same_head,
-            use_safetensors=True,
-        )
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise CheckpointError(
-            f"cannot be loaded for text classification: {error}",
-            where=str(base),
-            mend="give a model folder with config, safetensors weights and tokenizer, or a Hub name",
-        ) from error
-    return model, tokenizer
-
-
-def _limit(max_length: int, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The asked length, or what the tokenizer and the position embeddings allow when that is less."""
-    positions = getattr(model.config, "max_position_embeddings", None) or max_length
-    return int(min(max_length, tokenizer.model_max_length, positions))
-
-
-def _check_place(output: Path, base: str | Path, overwrite: bool) -> None:
-    problem = check_output(output, overwrite, [Path(base)])
-    if problem is not None:
-        raise problem
+    settings = make_settings(
+        learning_rate=learning_rate,
+        epochs=epochs,
+        batch_size=batch_size,
+        max_length=max_length,
+        warmup=warmup,
+        batching="by-length",
+    )
+    examples = zip(texts, labels, strict=True)
+    rows = Rows(
+        "texts",
+        tuple({"text": text, "label": label_names[label]} for text, label in examples),
+        tuple(("texts", number) for number in range(1, len(texts) + 1)),
+        by_line=False,
+    )
+    trained = train(
+        base,
+        TextClassification(),
+        rows,
+        labels=label_names,
+        output=output,
+        settings=settings,
+        seed=seed,
+        overwrite=overwrite,
+        on_step=on_step,
+    )
+    return trained.path
 
 
 def _check_names(label_names: Sequence[str]) -> None:
@@ -258,19 +150,3 @@ def _check_data(texts: Sequence[str], labels: Sequence[int], label_names: Sequen
                 f"({', '.join(label_names)})",
                 mend="name every class in label_names",
             )
-
-
-def _check_settings(
-    epochs: float, learning_rate: float, batch_size: int, max_length: int, warmup: float
-) -> None:
-    if importlib.util.find_spec("accelerate") is None:
-        raise UserError("training needs accelerate", mend="pip install 'merganser[train]'")
-    for name, fits, rule in (
-        ("epochs", epochs > 0, "above 0"),
-        ("learning_rate", 0 < learning_rate < math.inf, "above 0"),
-        ("batch_size", batch_size >= 1, "at least 1"),
-        ("max_length", max_length >= 1, "at least 1"),
-        ("warmup", 0 <= warmup < 1, "a share: 0 or more and below 1"),
-    ):
-        if not fits:
-            raise UserError(f"{name} must be {rule}", where=name, mend="give another value")

@@ -1,0 +1,57 @@
+"""``merganser report``: tables and figures of an experiment's results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from merganser.cli.common import warn
+
+_FILE = click.Path(dir_okay=False, path_type=Path)
+
+
+@click.command("report")
+@click.argument("results", type=click.Path(path_type=Path))
+@click.option(
+    "-o", "--output", type=_FILE, help="A .html, .md or .csv file.  [default: report.html beside the results]"
+)
+@click.option("--markdown", type=_FILE, metavar="FILE", help="Write the tables as Markdown, too.")
+@click.option("--csv", "table", type=_FILE, metavar="FILE", help="Write the numbers as CSV, too: one a line.")
+@click.option(
+    "--against",
+    default="simple",
+    show_default=True,
+    metavar="METHOD",
+    help="The merge that others are compared with.",
+)
+def report_command(
+    results: Path, output: Path | None, markdown: Path | None, table: Path | None, against: str
+) -> None:
+    """Write the report of RESULTS: what an experiment wrote, or a .json or .jsonl file of its rows.
+
+    \b
+    merganser report results -o report.html
+    merganser report results/emotion-pairwise --markdown tables.md --csv numbers.csv
+    """
+    from rich.console import Console
+
+    from merganser.experiments.reporting import Form, form_of, terminal_tables, write_report
+
+    if output is None:
+        output = (results.parent if results.is_file() else results) / "report.html"
+    outputs: dict[Form, Path] = {form_of(output): output}
+    for form, path in (("markdown", markdown), ("csv", table)):
+        if path is not None:
+            if form in outputs:
+                raise click.UsageError(f"-o and --{form} both name a file for {form}; give one of them")
+            outputs[form] = path  # type: ignore[index]
+    sections, written = write_report(results, outputs, against=against)
+    console = Console()
+    for shown in terminal_tables(sections):
+        console.print(shown)
+        if not isinstance(shown, str):
+            console.print()
+    for path in written:
+        warn(f"wrote {path}")
+        click.echo(str(path))

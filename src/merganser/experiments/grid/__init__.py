@@ -1,0 +1,1 @@
+"""Experiments as grids of independent cells: configuration, models from the zoo, cells, result rows."""

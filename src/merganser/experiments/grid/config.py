@@ -1,0 +1,269 @@
+"""What an experiment's configuration may say. One configuration describes a whole grid.
+
+The keys of the original's command line are kept where they make sense (``default_model_args``, ``load_from_zoo``,
+``zoo_filter``); a contributor inherits every key of ``default_model_args`` that it does not set itself.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from merganser.errors import RecipeError, UserError, did_you_mean, raise_all
+from merganser.methods import METHODS
+from merganser.tasks import SUITES
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Limits(_Frozen):
+    """At most so many examples of a data set, a seeded sample; None for all."""
+
+    train: int | None = Field(None, ge=1)
+    dev: int | None = Field(None, ge=1)
+    test: int | None = Field(None, ge=1)
+
+
+class SuiteConfig(_Frozen):
+    """Which data: a suite, where it lies, and how much of it."""
+
+    name: str = Field(description=f"one of {', '.join(SUITES)}")
+    root: str | None = Field(None, description="the folder that holds the data sets")
+    options: dict[str, Any] = Field(default_factory=dict, description="of the suite")
+    limits: Limits = Limits()
+    sample_seed: int = Field(1, description="of the samples that the limits draw; the same for every cell")
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in SUITES:
+            raise ValueError(f"unknown suite {name!r}. {did_you_mean(name, SUITES)}")
+        return name
+
+
+class Pretrained(_Frozen):
+    """The model that every contributor starts from."""
+
+    model: str = Field(description="a folder or org/name@revision")
+    title: str = Field(description="what tables call it")
+    architecture: str | None = Field(
+        None, description="its model_type, which chooses the published hyper-parameters before it is on disk"
+    )
+
+
+class StatisticsConfig(_Frozen):
+    """How the statistics of a contributor are collected, on its training data."""
+
+    examples: int | None = Field(16_000, ge=1, description="for Gram matrices and counts; None for all")
+    fisher: Literal["expected", "empirical", "predicted"] = "expected"
+    fisher_examples: int | None = Field(16_000, ge=1, description="for Fisher information; None for all")
+
+
+class ModelArgs(_Frozen):
+    """A contributor, or what all of them share (``default_model_args``)."""
+
+    set: str | None = Field(None, description="its data set; by default the contributor's name")
+    training: dict[str, Any] = Field(
+        default_factory=dict, description="hyper-parameters that differ from the published ones"
+    )
+    checkpoint: str | None = Field(None, description="a fine-tuned model to take instead of training one")
+    load_from_zoo: Literal["maybe", "yes", "no"] = Field(
+        "maybe", description="maybe: train if absent; yes: fail if absent; no: pass over zoo_filter"
+    )
+    zoo_filter: dict[str, Any] = Field(
+        default_factory=dict, description="take the zoo's model of this data set with these entries"
+    )
+
+
+class Search(_Frozen):
+    """Coefficients chosen on development data: a grid for two contributors, Dirichlet samples for more."""
+
+    grid: int = Field(11, ge=2, description="points of the grid from 0 to 1")
+    samples: int = Field(20, ge=1, description="Dirichlet samples, beside the uniform coefficients")
+
+
+class Finetune(_Frozen):
+    """Fine-tuning after the merge, on a sample of every contributor's training data."""
+
+    examples: int = Field(100, ge=1, description="of each contributor")
+    training: dict[str, Any] = Field(default_factory=dict)
+
+
+class MethodConfig(_Frozen):
+    """A merging method with its options, as one line of the result tables."""
+
+    method: str
+    title: str = Field("", description="what tables call it; must differ between entries of one method")
+    options: dict[str, Any] = Field(default_factory=dict)
+    search: Search | None = None
+    finetune: Finetune | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plain_name(cls, value: Any) -> Any:
+        return {"method": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _known(self) -> MethodConfig:
+        if self.method not in METHODS:
+            raise ValueError(f"unknown method {self.method!r}. {did_you_mean(self.method, METHODS)}")
+        METHODS[self.method].Options.model_validate(self.options)
+        return self
+
+    @property
+    def key(self) -> str:
+        """What tells it from the others in result rows: ``regmean``, ``simple+search``, ``regmean+finetune``."""
+        parts = [self.method, *(["search"] if self.search else []), *(["finetune"] if self.finetune else [])]
+        return "+".join(parts) if not self.title else self.title
+
+    @property
+    def name(self) -> str:
+        """What tables call it."""
+        return self.title or self.key
+
+
+class Tests(_Frozen):
+    """What the cells are scored on: always the contributors' own tests, and these."""
+
+    out_of_domain: tuple[str, ...] = ()
+    out_split: Literal["test", "all"] = Field("test", description="all: every split of these sets together")
+
+
+class Partitions(_Frozen):
+    """Parts of one data set, each of which makes a contributor (layout ``partitions``)."""
+
+    parts: int = Field(2, ge=2)
+    total: int = Field(2000, ge=2, description="examples of all parts together")
+    iid: bool = False
+
+
+Comparator = Literal["individual", "ensemble", "multitask"]
+Heads = Literal["same", "different", "separate"]
+
+
+class ExperimentConfig(_Frozen):
+    """A grid: contributors × methods × seeds × head initialisation, scored on test sets."""
+
+    name: str = Field(pattern=r"^[\w.-]+$", description="names the results' folder")
+    description: str = ""
+    suite: SuiteConfig
+    pretrained: Pretrained
+    training: dict[str, Any] = Field(
+        default_factory=dict, description="hyper-parameters that differ from the published ones"
+    )
+    statistics: StatisticsConfig = StatisticsConfig()
+    contributors: dict[str, ModelArgs] = Field(min_length=1)
+    default_model_args: ModelArgs = ModelArgs()
+    layout: Literal["pairs", "greedy", "all", "partitions"]
+    partitions: Partitions = Partitions()
+    heads: tuple[Heads, ...] = Field(("same",), min_length=1)
+    order: Literal["computed"] | tuple[str, ...] = Field(
+        "computed", description="of the greedy merge; computed on development data, or the names in order"
+    )
+    methods: tuple[MethodConfig, ...] = Field(min_length=1)
+    comparators: tuple[Comparator, ...] = ("individual",)
+    seeds: tuple[int, ...] = Field((1,), min_length=1)
+    tests: Tests = Tests()
+    batch_size: int = Field(32, ge=1, description="for predicting; changes speed only")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shorthands(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        value = dict(value)
+        for key in ("heads", "seeds", "comparators"):
+            if key in value and not isinstance(value[key], list | tuple):
+                value[key] = [value[key]]
+        defaults = value.get("default_model_args") or {}
+        listed = value.get("contributors")
+        if isinstance(listed, list):
+            listed = {str(name): {} for name in listed}
+        if isinstance(listed, dict) and isinstance(defaults, dict):
+            value["contributors"] = {name: _inherit(defaults, given) for name, given in listed.items()}
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ExperimentConfig:
+        keys = [method.key for method in self.methods]
+        if len(set(keys)) < len(keys):
+            raise ValueError(f"two methods are called {_twice(keys)!r}: give them titles that differ")
+        if self.layout in ("pairs", "greedy", "all") and len(self.contributors) < 2:
+            raise ValueError(f"layout {self.layout!r} needs at least two contributors")
+        if self.order != "computed" and set(self.order) != set(self.contributors):
+            raise ValueError(f"order must name every contributor once: {', '.join(self.contributors)}")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("a seed is given twice")
+        if "different" in self.heads and len(self.seeds) < 2:
+            raise ValueError("different heads are those of other seeds: give at least two seeds")
+        return self
+
+    def set_of(self, contributor: str) -> str:
+        """The data set of a contributor."""
+        return self.contributors[contributor].set or contributor
+
+
+def _inherit(defaults: dict[str, Any], given: Any) -> Any:
+    if given is None:
+        given = {}
+    if not isinstance(given, dict):
+        return given
+    training = {**(defaults.get("training") or {}), **(given.get("training") or {})}
+    return {**defaults, **given, **({"training": training} if training else {})}
+
+
+def _twice(names: list[str]) -> str:
+    return next(name for name in names if names.count(name) > 1)
+
+
+def make_config(values: dict[str, Any], where: str) -> ExperimentConfig:
+    """A validated configuration; every mistake names its file and key.
+
+    Args:
+        values: the merged files, templates filled in.
+        where: the files, for messages.
+
+    Raises:
+        RecipeError: one mistake; several come as :class:`~merganser.errors.Problems`.
+    """
+    try:
+        return ExperimentConfig.model_validate(values)
+    except ValidationError as error:
+        problems: list[UserError] = []
+        for entry in error.errors():
+            place = ".".join(str(part) for part in entry["loc"])
+            if entry["type"] == "extra_forbidden":
+                what, mend = (
+                    f"unknown key {place!r}",
+                    did_you_mean(str(entry["loc"][-1]), _fields(entry["loc"])),
+                )
+            elif entry["type"] == "missing":
+                what, mend = f"{place!r} is missing", "give it in one of the files"
+            else:
+                what = f"{place}: {entry['msg'].removeprefix('Value error, ')}" if place else entry["msg"]
+                mend = "correct the value"
+            problems.append(RecipeError(what, where=where, mend=mend))
+        raise_all(problems)
+        raise  # not reached
+
+
+def _fields(place: tuple[int | str, ...]) -> list[str]:
+    """The valid keys at a place of the configuration."""
+    model: Any = ExperimentConfig
+    nested = {
+        "suite": SuiteConfig, "limits": Limits, "pretrained": Pretrained, "statistics": StatisticsConfig,
+        "contributors": ModelArgs, "default_model_args": ModelArgs, "methods": MethodConfig, "search": Search,
+        "finetune": Finetune, "tests": Tests, "partitions": Partitions,
+    }  # fmt: skip
+    for part in place[:-1]:
+        model = nested.get(str(part), model)
+    return list(model.model_fields)
+
+
+def resolve_path(path: str) -> Path:
+    """A path of a configuration, relative to the working folder."""
+    return Path(path).expanduser()

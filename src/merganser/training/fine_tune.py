@@ -1,0 +1,254 @@
+"""Fine-tune a model for any task with transformers' Trainer, unpatched.
+
+    from merganser.training import TrainingSettings, train
+    train("org/encoder", MultiLabel(), rows, labels=["joy", "fear"], output="specialist", settings=settings)
+
+The same arguments on the same machine give the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from merganser.checkpoints.writer import check_output, new_folder
+from merganser.errors import UserError
+from merganser.tasks.base import Task
+from merganser.tasks.data import Rows
+from merganser.tasks.models import quiet
+from merganser.training.heads import Start, load_start
+from merganser.training.loop import (
+    Examples,
+    OnStep,
+    Ran,
+    Run,
+    check_accelerate,
+    last_checkpoint,
+    run_trainer,
+)
+from merganser.training.prepare import GivenColumns, prepare
+from merganser.training.settings import TrainingSettings
+
+_JOURNAL = "training.json"  # in a work folder: what its checkpoints are of
+_SCRATCH = ".training"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished training.
+
+    Attributes:
+        path: the model folder.
+        dev_scores: the score on development data after each epoch; empty where there were none.
+        best_epoch: the epoch that was kept, counted from 1; None where it is simply the last.
+        loss: the mean training loss of the epoch that was kept.
+    """
+
+    path: Path
+    dev_scores: tuple[float, ...]
+    best_epoch: int | None
+    loss: float
+
+
+def train(
+    base: str | Path,
+    task: Task,
+    rows: Rows,
+    *,
+    labels: Sequence[str] = (),
+    output: str | Path,
+    settings: TrainingSettings,
+    seed: int = 1,
+    dev: Rows | None = None,
+    metric: str | None = None,
+    columns: GivenColumns = None,
+    head_seed: int | None = None,
+    work: str | Path | None = None,
+    overwrite: bool = False,
+    on_step: OnStep | None = None,
+) -> Trained:
+    """Train all weights of ``base`` and save a plain ``from_pretrained`` folder in float32.
+
+    Labels that are not annotated (NaN in multi-label data) do not enter the loss. The global random state is
+    seeded.
+
+    Args:
+        base: a model folder or a Hub name. A head of the same labels is kept; otherwise a new one is drawn.
+            Sequence to sequence and causal tasks keep the pretrained language-modelling head.
+        task: see :mod:`merganser.tasks`.
+        rows: the training data.
+        labels: the head's outputs in order; by default those of the base's own head.
+        output: the folder to write, whole or not at all.
+        settings: hyper-parameters.
+        seed: of the order of the examples and of dropout.
+        dev: development data, scored after each epoch. ``settings.best_epoch`` needs them; of epochs with
+            equal scores it keeps the earliest.
+        metric: of the development score; by default the task's key metric.
+        columns: names of the columns; what is not given is found by its usual name.
+        head_seed: of a new head; by default ``seed``.
+        work: a folder for checkpoints after each epoch, from which the same training, killed, goes on to the
+            same weights. What it holds of another training is removed; it is removed at the end.
+        overwrite: replace an existing output.
+        on_step: called with (steps done, steps in all); without it there is a progress bar on standard error.
+
+    Raises:
+        CheckpointError: the base cannot be used, or the output exists.
+        DataError: data that do not fit the task, or a loss that is not finite.
+        UserError: a setting that does not fit, or ``accelerate``, which the Trainer needs, is not installed.
+    """
+    output = Path(output)
+    check_accelerate()
+    check_place(output, base, overwrite)
+    with quiet(), new_folder(output, overwrite=overwrite) as temporary:
+        prepared = prepare(
+            base,
+            task,
+            rows,
+            labels,
+            settings,
+            dev=dev,
+            metric=metric,
+            columns=columns,
+            check=partial(_save_tokenizer, temporary),
+        )
+        start, drawn = prepared.start, seed if head_seed is None else head_seed
+        scratch, resume = temporary / _SCRATCH, None
+        if work is not None:
+            scratch = Path(work)
+            key = _fingerprint(start, rows, dev, settings, (seed, drawn, metric, str(columns)))
+            resume = _take_up(scratch, key)
+        model = load_start(start, drawn, resume)
+        saved_cache = _use_cache(model)
+        run = Run(
+            name=output.name,
+            settings=settings,
+            seed=seed,
+            scratch=scratch,
+            save=partial(save_model, model, saved_cache),
+            score=None if dev is None else partial(prepared.score, model, settings),
+            higher_is_better=prepared.higher_is_better,
+            whole=work is not None,
+            resume=resume,
+            loss=prepared.loss,
+            on_step=on_step,
+        )
+        ran = run_trainer(run, model, Examples(prepared.features), prepared.collate)
+        keep(ran, run, temporary)
+        shutil.rmtree(temporary / _SCRATCH, ignore_errors=True)
+    if work is not None:
+        _clear(Path(work))
+    return Trained(output, ran.scores, None if ran.best is None else ran.best + 1, kept_loss(ran))
+
+
+def check_place(output: Path, base: str | Path, overwrite: bool) -> None:
+    """Refuse an output that cannot be written.
+
+    Raises:
+        CheckpointError: it exists and may not be replaced, or is the base.
+    """
+    problem = check_output(output, overwrite, [Path(base)])
+    if problem is not None:
+        raise problem
+
+
+def save_model(model: Any, use_cache: bool | None, folder: Path) -> None:
+    """Save a model, its configuration's ``use_cache`` as it was before the Trainer switched it off."""
+    config, now = model.config, _use_cache(model)
+    if use_cache is None and now is not None:
+        del config.use_cache
+    elif use_cache is not None:
+        config.use_cache = use_cache
+    try:
+        with quiet():
+            model.save_pretrained(folder)
+    finally:
+        if now is not None:
+            config.use_cache = now
+
+
+def keep(ran: Ran, run: Run, folder: Path) -> None:
+    """Put the weights to keep into ``folder``: those of the best epoch, or the last ones."""
+    if ran.folder is None:
+        run.save(folder)
+        return
+    for path in sorted(ran.folder.iterdir()):
+        if path.is_dir():
+            shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
+        elif path.suffix in (".json", ".safetensors") and path.name != "trainer_state.json":
+            shutil.copy2(path, folder / path.name)
+
+
+def kept_loss(ran: Ran) -> float:
+    """The mean training loss of the epoch that was kept."""
+    return ran.losses[-1 if ran.best is None else ran.best]
+
+
+def _use_cache(model: Any) -> bool | None:
+    found: bool | None = getattr(model.config, "use_cache", None)
+    return found
+
+
+def _save_tokenizer(folder: Path, start: Start) -> None:
+    start.tokenizer.save_pretrained(folder)
+
+
+def _fingerprint(
+    start: Start, rows: Rows, dev: Rows | None, settings: TrainingSettings, more: tuple[Any, ...]
+) -> str:
+    """The hash of everything that the weights depend on."""
+    facts = {
+        "base": start.opened.checkpoint.manifest_sha256(),
+        "config": dict(start.config),
+        "keeps_head": start.keeps_head,
+        "task": [type(start.task).__name__, repr(start.task)],
+        "labels": start.labels,
+        "rows": [rows.rows, sorted(rows.class_names.items())],
+        "dev": None if dev is None else [dev.rows, sorted(dev.class_names.items())],
+        "settings": settings.model_dump(),
+        "more": more,
+        "versions": [version(name) for name in ("torch", "transformers", "accelerate")],
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=repr).encode()).hexdigest()
+
+
+def _take_up(work: Path, key: str) -> Path | None:
+    """The checkpoint to go on from, if the work folder holds this training; else the folder is emptied.
+
+    Raises:
+        UserError: the folder holds something else than a training's checkpoints.
+    """
+    if work.exists() and not work.is_dir():
+        raise UserError("the work folder is a file", where=work, mend="give a folder")
+    journal = work / _JOURNAL
+    if work.is_dir() and any(work.iterdir()) and not journal.is_file():
+        raise UserError(
+            "the work folder holds something other than a training, so it is left alone",
+            where=work,
+            mend="give an empty or a new folder",
+        )
+    if journal.is_file() and journal.read_text(encoding="utf-8") == _journal(key):
+        return last_checkpoint(work)
+    _clear(work)
+    work.mkdir(parents=True, exist_ok=True)
+    journal.write_text(_journal(key), encoding="utf-8")
+    return None
+
+
+def _journal(key: str) -> str:
+    return json.dumps({"training": key}) + "\n"
+
+
+def _clear(work: Path) -> None:
+    """Remove a training's checkpoints, and the folder if nothing else is in it."""
+    for path in work.glob("checkpoint-*"):
+        shutil.rmtree(path, ignore_errors=True)
+    (work / _JOURNAL).unlink(missing_ok=True)
+    if work.is_dir() and not any(work.iterdir()):
+        work.rmdir()

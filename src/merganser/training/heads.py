@@ -1,0 +1,171 @@
+"""What a training starts from: a base model with the head that the task needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from merganser.errors import CheckpointError, DataError, UserError
+from merganser.tasks.base import Task
+from merganser.tasks.labels import LabelSpace
+from merganser.tasks.models import (
+    Opened,
+    first_line,
+    load_model,
+    load_tokenizer,
+    open_model,
+    prepare_padding,
+    quiet,
+)
+
+#: Task.problem -> ``problem_type`` in the configuration; tasks that are not here keep the pretrained head.
+PROBLEM_TYPES = {
+    "classification": "single_label_classification",
+    "multi_label": "multi_label_classification",
+    "regression": "regression",
+    "tokens": None,
+}
+_MAPPINGS = {
+    "AutoModelForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
+    "AutoModelForTokenClassification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",
+}
+
+
+@dataclass(frozen=True)
+class Start:
+    """A base model before its weights are loaded.
+
+    Attributes:
+        opened: the base.
+        task: what it is to learn.
+        labels: the head's outputs; empty for tasks that keep the pretrained head.
+        keeps_head: whether the base's own head is kept, as it has these labels.
+        config: the base's ``config.json`` with the labels.
+        tokenizer: of the base.
+    """
+
+    opened: Opened
+    task: Task
+    labels: tuple[str, ...]
+    keeps_head: bool
+    config: Mapping[str, Any]
+    tokenizer: Any
+
+
+def open_start(base: str | Path, task: Task, labels: Sequence[str] = ()) -> Start:
+    """Find out, from the headers alone, what a training of ``task`` starts from.
+
+    Args:
+        base: a model folder or a Hub name.
+        task: see :mod:`merganser.tasks`.
+        labels: the head's outputs in order. A base that has the task's head and these labels keeps its head;
+            no labels mean those of the base's own head.
+
+    Raises:
+        CheckpointError: the base cannot be used.
+        DataError: labels that are missing or repeated.
+        UserError: a task that has nothing to learn.
+    """
+    if task.problem is None:
+        raise UserError(
+            f"{task.name} has nothing to learn", where="task", mend="choose a task with labels or targets"
+        )
+    opened = open_model(base)
+    config = dict(opened.config)
+    if task.problem not in PROBLEM_TYPES:
+        task.check_head(opened)
+        return Start(opened, task, (), True, config, load_tokenizer(opened))
+    own = LabelSpace.of(config).names if task.has_head(config) else ()
+    names = tuple(labels) if not isinstance(labels, str) else (labels,)
+    if not names:
+        names = ("LABEL_0",) if task.problem == "regression" else own
+    _check_labels(names, task)
+    config["id2label"] = {str(index): name for index, name in enumerate(names)}
+    config["label2id"] = {name: index for index, name in enumerate(names)}
+    config["problem_type"] = PROBLEM_TYPES[task.problem]
+    keeps = own == names or (task.problem == "regression" and len(own) == 1)
+    return Start(opened, task, names, keeps, config, load_tokenizer(opened))
+
+
+def _check_labels(labels: Sequence[str], task: Task) -> None:
+    least = {"classification": 2, "tokens": 2}.get(str(task.problem), 1)
+    wrong = (
+        len(labels) < least or len(set(labels)) < len(labels) or not all(isinstance(n, str) for n in labels)
+    )
+    if wrong or (task.problem == "regression" and len(labels) > 1):
+        wanted = {"regression": "one name"}.get(
+            str(task.problem), f"{'at least two ' if least == 2 else ''}distinct names"
+        )
+        raise DataError(
+            f"labels of {task.name} must be {wanted}, but are {list(labels)!r}", mend="name every label once"
+        )
+
+
+def load_start(start: Start, seed: int, folder: Path | None = None) -> Any:
+    """The model in float32, a new head drawn from ``seed``; the global random state is seeded.
+
+    The draws depend on the architecture and the labels only, not on what head the base had before.
+
+    Args:
+        start: what :func:`open_start` returned.
+        seed: of what is not in the base.
+        folder: load this checkpoint of an earlier training instead of the base.
+
+    Raises:
+        CheckpointError: weights that do not fit the architecture.
+    """
+    transformers.set_seed(seed)
+    task, opened = start.task, start.opened
+    if task.problem not in PROBLEM_TYPES:
+        source = opened if folder is None else open_model(folder)
+        return load_model(source, task.model_class(source.config), complete=task.complete)
+    opened.checkpoint.fetch()
+    place = opened.root / opened.subfolder if folder is None else folder
+    try:
+        with quiet():
+            config = transformers.AutoConfig.from_pretrained(str(place), trust_remote_code=False)
+            config.id2label = dict(enumerate(start.labels))
+            config.label2id = {name: index for index, name in enumerate(start.labels)}
+            config.problem_type = start.config["problem_type"]
+            model = _load_head(start, config, place, keep=start.keeps_head or folder is not None)
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever damaged weights or a stranger's configuration provoke
+        raise CheckpointError(
+            f"cannot be loaded for {task.name}: {first_line(error)}",
+            where=str(place),
+            mend="give a model folder with config, safetensors weights and tokenizer, or a Hub name",
+        ) from None
+    prepare_padding(model, start.tokenizer)
+    return model
+
+
+def _load_head(start: Start, config: Any, place: Path, *, keep: bool) -> nn.Module:
+    """The architecture with the task's head; where it is not to be kept, the base's own head is left out."""
+    auto_class = start.task.model_class(start.config)
+    checkpoint = start.opened.checkpoint
+    if not keep:
+        model_class: Any = getattr(transformers, _MAPPINGS[auto_class])[type(config)]
+        prefix = f"{model_class.base_model_prefix}."
+        inner = [name for name in checkpoint.tensors if name.startswith(prefix)]
+        if 0 < len(inner) < len(checkpoint.tensors):
+            tensors = {name: checkpoint.read(name) for name in inner}
+            loaded: nn.Module = model_class.from_pretrained(
+                None, config=config, state_dict=tensors, dtype=torch.float32
+            )
+            return loaded
+    loaded = getattr(transformers, auto_class).from_pretrained(
+        str(place),
+        config=config,
+        dtype=torch.float32,
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+    )
+    return loaded

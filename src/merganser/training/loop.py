@@ -1,0 +1,275 @@
+"""One run of transformers' Trainer, unpatched: scores after each epoch, the best one kept, and resuming."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from merganser import progress
+from merganser.errors import DataError, UserError
+from merganser.tasks.batches import Feature
+from merganser.training.losses import Loss
+from merganser.training.settings import TrainingSettings
+
+#: Called after each optimiser step with the steps done and the steps in all.
+OnStep = Callable[[int, int], None]
+
+_STATE = "trainer_state.json"  # the file of a checkpoint that the Trainer writes last
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is trained, and how.
+
+    Attributes:
+        name: for the progress bar.
+        settings: hyper-parameters.
+        seed: of the order of the examples and of dropout.
+        scratch: a folder for checkpoints.
+        save: writes the model into a folder.
+        score: the model on development data; None for none.
+        higher_is_better: of scores.
+        whole: keep in ``scratch`` after each epoch all that a killed run needs to go on.
+        resume: such a checkpoint to go on from.
+        loss: instead of the model's own.
+        on_step: instead of a progress bar.
+    """
+
+    name: str
+    settings: TrainingSettings
+    seed: int
+    scratch: Path
+    save: Callable[[Path], None]
+    score: Callable[[], float] | None = None
+    higher_is_better: bool = True
+    whole: bool = False
+    resume: Path | None = None
+    loss: Loss | None = None
+    on_step: OnStep | None = None
+
+
+@dataclass(frozen=True)
+class Ran:
+    """How a run went.
+
+    Attributes:
+        scores: on development data after each epoch.
+        losses: the mean training loss of each epoch.
+        best: the place of the best score, counted from 0; None where none was looked for or all are NaN.
+        folder: the checkpoint with the best weights; None: the model itself has the weights to keep.
+    """
+
+    scores: tuple[float, ...]
+    losses: tuple[float, ...]
+    best: int | None
+    folder: Path | None
+
+
+class Examples(Dataset[dict[str, Any]]):
+    """Features as the Trainer takes them: dictionaries with the tokens, whose number it may look at."""
+
+    def __init__(self, features: Sequence[Feature], part: int = 0) -> None:
+        self.features, self.part = features, part
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        feature = self.features[index]
+        return {"input_ids": feature.input_ids, "feature": feature, "part": self.part}
+
+
+def run_trainer(
+    run: Run,
+    model: nn.Module,
+    examples: Dataset[dict[str, Any]],
+    collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
+    batches: Sampler[list[int]] | None = None,
+) -> Ran:
+    """Train ``model`` in place.
+
+    Args:
+        run: see there.
+        model: on the CPU; it returns there.
+        examples: dictionaries with ``feature`` and ``input_ids``.
+        collate: makes a batch of them.
+        batches: the places of each batch's examples; by default drawn as the settings say.
+
+    Raises:
+        DataError: the loss is not finite.
+        UserError: ``accelerate`` is not installed.
+    """
+    check_accelerate()
+    settings, best = run.settings, run.score is not None and run.settings.best_epoch
+    finished = _finished(run, best)
+    if finished is not None:
+        return finished
+    arguments = TrainingArguments(
+        output_dir=str(run.scratch.absolute()),
+        num_train_epochs=settings.epochs,
+        max_steps=settings.max_steps or -1,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=settings.schedule,
+        warmup_steps=settings.warmup,
+        weight_decay=settings.weight_decay,
+        per_device_train_batch_size=settings.batch_size,
+        seed=run.seed,
+        train_sampling_strategy="group_by_length" if settings.batching == "by-length" else "random",
+        eval_strategy="no" if run.score is None else "epoch",
+        save_strategy="epoch" if run.whole else "best" if best else "no",
+        save_only_model=not run.whole,
+        save_total_limit=1,
+        metric_for_best_model="score" if best else None,
+        greater_is_better=run.higher_is_better if best else None,
+        logging_strategy="epoch",
+        logging_nan_inf_filter=False,  # a loss that is not finite must be seen
+        remove_unused_columns=False,
+        report_to="none",
+        dataloader_num_workers=0,
+        dataloader_pin_memory=False,
+        disable_tqdm=True,
+    )
+    with _display(run.on_step, f"train {run.name}") as callback:
+        trainer = _Trainer(
+            run,
+            batches,
+            model=model,
+            args=arguments,
+            train_dataset=examples,
+            eval_dataset=None if run.score is None else examples,  # asked for, though run.score has its own
+            data_collator=collate,
+            callbacks=[callback],
+            compute_loss_func=None if run.loss is None else _Loss(run.loss),
+        )
+        trainer.remove_callback(PrinterCallback)  # it prints on standard output, which is for data
+        trainer.train(resume_from_checkpoint=None if run.resume is None else str(run.resume.absolute()))
+    model.to("cpu")
+    return _ran(run, trainer.state.log_history, trainer.state.best_global_step if best else None)
+
+
+def _finished(run: Run, best: bool) -> Ran | None:
+    """The outcome, where the checkpoint to go on from is that of the last step; the Trainer would add one."""
+    if run.resume is None:
+        return None
+    state = json.loads((run.resume / _STATE).read_text(encoding="utf-8"))
+    if state["global_step"] < state["max_steps"]:
+        return None
+    return _ran(run, state["log_history"], state["best_global_step"] if best else None)
+
+
+def _ran(run: Run, history: Sequence[Mapping[str, Any]], step: int | None) -> Ran:
+    """The outcome from the Trainer's log and the step with the best score."""
+    losses = tuple(float(entry["loss"]) for entry in history if "loss" in entry)
+    scored = [entry for entry in history if "eval_score" in entry]
+    place = next((i for i, entry in enumerate(scored) if step and entry["step"] == step), None)
+    folder = None if place is None else run.scratch / f"checkpoint-{step}"
+    return Ran(tuple(float(entry["eval_score"]) for entry in scored), losses, place, folder)
+
+
+def check_accelerate() -> None:
+    """Refuse to go on without what the Trainer needs.
+
+    Raises:
+        UserError: ``accelerate`` is not installed.
+    """
+    if importlib.util.find_spec("accelerate") is None:
+        raise UserError("training needs accelerate", mend="pip install 'merganser[train]'")
+
+
+def last_checkpoint(scratch: Path) -> Path | None:
+    """The last checkpoint that was written whole."""
+    found = []
+    for path in scratch.glob("checkpoint-*"):
+        try:
+            json.loads((path / _STATE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        found.append(path)
+    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+class _Loss:
+    """A loss as the Trainer calls it."""
+
+    def __init__(self, loss: Loss) -> None:
+        self.loss = loss
+
+    def __call__(self, outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
+        return self.loss(outputs["logits"], labels)
+
+
+class _Trainer(Trainer):
+    """The Trainer with our scores, our way to save a model, and batches of our own where there are some."""
+
+    def __init__(self, run: Run, batches: Sampler[list[int]] | None, **options: Any) -> None:
+        super().__init__(**options)
+        self.our_run, self.our_batches = run, batches
+        self.control: Any  # the Trainer's; it gives no type
+
+    def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
+        """The score on development data, logged as the Trainer logs its own."""
+        assert self.our_run.score is not None and self.model is not None
+        self.model.eval()
+        metrics = {"eval_score": self.our_run.score()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Keep the log, and stop where the loss is not finite."""
+        if not math.isfinite(logs.get("loss", 0.0)):
+            raise DataError(
+                f"training diverged, its loss is {logs['loss']}",
+                mend=f"lower the learning rate (now {self.args.learning_rate:g})",
+            )
+        super().log(logs, start_time)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the weights of a checkpoint."""
+        folder = Path(output_dir or str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        self.our_run.save(folder)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Batches as they are given, or as the Trainer draws them."""
+        if self.our_batches is None:
+            return super().get_train_dataloader()
+        loader: DataLoader[Any] = self.accelerator.prepare(
+            DataLoader(self.train_dataset, batch_sampler=self.our_batches, collate_fn=self.data_collator)
+        )
+        return loader
+
+
+class _Steps(TrainerCallback):
+    """Tell the steps to a function."""
+
+    def __init__(self, on_step: OnStep) -> None:
+        self.on_step = on_step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.on_step(state.global_step, state.max_steps)
+
+
+@contextmanager
+def _display(on_step: OnStep | None, description: str) -> Iterator[_Steps]:
+    """The callback for the caller's function, or for a bar of our own."""
+    if on_step is not None:
+        yield _Steps(on_step)
+        return
+    with progress.bar(0, description, "step") as shown:
+
+        def advance(done: int, total: int) -> None:
+            shown.total = total
+            shown.update(done - shown.n)
+
+        yield _Steps(advance)

@@ -1,0 +1,150 @@
+"""From a task, rows and a base to what the Trainer needs; every label is checked before weights are loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from merganser.errors import DataError, UserError, did_you_mean
+from merganser.tasks.base import Task
+from merganser.tasks.batches import Collation, Feature
+from merganser.tasks.columns import Columns
+from merganser.tasks.data import Rows
+from merganser.tasks.models import choose_length
+from merganser.tasks.predict import predict
+from merganser.training.heads import Start, open_start
+from merganser.training.losses import Loss, make_loss
+from merganser.training.settings import TrainingSettings
+
+GivenColumns = Columns | Mapping[str, str | None] | None
+
+
+@dataclass(frozen=True)
+class Dev:
+    """Development data with their truths.
+
+    Attributes:
+        rows, columns, references: the data.
+        metric: which of the task's metrics counts.
+    """
+
+    rows: Rows
+    columns: Columns
+    references: Any
+    metric: str
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A task's training data as tokens, and its development data.
+
+    Attributes:
+        start: the base and the head.
+        features: the training data.
+        collation: makes tensors of them.
+        dev: None where there is none.
+        loss: None where the model's own is right.
+    """
+
+    start: Start
+    features: Sequence[Feature]
+    collation: Collation
+    dev: Dev | None
+    loss: Loss | None
+
+    def collate(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """A batch of :class:`~merganser.training.loop.Examples`."""
+        return self.collation([example["feature"] for example in examples])
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Of the development score."""
+        return self.dev is None or self.dev.metric not in self.start.task.lower_is_better
+
+    def score(self, model: nn.Module, settings: TrainingSettings) -> float:
+        """The score of a model in eval mode on the development data."""
+        assert self.dev is not None
+        task, config = self.start.task, self.start.config
+        space = task.space(config)
+        found = predict(
+            model,
+            self.start.tokenizer,
+            config,
+            task,
+            self.dev.rows,
+            self.dev.columns,
+            space,
+            name="the model in training",
+            batch_size=max(32, settings.batch_size),
+            max_length=settings.max_length,
+        )
+        judgements = task.judge(found.aligned, self.dev.references, space)
+        return task.score(judgements)[self.dev.metric]
+
+
+def prepare(
+    base: str | Path,
+    task: Task,
+    rows: Rows,
+    labels: Sequence[str],
+    settings: TrainingSettings,
+    *,
+    dev: Rows | None = None,
+    metric: str | None = None,
+    columns: GivenColumns = None,
+    check: Callable[[Start], None] | None = None,
+) -> Prepared:
+    """Check and tokenise the data of a task.
+
+    Args:
+        base: a model folder or a Hub name.
+        task: of the data.
+        rows: to train on.
+        labels: see :func:`~merganser.training.heads.open_start`.
+        settings: of the training.
+        dev: development data.
+        metric: what counts on them; by default the task's key metric.
+        columns: what is not given is found by its usual name.
+        check: called before anything is tokenised (tokenising may change the tokenizer's state).
+
+    Raises:
+        UserError: any mistake in the base, the labels, the data or the settings.
+    """
+    if not len(rows):
+        raise DataError("there are no rows to train on", where=rows.source, mend="give at least one row")
+    start = open_start(base, task, labels)
+    space, given = task.space(start.config), Columns.of(columns)
+    found = task.columns(rows, given)
+    references = task.references(rows, found, space)
+    held_out = None if dev is None else _dev(start, dev, metric, given)
+    if settings.best_epoch and held_out is None:
+        raise UserError(
+            "the best epoch is chosen on development data, and there are none",
+            where="best_epoch",
+            mend="give development data, or best_epoch: false",
+        )
+    if check is not None:
+        check(start)
+    tokenizer = start.tokenizer
+    length = choose_length(settings.max_length, start.config, tokenizer, pairs=found.text_pair is not None)
+    features = task.encode(rows, tokenizer, start.config, found, length, references).features
+    loss = make_loss(task.problem, features, len(start.labels), settings.reweight, rows.source)
+    return Prepared(start, features, task.collation(tokenizer, start.config), held_out, loss)
+
+
+def _dev(start: Start, dev: Rows, metric: str | None, given: Columns) -> Dev:
+    task = start.task
+    task.check_scoring(replace(start.opened, config=start.config))
+    chosen = metric or task.key_metric
+    if chosen not in task.metrics:
+        raise UserError(
+            f"{task.name} has no metric {chosen!r}", where="metric", mend=did_you_mean(chosen, task.metrics)
+        )
+    if not len(dev):
+        raise DataError("there are no development rows", where=dev.source, mend="give some, or no data")
+    columns = task.columns(dev, given)
+    return Dev(dev, columns, task.references(dev, columns, task.space(start.config)), chosen)
