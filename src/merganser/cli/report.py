@@ -49,8 +49,11 @@ def report_command(
     sections, written = write_report(results, outputs, against=against)
     console = Console()
     for shown in terminal_tables(sections):
-        console.print(shown)
-        if not isinstance(shown, str):
+        if isinstance(shown, str):
+            console.print(shown)
+        else:  # a table that is wider than the terminal is left to it, rather than cut
+            wide = Console(width=1000).measure(shown).maximum
+            console.print(shown, width=wide, crop=False, no_wrap=True, overflow="ignore")
             console.print()
     for path in written:
         warn(f"wrote {path}")

@@ -1,4 +1,4 @@
-"""Fine-tune an encoder for text classification: :func:`~merganser.training.fine_tune.train` on lists of texts.
+"""Fine-tune an encoder for text classification: :func:`merganser.training.train` on lists of texts.
 
     from merganser.training import fine_tune, prepare_base
     prepare_base("org/encoder", label_names=["no", "yes"], output="base", seed=1)

@@ -128,7 +128,7 @@ def run_trainer(
         eval_strategy="no" if run.score is None else "epoch",
         save_strategy="epoch" if run.whole else "best" if best else "no",
         save_only_model=not run.whole,
-        save_total_limit=1,
+        save_total_limit=2 if run.whole and best else 1,  # the last one stays beside the best
         metric_for_best_model="score" if best else None,
         greater_is_better=run.higher_is_better if best else None,
         logging_strategy="epoch",

@@ -4,8 +4,8 @@
     # both/<name> opens with from_pretrained; the encoder is the same in each
 
 With ``shared=True`` the label spaces agree, and the data are trained on as if they were one data set. With
-``shared=False`` every batch is of one task, tasks are drawn in proportion to the sizes of their data sets, and
-the order of the batches is shuffled anew in each epoch.
+``shared=False`` every batch is of one task, tasks are drawn in proportion to the sizes of their data sets,
+and the order of the batches is shuffled anew in each epoch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""From a task, rows and a base to what the Trainer needs; every label is checked before weights are loaded."""
+"""From a task, rows and a base to what the Trainer needs; labels are checked before weights are loaded."""
 
 from __future__ import annotations
 

@@ -69,9 +69,9 @@ def make_settings(**values: Any) -> TrainingSettings:
 _LONG = {"epochs": 20, "schedule": "polynomial", "warmup": 0.06, "best_epoch": True}
 _GLUE = {"learning_rate": 2e-5, "epochs": 3}
 
-#: (model type, suite) -> what differs from :class:`TrainingSettings`' own defaults. Batches are of 16 and texts
-#: are cut at 128 tokens everywhere. Left open by the paper and chosen here: the schedules of T5 and of GLUE
-#: (linear, no warm-up), the learning rate of DeBERTa by suite (6e-6 or 1e-5 is all that it says), and
+#: (model type, suite) -> what differs from :class:`TrainingSettings`' own defaults. Batches are of 16 and
+#: texts are cut at 128 tokens everywhere. Left open by the paper and chosen here: the schedules of T5 and of
+#: GLUE (linear, no warm-up), the learning rate of DeBERTa by suite (6e-6 or 1e-5 is all that it says), and
 #: DistilBERT's partitions (its learning rate on GLUE, RoBERTa's epochs: 1,000 examples are few).
 PUBLISHED: dict[tuple[str, str], dict[str, Any]] = {
     ("roberta", "emotion"): {"learning_rate": 1e-5, **_LONG},
@@ -92,7 +92,7 @@ _TYPES = {"Roberta": "roberta", "DebertaV2": "deberta-v2", "DistilBert": "distil
 def defaults(architecture_or_model_type: str, suite: str) -> TrainingSettings:
     """The settings to train a model of a suite with: those of the paper where it has some.
 
-    For any other pair (BERT, MiniLM, GPT-2, a suite of one's own): learning rate 5e-5, 3 epochs, linear decay.
+    For any other pair (BERT, MiniLM, GPT-2, a suite of one's own): rate 5e-5, 3 epochs, linear decay.
 
     Args:
         architecture_or_model_type: ``architectures[0]`` or ``model_type`` of a ``config.json``.

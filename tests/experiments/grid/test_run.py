@@ -136,6 +136,7 @@ def test_search_chooses_on_development_data_only(tmp_path: Path, trial: Trial) -
     methods = ["simple", {"method": "simple", "title": "searched", "search": {"grid": 3}}]
     config = trial(seeds=[1], contributors=["one", "two"], methods=methods, comparators=[])
     first = run_experiment(config, results=tmp_path / "a", zoo=tmp_path / "zoo")
+    assert first.failures == ()
     chosen = next(r["chosen"] for r in rows_of(first.folder).values() if r["method"] == "searched")
     assert len(chosen["candidates"]) == 3 and chosen["by"] == "dev"
     assert chosen["candidates"][chosen["best"]]["dev"] == max(c["dev"] for c in chosen["candidates"])
@@ -151,7 +152,7 @@ def test_search_chooses_on_development_data_only(tmp_path: Path, trial: Trial) -
 
 
 def test_a_job_that_fails_leaves_the_others(tmp_path: Path, trial: Trial) -> None:
-    """ot cannot treat what has no feed-forward block that it knows; the simple cells are there all the same."""
+    """Damaged statistics: the cells that need none are there all the same, and the others are errors."""
     config = trial(seeds=[1], contributors=["one", "two"], comparators=[], methods=["simple", "regmean"])
     zoo = Zoo(tmp_path / "zoo")
     run_experiment(
@@ -166,8 +167,8 @@ def test_a_job_that_fails_leaves_the_others(tmp_path: Path, trial: Trial) -> Non
     path = models.statistics(expand(config)[0].contributors[0], "gram")
     path.write_bytes(path.read_bytes()[:100])
     done = run_experiment(config, results=tmp_path / "r", zoo=tmp_path / "zoo")
-    assert done.done == 1 and len(done.failures) == 1
-    assert "regmean" in done.failures[0].job and "statistics" in done.failures[0].error
+    assert done.done == 1 and any("regmean" in failure.job for failure in done.failures)
+    assert all("statistics" in failure.error for failure in done.failures)
     assert [r["method"] for r in rows_of(done.folder).values()] == ["simple"]
 
 

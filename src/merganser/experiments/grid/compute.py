@@ -337,15 +337,13 @@ def _provenance(models: Models, cell: Cell, entries: Sequence[Entry], used: str)
 
 
 def _facts_of(entry: Entry, name: str, seed: int, statistics: str | None) -> dict[str, Any]:
-    scores = entry.facts.get("dev_scores") or []
-    best = entry.facts.get("best_epoch")
     return {
         "name": name,
         "zoo": entry.id,
         "seed": seed,
         "weights": entry.facts.get("weights"),
         "statistics": statistics,
-        "score": scores[(best or 0) - 1]
+        "score": entry.facts.get("score"),
         if scores
         else None,  # epochs count from 1; without a best one, the last
     }

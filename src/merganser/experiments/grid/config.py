@@ -157,7 +157,7 @@ class ExperimentConfig(_Frozen):
     )
     statistics: StatisticsConfig = StatisticsConfig()
     contributors: dict[str, ModelArgs] = Field(min_length=1)
-    default_model_args: ModelArgs = ModelArgs()
+    default_model_args: ModelArgs = Field(default_factory=ModelArgs)
     layout: Literal["pairs", "greedy", "all", "partitions"]
     partitions: Partitions = Partitions()
     heads: tuple[Heads, ...] = Field(("same",), min_length=1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
@@ -335,10 +335,12 @@ def _subfolders(folder: Path) -> Any:
     )
 
 
-def _facts(scores: Any, best: int | None, folder: Path) -> dict[str, Any]:
+def _facts(scores: Sequence[float], best: int | None, folder: Path) -> dict[str, Any]:
+    """What the zoo remembers of a training; epochs count from 1, and without a best one the last is kept."""
     return {
         "dev_scores": [round(float(score), 6) for score in scores],
         "best_epoch": best,
+        "score": round(float(scores[(best or 0) - 1]), 6) if scores else None,
         "weights": open_checkpoint(folder).manifest_sha256(),
     }
 

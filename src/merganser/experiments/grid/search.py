@@ -8,7 +8,9 @@ from merganser.experiments.grid.config import Search
 
 
 def candidates(search: Search, contributors: int, seed: int) -> list[tuple[float, ...]]:
-    """Coefficients that sum to 1, the uniform ones first.
+    """Coefficients that sum to 1, the uniform ones first; none is 0.
+
+    The ends of the grid are at 0.001: a contributor may be the only one that votes on a label.
 
     Args:
         search: how many.
@@ -17,7 +19,7 @@ def candidates(search: Search, contributors: int, seed: int) -> list[tuple[float
     """
     uniform = (1 / contributors,) * contributors
     if contributors == 2:
-        steps = np.linspace(0, 1, search.grid)
+        steps = np.linspace(0, 1, search.grid).clip(0.001, 0.999)
         found = [(float(1 - step), float(step)) for step in steps]
     else:
         drawn = np.random.default_rng(seed).dirichlet(np.ones(contributors), search.samples)

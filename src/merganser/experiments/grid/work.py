@@ -53,5 +53,3 @@ def wanted_statistics(config: ExperimentConfig) -> list[str]:
 def needs_order(config: ExperimentConfig) -> bool:
     """Whether the order of a greedy merge is still to be computed."""
     return config.layout == "greedy" and config.order == "computed"
-
-
