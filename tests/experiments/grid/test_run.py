@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from merganser.experiments.zoo import Zoo
 from sklearn.metrics import f1_score
 
 from merganser.errors import DataError, UserError
@@ -18,6 +17,7 @@ from merganser.experiments.grid.cells import expand
 from merganser.experiments.grid.config import ExperimentConfig
 from merganser.experiments.grid.models import Models
 from merganser.experiments.grid.run import plan_experiment, run_experiment
+from merganser.experiments.zoo import Zoo
 from merganser.tasks.models import load_model, load_tokenizer, open_model
 
 Trial = Callable[..., ExperimentConfig]

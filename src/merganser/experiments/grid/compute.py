@@ -51,7 +51,9 @@ def compute(models: Models, cell: Cell, cell_id: str, sums: Path | None = None) 
     start = time.perf_counter()
     tests = scored_on(models.config, cell)
     entries = [models.model(spec) for spec in cell.contributors] if cell.kind != "multitask" else []
-    chosen, tensors, used = None, {}, ""
+    chosen: dict[str, Any] | None = None
+    tensors: dict[str, int] = {}
+    used = ""
     if cell.kind == "individual":
         found = [models.prediction(entries[0], name, split) for name, split, _ in tests]
         known = [cell.contributors] * len(tests)
@@ -344,8 +346,6 @@ def _facts_of(entry: Entry, name: str, seed: int, statistics: str | None) -> dic
         "weights": entry.facts.get("weights"),
         "statistics": statistics,
         "score": entry.facts.get("score"),
-        if scores
-        else None,  # epochs count from 1; without a best one, the last
     }
 
 

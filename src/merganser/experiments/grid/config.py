@@ -23,19 +23,21 @@ class _Frozen(BaseModel):
 class Limits(_Frozen):
     """At most so many examples of a data set, a seeded sample; None for all."""
 
-    train: int | None = Field(None, ge=1)
-    dev: int | None = Field(None, ge=1)
-    test: int | None = Field(None, ge=1)
+    train: int | None = Field(default=None, ge=1)
+    dev: int | None = Field(default=None, ge=1)
+    test: int | None = Field(default=None, ge=1)
 
 
 class SuiteConfig(_Frozen):
     """Which data: a suite, where it lies, and how much of it."""
 
     name: str = Field(description=f"one of {', '.join(SUITES)}")
-    root: str | None = Field(None, description="the folder that holds the data sets")
+    root: str | None = Field(default=None, description="the folder that holds the data sets")
     options: dict[str, Any] = Field(default_factory=dict, description="of the suite")
     limits: Limits = Limits()
-    sample_seed: int = Field(1, description="of the samples that the limits draw; the same for every cell")
+    sample_seed: int = Field(
+        default=1, description="of the samples that the limits draw; the same for every cell"
+    )
 
     @field_validator("name")
     @classmethod
@@ -51,28 +53,35 @@ class Pretrained(_Frozen):
     model: str = Field(description="a folder or org/name@revision")
     title: str = Field(description="what tables call it")
     architecture: str | None = Field(
-        None, description="its model_type, which chooses the published hyper-parameters before it is on disk"
+        default=None,
+        description="its model_type, which chooses the published hyper-parameters before it is on disk",
     )
 
 
 class StatisticsConfig(_Frozen):
     """How the statistics of a contributor are collected, on its training data."""
 
-    examples: int | None = Field(16_000, ge=1, description="for Gram matrices and counts; None for all")
+    examples: int | None = Field(
+        default=16_000, ge=1, description="for Gram matrices and counts; None for all"
+    )
     fisher: Literal["expected", "empirical", "predicted"] = "expected"
-    fisher_examples: int | None = Field(16_000, ge=1, description="for Fisher information; None for all")
+    fisher_examples: int | None = Field(
+        default=16_000, ge=1, description="for Fisher information; None for all"
+    )
 
 
 class ModelArgs(_Frozen):
     """A contributor, or what all of them share (``default_model_args``)."""
 
-    set: str | None = Field(None, description="its data set; by default the contributor's name")
+    set: str | None = Field(default=None, description="its data set; by default the contributor's name")
     training: dict[str, Any] = Field(
         default_factory=dict, description="hyper-parameters that differ from the published ones"
     )
-    checkpoint: str | None = Field(None, description="a fine-tuned model to take instead of training one")
+    checkpoint: str | None = Field(
+        default=None, description="a fine-tuned model to take instead of training one"
+    )
     load_from_zoo: Literal["maybe", "yes", "no"] = Field(
-        "maybe", description="maybe: train if absent; yes: fail if absent; no: pass over zoo_filter"
+        default="maybe", description="maybe: train if absent; yes: fail if absent; no: pass over zoo_filter"
     )
     zoo_filter: dict[str, Any] = Field(
         default_factory=dict, description="take the zoo's model of this data set with these entries"
@@ -82,14 +91,14 @@ class ModelArgs(_Frozen):
 class Search(_Frozen):
     """Coefficients chosen on development data: a grid for two contributors, Dirichlet samples for more."""
 
-    grid: int = Field(11, ge=2, description="points of the grid from 0 to 1")
-    samples: int = Field(20, ge=1, description="Dirichlet samples, beside the uniform coefficients")
+    grid: int = Field(default=11, ge=2, description="points of the grid from 0 to 1")
+    samples: int = Field(default=20, ge=1, description="Dirichlet samples, beside the uniform coefficients")
 
 
 class Finetune(_Frozen):
     """Fine-tuning after the merge, on a sample of every contributor's training data."""
 
-    examples: int = Field(100, ge=1, description="of each contributor")
+    examples: int = Field(default=100, ge=1, description="of each contributor")
     training: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -97,7 +106,9 @@ class MethodConfig(_Frozen):
     """A merging method with its options, as one line of the result tables."""
 
     method: str
-    title: str = Field("", description="what tables call it; must differ between entries of one method")
+    title: str = Field(
+        default="", description="what tables call it; must differ between entries of one method"
+    )
     options: dict[str, Any] = Field(default_factory=dict)
     search: Search | None = None
     finetune: Finetune | None = None
@@ -130,14 +141,16 @@ class Tests(_Frozen):
     """What the cells are scored on: always the contributors' own tests, and these."""
 
     out_of_domain: tuple[str, ...] = ()
-    out_split: Literal["test", "all"] = Field("test", description="all: every split of these sets together")
+    out_split: Literal["test", "all"] = Field(
+        default="test", description="all: every split of these sets together"
+    )
 
 
 class Partitions(_Frozen):
     """Parts of one data set, each of which makes a contributor (layout ``partitions``)."""
 
-    parts: int = Field(2, ge=2)
-    total: int = Field(2000, ge=2, description="examples of all parts together")
+    parts: int = Field(default=2, ge=2)
+    total: int = Field(default=2000, ge=2, description="examples of all parts together")
     iid: bool = False
 
 
@@ -157,18 +170,19 @@ class ExperimentConfig(_Frozen):
     )
     statistics: StatisticsConfig = StatisticsConfig()
     contributors: dict[str, ModelArgs] = Field(min_length=1)
-    default_model_args: ModelArgs = Field(default_factory=ModelArgs)
+    default_model_args: ModelArgs = ModelArgs()
     layout: Literal["pairs", "greedy", "all", "partitions"]
     partitions: Partitions = Partitions()
-    heads: tuple[Heads, ...] = Field(("same",), min_length=1)
+    heads: tuple[Heads, ...] = Field(default=("same",), min_length=1)
     order: Literal["computed"] | tuple[str, ...] = Field(
-        "computed", description="of the greedy merge; computed on development data, or the names in order"
+        default="computed",
+        description="of the greedy merge; computed on development data, or the names in order",
     )
     methods: tuple[MethodConfig, ...] = Field(min_length=1)
     comparators: tuple[Comparator, ...] = ("individual",)
     seeds: tuple[int, ...] = Field((1,), min_length=1)
     tests: Tests = Tests()
-    batch_size: int = Field(32, ge=1, description="for predicting; changes speed only")
+    batch_size: int = Field(default=32, ge=1, description="for predicting; changes speed only")
 
     @model_validator(mode="before")
     @classmethod

@@ -28,7 +28,7 @@ def save_prediction(prediction: Prediction, path: Path) -> None:
         facts["texts"] = list(aligned)  # type: ignore[assignment]
     arrays["facts"] = np.frombuffer(json.dumps(facts, ensure_ascii=False).encode(), np.uint8)
     with path.open("wb") as stream:
-        np.savez_compressed(stream, allow_pickle=False, **arrays)  # type: ignore[arg-type]
+        np.savez_compressed(stream, allow_pickle=False, **arrays)
 
 
 def load_prediction(path: Path) -> Prediction:

@@ -20,7 +20,7 @@ def candidates(search: Search, contributors: int, seed: int) -> list[tuple[float
     uniform = (1 / contributors,) * contributors
     if contributors == 2:
         steps = np.linspace(0, 1, search.grid).clip(0.001, 0.999)
-        found = [(float(1 - step), float(step)) for step in steps]
+        found: list[tuple[float, ...]] = [(float(1 - step), float(step)) for step in steps]
     else:
         drawn = np.random.default_rng(seed).dirichlet(np.ones(contributors), search.samples)
         found = [tuple(float(value) for value in row) for row in drawn]

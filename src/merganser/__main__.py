@@ -1,0 +1,5 @@
+"""``python -m merganser``: the command line."""
+
+from merganser.cli import main
+
+main()
