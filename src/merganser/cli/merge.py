@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @click.command("merge")
 @click.argument("models", nargs=-1, required=True, metavar="MODEL MODEL… | RECIPE.yaml")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder to write.")
-@click.option("--method", help="auto, simple, fisher, regmean, actmat.  [default: auto]")
+@click.option("--method", help="auto, simple, fisher, regmean, actmat, ot.  [default: auto]")
 @click.option(
     "--base", metavar="MODEL", help="The pre-trained model that all started from (actmat needs it)."
 )

@@ -19,7 +19,7 @@ from merganser.errors import CheckpointError, RecipeError
 from merganser.merging.layout import Layout
 from merganser.merging.parents import Parent
 from merganser.merging.plan import Plan, Step
-from merganser.methods import Merged, Share, average
+from merganser.methods import GramSums, Merged, average
 from merganser.progress import bar
 from merganser.tensors import DTYPES, one_thread
 
@@ -44,20 +44,25 @@ class ParentShare:
     """
 
     def __init__(self, parent: Parent, base: Parent | None, rows: Sequence[int] | None = None) -> None:
-        self._parent, self._base = parent, base
+        self.parent, self.rows = parent, rows
+        self._base = base
         self._rows = None if rows is None else torch.tensor(rows)
         self._tensors: dict[str, Tensor] = {}
 
     @property
     def coefficient(self) -> float:
         """The contributor's weight in the merge."""
-        return self._parent.contributor.coefficient
+        return self.parent.contributor.coefficient
 
     def tensor(self, name: str) -> Tensor:
         """Its tensor in float32 or wider; checked to be finite; kept for the life of the unit."""
         if name not in self._tensors:
-            self._tensors[name] = self._picked(read_finite(self._parent, name))
+            self._tensors[name] = self._picked(read_finite(self.parent, name))
         return self._tensors[name]
+
+    def release(self) -> None:
+        """Keep nothing that was read."""
+        self._tensors.clear()
 
     def base(self, name: str) -> Tensor:
         """The base model's tensor."""
@@ -80,16 +85,16 @@ class ParentShare:
 
     def fisher(self, name: str) -> Tensor:
         """Its diagonal Fisher information of a parameter."""
-        return self._picked(self._statistics.fisher(self._parent.names[name]))
+        return self._picked(self._statistics.fisher(self.parent.names[name]))
 
     @property
     def _statistics(self):  # type: ignore[no-untyped-def]
-        if self._parent.statistics is None:
+        if self.parent.statistics is None:
             raise RuntimeError("the plan promised statistics")
-        return self._parent.statistics
+        return self.parent.statistics
 
     def _layer(self, weight: str):  # type: ignore[no-untyped-def]
-        return self._statistics.layer(self._parent.names[weight])
+        return self._statistics.layer(self.parent.names[weight])
 
     def _input(self, weight: str) -> str:
         return str(self._layer(weight).input)
@@ -126,7 +131,7 @@ def run_step(plan: Plan, step: Step) -> Merged:
     pieces: dict[str, Tensor] = {}
     notes = []
     for rows, owners in step.rows.groups():
-        shares: list[Share] = [
+        shares = [
             ParentShare(plan.parents[i], plan.base, [step.rows.own[i][row] for row in rows]) for i in owners
         ]
         if not sum(share.coefficient for share in shares):
@@ -135,7 +140,7 @@ def run_step(plan: Plan, step: Step) -> Merged:
                 f"rows of {step.unit.names[0]!r} belong to {owned} alone, whose coefficients sum to zero",
                 mend="give at least one of them another coefficient",
             )
-        merged = _merge(plan, step, shares)
+        merged = _merge(plan, step, shares, rows)
         notes.append(merged.note)
         for name, tensor in merged.tensors.items():
             whole = pieces.setdefault(name, tensor.new_empty(step.rows.size, *tensor.shape[1:]))
@@ -143,10 +148,24 @@ def run_step(plan: Plan, step: Step) -> Merged:
     return Merged(pieces, "; ".join(dict.fromkeys(note for note in notes if note)) or None)
 
 
-def _merge(plan: Plan, step: Step, shares: Sequence[Share]) -> Merged:
+def _merge(
+    plan: Plan, step: Step, shares: Sequence[ParentShare], rows: Sequence[int] | None = None
+) -> Merged:
     if step.method == "average":
         return Merged(average(step.unit.names, shares))
-    return plan.method.merge(step.unit, shares)
+    if not plan.method.additive(step.unit):
+        return plan.method.merge(step.unit, shares)
+    sums, done = GramSums(), 0
+    if plan.kept is not None:
+        parents, own = [share.parent for share in shares], [share.rows for share in shares]
+        keys = plan.kept.keys(plan.method, step.unit, parents, own)
+        sums, done = plan.kept.load(step.unit, rows, keys)
+    for share in shares[done:]:
+        plan.method.add(step.unit, share, sums)
+        share.release()
+    if plan.kept is not None and done < len(shares):
+        plan.kept.save(step.unit, rows, keys, sums)
+    return plan.method.solve(step.unit, sums)
 
 
 def _copy(plan: Plan, step: Step) -> Merged:

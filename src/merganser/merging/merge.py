@@ -17,6 +17,7 @@ from merganser.merging.execution import Execution
 from merganser.merging.layout import make_layout, write_small_files
 from merganser.merging.plan import Plan, make_plan
 from merganser.merging.recipe import Contributor, Recipe, make_recipe
+from merganser.merging.running_sums import RunningSums, check_sums
 
 _SPARE = 64_000_000  # bytes for everything that is not weights
 
@@ -32,6 +33,7 @@ def merge(
     options: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     threads: int | None = None,
+    sums: str | Path | None = None,
     **settings: Any,
 ) -> Path:
     """Merge checkpoints of one pre-trained model into a folder that ``from_pretrained`` opens.
@@ -40,13 +42,15 @@ def merge(
         models: the checkpoints (folders or ``org/name@revision``), or a whole :class:`Recipe`, which then stands
             alone: give no other setting with it.
         output: the folder to write; written whole or not at all.
-        method: ``auto``, ``simple``, ``fisher``, ``regmean`` or ``actmat``.
+        method: ``auto``, or one of ``merganser.methods.METHODS``.
         base: the pre-trained model, for the methods that need it.
         coefficients: one weight a model, relative; equal by default.
         statistics: one statistics file a model; by default the one in each model's folder.
         options: the method's options, such as ``{"alpha": 0.9}``.
         overwrite: replace an existing model folder.
         threads: how many units are worked on at once; the bytes do not depend on it.
+        sums: a folder that keeps the running sums of Gram matrices: a merge whose first contributors were merged
+            last with this folder reads their sums instead of their Gram matrices. The bytes do not depend on it.
         settings: the other keys of :class:`Recipe`: ``exclude``, ``keep_separate``, ``labels``, ``vocabulary``,
             ``dtype``, ``max_shard_size``, ``allow_pickle``.
 
@@ -62,7 +66,7 @@ def merge(
         contributors = contributors_of(models, coefficients, statistics)
         values = {"contributors": contributors, "method": method, "options": dict(options or {}), **settings}
         recipe = make_recipe(values if base is None else {**values, "base": str(base)}, "merge()")
-    plan = prepare(recipe, Path(output), overwrite=overwrite, threads=threads)
+    plan = prepare(recipe, Path(output), overwrite=overwrite, threads=threads, sums=sums)
     return carry_out(plan, Path(output), overwrite=overwrite)
 
 
@@ -97,7 +101,12 @@ def contributors_of(
 
 
 def prepare(
-    recipe: Recipe, output: Path | None, *, overwrite: bool = False, threads: int | None = None
+    recipe: Recipe,
+    output: Path | None,
+    *,
+    overwrite: bool = False,
+    threads: int | None = None,
+    sums: str | Path | None = None,
 ) -> Plan:
     """The plan of a merge, everything checked: headers, statistics against weights, place and space for the result.
 
@@ -106,15 +115,19 @@ def prepare(
         output: where to; None checks no place (for a dry run).
         overwrite: whether an existing model folder may be replaced.
         threads: how many units are worked on at once; all cores by default.
+        sums: the folder for running sums; made where there is none.
 
     Raises:
         UserError: what cannot be merged, all mistakes at once.
     """
-    plan = make_plan(recipe, threads=threads or os.cpu_count() or 1)
+    kept = None if sums is None else RunningSums(Path(sums))
+    plan = replace(make_plan(recipe, threads=threads or os.cpu_count() or 1), kept=kept)
     problems: list[UserError] = []
     if output is not None:
         sources = [parent.checkpoint.path for parent in plan.parents]
         if problem := check_output(output, overwrite, sources):
+            problems.append(problem)
+        if plan.kept is not None and (problem := check_sums(plan.kept.folder, plan, output)):
             problems.append(problem)
         needed, free = plan.bytes_written + _SPARE, free_bytes(output)
         if needed > free:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -27,6 +28,11 @@ from merganser.merging.recipe import Recipe, method_options
 from merganser.merging.rows import LabelPlan, Rows, match_labels
 from merganser.methods import METHODS, Facts, Method, Unit
 from merganser.tensors import DTYPE_NAMES, DTYPES, is_floating
+
+if TYPE_CHECKING:
+    from merganser.merging.running_sums import RunningSums
+
+_HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head")  # what configurations call it
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,7 @@ class Plan:
         vocabulary_from: the contributor whose tokenizer the result takes.
         notes: what the user should know.
         threads: how many units are worked on at once, which the memory estimate depends on.
+        kept: where sums of earlier merges are to go on from and those of this one are put.
     """
 
     recipe: Recipe
@@ -77,6 +84,7 @@ class Plan:
     vocabulary_from: int
     notes: tuple[str, ...]
     threads: int
+    kept: RunningSums | None = None
 
     @property
     def counts(self) -> dict[str, int]:
@@ -114,17 +122,31 @@ class Plan:
 
 
 def unit_bytes(step: Step, contributors: int) -> int:
-    """Estimate of the memory that a step takes: its tensors in float32 for each contributor, its system in float64."""
-    elements = sum(torch.Size(fact.shape).numel() for fact in step.unit.facts)
-    total = elements * (4 * contributors + 3 * 8)
-    if "gram" in step.unit.kind:
-        layer = step.unit.facts[0].layer
-        shape = step.unit.facts[0].shape
-        width = shape[0] if layer is not None and layer.kind == "conv1d" else shape[-1]
-        total += width * width * (4 + 4 * 8)  # a Gram as stored and widened, the system, its factor
-    elif step.unit.kind == "fisher":
+    """Estimate of the memory that a step takes: its tensors in float32 for each contributor, its system in float64.
+
+    Running sums take one contributor at a time: three sums of weights, and as much again to solve.
+    """
+    unit = step.unit
+    elements = sum(torch.Size(fact.shape).numel() for fact in unit.facts)
+    total = elements * (0 if unit.kind == "gram" else 4 * contributors)
+    if "gram" in unit.kind:
+        # A Gram as stored and widened, the system, its factor.
+        total += elements * 6 * 8 + input_width(unit.facts[0]) ** 2 * (4 + 4 * 8)
+        return total
+    total += elements * 3 * 8
+    if unit.kind == "fisher":
         total += elements * 4 * contributors
+    elif unit.kind == "feed-forward":  # matching: both sides in float64; costs, transport plan, its solver
+        total += elements * 2 * 8 + input_width(unit.facts[-1]) ** 2 * 5 * 8
+    elif unit.kind == "heads":
+        total += elements * 2 * 8
     return total
+
+
+def input_width(fact: Facts) -> int:
+    """The number of inputs of a layer, by the shape of its weight."""
+    turned = fact.layer is not None and fact.layer.kind == "conv1d"
+    return fact.shape[0] if turned else fact.shape[-1]
 
 
 def make_plan(recipe: Recipe, *, threads: int = 2) -> Plan:
@@ -239,6 +261,9 @@ def make_facts(
 ) -> list[Facts]:
     """What the method may know of each tensor."""
     by_bias = {layer.bias: layer for layer in layers.values() if layer.bias}
+    config = parents[0].checkpoint.config
+    stated = [config[key] for key in _HEADS if isinstance(config.get(key), int)]
+    heads = stated[0] if stated else None
     facts = []
     for name in names:
         shape = parents[0].checkpoint.tensors[name].shape
@@ -254,6 +279,7 @@ def make_facts(
                 grams=tuple(entry.input if entry else None for _, entry in entries),
                 counts=tuple(bool(s and entry and s.has_count(entry.module)) for s, entry in entries),
                 fishers=tuple(bool(s and s.has_fisher(own)) for s, own in owned),
+                heads=heads,
                 in_base=base_info is not None and base_info.shape == shape and name not in rows,
                 alone=name in rows,
             )

@@ -5,9 +5,13 @@ from __future__ import annotations
 from merganser.methods.actmat import ACTMat
 from merganser.methods.base import Facts, Merged, Method, Options, Share, Unit, average
 from merganser.methods.fisher import Fisher
+from merganser.methods.optimal_transport import OptimalTransport
 from merganser.methods.regmean import RegMean
 from merganser.methods.simple import Simple
+from merganser.methods.sums import GramSums
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Simple, Fisher, RegMean, ACTMat)}
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (Simple, Fisher, RegMean, ACTMat, OptimalTransport)
+}
 
-__all__ = ["METHODS", "Facts", "Merged", "Method", "Options", "Share", "Unit", "average"]
+__all__ = ["METHODS", "Facts", "GramSums", "Merged", "Method", "Options", "Share", "Unit", "average"]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from merganser.checkpoints.layers import Layer
 from merganser.methods.least_squares import weighted_average
+from merganser.methods.sums import GramSums
 
 
 class Options(BaseModel):
@@ -36,6 +37,7 @@ class Facts:
         counts: for each contributor, whether token counts of this embedding are published.
         fishers: for each contributor, whether its Fisher information is published.
         in_base: whether the base model holds the tensor, in the same shape.
+        heads: how many attention heads the model's layers have, where its configuration says so.
         alone: contributors vote on different rows of it, so that it shares a unit with no other layer.
     """
 
@@ -47,6 +49,7 @@ class Facts:
     counts: tuple[bool, ...] = ()
     fishers: tuple[bool, ...] = ()
     in_base: bool = False
+    heads: int | None = None
     alone: bool = False
 
 
@@ -124,6 +127,21 @@ class Method:
 
     def merge(self, unit: Unit, shares: Sequence[Share]) -> Merged:
         """Merge one unit. Pure: reads only the shares, decides only by the options."""
+        raise NotImplementedError
+
+    def additive(self, unit: Unit) -> bool:
+        """Whether the unit is merged by :meth:`add`, contributor by contributor in order, and :meth:`solve`.
+
+        Such sums can be kept and added to later; contributors are read one at a time.
+        """
+        return False
+
+    def add(self, unit: Unit, share: Share, sums: GramSums) -> None:
+        """Count one more contributor of an additive unit."""
+        raise NotImplementedError
+
+    def solve(self, unit: Unit, sums: GramSums) -> Merged:
+        """The merge of the contributors counted so far; ``sums`` stay as they are."""
         raise NotImplementedError
 
 

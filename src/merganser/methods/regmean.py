@@ -15,7 +15,8 @@ from torch import Tensor
 
 from merganser.checkpoints.layers import Layer
 from merganser.methods.base import Facts, Merged, Method, Options, Share, Unit
-from merganser.methods.least_squares import solve_diagonal, solve_gram
+from merganser.methods.least_squares import solve_diagonal
+from merganser.methods.sums import GramSums
 from merganser.statistics.algebra import augment, shrink
 
 
@@ -74,23 +75,38 @@ class RegMean(Method):
         return units, reasons
 
     def merge(self, unit: Unit, shares: Sequence[Share]) -> Merged:
-        """One factorisation for all layers that share the input."""
-        coefficients = [share.coefficient for share in shares]
+        """Token counts elementwise, Gram matrices by their sums."""
         if unit.kind == "token counts":
             (name,) = unit.names
             solution = solve_diagonal(
                 [share.tensor(name) for share in shares],
-                coefficients,
+                [share.coefficient for share in shares],
                 [share.count(name)[:, None] for share in shares],
                 self.options.ridge,
             )
             return Merged({name: solution.value}, solution.note)
-        layers = [fact.layer for fact in unit.facts if fact.layer]
-        with_bias = len(unit.names) > len(layers)
-        stacked = [torch.cat(pieces(share, layers, with_bias)) for share in shares]
-        grams = (self._gram(share, layers[0].weight, with_bias) for share in shares)
-        solution = solve_gram(stacked, coefficients, grams, self.options.ridge)
-        heights = [piece.shape[0] for piece in pieces(shares[0], layers, with_bias)]
+        sums = GramSums()
+        for share in shares:
+            self.add(unit, share, sums)
+        return self.solve(unit, sums)
+
+    def additive(self, unit: Unit) -> bool:
+        """Linear layers are."""
+        return unit.kind == "gram"
+
+    def add(self, unit: Unit, share: Share, sums: GramSums) -> None:
+        """Count a contributor: its weights stacked, its Gram matrix once."""
+        layers, with_bias = _layers(unit)
+        stacked = torch.cat(pieces(share, layers, with_bias))
+        sums.add(stacked, self._gram(share, layers[0].weight, with_bias), share.coefficient)
+
+    def solve(self, unit: Unit, sums: GramSums) -> Merged:
+        """One factorisation for all layers that share the input."""
+        layers, with_bias = _layers(unit)
+        solution = sums.solve(self.options.ridge)
+        heights = [fact.shape[1 if fact.layer.kind == "conv1d" else 0] for fact in unit.facts if fact.layer]
+        if len(layers) == 1:  # it may have been given some of its rows only
+            heights = [solution.value.shape[0]]
         return Merged(_unstack(solution.value.split(heights), layers, with_bias), solution.note)
 
     def _bias(self, layer: Layer | None, by_name: dict[str, Facts]) -> Facts | None:
@@ -104,6 +120,12 @@ class RegMean(Method):
             gram = augment(gram, share.mean(weight))
         alpha = 0.0 if self.options.diagonal else self.options.alpha
         return gram if alpha == 1 else shrink(gram, alpha)
+
+
+def _layers(unit: Unit) -> tuple[list[Layer], bool]:
+    """The layers of a unit, and whether their biases are in it."""
+    layers = [fact.layer for fact in unit.facts if fact.layer]
+    return layers, len(unit.names) > len(layers)
 
 
 def pieces(share: Share, layers: Sequence[Layer], with_bias: bool) -> list[Tensor]:

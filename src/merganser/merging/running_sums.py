@@ -1,0 +1,176 @@
+"""Sums of earlier merges, kept in a folder: a merge of n + 1 contributors goes on where the merge of n ended.
+
+One safetensors file a unit (and set of rows, where contributors vote on different ones) holds the sums of the last
+merge, with the list of what went into them, in order. A merge whose first contributors are exactly these reads the
+sums instead of their Gram matrices; any other merge starts anew and replaces them. The result is the same bytes
+either way. The folder is a cache: a file that is damaged or not of this kind is ignored and replaced.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Lock
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from merganser.checkpoints import sha256_tensor
+from merganser.checkpoints.writer import free_bytes
+from merganser.errors import CheckpointError, UserError
+from merganser.merging.parents import Parent
+from merganser.merging.plan import Plan, input_width
+from merganser.methods import GramSums, Method, Unit
+
+FORMAT = 1
+_SUFFIX = ".sums.safetensors"
+
+
+@dataclass(frozen=True)
+class RunningSums:
+    """The sums that a folder keeps, as one merge sees them; made on the first write.
+
+    Attributes:
+        folder: where they lie.
+    """
+
+    folder: Path
+    _statistics: dict[Path, str] = field(default_factory=dict)
+    _lock: Lock = field(default_factory=Lock)
+
+    def keys(
+        self, method: Method, unit: Unit, parents: Sequence[Parent], own: Sequence[Sequence[int] | None]
+    ) -> tuple[str, ...]:
+        """For each contributor, the hash of everything that its part of the sums depends on.
+
+        Args:
+            method: of the merge.
+            unit: the tensors.
+            parents: the contributors, in order.
+            own: the rows of each one's tensors that are meant; None for all.
+        """
+        layers = [(fact.layer.kind, bool(fact.layer.bias)) for fact in unit.facts if fact.layer]
+        common = [FORMAT, torch.__version__, method.name, method.options.model_dump(mode="json"), layers]
+        found = []
+        for parent, rows in zip(parents, own, strict=True):
+            weights = [parent.checkpoint.sha256(parent.names[name]) for name in unit.names]
+            entries = [
+                parent.statistics.layer(parent.names[fact.name])
+                for fact in unit.facts
+                if fact.layer and parent.statistics
+            ]
+            grams = [self._sha256(parent), *(entry.input if entry else None for entry in entries)]
+            value = [
+                *common,
+                parent.contributor.coefficient,
+                weights,
+                grams,
+                rows if rows is None else list(rows),
+            ]
+            found.append(hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest())
+        return tuple(found)
+
+    def load(self, unit: Unit, rows: Sequence[int] | None, keys: Sequence[str]) -> tuple[GramSums, int]:
+        """The sums of the first contributors, and how many these are; empty sums and 0 where none are kept.
+
+        Args:
+            unit: the tensors.
+            rows: the rows of the result that are meant; None for all.
+            keys: of the contributors, see :meth:`keys`.
+        """
+        try:
+            with safe_open(self._place(unit, rows), framework="pt") as file:
+                metadata = file.metadata() or {}
+                kept = json.loads(metadata["contributors"])
+                if not kept or kept != list(keys[: len(kept)]):
+                    return GramSums(), 0
+                tensors = {name: file.get_tensor(name).clone() for name in sorted(file.keys())}
+            if _digest(tensors) != metadata["sha256"]:
+                return GramSums(), 0
+            return GramSums.from_tensors(tensors), len(kept)
+        except Exception:  # whatever a damaged or foreign file provokes: it is not needed
+            return GramSums(), 0
+
+    def save(self, unit: Unit, rows: Sequence[int] | None, keys: Sequence[str], sums: GramSums) -> None:
+        """Put the sums in the place of older ones, whole or not at all.
+
+        Raises:
+            CheckpointError: they cannot be written.
+        """
+        place, temporary = self._place(unit, rows), None
+        tensors = sums.tensors()
+        metadata = {"contributors": json.dumps(list(keys)), "sha256": _digest(tensors)}
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            descriptor, name = tempfile.mkstemp(prefix=f".{place.name}.", suffix=".tmp", dir=place.parent)
+            temporary = Path(name)
+            os.close(descriptor)
+            save_file(tensors, temporary, metadata)
+            temporary.replace(place)
+            temporary = None
+        except Exception as error:  # safetensors raises its own, not derived from OSError
+            raise CheckpointError(
+                f"the running sums cannot be written: {error}",
+                where=place,
+                mend="make room, choose another folder, or merge without keeping sums",
+            ) from None
+        finally:
+            if temporary is not None:
+                temporary.unlink(missing_ok=True)
+
+    def _place(self, unit: Unit, rows: Sequence[int] | None) -> Path:
+        value = json.dumps([*unit.names, rows if rows is None else list(rows)])
+        return self.folder / f"{hashlib.sha256(value.encode()).hexdigest()[:32]}{_SUFFIX}"
+
+    def _sha256(self, parent: Parent) -> str | None:
+        statistics = parent.statistics
+        if statistics is None or statistics.path is None:
+            return None
+        with self._lock:
+            if statistics.path not in self._statistics:
+                self._statistics[statistics.path] = statistics.sha256()
+            return self._statistics[statistics.path]
+
+
+def check_sums(folder: Path, plan: Plan, output: Path) -> UserError | None:
+    """Why ``folder`` cannot keep the running sums of a merge into ``output``, if it cannot."""
+    place = folder.resolve()
+    taken = [output, *(parent.checkpoint.path for parent in plan.parents)]
+    if any(place == model.resolve() for model in taken) or output.resolve() in place.parents:
+        return CheckpointError(
+            "the folder of running sums is a model folder", where=folder, mend="give it a place of its own"
+        )
+    if folder.exists() and not folder.is_dir():
+        return CheckpointError(
+            "the place of the running sums is no folder", where=folder, mend="give a folder"
+        )
+    needed, free = sums_bytes(plan), free_bytes(folder)
+    if needed > free:
+        return CheckpointError(
+            f"too little disk: running sums take {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free",
+            where=folder,
+            mend="free some space, give a folder on another disk, or merge without keeping sums",
+        )
+    return None
+
+
+def sums_bytes(plan: Plan) -> int:
+    """The size of the sums of a merge: float64, a system and three sums of weights for each additive unit."""
+    total = 0
+    for step in plan.steps:
+        if step.method == plan.method.name and plan.method.additive(step.unit):
+            elements = sum(torch.Size(fact.shape).numel() for fact in step.unit.facts)
+            total += 8 * (input_width(step.unit.facts[0]) ** 2 + 3 * elements)
+    return total
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    hashes = [[name, sha256_tensor(tensors[name], "F64")] for name in sorted(tensors)]
+    return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()

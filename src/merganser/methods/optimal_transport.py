@@ -1,0 +1,293 @@
+"""Optimal transport: match the hidden units of each block before averaging (Singh & Jaggi, NeurIPS 2020, 1910.05653).
+
+The hidden units of a feed-forward block may stand in any order without changing what it computes, and so may the heads
+of an attention block. Contributor i's are put in the order that is nearest to contributor 1's: an exact transport plan
+between uniform marginals is a permutation P, and the cost of a pair is the squared distance of all that belongs to the
+two units: rows into them, their biases, columns out of them. All of these move together, so each contributor still
+computes what it did, and are then averaged. The residual stream keeps its order: fine-tunes of one model share it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from merganser.errors import RecipeError
+from merganser.methods.base import Facts, Merged, Method, Options, Share, Unit
+
+
+@dataclass(frozen=True)
+class Block:
+    """How a block's layers are called: the ends of their names, after a common beginning.
+
+    Attributes:
+        kind: ``feed-forward`` or ``heads``.
+        rows: layers whose outputs are the units.
+        columns: the layer whose inputs they are.
+        maybe: further layers of the first kind, which only some configurations have.
+        fused: how many layers' outputs the first holds one after another.
+        fixed: why the units cannot be permuted, where they cannot.
+    """
+
+    kind: str
+    rows: tuple[str, ...]
+    columns: str
+    maybe: tuple[str, ...] = ()
+    fused: int = 1
+    fixed: str | None = None
+
+
+#: More than tens of thousands of units need; the solver stops as soon as it is done.
+_ITERATIONS = 1_000_000_000
+
+_SHARED_BIAS = "a relative position bias, shared by all layers, fixes the order of the heads"
+
+BLOCKS = (
+    Block("feed-forward", ("intermediate.dense",), "output.dense"),  # BERT, RoBERTa, DeBERTa, MPNet
+    Block("feed-forward", ("ffn.lin1",), "ffn.lin2"),  # DistilBERT
+    Block("feed-forward", ("DenseReluDense.wi",), "DenseReluDense.wo"),  # T5
+    Block("feed-forward", ("DenseReluDense.wi_0", "DenseReluDense.wi_1"), "DenseReluDense.wo"),  # T5 1.1
+    Block("feed-forward", ("mlp.c_fc",), "mlp.c_proj"),  # GPT-2
+    Block("feed-forward", ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"),  # Llama, Qwen
+    Block(
+        "heads",
+        ("attention.self.query", "attention.self.key", "attention.self.value"),
+        "attention.output.dense",
+    ),  # BERT, RoBERTa
+    Block(
+        "heads",
+        ("attention.self.query_proj", "attention.self.key_proj", "attention.self.value_proj"),
+        "attention.output.dense",
+        maybe=("attention.self.pos_key_proj", "attention.self.pos_query_proj"),
+    ),  # DeBERTa-v2, v3
+    Block(
+        "heads", ("attention.q_lin", "attention.k_lin", "attention.v_lin"), "attention.out_lin"
+    ),  # DistilBERT
+    Block("heads", ("attn.c_attn",), "attn.c_proj", fused=3),  # GPT-2
+    Block("heads", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.o_proj"),  # Llama
+    Block(
+        "heads", ("EncDecAttention.q", "EncDecAttention.k", "EncDecAttention.v"), "EncDecAttention.o"
+    ),  # T5
+    Block(
+        "heads",
+        ("SelfAttention.q", "SelfAttention.k", "SelfAttention.v"),
+        "SelfAttention.o",
+        fixed=_SHARED_BIAS,
+    ),  # T5
+    Block(
+        "heads",
+        ("attention.attn.q", "attention.attn.k", "attention.attn.v"),
+        "attention.attn.o",
+        fixed=_SHARED_BIAS,
+    ),  # MPNet
+)
+
+
+class OptimalTransportOptions(Options):
+    """Options of :class:`OptimalTransport`."""
+
+    heads: bool = Field(True, description="match attention heads, too")
+
+
+class OptimalTransport(Method):
+    """Average of matched hidden units and heads; see the module."""
+
+    name = "ot"
+    summary = "average of hidden units and attention heads matched by optimal transport; needs POT"
+    Options = OptimalTransportOptions
+    needs_layers = True
+
+    def units(self, facts: Sequence[Facts]) -> tuple[list[Unit], dict[str, str]]:
+        """The blocks of :data:`BLOCKS`, each one unit.
+
+        Raises:
+            RecipeError: POT is not installed.
+        """
+        if importlib.util.find_spec("ot") is None:
+            raise _absent()
+        by_name = {fact.name: fact for fact in facts}
+        units: list[Unit] = []
+        reasons: dict[str, str] = {}
+        for fact in facts:
+            for block in BLOCKS:
+                prefix = _prefix(fact.name, block.columns)
+                if prefix is None or any(f"{prefix}{end}.weight" not in by_name for end in block.rows):
+                    continue
+                names = [f"{prefix}{end}.weight" for end in (*block.rows, *block.maybe)]
+                rows = [by_name[name] for name in names if name in by_name]
+                biases = [bias for row in rows if row.layer and (bias := by_name.get(row.layer.bias or ""))]
+                reason = self._reason(block, prefix, rows, fact, by_name)
+                members = [*rows, *biases, fact]
+                if reason is None:
+                    units.append(Unit(tuple(member.name for member in members), block.kind, tuple(members)))
+                else:
+                    reasons.update({member.name: reason for member in members})
+        treated = {name for unit in units for name in unit.names}
+        for fact in facts:
+            if fact.name not in treated:
+                reasons.setdefault(fact.name, "not of a hidden unit or head that can be matched")
+        return units, reasons
+
+    def merge(self, unit: Unit, shares: Sequence[Share]) -> Merged:
+        """Put every contributor's units in the first one's order and average."""
+        total = sum(share.coefficient for share in shares)
+        places = [place_of(fact, unit) for fact in unit.facts]
+        count = unit_count(unit)
+        order = straight = torch.arange(count)
+        first: Tensor | None = None
+        merged: dict[str, Tensor] = {}
+        moved = 0
+        for share in shares:
+            parts = [
+                split(share.tensor(name), place, count)
+                for name, place in zip(unit.names, places, strict=True)
+            ]
+            features = torch.cat([part.flatten(1).to(torch.float64) for part in parts], dim=1)
+            if first is None:
+                first = features
+            else:
+                order = match(first, features)
+                moved += int((order != straight).sum())
+            for name, place, part in zip(unit.names, places, parts, strict=True):
+                scaled = join(part[order], place).to(torch.float64) * (share.coefficient / total)
+                merged[name] = merged[name].add_(scaled) if name in merged else scaled
+        noun = "heads" if unit.kind == "heads" else "hidden units"
+        return Merged(merged, f"{moved} of {count * (len(shares) - 1)} {noun} moved")
+
+    def _reason(
+        self, block: Block, prefix: str, rows: Sequence[Facts], columns: Facts, by_name: dict[str, Facts]
+    ) -> str | None:
+        """Why a block's units are not matched; None where they are."""
+        layers = [fact.layer for fact in (*rows, columns) if fact.layer and fact.layer.kind != "embedding"]
+        if len(layers) <= len(rows):
+            return "not a plain linear map"
+        if any(layer.tied for layer in layers):
+            return "tied: one tensor serves several layers"
+        if any(layer.bias and layer.bias not in by_name for layer in layers[:-1]):
+            return "a bias of its block is not merged with it"
+        outputs = {_size(fact, outputs=True) for fact in rows}
+        if block.kind == "heads":
+            if not self.options.heads:
+                return "heads are switched off"
+            if block.fixed:
+                return block.fixed
+            if len(outputs) > 1:
+                return "grouped-query attention: several query heads share a key and a value"
+            if not columns.heads or min(outputs) % (columns.heads * block.fused):
+                return "the configuration does not say how many heads there are"
+        if outputs != {_size(columns, outputs=False) * block.fused}:
+            return "the outputs of the block's first layers are not the inputs of its second"
+        known = {columns.layer.bias if columns.layer else None, columns.name}
+        known |= {name for fact in rows if fact.layer for name in (fact.name, fact.layer.bias)}
+        inside = prefix + block.rows[0].rsplit(".", 1)[0] + "."
+        for name, fact in by_name.items():
+            if (
+                name.startswith(inside)
+                and name not in known
+                and {*outputs, columns.heads} & {*fact.shape[:1]}
+            ):
+                return f"{name.removeprefix(prefix)} may be ordered like its units"
+        return None
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the units of a block are in one of its tensors.
+
+    Attributes:
+        axis: the dimension that they run along.
+        fused: how many times, one after another.
+    """
+
+    axis: int
+    fused: int
+
+
+def place_of(fact: Facts, unit: Unit) -> Place:
+    """Where the units are: along the outputs of the first layers, along the inputs of the last."""
+    if fact.layer is None:
+        return Place(0, _fused(unit))
+    turned = fact.layer.kind == "conv1d"
+    if fact.name == unit.names[-1]:
+        return Place(0 if turned else 1, 1)
+    return Place(1 if turned else 0, _fused(unit))
+
+
+def unit_count(unit: Unit) -> int:
+    """How many hidden units or heads a block has."""
+    last = unit.facts[-1]
+    return (unit.kind == "heads" and last.heads) or _size(last, outputs=False)
+
+
+def split(tensor: Tensor, place: Place, count: int) -> Tensor:
+    """A tensor with its units in front, (units, fused, width, rest); :func:`join` is the inverse."""
+    turned = tensor.movedim(place.axis, 0)
+    return turned.reshape(place.fused, count, -1, *turned.shape[1:]).transpose(0, 1)
+
+
+def join(parts: Tensor, place: Place) -> Tensor:
+    """A tensor in on-disk orientation from (units, fused, width, rest)."""
+    return parts.transpose(0, 1).flatten(0, 2).movedim(0, place.axis)
+
+
+def match(reference: Tensor, features: Tensor) -> Tensor:
+    """The order in which ``features`` is nearest to ``reference``: minimises Σⱼ ‖referenceⱼ − features_order(j)‖².
+
+    Args:
+        reference: (units, numbers), float64.
+        features: likewise.
+
+    Returns:
+        (units,) a permutation.
+
+    Raises:
+        RecipeError: POT is not installed.
+        ValueError: the transport did not end in a permutation.
+    """
+    try:
+        ot: Any = importlib.import_module("ot")
+    except ImportError:
+        raise _absent() from None
+    count = reference.shape[0]
+    cost = reference.square().sum(1)[:, None] + features.square().sum(1)[None, :]
+    cost.addmm_(reference, features.T, alpha=-2).clamp_min_(0)
+    cost /= cost.max().clamp_min(1e-300)  # the solver's tolerance is absolute
+    # Marginals of ones: every flow is a whole number, so the plan is a permutation matrix without rounding.
+    ones = torch.ones(count, dtype=torch.float64).numpy()
+    plan, log = ot.emd(ones, ones, cost.numpy(), numItermax=_ITERATIONS, log=True)
+    order = torch.from_numpy(plan.argmax(axis=1))
+    if log["warning"] is not None or not torch.equal(order.sort().values, torch.arange(count)):
+        raise ValueError(f"the units could not be matched: {log['warning'] or 'no permutation was found'}")
+    return order
+
+
+def _absent() -> RecipeError:
+    return RecipeError(
+        "method 'ot' needs POT (Python Optimal Transport), which is not installed",
+        where="method",
+        mend="pip install POT",
+    )
+
+
+def _prefix(name: str, end: str) -> str | None:
+    """What stands before ``end`` in the name of a weight; None where it is no such weight."""
+    beginning = name.removesuffix(f"{end}.weight")
+    return beginning if beginning != name and (not beginning or beginning.endswith(".")) else None
+
+
+def _size(fact: Facts, *, outputs: bool) -> int:
+    """The number of outputs or inputs of a layer, by the shape of its weight."""
+    turned = fact.layer is not None and fact.layer.kind == "conv1d"
+    return fact.shape[int(turned == outputs)]
+
+
+def _fused(unit: Unit) -> int:
+    """How many layers' outputs the first layer of a block holds."""
+    return _size(unit.facts[0], outputs=True) // _size(unit.facts[-1], outputs=False)

@@ -1,0 +1,102 @@
+"""Running sums against the closed form in numpy, and wherever they were put down on the way."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from merganser.methods.least_squares import solve_gram
+from merganser.methods.sums import GramSums
+
+
+def problem(seed: int, n: int = 4, out: int = 3, width: int = 6):  # type: ignore[no-untyped-def]
+    rng = np.random.default_rng(seed)
+    weights = [rng.normal(size=(out, width)) for _ in range(n)]
+    inputs = [rng.normal(size=(50, width)) @ rng.normal(size=(width, width)) for _ in range(n)]
+    return weights, [x.T @ x / 50 for x in inputs], rng.uniform(0.1, 2, n)
+
+
+def summed(weights, grams, c) -> GramSums:  # type: ignore[no-untyped-def]
+    sums = GramSums()
+    for w, g, ci in zip(weights, grams, c, strict=True):
+        sums.add(torch.from_numpy(w), torch.from_numpy(g), float(ci))
+    return sums
+
+
+@given(st.integers(0, 10_000), st.sampled_from([0.0, 0.01, 1.0]))
+@settings(max_examples=30, deadline=None)
+def test_every_prefix_is_the_closed_form(seed: int, ridge: float) -> None:
+    """One chain of sums, solved after each contributor, against the formula of each merge by itself."""
+    weights, grams, c = problem(seed)
+    sums = GramSums()
+    for n in range(1, len(weights) + 1):
+        sums.add(torch.from_numpy(weights[n - 1]), torch.from_numpy(grams[n - 1]), float(c[n - 1]))
+        average = sum(ci * w for ci, w in zip(c[:n], weights[:n], strict=True)) / c[:n].sum()
+        total = sum(ci * g for ci, g in zip(c[:n], grams[:n], strict=True))
+        lam = ridge * np.trace(total) / len(total)
+        top = sum(ci * w @ g for ci, w, g in zip(c[:n], weights[:n], grams[:n], strict=True)) + lam * average
+        expected = np.linalg.solve(total + lam * np.eye(len(total)), top.T).T
+        np.testing.assert_allclose(sums.solve(ridge).value.numpy(), expected, rtol=1e-8, atol=1e-9)
+
+
+def test_sums_that_were_put_down_give_the_same_bytes_and_solving_leaves_them_alone() -> None:
+    weights, grams, c = problem(1)
+    whole = summed(weights, grams, c)
+    part = summed(weights[:2], grams[:2], c[:2])
+    part.solve(0.1)
+    part = GramSums.from_tensors({name: tensor.clone() for name, tensor in part.tensors().items()})
+    for w, g, ci in zip(weights[2:], grams[2:], c[2:], strict=True):
+        part.add(torch.from_numpy(w), torch.from_numpy(g), float(ci))
+    for name, tensor in whole.tensors().items():
+        assert torch.equal(part.tensors()[name], tensor), name
+    assert torch.equal(part.solve(0.0).value, whole.solve(0.0).value)
+
+
+def test_it_is_what_solve_gram_does_and_arguments_stay_as_they_are() -> None:
+    weights, grams, c = problem(2)
+    tensors, squares = [torch.from_numpy(w) for w in weights], [torch.from_numpy(g) for g in grams]
+    before = [t.clone() for t in (*tensors, *squares)]
+    found = solve_gram(tensors, [float(ci) for ci in c], squares, 0.3)
+    assert torch.equal(found.value, summed(weights, grams, c).solve(0.3).value)
+    assert all(torch.equal(a, b) for a, b in zip(before, (*tensors, *squares), strict=True))
+
+
+@pytest.mark.parametrize("zero", [0, 1, 3])
+def test_a_contributor_with_coefficient_zero_changes_nothing(zero: int) -> None:
+    weights, grams, c = problem(3)
+    c[zero] = 0
+    others = [i for i in range(4) if i != zero]
+    expected = summed([weights[i] for i in others], [grams[i] for i in others], c[others]).solve(0.0).value
+    np.testing.assert_allclose(summed(weights, grams, c).solve(0.0).value, expected, rtol=1e-9, atol=1e-10)
+
+
+def test_contributors_that_agree_are_returned_to_the_bit_by_a_singular_system_too() -> None:
+    weights, _, _ = problem(4)
+    sums = summed([weights[0]] * 3, [np.outer(np.arange(6.0), np.arange(6.0))] * 3, [0.2, 0.3, 0.5])
+    solution = sums.solve(0.0)
+    assert solution.note and torch.equal(solution.value, torch.from_numpy(weights[0]))
+
+
+def test_nothing_is_solved_from_nothing() -> None:
+    with pytest.raises(ValueError, match="no contributor"):
+        GramSums().solve(0.0)
+
+
+@pytest.mark.parametrize("fault", ["missing", "float32", "narrow", "vector", "rows"])
+def test_tensors_that_are_no_sums_are_refused(fault: str) -> None:
+    tensors = summed(*problem(5)).tensors()
+    if fault == "missing":
+        del tensors["offset"]
+    elif fault == "float32":
+        tensors["right"] = tensors["right"].float()
+    elif fault == "narrow":
+        tensors["system"] = tensors["system"][:-1, :-1]
+    elif fault == "vector":
+        tensors["reference"] = tensors["reference"][0]
+    else:
+        tensors["right"] = tensors["right"][:1]
+    with pytest.raises(ValueError):
+        GramSums.from_tensors(tensors)
