@@ -15,7 +15,9 @@ from merganser.experiments.grid.loading import load_config
 from merganser.training.settings import PUBLISHED
 
 FOLDER = Path(__file__).parents[3] / "experiments"
-NAMED = sorted(p for p in [*FOLDER.glob("*.yaml"), *FOLDER.glob("small/*.yaml")] if "layout:" in p.read_text())
+NAMED = sorted(
+    p for p in [*FOLDER.glob("*.yaml"), *FOLDER.glob("small/*.yaml")] if "layout:" in p.read_text()
+)
 EMOTION = ["dailydialog", "crowdflower", "tec", "tales-emotion", "isear"]
 
 
@@ -37,8 +39,9 @@ def test_each_is_listed_by_a_dry_run(path: Path, tmp_path: Path) -> None:
 
 def test_every_row_of_the_papers_table_has_its_configurations() -> None:
     """PAPER: the table of experiments × the models that it names."""
+    three = ("roberta-base", "t5-v1.1-base", "deberta-v3-large")
     wanted = {
-        *(f"emotion-{kind}-{m}" for kind in ("pairwise", "greedy") for m in ("roberta-base", "t5-v1.1-base", "deberta-v3-large")),
+        *(f"emotion-{kind}-{m}" for kind in ("pairwise", "greedy") for m in three),
         *(f"ner-greedy-{test}-{m}" for test in ("conll", "twitter") for m in ("roberta-base", "deberta-v3-large")),
         *(f"glue-{kind}-{m}" for kind in ("pairwise", "partitions") for m in ("distilbert-base", "roberta-base")),
     }  # fmt: skip
@@ -85,7 +88,15 @@ def test_the_originals_command_line_is_understood(tmp_path: Path) -> None:
     one.write_text('seeds: ["{seed}"]\nheads: same\n')
     files = [FOLDER / "emotion-pairwise-roberta-base.yaml", one]
     arguments = ["experiment", "--config", *map(str, files), "--templates", "seed=1", "resources=x"]
-    arguments += ["--filter_model", "model0", "model1", "--dry-run", "--json", "--results", str(tmp_path / "r")]
+    arguments += [
+        "--filter_model",
+        "model0",
+        "model1",
+        "--dry-run",
+        "--json",
+        "--results",
+        str(tmp_path / "r"),
+    ]
     result = CliRunner().invoke(cli, arguments, catch_exceptions=False)
     assert result.exit_code == 0
     lines = [(line["what"], line["description"]) for line in json.loads(result.stdout)["plan"]]

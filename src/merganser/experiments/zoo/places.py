@@ -84,7 +84,7 @@ class Remote:
 
     def _open(self) -> tuple[Any, str]:
         if self._opened is None:
-            import fsspec  # type: ignore[import-untyped]
+            import fsspec
 
             try:
                 system, root = fsspec.url_to_fs(self.url)
