@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from merganser.checkpoints.writer import parse_size
 from merganser.errors import RecipeError, UserError, did_you_mean, raise_all
 from merganser.methods import METHODS
 from merganser.tasks import SUITES
@@ -154,6 +155,26 @@ class Partitions(_Frozen):
     iid: bool = False
 
 
+class Resources(_Frozen):
+    """What an engine reserves for each job."""
+
+    cpus: float = Field(default=1, gt=0)
+    gpus: float = Field(default=0, ge=0)
+    memory: str | None = Field(
+        default=None, description="such as 8GB; by default an estimate from the pretrained model's size"
+    )
+
+    @field_validator("memory")
+    @classmethod
+    def _size(cls, memory: str | None) -> str | None:
+        if memory is not None:
+            try:
+                parse_size(memory)
+            except UserError as error:
+                raise ValueError(error.what) from None
+        return memory
+
+
 Comparator = Literal["individual", "ensemble", "multitask"]
 Heads = Literal["same", "different", "separate"]
 
@@ -182,6 +203,7 @@ class ExperimentConfig(_Frozen):
     comparators: tuple[Comparator, ...] = ("individual",)
     seeds: tuple[int, ...] = Field((1,), min_length=1)
     tests: Tests = Tests()
+    resources: Resources = Resources()
     batch_size: int = Field(default=32, ge=1, description="for predicting; changes speed only")
 
     @model_validator(mode="before")
@@ -271,13 +293,26 @@ def _fields(place: tuple[int | str, ...]) -> list[str]:
     nested = {
         "suite": SuiteConfig, "limits": Limits, "pretrained": Pretrained, "statistics": StatisticsConfig,
         "contributors": ModelArgs, "default_model_args": ModelArgs, "methods": MethodConfig, "search": Search,
-        "finetune": Finetune, "tests": Tests, "partitions": Partitions,
+        "finetune": Finetune, "tests": Tests, "partitions": Partitions, "resources": Resources,
     }  # fmt: skip
     for part in place[:-1]:
         model = nested.get(str(part), model)
     return list(model.model_fields)
 
 
-def resolve_path(path: str) -> Path:
-    """A path of a configuration, relative to the working folder."""
-    return Path(path).expanduser()
+def localised(config: ExperimentConfig) -> ExperimentConfig:
+    """The configuration with absolute paths, for workers that stand in another folder."""
+    suite, pretrained = config.suite, config.pretrained
+    if suite.root is not None:
+        suite = suite.model_copy(update={"root": str(Path(suite.root).expanduser().resolve())})
+    pretrained = pretrained.model_copy(update={"model": _absolute(pretrained.model)})
+    people = {
+        name: args.model_copy(update={"checkpoint": args.checkpoint and _absolute(args.checkpoint)})
+        for name, args in config.contributors.items()
+    }
+    return config.model_copy(update={"suite": suite, "pretrained": pretrained, "contributors": people})
+
+
+def _absolute(reference: str) -> str:
+    path = Path(reference).expanduser()
+    return str(path.resolve()) if path.exists() else reference

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,11 +19,13 @@ from typing import Any
 
 import numpy as np
 
+from merganser.checkpoints import open_checkpoint
+from merganser.checkpoints.writer import parse_size
 from merganser.errors import DataError, UserError
 from merganser.experiments.engines import Engine, Job, SerialEngine
 from merganser.experiments.grid.cells import Cell, ModelSpec, expand, models_of
 from merganser.experiments.grid.compute import FORMAT, score, scored_on
-from merganser.experiments.grid.config import ExperimentConfig
+from merganser.experiments.grid.config import ExperimentConfig, localised
 from merganser.experiments.grid.models import Models
 from merganser.experiments.grid.work import FUNCTION, needs_order
 from merganser.experiments.report import write_text
@@ -89,10 +92,12 @@ def run_experiment(
     """
     engine = engine or SerialEngine()
     folder = Path(results) / config.name
+    config, zoo = localised(config), zoo if "://" in str(zoo) else Path(zoo).expanduser().resolve()
     models = Models(config, Zoo(zoo))
     check_inputs(models)
     _open_folder(folder, config)
     common = {"config": config.model_dump(mode="json"), "zoo": str(zoo)}
+    reserved = _resources(config)
     failures: list[Failure] = []
     first = expand(config)
     missing = [spec for spec in models_of(first) if not _has_model(models, spec)]
@@ -102,6 +107,7 @@ def run_experiment(
             description=f"model {spec.name} (seed {spec.seed})",
             payload={**common, "what": "model", "spec": asdict(spec)},
             cost=_MODEL_COST,
+            **reserved,
         )
         for spec in (models_of(first) if needs_order(config) or _wants_statistics(models) else missing)
     ]
@@ -128,6 +134,7 @@ def run_experiment(
                 "sums": _sums(folder, config, cell),
             },
             cost=_cost(cell),
+            **reserved,
         )
         for name, cell in cells.items()
         if name not in present
@@ -308,6 +315,18 @@ def _set_aside(folder: Path, current: set[str]) -> None:
     for name in _finished(folder) - current:
         (folder / "other-cells").mkdir(exist_ok=True)
         (folder / "cells" / f"{name}.json").replace(folder / "other-cells" / f"{name}.json")
+
+
+def _resources(config: ExperimentConfig) -> dict[str, Any]:
+    """What each job takes: training holds weights, gradients and two moments; a merge reads tensor by tensor."""
+    wanted = config.resources
+    if wanted.memory is not None:
+        memory = parse_size(wanted.memory)
+    else:
+        infos = open_checkpoint(config.pretrained.model).tensors.values()
+        parameters = sum(math.prod(info.shape) for info in infos)
+        memory = 6 * 4 * parameters + 10**9
+    return {"cpus": wanted.cpus, "gpus": wanted.gpus, "memory": memory}
 
 
 def _sums(folder: Path, config: ExperimentConfig, cell: Cell) -> str | None:
