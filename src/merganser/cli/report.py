@@ -14,10 +14,14 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 @click.command("report")
 @click.argument("results", type=click.Path(path_type=Path))
 @click.option(
-    "-o", "--output", type=_FILE, help="A .html, .md or .csv file.  [default: report.html beside the results]"
+    "-o",
+    "--output",
+    type=_FILE,
+    help="A .html, .md, .csv or .jsonl file.  [default: report.html beside the results]",
 )
 @click.option("--markdown", type=_FILE, metavar="FILE", help="Write the tables as Markdown, too.")
 @click.option("--csv", "table", type=_FILE, metavar="FILE", help="Write the numbers as CSV, too: one a line.")
+@click.option("--rows", type=_FILE, metavar="FILE.jsonl", help="Write the result rows as one file, too.")
 @click.option(
     "--against",
     default="simple",
@@ -26,7 +30,12 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
     help="The merge that others are compared with.",
 )
 def report_command(
-    results: Path, output: Path | None, markdown: Path | None, table: Path | None, against: str
+    results: Path,
+    output: Path | None,
+    markdown: Path | None,
+    table: Path | None,
+    rows: Path | None,
+    against: str,
 ) -> None:
     """Write the report of RESULTS: what an experiment wrote, or a .json or .jsonl file of its rows.
 
@@ -41,7 +50,7 @@ def report_command(
     if output is None:
         output = (results.parent if results.is_file() else results) / "report.html"
     outputs: dict[Form, Path] = {form_of(output): output}
-    for form, path in (("markdown", markdown), ("csv", table)):
+    for form, path in (("markdown", markdown), ("csv", table), ("rows", rows)):
         if path is not None:
             if form in outputs:
                 raise click.UsageError(f"-o and --{form} both name a file for {form}; give one of them")

@@ -181,15 +181,16 @@ class Emotion(EmotionCorpora):
     """
 
     threshold_on: str = "probability"
+    threshold: float = 0.5
 
     name: ClassVar[str] = "emotion"
 
     def __post_init__(self) -> None:
-        MultiLabel(threshold_on=self.threshold_on)  # refuses what it does not know
+        MultiLabel(self.threshold, self.threshold_on)  # refuses what it does not know
 
     def task(self, set_name: str) -> Task:
         """Multi-label classification."""
-        return MultiLabel(threshold_on=self.threshold_on)
+        return MultiLabel(self.threshold, self.threshold_on)
 
     def labels(self, set_name: str) -> tuple[str, ...]:
         """All of :data:`LABELS`: the head is the same for every corpus."""

@@ -7,6 +7,7 @@ from types import ModuleType
 import pytest
 
 from merganser.errors import DataError, Problems
+from merganser.experiments.reporting import write_report
 from merganser.experiments.reporting.rows import read_rows
 
 
@@ -27,6 +28,16 @@ def test_every_shape_of_results_gives_the_same_rows(tmp_path: Path, examples: Mo
         tmp_path / "rows.jsonl",
     ):
         assert read_rows(path) == read
+
+
+def test_published_rows_are_the_rows(tmp_path: Path, examples: ModuleType) -> None:
+    folder = examples.write_rows(tmp_path / "results", examples.partitions(seeds=(1,)))
+    published = tmp_path / "published" / "glue-partitions" / "rows.jsonl"
+    write_report(folder, {"rows": published})
+    assert read_rows(tmp_path / "published") == read_rows(published.parent) == read_rows(folder)
+    first = published.read_bytes()
+    write_report(tmp_path / "published", {"rows": published})
+    assert published.read_bytes() == first
 
 
 def test_scores_that_are_no_number_are_missing(tmp_path: Path, examples: ModuleType) -> None:

@@ -5,6 +5,7 @@ merganser report RESULTS -o report.html
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -16,8 +17,14 @@ from merganser.experiments.reporting.rows import ResultRow, read_rows
 from merganser.experiments.reporting.sections import Section, make_sections
 from merganser.experiments.reporting.text import render_csv, render_markdown, terminal_tables
 
-Form = Literal["html", "markdown", "csv"]
-_FORMS: dict[str, Form] = {".html": "html", ".htm": "html", ".md": "markdown", ".csv": "csv"}
+Form = Literal["html", "markdown", "csv", "rows"]
+_FORMS: dict[str, Form] = {
+    ".html": "html",
+    ".htm": "html",
+    ".md": "markdown",
+    ".csv": "csv",
+    ".jsonl": "rows",
+}
 
 __all__ = [
     "ResultRow",
@@ -37,7 +44,7 @@ def form_of(path: Path) -> Form:
     """What to write into a file, by its ending.
 
     Raises:
-        UserError: the ending is none of .html, .md and .csv.
+        UserError: the ending is none of .html, .md, .csv and .jsonl.
     """
     try:
         return _FORMS[path.suffix.lower()]
@@ -45,7 +52,7 @@ def form_of(path: Path) -> Form:
         raise UserError(
             f"a report is no {path.suffix or 'file without an ending'!r}",
             where=path,
-            mend="end the name in .html, .md or .csv",
+            mend="end the name in .html, .md, .csv or .jsonl (the rows themselves)",
         ) from None
 
 
@@ -67,7 +74,8 @@ def write_report(
         RecipeError: no experiment has the merge ``against``.
         UserError: jinja2 or matplotlib is not installed, or a file cannot be written.
     """
-    sections = make_sections(read_rows(results), against)
+    rows = read_rows(results)
+    sections = make_sections(rows, against)
     texts = {}
     if "html" in outputs:
         texts["html"] = render_page(sections, against)
@@ -75,6 +83,9 @@ def write_report(
         texts["markdown"] = render_markdown(sections)
     if "csv" in outputs:
         texts["csv"] = render_csv(sections)
+    if "rows" in outputs:
+        lines = (json.dumps(row.model_dump(mode="json"), ensure_ascii=False, sort_keys=True) for row in rows)
+        texts["rows"] = "".join(f"{line}\n" for line in lines)
     written = []
     for form, path in outputs.items():
         try:

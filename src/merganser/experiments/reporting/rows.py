@@ -189,7 +189,8 @@ def _values(path: Path) -> Iterator[tuple[str, Any]]:
 def _files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
-    patterns = ["*.json"] if path.name == "cells" else ["cells/*.json", "*/cells/*.json"]
+    inside = ["cells/*.json", "rows.jsonl"]  # of an experiment's folder; rows.jsonl is how rows are published
+    patterns = ["*.json"] if path.name == "cells" else [*inside, *(f"*/{pattern}" for pattern in inside)]
     found = [file for pattern in patterns for file in path.glob(pattern)]
     return sorted(file for file in found if not file.name.startswith("."))
 
