@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import transformers
 
+from merganser.checkpoints import open_checkpoint
 from merganser.errors import UserError
 from merganser.experiments.grid.cells import Cell, ModelSpec, method_of, title_of
 from merganser.experiments.grid.config import ExperimentConfig, MethodConfig
@@ -256,8 +257,6 @@ def head_patterns(folder: Path) -> list[str]:
     """
     config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True)
     prefix = transformers.AutoModel._model_mapping[type(config)].base_model_prefix
-    from merganser.checkpoints import open_checkpoint
-
     names = [name for name in open_checkpoint(folder).tensors if not name.startswith(f"{prefix}.")]
     if not names:
         raise UserError("the model has no head to keep separate", where=folder, mend="set heads: same")

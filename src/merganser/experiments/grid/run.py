@@ -12,27 +12,28 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from merganser.checkpoints import open_checkpoint
 from merganser.checkpoints.writer import parse_size
-from merganser.errors import DataError, UserError
-from merganser.experiments.engines import Engine, Job, SerialEngine
+from merganser.errors import UserError, raise_all
+from merganser.experiments.engines import Engine, Job, Outcome, SerialEngine
 from merganser.experiments.grid.cells import Cell, ModelSpec, expand, models_of
-from merganser.experiments.grid.compute import FORMAT, score, scored_on
+from merganser.experiments.grid.compute import FORMAT, scored_on
 from merganser.experiments.grid.config import ExperimentConfig, localised
-from merganser.experiments.grid.models import Models
+from merganser.experiments.grid.folder import finished, open_folder, set_aside
+from merganser.experiments.grid.models import Models, base_sha256
+from merganser.experiments.grid.order import compute_order, recorded_order
 from merganser.experiments.grid.work import FUNCTION, needs_order
 from merganser.experiments.report import write_text
 from merganser.experiments.zoo import Zoo
 from merganser.tasks.suite import DEV
 
-_MODEL_COST, _MULTITASK_COST, _MERGE_COST, _OTHER_COST = 90.0, 300.0, 8.0, 2.0  # seconds; proportions matter
+_MODEL_COST = 90.0  # seconds; only proportions matter
+_COSTS = {"merge": 8.0, "multitask": 300.0, "individual": 4.0, "ensemble": 1.0}
 
 
 @dataclass(frozen=True)
@@ -95,61 +96,88 @@ def run_experiment(
     config, zoo = localised(config), zoo if "://" in str(zoo) else Path(zoo).expanduser().resolve()
     models = Models(config, Zoo(zoo))
     check_inputs(models)
-    _open_folder(folder, config)
-    common = {"config": config.model_dump(mode="json"), "zoo": str(zoo)}
-    reserved = _resources(config)
-    failures: list[Failure] = []
-    first = expand(config)
-    missing = [spec for spec in models_of(first) if not _has_model(models, spec)]
-    jobs = [
-        Job(
-            id=f"model {spec.name} {spec.seed}",
-            description=f"model {spec.name} (seed {spec.seed})",
-            payload={**common, "what": "model", "spec": asdict(spec)},
-            cost=_MODEL_COST,
-            **reserved,
-        )
-        for spec in (models_of(first) if needs_order(config) or _wants_statistics(models) else missing)
-    ]
-    for outcome in engine.run(jobs, FUNCTION):
-        if outcome.error is not None:
-            failures.append(Failure(outcome.job.description, outcome.error))
-    order = None
+    open_folder(folder, config)
+    grid = _Grid(models, folder, engine, {"config": config.model_dump(mode="json"), "zoo": str(zoo)})
+    order: Sequence[str] | None = None
     if needs_order(config):
-        if failures:
-            return Finished(folder, len(_finished(folder)), 0, tuple(failures))
-        order = compute_order(models, folder)
+        order = recorded_order(models, folder)
+        if order is None:
+            grid.prepare(expand(config))
+            if grid.failures:
+                return Finished(folder, len(finished(folder)), 0, tuple(grid.failures))
+            order = compute_order(models, folder)
     cells = {cell_id(models, cell): cell for cell in expand(config, order)}
-    present = _finished(folder)
-    done = 0
-    open_cells = [
-        Job(
-            id=name,
-            description=cell.description,
-            payload={
-                **common,
-                "what": "cell",
-                "cell": cell.to_json(),
-                "id": name,
-                "sums": _sums(folder, config, cell),
-            },
-            cost=_cost(cell),
-            **reserved,
-        )
-        for name, cell in cells.items()
-        if name not in present
-    ]
-    for outcome in engine.run(open_cells, FUNCTION):
-        if outcome.error is not None:
-            failures.append(Failure(outcome.job.description, outcome.error))
-            continue
-        text = json.dumps(outcome.result, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-        write_text(folder / "cells" / f"{outcome.job.id}.json", text)
-        done += 1
-    _set_aside(folder, set(cells))
-    if not failures:
+    left = {name: cell for name, cell in cells.items() if name not in finished(folder)}
+    grid.prepare(list(left.values()))
+    done = grid.work(left)
+    set_aside(folder, set(cells))
+    if not grid.failures:
         shutil.rmtree(folder / "sums", ignore_errors=True)
-    return Finished(folder, len(_finished(folder)), done, tuple(failures))
+    return Finished(folder, len(finished(folder)), done, tuple(grid.failures))
+
+
+@dataclass
+class _Grid:
+    """The jobs of a run.
+
+    Attributes:
+        common: what every job is told.
+        failures: of the jobs so far.
+    """
+
+    models: Models
+    folder: Path
+    engine: Engine
+    common: Mapping[str, Any]
+    failures: list[Failure] = field(default_factory=list)
+
+    def prepare(self, cells: Sequence[Cell]) -> None:
+        """Have the models of some cells, and what the methods want of them, in the zoo."""
+        jobs = [
+            self._job(
+                f"model {spec.name} {spec.seed}",
+                f"model {spec.name} (seed {spec.seed})",
+                _MODEL_COST,
+                {"what": "model", "spec": asdict(spec)},
+            )
+            for spec in models_of(cells)
+        ]
+        for _ in self._outcomes(jobs):
+            continue
+
+    def work(self, cells: Mapping[str, Cell]) -> int:
+        """Work on cells and write their rows as they come; how many were done."""
+        jobs = [
+            self._job(
+                name,
+                cell.description,
+                _COSTS[cell.kind],
+                {
+                    "what": "cell",
+                    "cell": cell.to_json(),
+                    "id": name,
+                    "sums": _sums(self.folder, self.models.config, cell),
+                },
+            )
+            for name, cell in cells.items()
+        ]
+        done = 0
+        for outcome in self._outcomes(jobs):
+            text = json.dumps(outcome.result, indent=1, ensure_ascii=False) + "\n"
+            write_text(self.folder / "cells" / f"{outcome.job.id}.json", text)
+            done += 1
+        return done
+
+    def _outcomes(self, jobs: Sequence[Job]) -> Iterator[Outcome]:
+        for outcome in self.engine.run(jobs, FUNCTION):
+            if outcome.error is None:
+                yield outcome
+            else:
+                self.failures.append(Failure(outcome.job.description, outcome.error))
+
+    def _job(self, name: str, description: str, cost: float, payload: Mapping[str, Any]) -> Job:
+        reserved = _resources(self.models.config)
+        return Job(name, description, {**self.common, **payload}, cost, **reserved)
 
 
 def plan_experiment(config: ExperimentConfig, *, results: str | Path, zoo: str | Path) -> list[Planned]:
@@ -164,14 +192,15 @@ def plan_experiment(config: ExperimentConfig, *, results: str | Path, zoo: str |
     except UserError:
         models = None
     order: Sequence[str] | None = None
-    recorded = folder / "order.json"
-    if needs_order(config) and recorded.is_file():
-        order = json.loads(recorded.read_text(encoding="utf-8"))["order"]
+    if needs_order(config) and models is not None:
+        order = recorded_order(models, folder)
     cells = expand(config, order)
-    present = _finished(folder) if folder.is_dir() else set()
+    present = finished(folder) if folder.is_dir() else set()
     known = order is not None or not needs_order(config)
     lines = [
-        Planned("model", f"{spec.name} (seed {spec.seed})", models is not None and _has_model(models, spec))
+        Planned(
+            "model", f"{spec.name} (seed {spec.seed})", models is not None and models.find(spec) is not None
+        )
         for spec in models_of(cells)
     ]
     for cell in cells:
@@ -192,9 +221,6 @@ def check_inputs(models: Models) -> None:
     Raises:
         UserError: what is missing or malformed, all at once.
     """
-    from merganser.errors import raise_all
-    from merganser.experiments.grid.models import base_sha256
-
     problems: list[UserError] = []
 
     def attempt(function: Any, *arguments: Any) -> None:
@@ -215,31 +241,6 @@ def check_inputs(models: Models) -> None:
             attempt(models.rows, spec)
             attempt(models.data.rows, spec.set, DEV)
     raise_all(problems)
-
-
-def compute_order(models: Models, folder: Path) -> list[str]:
-    """The order of a greedy merge: by each individual model's mean score on the *other* contributors' development
-    data, over all seeds, the best first. No reported test is looked at. Written to ``order.json``.
-    """
-    config = models.config
-    names = list(config.contributors)
-    means: dict[str, float] = {}
-    specs = models_of(expand(config))
-    for name in names:
-        values = []
-        for spec in (spec for spec in specs if spec.name == name):
-            entry = models.model(spec)
-            for other in names:
-                set_name = config.set_of(other)
-                if set_name != spec.set:
-                    prediction = models.prediction(entry, set_name, DEV)
-                    values.append(score(models, set_name, DEV, prediction, [spec])["value"])
-        means[name] = float(np.mean(values))
-    order = sorted(names, key=lambda name: (-means[name], name))
-    by = "mean key score on the other contributors' development data"
-    text = json.dumps({"order": order, "by": by, "scores": means}, indent=1) + "\n"
-    write_text(folder / "order.json", text)
-    return order
 
 
 def cell_id(models: Models, cell: Cell) -> str:
@@ -271,52 +272,6 @@ def _contributor(config: ExperimentConfig, spec: ModelSpec) -> str:
     return spec.name if spec.name in config.contributors else spec.name.rsplit("/", 1)[0]
 
 
-def _has_model(models: Models, spec: ModelSpec) -> bool:
-    return models.find(spec) is not None
-
-
-def _wants_statistics(models: Models) -> bool:
-    from merganser.experiments.grid.work import wanted_statistics
-
-    return bool(wanted_statistics(models.config))
-
-
-def _open_folder(folder: Path, config: ExperimentConfig) -> None:
-    """Make the results' folder, or check that this version may go on in it."""
-    marker = folder / "experiment.json"
-    if marker.is_file():
-        try:
-            found = json.loads(marker.read_text(encoding="utf-8"))["format"]
-        except (OSError, ValueError, KeyError, TypeError):
-            found = "unreadable"
-        if found != FORMAT:
-            raise DataError(
-                f"results of format {found}; this version of merganser writes {FORMAT}",
-                where=marker,
-                mend="choose another --results folder, or use the version that wrote them",
-            )
-    elif folder.is_dir() and any(folder.iterdir()):
-        raise DataError(
-            "the folder holds something else than results of an experiment",
-            where=folder,
-            mend="choose another --results folder",
-        )
-    (folder / "cells").mkdir(parents=True, exist_ok=True)
-    values: Mapping[str, Any] = {"format": FORMAT, "config": config.model_dump(mode="json")}
-    write_text(marker, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
-
-
-def _finished(folder: Path) -> set[str]:
-    return {path.stem for path in (folder / "cells").glob("*.json")}
-
-
-def _set_aside(folder: Path, current: set[str]) -> None:
-    """Rows of cells that the configuration no longer has go to ``other-cells``: kept, and not reported."""
-    for name in _finished(folder) - current:
-        (folder / "other-cells").mkdir(exist_ok=True)
-        (folder / "cells" / f"{name}.json").replace(folder / "other-cells" / f"{name}.json")
-
-
 def _resources(config: ExperimentConfig) -> dict[str, Any]:
     """What each job takes: training holds weights, gradients and two moments; a merge reads tensor by tensor."""
     wanted = config.resources
@@ -334,7 +289,3 @@ def _sums(folder: Path, config: ExperimentConfig, cell: Cell) -> str | None:
         return None
     name = "".join(c if c.isalnum() else "-" for c in cell.method)
     return str((folder / "sums" / f"{name}-{cell.heads}-{cell.seed}").resolve())
-
-
-def _cost(cell: Cell) -> float:
-    return {"merge": _MERGE_COST, "multitask": _MULTITASK_COST}.get(cell.kind, _OTHER_COST)

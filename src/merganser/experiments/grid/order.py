@@ -1,0 +1,56 @@
+"""The order of a greedy merge, computed from the individual models on development data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from merganser.experiments.grid.cells import expand, models_of
+from merganser.experiments.grid.compute import score
+from merganser.experiments.grid.models import Models
+from merganser.experiments.report import write_text
+from merganser.tasks.suite import DEV
+
+FILE_NAME = "order.json"
+
+
+def recorded_order(models: Models, folder: Path) -> list[str] | None:
+    """The order that was computed before from the same models; None where there is none."""
+    try:
+        found = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))
+        return list(found["order"]) if found["models"] == _addresses(models) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _addresses(models: Models) -> list[str]:
+    """Where the zoo keeps the models that an order is computed from."""
+    return sorted(models.zoo.id_of(models.key(spec)) for spec in models_of(expand(models.config)))
+
+
+def compute_order(models: Models, folder: Path) -> list[str]:
+    """The order of a greedy merge: by each individual model's mean score on the *other* contributors' development
+    data, over all seeds, the best first. No reported test is looked at. Written to ``order.json``.
+    """
+    config = models.config
+    names = list(config.contributors)
+    means: dict[str, float] = {}
+    specs = models_of(expand(config))
+    for name in names:
+        values = []
+        for spec in (spec for spec in specs if spec.name == name):
+            entry = models.model(spec)
+            for other in names:
+                set_name = config.set_of(other)
+                if set_name != spec.set:
+                    prediction = models.prediction(entry, set_name, DEV)
+                    values.append(score(models, set_name, DEV, prediction, [spec])["value"])
+        means[name] = float(np.mean(values))
+    order = sorted(names, key=lambda name: (-means[name], name))
+    by = "mean key score on the other contributors' development data"
+    found = {"order": order, "by": by, "scores": means, "models": _addresses(models)}
+    text = json.dumps(found, indent=1) + "\n"
+    write_text(folder / FILE_NAME, text)
+    return order
