@@ -1,0 +1,68 @@
+"""Where a grid's models come from: the zoo's filters, models of one's own, models that must be there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from merganser.errors import UserError
+from merganser.experiments.grid.cells import ModelSpec
+from merganser.experiments.grid.config import ExperimentConfig
+from merganser.experiments.grid.models import Models
+from merganser.experiments.grid.run import run_experiment
+from merganser.experiments.zoo import Zoo
+
+Trial = Callable[..., ExperimentConfig]
+
+
+def test_models_that_must_be_there_and_are_not(tmp_path: Path, trial: Trial) -> None:
+    config = trial(seeds=[1], default_model_args={"load_from_zoo": "yes"}, contributors=["one", "two"])
+    done = run_experiment(config, results=tmp_path / "r", zoo=tmp_path / "zoo")
+    assert done.cells == 0 and done.failures
+    assert all("the zoo holds no model of" in failure.error for failure in done.failures)
+    assert "load_from_zoo: maybe" in done.failures[0].error
+
+
+def test_a_filter_takes_the_zoos_model_of_other_settings(tmp_path: Path, trial: Trial) -> None:
+    zoo, spec = Zoo(tmp_path / "zoo"), ModelSpec("one", "one", 1)
+    longer = Models(trial(training={"epochs": 3, "learning_rate": 5e-3, "max_length": 16}), zoo).model(spec)
+    args = {"load_from_zoo": "yes", "zoo_filter": {"training.epochs": 3}}
+    config = trial(contributors={"one": args, "two": {}, "three": {}})
+    assert Models(config, zoo).model(spec).id == longer.id
+    nothing = trial(contributors={"one": {**args, "zoo_filter": {"training.epochs": 9}}, "two": {}})
+    with pytest.raises(UserError, match=r"(?s)no model of one.*training\.epochs"):
+        Models(nothing, zoo).model(spec)
+
+
+def test_hyper_parameters_are_the_published_ones_with_the_configurations_changes(
+    tmp_path: Path, trial: Trial
+) -> None:
+    base = {"model": "nowhere", "title": "x", "architecture": "roberta"}
+    config = trial(
+        pretrained=base,
+        training={"epochs": 2},
+        contributors={"one": {"training": {"batch_size": 4}}, "two": {}},
+    )
+    settings = Models(config, Zoo(tmp_path)).settings(config.contributors["one"])
+    assert (settings.epochs, settings.batch_size, settings.learning_rate) == (2, 4, 1e-5)
+    assert settings.schedule == "polynomial" and settings.warmup == 0.06 and settings.best_epoch
+    with pytest.raises(UserError, match="epoch"):
+        Models(trial(training={"epochz": 1}), Zoo(tmp_path)).settings()
+
+
+def test_a_model_of_ones_own_with_another_label_space(
+    tmp_path: Path, trial: Trial, save_ready: Callable[..., Path]
+) -> None:
+    """Two contributors with different label spaces where one is needed: the merge says which."""
+    foreign = save_ready("foreign", "bert", 3, num_labels=5)
+    config = trial(
+        seeds=[1],
+        contributors={"one": {}, "two": {"checkpoint": str(foreign)}},
+        methods=["simple"],
+        comparators=[],
+    )
+    done = run_experiment(config, results=tmp_path / "r", zoo=tmp_path / "zoo")
+    assert [failure.job for failure in done.failures] == ["simple: one + two (seed 1, same heads)"]
+    assert "label" in done.failures[0].error
