@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 
 from merganser.experiments.grid.config import Partitions, SuiteConfig
-from merganser.tasks import SUITES, Task
+from merganser.tasks import SUITES
 from merganser.tasks.columns import Columns
 from merganser.tasks.data import Rows
 from merganser.tasks.labels import LabelSpace
-from merganser.tasks.multi_label import MultiLabel
 from merganser.tasks.partition import partition
 from merganser.tasks.regression import Regression
 from merganser.tasks.suite import ALL, DEV, TEST, TRAIN, Suite, sample, selected, with_options
@@ -71,10 +70,6 @@ class Data:
     def votes(self, set_name: str) -> tuple[str, ...] | None:
         """See :meth:`Suite.votes`."""
         return self.suite.votes(set_name)
-
-    def is_partial(self, task: Task) -> bool:
-        """Whether outputs for labels that a model was never trained on must be left out."""
-        return isinstance(task, MultiLabel) or self.config.name == "text-classification"
 
 
 @lru_cache(maxsize=4)
