@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from merganser.errors import UserError
 from merganser.tasks import TASKS, Rows
-from merganser.training import TrainingSettings, train
+from merganser.training import Part, TrainingSettings, train, train_multitask
 
 
 class Killed(Exception):
@@ -122,3 +122,31 @@ def test_killed_after_the_last_step(
         load_file(resumed.path / "model.safetensors"),
     )
     assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "heads"])
+def test_multi_task_resumed_equals_uninterrupted(
+    shared: bool, sentiment: Rows, save_ready, tmp_path: Path
+) -> None:
+    base, work = save_ready("base", "bert"), tmp_path / "work"
+    task = TASKS["text-classification"]
+    parts = [Part(name, task, sentiment, ("good", "bad"), dev=sentiment) for name in ("one", "two")]
+
+    def learn(output: str, **options: Any) -> Any:
+        return train_multitask(
+            base, parts, shared=shared, output=tmp_path / output, settings=SETTINGS, seed=5, **options
+        )
+
+    whole = learn("whole")
+    with pytest.raises(Killed):  # twice six examples are six steps an epoch: in the middle of the third
+        learn("out", work=work, on_step=kill_at(15))
+    assert (work / "checkpoint-12").is_dir()
+    steps: list[int] = []
+    resumed = learn("out", work=work, on_step=lambda done, _: steps.append(done))
+    assert steps == list(range(13, 25))
+    for name in ("one", "two"):
+        expected = load_file(whole.paths[name] / "model.safetensors")
+        found = load_file(resumed.paths[name] / "model.safetensors")
+        assert all(torch.equal(tensor, found[key]) for key, tensor in expected.items())
+    assert resumed.dev_scores == whole.dev_scores
+    assert not work.exists()

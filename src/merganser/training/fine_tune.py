@@ -8,18 +8,14 @@ The same arguments on the same machine give the same bytes.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from merganser.checkpoints.writer import check_output, new_folder
-from merganser.errors import UserError
 from merganser.tasks.base import Task
 from merganser.tasks.data import Rows
 from merganser.tasks.models import quiet
@@ -30,13 +26,12 @@ from merganser.training.loop import (
     Ran,
     Run,
     check_accelerate,
-    last_checkpoint,
     run_trainer,
 )
 from merganser.training.prepare import GivenColumns, prepare
+from merganser.training.resume import clear, fingerprint, take_up
 from merganser.training.settings import TrainingSettings
 
-_JOURNAL = "training.json"  # in a work folder: what its checkpoints are of
 _SCRATCH = ".training"
 
 
@@ -122,8 +117,8 @@ def train(
         scratch, resume = temporary / _SCRATCH, None
         if work is not None:
             scratch = Path(work)
-            key = _fingerprint(start, rows, dev, settings, (seed, drawn, metric, str(columns)))
-            resume = _take_up(scratch, key)
+            key = fingerprint([(start, rows, dev)], settings, (seed, drawn, metric, str(columns)))
+            resume = take_up(scratch, key)
         model = load_start(start, drawn, resume)
         saved_cache = _use_cache(model)
         run = Run(
@@ -143,7 +138,7 @@ def train(
         keep(ran, run, temporary)
         shutil.rmtree(temporary / _SCRATCH, ignore_errors=True)
     if work is not None:
-        _clear(Path(work))
+        clear(Path(work))
     return Trained(output, ran.scores, None if ran.best is None else ran.best + 1, kept_loss(ran))
 
 
@@ -197,58 +192,3 @@ def _use_cache(model: Any) -> bool | None:
 
 def _save_tokenizer(folder: Path, start: Start) -> None:
     start.tokenizer.save_pretrained(folder)
-
-
-def _fingerprint(
-    start: Start, rows: Rows, dev: Rows | None, settings: TrainingSettings, more: tuple[Any, ...]
-) -> str:
-    """The hash of everything that the weights depend on."""
-    facts = {
-        "base": start.opened.checkpoint.manifest_sha256(),
-        "config": dict(start.config),
-        "keeps_head": start.keeps_head,
-        "task": [type(start.task).__name__, repr(start.task)],
-        "labels": start.labels,
-        "rows": [rows.rows, sorted(rows.class_names.items())],
-        "dev": None if dev is None else [dev.rows, sorted(dev.class_names.items())],
-        "settings": settings.model_dump(),
-        "more": more,
-        "versions": [version(name) for name in ("torch", "transformers", "accelerate")],
-    }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=repr).encode()).hexdigest()
-
-
-def _take_up(work: Path, key: str) -> Path | None:
-    """The checkpoint to go on from, if the work folder holds this training; else the folder is emptied.
-
-    Raises:
-        UserError: the folder holds something else than a training's checkpoints.
-    """
-    if work.exists() and not work.is_dir():
-        raise UserError("the work folder is a file", where=work, mend="give a folder")
-    journal = work / _JOURNAL
-    if work.is_dir() and any(work.iterdir()) and not journal.is_file():
-        raise UserError(
-            "the work folder holds something other than a training, so it is left alone",
-            where=work,
-            mend="give an empty or a new folder",
-        )
-    if journal.is_file() and journal.read_text(encoding="utf-8") == _journal(key):
-        return last_checkpoint(work)
-    _clear(work)
-    work.mkdir(parents=True, exist_ok=True)
-    journal.write_text(_journal(key), encoding="utf-8")
-    return None
-
-
-def _journal(key: str) -> str:
-    return json.dumps({"training": key}) + "\n"
-
-
-def _clear(work: Path) -> None:
-    """Remove a training's checkpoints, and the folder if nothing else is in it."""
-    for path in work.glob("checkpoint-*"):
-        shutil.rmtree(path, ignore_errors=True)
-    (work / _JOURNAL).unlink(missing_ok=True)
-    if work.is_dir() and not any(work.iterdir()):
-        work.rmdir()

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -24,7 +24,7 @@ from merganser.training.settings import TrainingSettings
 #: Called after each optimiser step with the steps done and the steps in all.
 OnStep = Callable[[int, int], None]
 
-_STATE = "trainer_state.json"  # the file of a checkpoint that the Trainer writes last
+STATE = "trainer_state.json"  # the file of a checkpoint that the Trainer writes last
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,17 @@ class Examples(Dataset[dict[str, Any]]):
         return {"input_ids": feature.input_ids, "feature": feature, "part": self.part}
 
 
+@runtime_checkable
+class Epochs(Protocol):
+    """Batches whose order depends on the epoch.
+
+    Attributes:
+        epoch: the next one, counted from 0.
+    """
+
+    epoch: int
+
+
 def run_trainer(
     run: Run,
     model: nn.Module,
@@ -114,6 +125,8 @@ def run_trainer(
     finished = _finished(run, best)
     if finished is not None:
         return finished
+    if run.resume is not None and isinstance(batches, Epochs):
+        batches.epoch = round(state_of(run.resume)["epoch"])  # checkpoints are of whole epochs
     arguments = TrainingArguments(
         output_dir=str(run.scratch.absolute()),
         num_train_epochs=settings.epochs,
@@ -161,10 +174,20 @@ def _finished(run: Run, best: bool) -> Ran | None:
     """The outcome, where the checkpoint to go on from is that of the last step; the Trainer would add one."""
     if run.resume is None:
         return None
-    state = json.loads((run.resume / _STATE).read_text(encoding="utf-8"))
+    state = state_of(run.resume)
     if state["global_step"] < state["max_steps"]:
         return None
     return _ran(run, state["log_history"], state["best_global_step"] if best else None)
+
+
+def state_of(checkpoint: Path) -> dict[str, Any]:
+    """What the Trainer knew when it wrote a checkpoint.
+
+    Raises:
+        OSError, ValueError: it was not written whole.
+    """
+    found: dict[str, Any] = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    return found
 
 
 def _ran(run: Run, history: Sequence[Mapping[str, Any]], step: int | None) -> Ran:
@@ -184,18 +207,6 @@ def check_accelerate() -> None:
     """
     if importlib.util.find_spec("accelerate") is None:
         raise UserError("training needs accelerate", mend="pip install 'merganser[train]'")
-
-
-def last_checkpoint(scratch: Path) -> Path | None:
-    """The last checkpoint that was written whole."""
-    found = []
-    for path in scratch.glob("checkpoint-*"):
-        try:
-            json.loads((path / _STATE).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        found.append(path)
-    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
 class _Loss:
@@ -239,6 +250,9 @@ class _Trainer(Trainer):
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         self.our_run.save(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """The weights are there already: whoever resumes has loaded them, in the layout of ``run.save``."""
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches as they are given, or as the Trainer draws them."""

@@ -32,6 +32,7 @@ from merganser.training.heads import PROBLEM_TYPES, Start, load_start
 from merganser.training.loop import Examples, OnStep, Run, check_accelerate, run_trainer
 from merganser.training.losses import Loss, make_loss
 from merganser.training.prepare import GivenColumns, Prepared, prepare
+from merganser.training.resume import clear, fingerprint, take_up
 from merganser.training.settings import TrainingSettings
 
 _SCRATCH = ".training"
@@ -87,6 +88,7 @@ def train_multitask(
     seed: int = 1,
     head_seed: int | None = None,
     starts: Mapping[str, str | Path] | None = None,
+    work: str | Path | None = None,
     overwrite: bool = False,
     on_step: OnStep | None = None,
 ) -> TrainedParts:
@@ -104,6 +106,7 @@ def train_multitask(
         head_seed: of new heads; by default ``seed``.
         starts: for each part a model folder to start from instead of ``base``: their encoders are the same
             and their heads are kept, as in a merge that left the heads apart.
+        work: a folder for checkpoints after each epoch, see :func:`merganser.training.train`.
         overwrite: replace an existing output.
         on_step: called with (steps done, steps in all); without it there is a progress bar on standard error.
 
@@ -147,13 +150,23 @@ def train_multitask(
                 mend="give development data, or best_epoch: false",
             )
         drawn = seed if head_seed is None else head_seed
+        scratch, resume = temporary / _SCRATCH, None
+        if work is not None:
+            scratch = Path(work)
+            data_of = [(item.start, part.rows, part.dev) for item, part in zip(prepared, parts, strict=True)]
+            described = [(part.name, part.metric, str(part.columns)) for part in parts]
+            key = fingerprint(data_of, settings, (seed, drawn, shared, bool(starts), described))
+            resume = take_up(scratch, key)
         network: nn.Module
         if shared:
-            model = load_start(prepared[0].start, drawn)
+            model = load_start(prepared[0].start, drawn, resume)
             network, models, names = model, [model] * len(parts), [""]
         else:
-            models = [load_start(item.start, drawn) for item in prepared]
             names = [part.name for part in parts]
+            models = [
+                load_start(item.start, drawn, resume and resume / name)
+                for item, name in zip(prepared, names, strict=True)
+            ]
             _share_encoder(models, names, same=bool(starts))
             network = _Parts(models, [item.loss for item in prepared])
         caches = [getattr(model.config, "use_cache", None) for model in models]
@@ -161,7 +174,9 @@ def train_multitask(
             name=output.name,
             settings=settings,
             seed=seed,
-            scratch=temporary / _SCRATCH,
+            scratch=scratch,
+            whole=work is not None,
+            resume=resume,
             save=partial(_save, models[: len(names)], caches, names),
             score=partial(_score, prepared, models, settings) if scored else None,
             loss=_shared_loss(prepared, settings) if shared else None,
@@ -179,6 +194,8 @@ def train_multitask(
         )
         keep(ran, run, temporary)
         shutil.rmtree(temporary / _SCRATCH, ignore_errors=True)
+    if work is not None:
+        clear(Path(work))
     paths = {part.name: output if shared else output / part.name for part in parts}
     return TrainedParts(paths, ran.scores, None if ran.best is None else ran.best + 1, kept_loss(ran))
 

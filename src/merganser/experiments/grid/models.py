@@ -178,6 +178,7 @@ class Models:
                 output=folder / "trained",
                 settings=settings,
                 seed=cell.seed,
+                work=self.zoo.work(key),
             )
             _lift(folder)
             return _facts(done.dev_scores, done.best_epoch, folder / next(_subfolders(folder), ""))
