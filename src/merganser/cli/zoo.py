@@ -93,12 +93,17 @@ def _print(zoo: Zoo, entries: Sequence[Entry]) -> None:
 
     leaves = [flatten(entry.key) for entry in entries]
     columns = [name for name in _COLUMNS if any(name in leaf for leaf in leaves)]
+    models = {leaf.get("model") for leaf in leaves}
+    title = str(models.pop()) if len(entries) > 1 and len(models) == 1 and "model" in columns else ""
+    if title:  # the same everywhere: a heading, not a column
+        columns.remove("model")
+    digits = _digits([entry.id for entry in entries])
     rows = []
     for entry, leaf in zip(entries, leaves, strict=True):
         files = zoo.files(entry)
         rows.append(
             [
-                entry.id,
+                entry.id[:digits],
                 *(show(leaf[name]) if name in leaf else "" for name in columns),
                 "" if entry.score is None else f"{100 * entry.score:.1f}",
                 human_bytes(sum(files.values())),
@@ -106,7 +111,12 @@ def _print(zoo: Zoo, entries: Sequence[Entry]) -> None:
                 _age(entry.created),
             ]
         )
-    print_table("", ["id", *columns, "score", "size", "statistics", "age"], rows)
+    print_table(title, ["id", *columns, "score", "size", "stats", "age"], rows)
+
+
+def _digits(identities: Sequence[str]) -> int:
+    """How many first digits tell these apart, and will do so for a while."""
+    return next((n for n in range(8, 16) if len({one[:n] for one in identities}) == len(identities)), 16)
 
 
 def _age(created: str) -> str:
