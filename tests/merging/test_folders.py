@@ -257,7 +257,8 @@ def test_a_killed_merge_leaves_no_folder_that_looks_finished(family, tmp_path: P
 def test_ctrl_c_removes_what_was_begun(family, tmp_path: Path) -> None:
     _, models = family("bert", 2)
     slow = (
-        "import sys, time, merganser.merging.execution as e\n"
+        "import signal, sys, time, merganser.merging.execution as e\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # background jobs ignore it
         "whole = e.run_step\n"
         "def step(plan, s):\n    print('step', flush=True); time.sleep(0.2); return whole(plan, s)\n"
         "e.run_step = step\n"

@@ -62,7 +62,7 @@ def report_command(
             console.print(shown)
         else:  # a table that is wider than the terminal is left to it, rather than cut
             wide = Console(width=1000).measure(shown).maximum
-            console.print(shown, width=wide, crop=False, no_wrap=True, overflow="ignore")
+            Console(width=max(wide, console.width)).print(shown)
             console.print()
     for path in written:
         warn(f"wrote {path}")
