@@ -171,6 +171,23 @@ def show(score: float | None) -> str:
     return "–" if score is None else f"{score:.1f}"
 
 
+def page_environment(package: str) -> Any:
+    """The jinja2 environment of a package's ``templates``: escaped, and strict about what is undefined.
+
+    Raises:
+        ImportError: jinja2 is not installed.
+    """
+    import jinja2
+
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader(package, "templates"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+
+
 def render_html(report: Report) -> str:
     """The report as one HTML page that needs nothing else.
 
@@ -178,20 +195,13 @@ def render_html(report: Report) -> str:
         UserError: jinja2 or matplotlib is not installed.
     """
     try:
-        import jinja2
-
         from merganser.experiments.plots import dot_plot
+
+        environment = page_environment("merganser.experiments")
     except ImportError as error:
         raise UserError(
             f"the report needs {error.name}, which is not installed", mend="pip install 'merganser[report]'"
         ) from error
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("merganser.experiments", "templates"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
     environment.filters["show"] = show
     groups = [
         (kind, title, [row for row in report.rows if row.kind == kind]) for kind, title in GROUPS.items()

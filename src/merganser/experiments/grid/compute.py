@@ -57,22 +57,18 @@ def compute(models: Models, cell: Cell, cell_id: str, sums: Path | None = None) 
     used = ""
     if cell.kind == "individual":
         found = [models.prediction(entries[0], name, split) for name, split, _ in tests]
-        known = [cell.contributors] * len(tests)
     elif cell.kind == "ensemble":
         found = [_ensemble(models, cell, entries, name, split) for name, split, _ in tests]
-        known = [cell.contributors] * len(tests)
     elif cell.kind == "multitask":
         entries = [models.multitask(cell)]
         found = [models.prediction(entries[0], *test[:2], _head_of(models, cell, test[0])) for test in tests]
-        known = [cell.contributors] * len(tests)
     else:
         method = method_of(models.config, cell.method)
         used = METHOD_STATISTICS.get(method.method, "")
         found, chosen, tensors = _merged(models, cell, method, tests, sums)
-        known = [cell.contributors] * len(tests)
     scores = {
-        name: {"domain": domain, **score(models, name, split, prediction, specs)}
-        for (name, split, domain), prediction, specs in zip(tests, found, known, strict=True)
+        name: {"domain": domain, **score(models, name, split, prediction, cell.contributors)}
+        for (name, split, domain), prediction in zip(tests, found, strict=True)
     }
     average = {
         domain: float(np.mean([s["value"] for s in scores.values() if s["domain"] == domain]))

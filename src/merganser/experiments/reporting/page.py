@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from merganser import __version__
 from merganser.errors import UserError
+from merganser.experiments.report import page_environment
 from merganser.experiments.reporting.sections import Section, anchor
 from merganser.experiments.reporting.tables import Cell
 
@@ -24,20 +25,13 @@ def render_page(sections: Sequence[Section], against: str) -> str:
         UserError: jinja2 or matplotlib is not installed.
     """
     try:
-        import jinja2
-
         from merganser.experiments.reporting.figures import grid_figures
+
+        environment = page_environment("merganser.experiments.reporting")
     except ImportError as error:
         raise UserError(
             f"the report needs {error.name}, which is not installed", mend="pip install 'merganser[report]'"
         ) from error
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("merganser.experiments.reporting", "templates"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
     environment.globals["trace"] = trace
     environment.filters["anchor"] = anchor
     figures = {
