@@ -16,7 +16,7 @@ from merganser.tasks.base import Task
 from merganser.tasks.classification import TextClassification
 from merganser.tasks.data import Rows, read_rows
 from merganser.tasks.regression import Regression
-from merganser.tasks.suite import ALL, DEV, SPLITS, TEST, TRAIN, Suite, joined, selected
+from merganser.tasks.suite import ALL, DEV, TEST, TRAIN, Suite, joined, selected
 
 _ENTAILMENT = ("entailment", "not_entailment")
 
@@ -75,16 +75,11 @@ class Glue(Suite):
     def read(self, set_name: str, split: str) -> Rows:
         """The rows of a task; see the class for what the splits are."""
         self._check(set_name)
-        if set_name not in self.sets():
-            raise self.missing(set_name)
+        self.check(set_name, split)
         if split == ALL:
             train = self._file(set_name, "train")
             parts = [*(self._part(train, part) for part in (TRAIN, DEV)), self.read(set_name, TEST)]
             return joined(parts, f"{set_name}[{ALL}]")
-        if split not in SPLITS:
-            raise DataError(
-                f"there is no split {split!r}", where=set_name, mend=did_you_mean(split, (*SPLITS, ALL))
-            )
         if split == TEST:
             rows = self._file(set_name, "validation_matched" if set_name == "mnli" else "validation")
         else:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from merganser.errors import DataError, did_you_mean
+from merganser.errors import DataError
 from merganser.tasks.base import Task
 from merganser.tasks.conll import as_bio, check_tag, unescape
 from merganser.tasks.data import Rows
@@ -73,14 +73,9 @@ class NER(Suite):
 
     def read(self, set_name: str, split: str) -> Rows:
         """Rows of ``{"tokens": [...], "tags": [...]}``; their places are where sentences begin."""
-        if set_name not in self.sets():
-            raise self.missing(set_name)
+        self.check(set_name, split)
         if split == ALL:
             return joined([self.read(set_name, part) for part in SPLITS], f"{set_name}[{ALL}]")
-        if split not in SPLITS:
-            raise DataError(
-                f"there is no split {split!r}", where=set_name, mend=did_you_mean(split, (*SPLITS, ALL))
-            )
         found = self._file(set_name, split)
         if found is None:
             raise DataError(

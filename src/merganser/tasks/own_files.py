@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-from merganser.errors import DataError, UserError, did_you_mean
+from merganser.errors import DataError, UserError
 from merganser.tasks.base import Task
 from merganser.tasks.classification import TextClassification
 from merganser.tasks.columns import Columns
@@ -76,14 +76,9 @@ class OwnFiles(Suite):
         Raises:
             DataError: also a split that has no file, or more than one.
         """
-        if set_name not in self.sets():
-            raise self.missing(set_name)
+        self.check(set_name, split)
         if split == ALL:
             return joined([self.read(set_name, part) for part in SPLITS], f"{set_name}[{ALL}]")
-        if split not in SPLITS:
-            raise DataError(
-                f"there is no split {split!r}", where=set_name, mend=did_you_mean(split, (*SPLITS, ALL))
-            )
         files = self._files(set_name, split)
         folder = (self.root or Path()) / set_name
         if not files:

@@ -73,6 +73,19 @@ class Suite(ABC):
         """
         return None
 
+    def check(self, set_name: str, split: str) -> None:
+        """Refuse a data set or split that cannot be read.
+
+        Raises:
+            DataError: see :meth:`missing`, or an unknown split.
+        """
+        if set_name not in self.sets():
+            raise self.missing(set_name)
+        if split not in (*SPLITS, ALL):
+            raise DataError(
+                f"there is no split {split!r}", where=set_name, mend=did_you_mean(split, (*SPLITS, ALL))
+            )
+
     def missing(self, set_name: str) -> DataError:
         """The error for a data set that is not there: what is expected, and what is there instead."""
         there = ", ".join(self.sets()) if self.root is not None and self.root.is_dir() else "no such folder"
