@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import psutil
+import pytest
 
 NODE = {"object_store_memory": 100 * 2**20, "include_dashboard": False}
 
@@ -28,3 +31,25 @@ def wait_until(happened: Any, complaint: str, seconds: float = 40) -> None:
     while not happened():
         assert time.monotonic() < end, complaint
         time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """A head with one cpu. Whatever it starts is gone afterwards."""
+    ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'merganser[ray]'")
+    from ray.cluster_utils import Cluster
+
+    with (
+        tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as folder,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setenv("RAY_TMPDIR", folder)  # sockets need a short path
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.delenv("RAY_ADDRESS", raising=False)
+        made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, **NODE})
+        try:
+            yield made
+        finally:
+            ray.shutdown()
+            made.shutdown()
+            wait_until(lambda: not processes(folder), "Ray processes are left over")

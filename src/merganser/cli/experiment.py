@@ -96,7 +96,7 @@ def _pairs(templates: tuple[str, ...]) -> dict[str, str]:
 
 
 def _engine(name: str, address: str | None) -> Any:
-    from merganser.experiments.engines import RayEngine, SerialEngine
+    from merganser.engines import RayEngine, SerialEngine
 
     return RayEngine(address) if name == "ray" else SerialEngine()
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from merganser.experiments.engines import Job, Outcome, RayEngine
+from merganser.engines import Job, Outcome, RayEngine
 from merganser.experiments.grid.cells import expand
 from merganser.experiments.grid.config import ExperimentConfig
 from merganser.experiments.grid.run import run_experiment

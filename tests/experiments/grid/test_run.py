@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import f1_score
 
+from merganser.engines import Job, Outcome, SerialEngine
 from merganser.errors import DataError, UserError
-from merganser.experiments.engines import Job, Outcome, SerialEngine
 from merganser.experiments.grid.cells import expand
 from merganser.experiments.grid.config import ExperimentConfig
 from merganser.experiments.grid.models import Models

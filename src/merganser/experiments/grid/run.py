@@ -19,8 +19,8 @@ from typing import Any
 
 from merganser.checkpoints import open_checkpoint
 from merganser.checkpoints.writer import parse_size
+from merganser.engines import Engine, Job, Outcome, SerialEngine
 from merganser.errors import UserError, raise_all
-from merganser.experiments.engines import Engine, Job, Outcome, SerialEngine
 from merganser.experiments.grid.cells import Cell, ModelSpec, expand, models_of
 from merganser.experiments.grid.compute import FORMAT, scored_on
 from merganser.experiments.grid.config import ExperimentConfig, localised

@@ -11,8 +11,8 @@ from typing import Any
 import psutil
 import pytest
 
+from merganser.engines import Job, Outcome, RayEngine
 from merganser.errors import UserError
-from merganser.experiments.engines import Job, Outcome, RayEngine
 from ray_cluster import NODE, wait_until
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'merganser[ray]'")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from merganser.experiments.engines.base import (
+from merganser.engines.base import (
     Engine,
     Job,
     Outcome,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from merganser.engines.base import Engine, Job, Outcome
+from merganser.engines.ray import RayEngine
+from merganser.engines.serial import SerialEngine
 from merganser.errors import UserError, did_you_mean
-from merganser.experiments.engines.base import Engine, Job, Outcome
-from merganser.experiments.engines.ray import RayEngine
-from merganser.experiments.engines.serial import SerialEngine
 
 __all__ = ["ENGINES", "Engine", "Job", "Outcome", "RayEngine", "SerialEngine", "make_engine"]
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from merganser.engines import ENGINES, Job, SerialEngine, make_engine
 from merganser.errors import UserError
-from merganser.experiments.engines import ENGINES, Job, SerialEngine, make_engine
 
 DOUBLE = "grid_jobs:double"
 

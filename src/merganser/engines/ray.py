@@ -21,8 +21,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from merganser.errors import UserError
-from merganser.experiments.engines.base import (
+from merganser.engines.base import (
     Engine,
     Job,
     Outcome,
@@ -31,6 +30,7 @@ from merganser.experiments.engines.base import (
     outcome_of,
     payload_of,
 )
+from merganser.errors import UserError
 
 _START = "start one with: ray start --head --disable-usage-stats --include-dashboard=false"
 _WAIT = 1.0  # seconds between two looks at the bar
