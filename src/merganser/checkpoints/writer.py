@@ -79,16 +79,22 @@ class SafetensorsWriter:
     Args:
         folder: where the files go; must exist.
         files: the tensors of each file, by file name relative to ``folder``.
+        metadata: of each file; by default the format that the Hub expects of weights.
 
     Use as a context manager; leaving it checks that every tensor was written and flushes to disk.
     """
 
-    def __init__(self, folder: Path, files: Mapping[str, Sequence[TensorSpec]]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        files: Mapping[str, Sequence[TensorSpec]],
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
         self._places: dict[tuple[str, str], TensorInfo] = {}
         self._descriptors: dict[str, int] = {}
         self._missing: set[tuple[str, str]] = set()
         for file, specs in files.items():
-            header, infos = _layout(file, specs)
+            header, infos = _layout(file, specs, {"format": "pt"} if metadata is None else metadata)
             path = folder / file
             path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
@@ -128,8 +134,10 @@ class SafetensorsWriter:
                 os.close(descriptor)
 
 
-def _layout(file: str, specs: Sequence[TensorSpec]) -> tuple[bytes, list[TensorInfo]]:
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+def _layout(
+    file: str, specs: Sequence[TensorSpec], metadata: Mapping[str, str]
+) -> tuple[bytes, list[TensorInfo]]:
+    entries: dict[str, object] = {"__metadata__": dict(metadata)}
     offset = 0
     for spec in specs:
         entries[spec.name] = {
