@@ -1,7 +1,16 @@
 """Reading and writing model folders: lazy tensors, hashes, names of layers on disk."""
 
+from merganser.checkpoints.adapters import AdapterCheckpoint, home_of
 from merganser.checkpoints.header import TensorInfo
 from merganser.checkpoints.opening import open_checkpoint
 from merganser.checkpoints.reader import Checkpoint, sha256_file, sha256_tensor
 
-__all__ = ["Checkpoint", "TensorInfo", "open_checkpoint", "sha256_file", "sha256_tensor"]
+__all__ = [
+    "AdapterCheckpoint",
+    "Checkpoint",
+    "TensorInfo",
+    "home_of",
+    "open_checkpoint",
+    "sha256_file",
+    "sha256_tensor",
+]

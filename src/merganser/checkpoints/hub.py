@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from merganser.checkpoints import adapters
 from merganser.checkpoints.header import TensorInfo, tensor_infos
 from merganser.checkpoints.reader import Checkpoint
 from merganser.errors import CheckpointError
@@ -29,7 +30,7 @@ def open_hub(name: str, repo: str, revision: str | None) -> Checkpoint:
     """
     import huggingface_hub
     from huggingface_hub import constants
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, NotASafetensorsRepoError
 
     from merganser.checkpoints.opening import local_tensors
 
@@ -46,7 +47,13 @@ def open_hub(name: str, repo: str, revision: str | None) -> Checkpoint:
         if (folder / "modules.json").is_file():  # nested modules may hold weights that no index lists
             folder = snapshot(commit, ignore_patterns=_UNWANTED)
             return Checkpoint(name, folder, local_tensors(folder), revision=commit)
-        metadata = huggingface_hub.get_safetensors_metadata(repo, revision=commit)
+        try:
+            headers = huggingface_hub.get_safetensors_metadata(repo, revision=commit).files_metadata
+        except NotASafetensorsRepoError:
+            if not (folder / adapters.CONFIG).is_file():
+                raise
+            file = adapters.WEIGHTS
+            headers = {file: huggingface_hub.parse_safetensors_file_metadata(repo, file, revision=commit)}
         with suppress(EntryNotFoundError):
             huggingface_hub.hf_hub_download(repo, _STATISTICS, revision=commit)
     except CheckpointError:
@@ -59,7 +66,7 @@ def open_hub(name: str, repo: str, revision: str | None) -> Checkpoint:
             "and give the folder",
         ) from None
     tensors: dict[str, TensorInfo] = {}
-    for file, parsed in metadata.files_metadata.items():
+    for file, parsed in headers.items():
         header = {
             key: {"dtype": t.dtype, "shape": t.shape, "data_offsets": t.data_offsets}
             for key, t in parsed.tensors.items()

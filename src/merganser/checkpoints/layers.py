@@ -13,7 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from merganser.checkpoints.reader import Checkpoint
+from merganser.checkpoints.names import renamed
+from merganser.checkpoints.reader import Checkpoint, read_json
 from merganser.errors import CheckpointError
 
 Kind = Literal["linear", "conv1d", "embedding"]
@@ -49,10 +50,11 @@ def kind_of(module: nn.Module) -> Kind | None:
     return "embedding" if isinstance(module, nn.Embedding) else None
 
 
-def map_parameters(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
+def map_parameters(model: nn.Module, checkpoint: Checkpoint, *, values: bool = True) -> dict[str, str]:
     """The on-disk name of each parameter of ``model``; parameters that are not on disk are absent.
 
-    A candidate name counts only with the right shape and, unless the model is on the meta device, the right values.
+    A candidate name counts only with the right shape and, with ``values`` and unless the model is on the meta device,
+    the right values.
     """
     prefix = getattr(model, "base_model_prefix", "")
     named = dict(model.named_parameters(remove_duplicate=False))
@@ -60,7 +62,7 @@ def map_parameters(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
     by_identity: dict[int, str] = {}
     for name, parameter in named.items():
         for candidate in _spellings(name, prefix):
-            if candidate in checkpoint.tensors and _same(parameter, checkpoint, candidate):
+            if candidate in checkpoint.tensors and _same(parameter, checkpoint, candidate, values):
                 found[name] = by_identity[id(parameter)] = candidate
                 break
     for name, parameter in named.items():  # tied: stored under another parameter's name
@@ -103,7 +105,7 @@ def empty_model(checkpoint: Checkpoint) -> nn.Module:
 
     where = checkpoint.path / "config.json"
     try:
-        config = transformers.AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
+        config = load_config(checkpoint)
         name = (getattr(config, "architectures", None) or [None])[0]
         model_class: Any = getattr(transformers, name, None) if name else None
         with torch.device("meta"):
@@ -118,20 +120,30 @@ def empty_model(checkpoint: Checkpoint) -> nn.Module:
         ) from None
 
 
+def load_config(checkpoint: Checkpoint) -> Any:
+    """transformers' configuration of a checkpoint, with what an adapter changes of its base's."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
+    stored = read_json(checkpoint.path / "config.json", missing={})
+    changes = {key: value for key, value in checkpoint.config.items() if stored.get(key) != value}
+    if "id2label" in changes:
+        changes["id2label"] = {int(key): label for key, label in changes["id2label"].items()}
+    config.update(changes)
+    return config
+
+
 def _spellings(name: str, prefix: str) -> list[str]:
     names = [name]
     if prefix:
         names.append(name.removeprefix(f"{prefix}.") if name.startswith(f"{prefix}.") else f"{prefix}.{name}")
-    stem_names = list(names)
-    for old, new in ((".weight", ".gamma"), (".bias", ".beta")):
-        names += [n.removesuffix(old) + new for n in stem_names if n.endswith(old)]
-    return names
+    return [*names, *(old for name in names for old in renamed(name))]
 
 
-def _same(parameter: nn.Parameter, checkpoint: Checkpoint, name: str) -> bool:
+def _same(parameter: nn.Parameter, checkpoint: Checkpoint, name: str, values: bool) -> bool:
     if tuple(parameter.shape) != checkpoint.tensors[name].shape:
         return False
-    if parameter.is_meta:
+    if parameter.is_meta or not values:
         return True
     stored = checkpoint.read(name)
     checkpoint.sha256(name, stored)  # the values are here: hash them now rather than read them again

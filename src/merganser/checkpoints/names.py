@@ -25,5 +25,11 @@ def align(names: Collection[str], others: Collection[str]) -> dict[str, str]:
     return best
 
 
+def renamed(name: str) -> list[str]:
+    """How old files spell a parameter: ``gamma`` for a norm's ``weight``, ``beta`` for its ``bias``."""
+    spellings = ((".weight", ".gamma"), (".bias", ".beta"))
+    return [name.removesuffix(new) + old for new, old in spellings if name.endswith(new)]
+
+
 def _prefixes(names: Collection[str]) -> set[str]:
     return {name.split(".", 1)[0] + "." for name in names if "." in name}

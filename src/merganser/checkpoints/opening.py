@@ -1,4 +1,4 @@
-"""From what a user types (a folder, or ``org/name@revision`` on the Hub) to an open checkpoint."""
+"""From what a user types (a folder, ``org/name@revision`` on the Hub, ``base+adapter``) to an open checkpoint."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from merganser.checkpoints import adapters
+from merganser.checkpoints.adapter_files import combine, read_settings
 from merganser.checkpoints.header import TensorInfo, read_infos
 from merganser.checkpoints.reader import Checkpoint, read_json
 from merganser.errors import CheckpointError, raise_all
@@ -17,18 +19,92 @@ _HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
-def open_checkpoint(reference: str | Path, *, allow_pickle: bool = False) -> Checkpoint:
-    """Open a model folder, or a Hub reference, reading headers only.
+def open_checkpoint(
+    reference: str | Path, *, allow_pickle: bool = False, known: dict[str, Checkpoint] | None = None
+) -> Checkpoint:
+    """Open a model folder, a Hub reference, or a LoRA adapter on its base, reading headers only.
 
     Args:
-        reference: a local folder, or ``org/name`` or ``org/name@revision``.
+        reference: a local folder, or ``org/name`` or ``org/name@revision``; of an adapter alone, whose configuration
+            names its base, or written ``base+adapter``.
         allow_pickle: accept ``pytorch_model.bin`` (read with ``weights_only=True``) where there is no safetensors.
+        known: checkpoints that are open already, by reference; adapters of one base then share it. Added to.
 
     Raises:
-        CheckpointError: nothing there, truncated or malformed files, missing shards, pickled weights.
+        UserError: nothing there, truncated or malformed files, missing shards, pickled weights, an adapter that does
+            not fit its base (all of its problems at once).
     """
     name = str(reference)
-    path = Path(reference).expanduser()
+    known = {} if known is None else known
+    pair = None if Path(name).expanduser().is_dir() else _pair(name)
+    files = _open_files(name if pair is None else pair[1], allow_pickle)
+    if not is_adapter(files):
+        if pair is not None:
+            raise CheckpointError(
+                "base+adapter: what follows the + is no PEFT adapter",
+                where=files.name,
+                mend=f"give a folder or repository with {adapters.CONFIG} and {adapters.WEIGHTS}",
+            )
+        return files
+    place = _base_of(files) if pair is None else pair[0]
+    if place not in known:
+        known[place] = _open_base(place, files, allow_pickle)
+    return combine(name, known[place], files)
+
+
+def is_adapter(files: Checkpoint) -> bool:
+    """Whether these are the files of a PEFT adapter and not of a model."""
+    named = any(Path(info.file).name == adapters.WEIGHTS for info in files.tensors.values())
+    return named or (not files.tensors and (files.path / adapters.CONFIG).is_file())
+
+
+def _pair(name: str) -> tuple[str, str] | None:
+    """Base and adapter of ``base+adapter``; where folders have a + in their names, the split whose parts exist."""
+    splits = [(name[:at], name[at + 1 :]) for at, letter in enumerate(name) if letter == "+"]
+    splits = [(base, adapter) for base, adapter in splits if base and adapter]
+    real = [pair for pair in splits if all(Path(part).expanduser().is_dir() for part in pair)]
+    return next(iter(real or splits), None)
+
+
+def _base_of(files: Checkpoint) -> str:
+    """The base that an adapter's configuration names: a folder from here or beside the adapter, or a Hub reference."""
+    where = files.path / adapters.CONFIG
+    settings = read_json(where, missing={})
+    name, revision = settings.get("base_model_name_or_path"), settings.get("revision")
+    if not where.is_file() or not isinstance(name, str) or not name:
+        read_settings(files)  # says so where the configuration is missing or not of LoRA
+        raise CheckpointError(
+            "the adapter's configuration names no base (base_model_name_or_path)",
+            where=where,
+            mend="write base+adapter, such as org/base+" + files.name,
+        )
+    if Path(name).expanduser().is_absolute() or Path(name).is_dir():
+        return name
+    beside = next((str(p / name) for p in files.path.resolve().parents if (p / name).is_dir()), None)
+    return beside or (f"{name}@{revision}" if isinstance(revision, str) and revision else name)
+
+
+def _open_base(place: str, adapter: Checkpoint, allow_pickle: bool) -> Checkpoint:
+    try:
+        base = _open_files(place, allow_pickle)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"the base of this adapter, {place}: {error.what}",
+            where=adapter.name,
+            mend=f"write base+adapter, such as org/base+{adapter.name}",
+        ) from None
+    if is_adapter(base):
+        raise CheckpointError(
+            f"the base of this adapter, {place}, is itself an adapter",
+            where=adapter.name,
+            mend="merge the first one into its base with peft, and give that as the base",
+        )
+    return base
+
+
+def _open_files(name: str, allow_pickle: bool) -> Checkpoint:
+    """The files of a folder or Hub reference as they are, be it a model or an adapter."""
+    path = Path(name).expanduser()
     if path.is_dir():
         return Checkpoint(name, path, local_tensors(path, allow_pickle=allow_pickle))
     if path.exists():
@@ -82,17 +158,22 @@ def _main_tensors(folder: Path, allow_pickle: bool) -> list[TensorInfo]:
         return _sharded(folder)
     if any((folder / pickle).is_file() for pickle in _PICKLES):
         if not allow_pickle:
-            raise CheckpointError(
-                "the weights are pickled (pytorch_model.bin), and a pickle from a stranger can run code",
-                where=folder,
-                mend="convert them to safetensors, or add --allow-pickle (read with weights_only=True)",
-            )
-        return _from_pickle(folder)
-    if (folder / "adapter_model.safetensors").is_file():
+            raise _pickled(folder, "pytorch_model.bin")
+        index = read_json(folder / "pytorch_model.bin.index.json")
+        return _from_pickle(
+            folder, sorted(set(index["weight_map"].values())) if index else ["pytorch_model.bin"]
+        )
+    if (folder / adapters.WEIGHTS).is_file():
+        return read_infos(folder / adapters.WEIGHTS, adapters.WEIGHTS)
+    if (folder / adapters.PICKLED).is_file():
+        if not allow_pickle:
+            raise _pickled(folder, adapters.PICKLED)
+        return _from_pickle(folder, [adapters.PICKLED], adapters.WEIGHTS)
+    if (folder / adapters.CONFIG).is_file():
         raise CheckpointError(
-            "this is a PEFT adapter, not a full checkpoint",
+            f"an adapter's configuration without its weights ({adapters.WEIGHTS})",
             where=folder,
-            mend="merge it into its base first (peft: model.merge_and_unload().save_pretrained(...))",
+            mend="restore the file",
         )
     nested = nested_modules(folder)
     if nested:
@@ -136,11 +217,17 @@ def _sharded(folder: Path) -> list[TensorInfo]:
 _CONVERTED: list[tempfile.TemporaryDirectory[str]] = []  # alive until the process ends
 
 
-def _from_pickle(folder: Path) -> list[TensorInfo]:
+def _pickled(folder: Path, file: str) -> CheckpointError:
+    return CheckpointError(
+        f"the weights are pickled ({file}), and a pickle from a stranger can run code",
+        where=folder,
+        mend="convert them to safetensors, or add --allow-pickle (read with weights_only=True)",
+    )
+
+
+def _from_pickle(folder: Path, files: list[str], target_name: str = SINGLE) -> list[TensorInfo]:
     from safetensors.torch import save_file
 
-    index = folder / "pytorch_model.bin.index.json"
-    files = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["pytorch_model.bin"]
     place = tempfile.TemporaryDirectory(prefix="merganser-")
     _CONVERTED.append(place)
     infos: list[TensorInfo] = []
@@ -153,7 +240,8 @@ def _from_pickle(folder: Path) -> list[TensorInfo]:
                 where=folder / file,
                 mend="convert it to safetensors",
             ) from None
-        target = Path(place.name) / f"{number}.safetensors"
+        target = Path(place.name) / str(number) / target_name
+        target.parent.mkdir()
         save_file({name: t.contiguous().clone() for name, t in state.items() if torch.is_tensor(t)}, target)
         infos += read_infos(target, str(target))
     return infos

@@ -75,4 +75,7 @@ The licences of the contributors apply to the result.
 
 def _public(model: str, revision: str | None) -> str:
     """A Hub name as it is; of a local folder only its last part, which says nothing about the machine."""
+    if revision and "+" in revision:  # an adapter on its base, one of them on the Hub
+        name, _, commit = revision.rsplit("+", 1)[1].partition("@")
+        return _public(name, commit or None)
     return model.rsplit("@", 1)[0] if revision else model.rstrip("/").rsplit("/", 1)[-1]

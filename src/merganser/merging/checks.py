@@ -115,7 +115,7 @@ def check_needs(
     method: Method, recipe: Recipe, parents: Sequence[Parent], base: Parent | None, problems: list[UserError]
 ) -> None:
     """The method has what it needs: base model, statistics of these tensors, coefficients with a meaning."""
-    if method.needs_base and recipe.base is None:
+    if method.needs_base and recipe.base is None and base is None:
         problems.append(
             RecipeError(
                 f"method {method.name!r} needs the pre-trained model that the contributors started from",

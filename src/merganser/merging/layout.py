@@ -10,10 +10,13 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from merganser.checkpoints import Checkpoint
+from merganser.checkpoints.reader import read_json
 from merganser.checkpoints.writer import TensorSpec, index_json, shard
 from merganser.errors import CheckpointError
 from merganser.merging.plan import Plan, max_shard_bytes
@@ -75,11 +78,7 @@ def write_small_files(plan: Plan, layout: Layout, folder: Path) -> None:
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source.path / file, folder / file)
     changes = _config_changes(plan)
-    if changes:
-        config = {**plan.parents[0].checkpoint.config, **changes}
-        (folder / "config.json").write_text(
-            json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8"
-        )
+    _write_config(plan.parents[0].checkpoint, folder, changes)
     _write_indices(plan, layout, folder)
     for parent, names, head in zip(plan.parents, plan.separate, layout.head_folders, strict=True):
         if names:
@@ -87,6 +86,15 @@ def write_small_files(plan: Plan, layout: Layout, folder: Path) -> None:
             if not config_file.is_file():
                 raise CheckpointError("has no config.json", where=parent.checkpoint.name, mend="restore it")
             shutil.copyfile(config_file, folder / head / "config.json")
+            _write_config(parent.checkpoint, folder / head)
+
+
+def _write_config(checkpoint: Checkpoint, folder: Path, changes: Mapping[str, Any] | None = None) -> None:
+    """``config.json`` anew where the merge changes what it says, or an adapter what its base says."""
+    config = {**checkpoint.config, **(changes or {})}
+    if changes or config != read_json(checkpoint.path / "config.json", missing={}):
+        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+        (folder / "config.json").write_text(text, encoding="utf-8")
 
 
 def _write_indices(plan: Plan, layout: Layout, folder: Path) -> None:

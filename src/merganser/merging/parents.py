@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from merganser.checkpoints import Checkpoint, TensorInfo, open_checkpoint
+from merganser.checkpoints import AdapterCheckpoint, Checkpoint, TensorInfo, home_of, open_checkpoint
 from merganser.checkpoints.names import align
 from merganser.errors import UserError
 from merganser.merging.recipe import Contributor, Recipe
@@ -50,10 +51,14 @@ class Parent:
 
 
 def open_parents(recipe: Recipe, problems: list[UserError]) -> list[Parent]:
-    """Open every contributor; what goes wrong is added to ``problems`` and the contributor left out."""
+    """Open every contributor; what goes wrong is added to ``problems`` and the contributor left out.
+
+    Adapters of one base share it, so that it is hashed once.
+    """
     parents: list[Parent] = []
+    known: dict[str, Checkpoint] = {}
     for contributor in recipe.contributors:
-        checkpoint = _open(contributor.model, recipe, problems)
+        checkpoint = _open(contributor.model, recipe, problems, known)
         if checkpoint is None:
             continue
         parents.append(Parent(contributor, checkpoint, _statistics(contributor, checkpoint, problems), {}))
@@ -63,21 +68,40 @@ def open_parents(recipe: Recipe, problems: list[UserError]) -> list[Parent]:
     return [replace(parent, names=align(first, parent.checkpoint.tensors)) for parent in parents]
 
 
-def open_base(recipe: Recipe, names: list[str], problems: list[UserError]) -> Parent | None:
-    """Open the base model, if the recipe names one."""
+def open_base(
+    recipe: Recipe, names: list[str], problems: list[UserError], parents: Sequence[Parent] = ()
+) -> Parent | None:
+    """Open the base model that the recipe names; without one, that of the contributors, if all are adapters of it.
+
+    Args:
+        recipe: the merge.
+        names: the first contributor's names of tensors.
+        problems: receives what cannot be opened.
+        parents: the open contributors.
+    """
     if recipe.base is None:
-        return None
-    checkpoint = _open(recipe.base, recipe, problems)
+        checkpoint = shared_base(parents)
+    else:
+        checkpoint = _open(recipe.base, recipe, problems, {})
     if checkpoint is None:
         return None
-    return Parent(
-        Contributor.model_validate({"model": recipe.base}), checkpoint, None, align(names, checkpoint.tensors)
-    )
+    contributor = Contributor.model_validate({"model": recipe.base or checkpoint.name})
+    return Parent(contributor, checkpoint, None, align(names, checkpoint.tensors))
 
 
-def _open(reference: str, recipe: Recipe, problems: list[UserError]) -> Checkpoint | None:
+def shared_base(parents: Sequence[Parent]) -> Checkpoint | None:
+    """The model that every contributor is an adapter of; None where they have no such base in common."""
+    checkpoints = [parent.checkpoint for parent in parents]
+    bases = [one.base for one in checkpoints if isinstance(one, AdapterCheckpoint)]
+    places = {(base.path.resolve(), base.revision) for base in bases}
+    return bases[0] if len(bases) == len(checkpoints) and len(places) == 1 else None
+
+
+def _open(
+    reference: str, recipe: Recipe, problems: list[UserError], known: dict[str, Checkpoint]
+) -> Checkpoint | None:
     try:
-        checkpoint = open_checkpoint(reference, allow_pickle=recipe.allow_pickle)
+        checkpoint = open_checkpoint(reference, allow_pickle=recipe.allow_pickle, known=known)
         _ = checkpoint.config  # malformed configurations are problems too
         return checkpoint
     except UserError as error:
@@ -88,7 +112,7 @@ def _open(reference: str, recipe: Recipe, problems: list[UserError]) -> Checkpoi
 def _statistics(
     contributor: Contributor, checkpoint: Checkpoint, problems: list[UserError]
 ) -> Statistics | None:
-    place = Path(contributor.statistics) if contributor.statistics else checkpoint.path / FILE_NAME
+    place = Path(contributor.statistics) if contributor.statistics else home_of(checkpoint).path / FILE_NAME
     if contributor.statistics is None and not place.is_file():
         return None
     try:

@@ -99,6 +99,8 @@ def located(reference: str, folder: Path) -> str:
     """
     if Path(reference).is_absolute() or Path(reference).exists():
         return reference
+    if "+" in reference:  # base+adapter
+        return "+".join(located(part, folder) for part in reference.split("+") if part)
     places = (place / reference for place in folder.resolve().parents)
     return next((str(place) for place in places if place.exists()), reference)
 
@@ -162,6 +164,8 @@ def library_versions() -> dict[str, str]:
 
 
 def _pinned(entry: Mapping[str, Any]) -> str:
+    if "+" in str(entry["revision"]):  # an adapter on its base: the whole reference
+        return str(entry["revision"])
     return f"{str(entry['model']).rsplit('@', 1)[0]}@{entry['revision']}"
 
 

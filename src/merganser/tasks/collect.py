@@ -13,6 +13,7 @@ from typing import Any, get_args
 
 from torch import Tensor
 
+from merganser.checkpoints import home_of
 from merganser.errors import DataError, StatisticsError, UserError, did_you_mean
 from merganser.statistics import FILE_NAME, FisherKind, collect_statistics, write_statistics
 from merganser.tasks import task_for
@@ -200,13 +201,14 @@ def _check_numbers(**numbers: int | None) -> None:
 
 def _target(opened: Opened, output: str | Path | None, overwrite: bool) -> Path:
     """The file to write, which must not be there and whose folder must take it."""
-    if output is None and opened.checkpoint.revision is not None:
+    home = home_of(opened.checkpoint)
+    if output is None and home.revision is not None:
         raise StatisticsError(
             "statistics of a model on the Hub are not written into its cached copy",
             where=opened.name,
             mend=f"say where with -o (in a copy of the repository: {FILE_NAME})",
         )
-    target = Path(opened.checkpoint.path) / FILE_NAME if output is None else Path(output).expanduser()
+    target = home.path / FILE_NAME if output is None else Path(output).expanduser()
     if target.is_dir():
         target = target / FILE_NAME
     if target.exists() and not overwrite:

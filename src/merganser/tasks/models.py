@@ -2,7 +2,7 @@
 
 A reference is a folder or a Hub name as :func:`merganser.checkpoints.open_checkpoint` takes it;
 ``folder::heads/name`` means the model in a sub-folder, which transformers opens as ``from_pretrained(folder,
-subfolder="heads/name")``.
+subfolder="heads/name")``. A LoRA adapter is its base, whose weights are changed in place, one after the other.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import transformers
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from merganser.checkpoints import Checkpoint, open_checkpoint
+from merganser.checkpoints import AdapterCheckpoint, Checkpoint, open_checkpoint
+from merganser.checkpoints.layers import load_config, map_parameters
 from merganser.checkpoints.reader import read_json
 from merganser.errors import CheckpointError, UserError
 
@@ -153,7 +154,12 @@ def load_model(
     Raises:
         CheckpointError: the weights do not fit the architecture, or lack a part that the task needs.
     """
-    opened.checkpoint.fetch()
+    checkpoint = opened.checkpoint
+    checkpoint.fetch()
+    adapted = checkpoint if isinstance(checkpoint, AdapterCheckpoint) else None
+    settings: dict[str, Any] = (
+        {} if adapted is None else {"config": load_config(adapted), "ignore_mismatched_sizes": True}
+    )
     try:
         with quiet():
             model, info = getattr(transformers, class_name).from_pretrained(
@@ -164,6 +170,7 @@ def load_model(
                 trust_remote_code=False,
                 use_safetensors=None if allow_pickle else True,
                 output_loading_info=True,
+                **settings,
             )
     except Exception as error:  # whatever damaged weights or a stranger's configuration provoke
         raise CheckpointError(
@@ -171,7 +178,10 @@ def load_model(
             where=opened.name,
             mend="check that config.json and weights belong together",
         ) from None
-    missing = sorted(info.get("missing_keys") or ())
+    absent = set(info.get("missing_keys") or ())
+    if adapted is not None:
+        absent = (absent | _mismatched(info)) - _adapt(model, adapted)
+    missing = sorted(absent)
     if complete and missing:
         raise CheckpointError(
             f"the checkpoint has no weights for {', '.join(missing[:5])}{', …' if len(missing) > 5 else ''}",
@@ -179,6 +189,22 @@ def load_model(
             mend="choose a task that the checkpoint was trained for",
         )
     return model.eval()
+
+
+def _adapt(model: nn.Module, adapted: AdapterCheckpoint) -> set[str]:
+    """Put an adapter's tensors in the place of its base's, in the loaded model; returns their names there."""
+    names = map_parameters(model, adapted, values=False)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    changed = {name for name, own in names.items() if own in adapted.changes}
+    with torch.no_grad():
+        for name in changed:
+            parameters[name].copy_(adapted.read(names[name]))
+    return changed
+
+
+def _mismatched(info: Mapping[str, Any]) -> set[str]:
+    """Parameters that the base has in another shape, and which are random until an adapter brings them."""
+    return {one if isinstance(one, str) else one[0] for one in info.get("mismatched_keys") or ()}
 
 
 def length_limit(config: Mapping[str, Any], tokenizer: Any) -> int | None:

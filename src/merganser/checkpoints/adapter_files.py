@@ -1,0 +1,495 @@
+"""Reading a PEFT folder: what ``adapter_config.json`` and the names in the weight file say, checked against the base.
+
+All of it is data from a stranger. Everything that does not fit is found from headers, all at once, before a weight is
+read: factors without their twin, ranks that differ, layers or shapes that the base lacks, kinds of adapters whose
+effect is not a sum of low-rank products.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from merganser.checkpoints.adapters import CONFIG, WEIGHTS, AdapterCheckpoint, Change
+from merganser.checkpoints.names import align, renamed
+from merganser.checkpoints.reader import Checkpoint, read_json
+from merganser.errors import CheckpointError, UserError, raise_all
+from merganser.tensors import is_floating
+
+#: Settings of LoRA's relatives whose effect is not W + s·BA, and what they are.
+_OTHER_KINDS = {
+    "use_dora": "DoRA, which also scales every column",
+    "use_qalora": "QALoRA, which pools the inputs",
+    "use_bdlora": "block-diagonal LoRA",
+    "alora_invocation_tokens": "an activated LoRA, which is off until certain tokens have been seen",
+    "arrow_config": "a router between several adapters",
+    "kasa_config": "KaSA, which changes the base's weights too",
+    "trainable_token_indices": "trained single tokens beside LoRA",
+    "target_parameters": "LoRA on bare parameters (packed experts)",
+    "layer_replication": "LoRA on layers that are repeated",
+}
+_MERGE_FIRST = (
+    "merge it into its base with peft (model.merge_and_unload().save_pretrained(...)) and give that"
+)
+_PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # any other changes the base's weights
+_FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
+_OTHER_PARTS = ("lora_magnitude_vector", "token_adapter", "trainable_tokens_delta", "lora_E", "ranknum")
+_CONV1D = {
+    "gpt2",
+    "openai-gpt",
+    "imagegpt",
+    "decision_transformer",
+    "gpt-sw3",
+}  # model types with Conv1D layers
+_HEAD = re.compile(r"(^|\.)(classifier|score|out_proj|logits_proj)\.(weight|bias)$")
+_LABELLED = ("SEQ_CLS", "TOKEN_CLS")
+_MOST_NAMED = 8  # problems of one sort that are spelt out
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What matters of ``adapter_config.json``.
+
+    Attributes:
+        rank, alpha: of modules that no pattern names.
+        ranks, alphas: by pattern of module name.
+        stabilised: scale is α/√r.
+        transposed: the adapted layers are stored (in, out).
+        saved: modules that are replaced as a whole.
+        task: PEFT's word for the task, such as ``SEQ_CLS``.
+        model_class: of the model that the adapter was trained in, where it says so.
+    """
+
+    rank: int
+    alpha: float
+    ranks: Mapping[str, Any]
+    alphas: Mapping[str, Any]
+    stabilised: bool
+    transposed: bool
+    saved: tuple[str, ...]
+    task: str | None
+    model_class: str | None
+
+    def rank_of(self, module: str) -> int:
+        """The rank that a module should have."""
+        return int(_by_pattern(self.ranks, module, self.rank))
+
+    def scale_of(self, module: str, rank: int) -> float:
+        """The factor of BA."""
+        alpha = float(_by_pattern(self.alphas, module, self.alpha))
+        return alpha / (math.sqrt(rank) if self.stabilised else rank)
+
+    def saves(self, module: str) -> bool:
+        """Whether a module, or one that holds it, is among those replaced as a whole."""
+        parents = [module[: i.start()] for i in re.finditer(r"\.", module)]
+        return any(name.endswith(one) for name in [*parents, module] for one in self.saved)
+
+
+@dataclass
+class _Found:
+    """The adapter's tensors of one module: names in the file, by what they are."""
+
+    factors: dict[str, str] = field(default_factory=dict)
+    vector: str | None = None
+    whole: dict[str, str] = field(default_factory=dict)
+
+
+def read_settings(adapter: Checkpoint) -> Settings:
+    """``adapter_config.json``, checked.
+
+    Raises:
+        UserError: not there, not LoRA, or malformed; several at once.
+    """
+    where = adapter.path / CONFIG
+    raw = read_json(where)
+    if raw is None:
+        raise CheckpointError(
+            f"this is a PEFT adapter without its {CONFIG}",
+            where=adapter.path,
+            mend="restore the file: it holds the scale of the factors",
+        )
+    problems: list[UserError] = []
+
+    def check(sound: bool, what: str, mend: str = "restore the file") -> None:
+        if not sound:
+            problems.append(CheckpointError(what, where=where, mend=mend))
+
+    kind = raw.get("peft_type")
+    check(kind == "LORA", f"peft_type is {kind!r}: only LoRA adapters can be merged", _MERGE_FIRST)
+    if kind == "LORA":
+        for key, meaning in _OTHER_KINDS.items():
+            check(not raw.get(key), f"{key} is set: this is {meaning}, not plain LoRA", _MERGE_FIRST)
+        start = raw.get("init_lora_weights", True)
+        check(
+            start in _PLAIN_STARTS,
+            f"init_lora_weights is {start!r}, which changes the base's weights too",
+            "convert it to plain LoRA (peft: save_pretrained(..., path_initial_model_for_weight_conversion=...))",
+        )
+        ranks, alphas = raw.get("rank_pattern") or {}, raw.get("alpha_pattern") or {}
+        check(
+            _is_rank(raw.get("r")), f"the rank r is {raw.get('r')!r}", "a rank is a whole number, at least 1"
+        )
+        check(_is_number(raw.get("lora_alpha", 8)), f"lora_alpha is {raw.get('lora_alpha')!r}")
+        for key, table, fits in (("rank_pattern", ranks, _is_rank), ("alpha_pattern", alphas, _is_number)):
+            sound = isinstance(table, dict) and all(fits(value) for value in table.values())
+            check(sound, f"{key} is malformed or holds a rank below 1: {table!r}")
+            for pattern in table if isinstance(table, dict) else ():
+                check(_is_pattern(pattern), f"{key}: {pattern!r} is no pattern that can be used")
+        saved = raw.get("modules_to_save") or []
+        named = isinstance(saved, list) and all(isinstance(one, str) for one in saved)
+        check(named, f"modules_to_save is {saved!r}")
+    raise_all(problems)
+    mapping = raw.get("auto_mapping")
+    model_class = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+    return Settings(
+        rank=raw["r"],
+        alpha=raw.get("lora_alpha", 8),
+        ranks=ranks,
+        alphas=alphas,
+        stabilised=bool(raw.get("use_rslora")),
+        transposed=bool(raw.get("fan_in_fan_out")),
+        saved=tuple(saved),
+        task=raw.get("task_type") if isinstance(raw.get("task_type"), str) else None,
+        model_class=model_class if isinstance(model_class, str) else None,
+    )
+
+
+def combine(name: str, base: Checkpoint, adapter: Checkpoint) -> AdapterCheckpoint:
+    """An adapter on its base, everything checked from headers.
+
+    Args:
+        name: as the user gave it.
+        base: a full checkpoint.
+        adapter: the files of a PEFT folder.
+
+    Raises:
+        UserError: the adapter is no plain LoRA, malformed, or not of this base; several at once.
+    """
+    settings = read_settings(adapter)
+    problems: list[UserError] = []
+    modules = _modules(adapter, problems)
+    wanted = [f"{module}.{kind}" for module, found in modules.items() for kind in _kinds(found)]
+    twins = _twins(wanted, base)
+    changes: dict[str, Change] = {}
+    added: dict[str, Change] = {}
+    for module, found in modules.items():
+        for kind in _kinds(found):
+            change = _change(adapter, settings, module, found, kind, problems)
+            own = twins.get(f"{module}.{kind}")
+            if change is None:
+                continue
+            if own is not None:
+                changes[own] = _fitted(base, adapter, settings, module, own, change, problems)
+            elif change.whole and not change.a and settings.saves(module):
+                added[f"{module}.{kind}"] = change
+            else:
+                problems.append(_absent(base, adapter, module, kind))
+    raise_all(_shortened(problems, adapter))
+    names = {own: own for own in base.tensors}
+    if added:
+        prefix = _missing_prefix(twins)
+        names = {own if "/" in own else prefix + own: own for own in base.tensors}
+        changes = {prefix + own: change for own, change in changes.items()} | added
+    config = _config(base, adapter, settings, changes, bool(added), problems)
+    raise_all(problems)
+    raw = read_json(adapter.path / CONFIG, missing={})
+    if added:
+        names = _without_old_heads(names, AdapterCheckpoint(name, base, adapter, changes, names, raw, config))
+    return _oriented(AdapterCheckpoint(name, base, adapter, changes, names, raw, config), settings)
+
+
+def _modules(adapter: Checkpoint, problems: list[UserError]) -> dict[str, _Found]:
+    """The adapter's tensors by module, in the model's own names."""
+    modules: dict[str, _Found] = {}
+    for key, info in adapter.tensors.items():
+        parts = key.removeprefix("base_model.model.").split(".")
+        if "original_module" in parts:  # the head before training, which some versions also save
+            continue
+        if not is_floating(info.dtype) or not _place(key, parts, modules):
+            problems.append(
+                CheckpointError(f"tensor {key!r} is no part of a LoRA adapter", mend=_MERGE_FIRST)
+            )
+    return modules
+
+
+def _place(key: str, parts: list[str], modules: dict[str, _Found]) -> bool:
+    """Note one tensor under its module; False where its name means nothing here."""
+    if any(part in _OTHER_PARTS for part in parts) or len(parts) < 2:
+        return False
+    role = next((part for part in parts if part in _FACTORS), None)
+    if role is not None:
+        at = parts.index(role)
+        module, rest = ".".join(parts[:at]), parts[at + 1 :]
+        kind = rest.pop() if rest and rest[-1] in ("weight", "bias") else "weight"
+        if not module or len(rest) > 1:  # one component may be the adapter's name
+            return False
+        found = modules.setdefault(module, _Found())
+        if kind == "bias":
+            found.vector = key
+            return role == "lora_B"
+        found.factors[role] = key
+        return True
+    rest = [part for part in parts if part not in ("modules_to_save", "base_layer")]
+    if "modules_to_save" in parts and parts[parts.index("modules_to_save") + 1] == "default":
+        rest.pop(parts.index("modules_to_save"))
+    modules.setdefault(".".join(rest[:-1]), _Found()).whole[rest[-1]] = key
+    return True
+
+
+def _kinds(found: _Found) -> list[str]:
+    kinds = dict.fromkeys(found.whole)
+    if found.factors:
+        kinds["weight"] = None
+    if found.vector:
+        kinds["bias"] = None
+    return list(kinds)
+
+
+def _change(
+    adapter: Checkpoint,
+    settings: Settings,
+    module: str,
+    found: _Found,
+    kind: str,
+    problems: list[UserError],
+) -> Change | None:
+    """What happens to one parameter of a module; None where the adapter contradicts itself."""
+    change = Change(whole=found.whole.get(kind))
+    if kind == "bias" and found.vector:
+        rank = settings.rank_of(module)
+        return replace(change, vector=found.vector, scale=settings.scale_of(module, rank))
+    if kind != "weight" or not found.factors:
+        return change
+    embedding = any(role.startswith("lora_embedding") for role in found.factors)
+    roles = _FACTORS[2:] if embedding else _FACTORS[:2]
+
+    def wrong(what: str, mend: str = "save the adapter again, whole") -> None:
+        problems.append(CheckpointError(f"{module}: {what}", mend=mend))
+
+    if set(found.factors) != set(roles):
+        wrong(
+            f"{', '.join(sorted(found.factors))} without {', '.join(sorted(set(roles) - set(found.factors)))}"
+        )
+        return None
+    a, b = (found.factors[role] for role in roles)
+    shape_a, shape_b = adapter.tensors[a].shape, adapter.tensors[b].shape
+    if len(shape_a) != 2 or len(shape_b) != 2:
+        wrong(
+            f"the factors {list(shape_a)} and {list(shape_b)} are no matrices: "
+            "only linear, Conv1D and embedding layers can be adapted",
+            _MERGE_FIRST,
+        )
+        return None
+    rank = shape_a[0]
+    if rank != shape_b[1]:
+        wrong(f"A {list(shape_a)} is of rank {rank}, B {list(shape_b)} of rank {shape_b[1]}")
+        return None
+    if rank == 0:
+        wrong(f"rank 0: {a} is {list(shape_a)}", "gather the shards of a sharded training before saving")
+        return None
+    if rank != settings.rank_of(module):
+        wrong(
+            f"A {list(shape_a)} is of rank {rank}, {CONFIG} says {settings.rank_of(module)}",
+            "give the configuration that belongs to these weights (r, rank_pattern)",
+        )
+        return None
+    scale = settings.scale_of(module, rank)
+    return replace(change, a=a, b=b, scale=scale, transposed=embedding)
+
+
+def _fitted(
+    base: Checkpoint,
+    adapter: Checkpoint,
+    settings: Settings,
+    module: str,
+    own: str,
+    change: Change,
+    problems: list[UserError],
+) -> Change:
+    """A change that fits the shape of the base's tensor, turned where that says so."""
+    shape = base.tensors[own].shape
+
+    def wrong(what: str) -> None:
+        problems.append(
+            CheckpointError(
+                f"{module}: {what}, tensor {own!r} of {base.name} is {list(shape)}",
+                mend="give the base that the adapter was trained on, as base+adapter",
+            )
+        )
+
+    if not is_floating(base.tensors[own].dtype):
+        problems.append(
+            CheckpointError(
+                f"{module}: tensor {own!r} of {base.name} is {base.tensors[own].dtype}, a quantised weight",
+                mend="give the base in full precision, as base+adapter",
+            )
+        )
+    for part in (change.whole, change.vector):
+        if part and (theirs := adapter.tensors[part].shape) != shape:
+            head = settings.saves(module) and _HEAD.search(own) and theirs[1:] == shape[1:]
+            if part != change.whole or not head:
+                wrong(f"{part} is {list(theirs)}")
+    if change.a and change.b:
+        wide = (adapter.tensors[change.b].shape[0], adapter.tensors[change.a].shape[1])
+        if shape == wide and shape != wide[::-1]:
+            return replace(change, transposed=False)
+        if shape == wide[::-1] and shape != wide:
+            return replace(change, transposed=True)
+        if shape != wide:
+            wrong(f"B·A is {list(wide)}")
+    return change
+
+
+def _oriented(found: AdapterCheckpoint, settings: Settings) -> AdapterCheckpoint:
+    """Square weights do not tell by their shape whether they are (in, out): ask the architecture."""
+    square = {
+        name: change
+        for name, change in found.changes.items()
+        if change.a and len(set(found.tensors[name].shape)) == 1 and not change.transposed
+    }
+    if not square or not (settings.transposed or found.config.get("model_type") in _CONV1D):
+        return found
+    from merganser.checkpoints.layers import describe_layers
+
+    try:
+        kinds = {layer.weight: layer.kind for layer in describe_layers(found)}
+    except CheckpointError:
+        kinds = {}
+    for name, change in square.items():
+        turned = kinds[name] == "conv1d" if name in kinds else settings.transposed
+        found.changes[name] = replace(change, transposed=turned)
+    return found
+
+
+def _twins(wanted: list[str], base: Checkpoint) -> dict[str, str]:
+    """The base's on-disk name of each parameter that the adapter names; old spellings count."""
+    twins = align(wanted, base.tensors)
+    for name in wanted:
+        if name not in twins:
+            old = align(renamed(name), base.tensors)
+            twins.update(zip([name], old.values(), strict=False))
+    return twins
+
+
+def _missing_prefix(twins: Mapping[str, str]) -> str:
+    """What the model's names have before the base's on-disk names."""
+    for name, own in twins.items():
+        if name != own and name.endswith(own):
+            return name.removesuffix(own)
+    return ""
+
+
+def _absent(base: Checkpoint, adapter: Checkpoint, module: str, kind: str) -> UserError:
+    tied = base.config.get("tie_word_embeddings") and module.endswith("lm_head")
+    return CheckpointError(
+        f"the adapter changes {f'{module}.{kind}'!r}, which {base.name} lacks"
+        + (" (it is tied to the input embeddings)" if tied else ""),
+        mend=_MERGE_FIRST if tied else "give the base that the adapter was trained on, as base+adapter",
+    )
+
+
+def _config(
+    base: Checkpoint,
+    adapter: Checkpoint,
+    settings: Settings,
+    changes: Mapping[str, Change],
+    added: bool,
+    problems: list[UserError],
+) -> dict[str, Any]:
+    """What ``config.json`` says differently: the labels of a trained head, and the class where the base had none."""
+    heads = {name: change.whole for name, change in changes.items() if change.whole and _HEAD.search(name)}
+    own = read_json(adapter.path / "config.json", missing={}) if heads or added else {}
+    if own and own.get("model_type") != base.config.get("model_type"):
+        problems.append(
+            CheckpointError(
+                f"model_type {own.get('model_type')!r}, the base is {base.config.get('model_type')!r}",
+                where=adapter.path / "config.json",
+                mend="give the base that the adapter was trained on, as base+adapter",
+            )
+        )
+        return {}
+    found = {key: own[key] for key in ("architectures", "id2label", "label2id", "problem_type") if key in own}
+    if added and "architectures" not in found:
+        name = settings.model_class or _class_for(settings.task, base.config.get("model_type"))
+        if name is None:
+            problems.append(
+                CheckpointError(
+                    f"the adapter brings a head that {base.name} lacks, and nothing says of which class",
+                    where=adapter.path / CONFIG,
+                    mend="put the config.json of the adapted model beside it",
+                )
+            )
+        else:
+            found["architectures"] = [name]
+    sizes = {adapter.tensors[whole].shape[0] for whole in heads.values() if whole}
+    labels = {**base.config, **found}.get("id2label")
+    known = len(labels) if isinstance(labels, dict) else 2  # transformers writes no default down
+    if settings.task in _LABELLED and len(sizes) == 1 and (size := sizes.pop()) != known:
+        names = [f"LABEL_{i}" for i in range(size)]
+        found["id2label"] = {str(i): name for i, name in enumerate(names)}
+        found["label2id"] = {name: i for i, name in enumerate(names)}
+    return {key: value for key, value in found.items() if base.config.get(key) != value}
+
+
+def _class_for(task: str | None, model_type: object) -> str | None:
+    from transformers.models.auto import modeling_auto
+
+    tables = {
+        "SEQ_CLS": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+        "TOKEN_CLS": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+        "QUESTION_ANS": modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+        "CAUSAL_LM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        "SEQ_2_SEQ_LM": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    }
+    name = tables.get(task or "", {}).get(str(model_type))
+    return name if isinstance(name, str) else None
+
+
+def _without_old_heads(names: dict[str, str], checkpoint: AdapterCheckpoint) -> dict[str, str]:
+    """The base's tensors but for heads that the adapter's class of model has not (a language model's, say)."""
+    from merganser.checkpoints.layers import empty_model
+
+    roots = {name.split(".", 1)[0] for name in empty_model(checkpoint).state_dict()}
+    return {name: own for name, own in names.items() if "/" in name or name.split(".", 1)[0] in roots}
+
+
+def _shortened(problems: list[UserError], adapter: Checkpoint) -> list[UserError]:
+    """The first problems, each with its file; the number of the others."""
+    where = adapter.path / WEIGHTS
+    found: list[UserError] = [
+        CheckpointError(one.what, where=where, mend=one.mend) for one in problems[:_MOST_NAMED]
+    ]
+    if len(problems) > _MOST_NAMED:
+        mend = problems[-1].mend
+        found.append(
+            CheckpointError(f"{len(problems) - _MOST_NAMED} more tensors like these", where=where, mend=mend)
+        )
+    return found
+
+
+def _by_pattern(table: Mapping[str, Any], module: str, default: Any) -> Any:
+    """The entry of the first pattern that is the end of the module's name, as PEFT looks it up."""
+    matches: Callable[[str], object] = lambda key: re.match(rf"(.*\.)?({key})$", module)  # noqa: E731
+    return next((value for key, value in table.items() if matches(key)), default)
+
+
+def _is_pattern(text: object) -> bool:
+    """A regular expression that compiles and, having no repeated group, cannot take for ever."""
+    if not isinstance(text, str) or len(text) > 500 or re.search(r"\)[*+{]", text):
+        return False
+    try:
+        re.compile(text)
+    except (re.error, OverflowError, RecursionError):
+        return False
+    return True
+
+
+def _is_rank(value: object) -> bool:
+    return type(value) is int and value >= 1
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
