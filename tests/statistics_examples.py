@@ -1,12 +1,22 @@
-"""Random token examples for tiny models, and batches of them padded as a tokenizer would."""
+"""Random token examples for tiny models, batches of them padded as a tokenizer would, and statistics without a model.
+
+As a script, it writes the small file of protocol 2 that the tests keep, so that every later version reads it:
+
+    PYTHONPATH=tests python tests/statistics_examples.py tests/statistics/data/protocol-2.safetensors
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from merganser.statistics import LayerStatistics, Statistics, StatisticsHeader, write_statistics
+from merganser.statistics.storage import compress
+from merganser.tensors import pack_upper
 
 Example = dict[str, Any]
 
@@ -53,3 +63,54 @@ def _pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
     for index, row in enumerate(rows):
         wide[index, : len(row)] = torch.tensor(row)
     return wide
+
+
+def make_inputs(width: int, rows: int, seed: int) -> Tensor:
+    """(rows, width) float64: correlated inputs off zero; one large, one constant, one always zero."""
+    generator = torch.Generator().manual_seed(seed)
+    decay = 0.9 ** torch.arange(width, dtype=torch.float64)
+    mixing = torch.randn(width, width, generator=generator, dtype=torch.float64) * decay[:, None]
+    x = torch.randn(rows, width, generator=generator, dtype=torch.float64) @ mixing
+    x += 0.05 * torch.randn(rows, width, generator=generator, dtype=torch.float64)
+    x += torch.randn(width, generator=generator, dtype=torch.float64)
+    x[:, 0] = 20 + 5 * x[:, 0]
+    x[:, 1], x[:, 2] = 1.7, 0.0
+    return x
+
+
+def make_statistics(
+    widths: Sequence[int] = (48, 24), *, rows: int = 400, seed: int = 1, fisher: bool = True, label: str = ""
+) -> Statistics:
+    """Statistics of layers of these widths and an embedding of 50 rows, of weights that do not exist."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors: dict[str, Tensor] = {}
+    layers = [LayerStatistics(module="emb", kind="embedding", weight="emb.weight", rows=rows)]
+    counts = torch.multinomial(torch.arange(50.0), rows, replacement=True, generator=generator)
+    tensors["count.emb"] = torch.bincount(counts, minlength=50)
+    for number, width in enumerate(widths):
+        name = f"layer.{number}"
+        layers.append(
+            LayerStatistics(module=name, kind="linear", weight=f"{name}.weight", input=name, rows=rows)
+        )
+        x = make_inputs(width, rows, 100 * seed + number)
+        tensors[f"gram.{name}"] = pack_upper((x.T @ x / rows).float())
+        tensors[f"mean.{name}"] = x.mean(0).float()
+        if fisher:
+            tensors[f"fisher.{name}.weight"] = torch.rand(5, width, generator=generator) ** 4
+    header = StatisticsHeader(
+        layers=tuple(layers),
+        manifest_sha256="0" * 64,
+        tensor_sha256={layer.weight: "1" * 64 for layer in layers},
+        examples=rows // 10,
+        tokens=rows,
+        masking="none",
+        fisher="expected" if fisher else None,
+        fisher_examples=rows // 10 if fisher else 0,
+        label=label,
+    )
+    return Statistics.in_memory(header, tensors)
+
+
+if __name__ == "__main__":
+    written = compress(make_statistics((24, 3), rows=200, label="kept for ever"), "lowrank:4")
+    write_statistics(sys.argv[1], *written)

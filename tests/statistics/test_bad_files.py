@@ -173,7 +173,7 @@ def test_statistics_of_other_weights_do_not_add(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_write_leaves_nothing(published: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from merganser.statistics import format as format_module
+    from merganser.statistics import writing
 
     statistics = Statistics.open(published)
     tensors = {name: statistics.packed(name) for name in statistics.tensors}
@@ -183,7 +183,7 @@ def test_an_interrupted_write_leaves_nothing(published: Path, monkeypatch: pytes
     def stopped(*arguments: object, **named: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(format_module.os, "replace", stopped)
+    monkeypatch.setattr(writing.os, "replace", stopped)
     with pytest.raises(KeyboardInterrupt):
         write_statistics(target, statistics.header, tensors)
     assert list(target.parent.iterdir()) == []

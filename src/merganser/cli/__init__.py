@@ -20,6 +20,7 @@ COMMANDS = {
     "merge": ("merge", "Merge models into one."),
     "evaluate": ("evaluate", "Score models on data sets."),
     "inspect": ("inspect", "Show what a model, statistics file or merge holds."),
+    "stats": ("stats", "Add, weight, compress and compare statistics files."),
     "verify": ("inspect", "Check a merge against its provenance."),
     "reproduce": ("inspect", "Repeat a merge and compare byte for byte."),
     "experiment": ("experiment", "Run a grid of merges and comparators from YAML files."),

@@ -8,8 +8,8 @@ from merganser.statistics.format import (
     LayerStatistics,
     Statistics,
     StatisticsHeader,
-    write_statistics,
 )
+from merganser.statistics.writing import write_statistics
 
 __all__ = [
     "FILE_NAME",

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from merganser.checkpoints.writer import TensorSpec
 from merganser.errors import StatisticsError
-from merganser.statistics.checks import layer_tensors
-from merganser.statistics.format import LayerStatistics, Statistics, StatisticsHeader
+from merganser.statistics.derived import Derived, Group
+from merganser.statistics.format import Statistics, StatisticsHeader
+from merganser.tensors import pack_upper
+
+MOST_ROWS = 2**53  # whole numbers up to here are exact in float64
 
 
 def shrink(gram: Tensor, alpha: float) -> Tensor:
@@ -35,11 +41,14 @@ def scale(gram: Tensor, factor: float) -> Tensor:
     return gram.to(torch.promote_types(gram.dtype, torch.float32)) * factor
 
 
-def add(parts: Sequence[Statistics]) -> tuple[StatisticsHeader, dict[str, Tensor]]:
+def add(parts: Sequence[Statistics]) -> tuple[StatisticsHeader, Mapping[str, Tensor]]:
     """Statistics of several data sets, of one checkpoint, as if they had been collected together.
 
     Means are weighted by rows, Fisher information by examples, counts are added. Collecting the parts and
-    adding them equals collecting the whole.
+    adding them equals collecting the whole. The sum is float32, whatever the parts' storage.
+
+    Returns:
+        Header and tensors, which are computed when they are asked for, one input at a time.
 
     Raises:
         StatisticsError: there is no part, or the parts are of different weights, layers or kinds.
@@ -53,17 +62,26 @@ def add(parts: Sequence[Statistics]) -> tuple[StatisticsHeader, dict[str, Tensor
         layer.model_copy(update={"rows": sum(part.header.layers[i].rows for part in parts)})
         for i, layer in enumerate(first.header.layers)
     )
-    tensors: dict[str, Tensor] = {}
+    examples = [part.header.fisher_examples for part in parts]
+    groups: dict[str, Group] = {}
     for i, layer in enumerate(layers):
         rows = [part.header.layers[i].rows for part in parts]
-        tensors.update(_layer_sums(parts, layer, rows, tensors))
-    examples = [part.header.fisher_examples for part in parts]
-    for name in first.tensors:
+        if layer.input is None:
+            name = f"count.{layer.module}"
+            spec = TensorSpec(name, "I64", first.tensors[name].shape)
+            groups.setdefault(name, ([spec], partial(_count, parts, layer.module)))
+        else:
+            width = first.width(layer.input)
+            gram = TensorSpec(f"gram.{layer.input}", "F32", (width * (width + 1) // 2,))
+            mean = TensorSpec(f"mean.{layer.input}", "F32", (width,))
+            groups.setdefault(gram.name, ([gram, mean], partial(_gram, parts, rows, layer.input)))
+    for name, info in first.tensors.items():
         if name.startswith("fisher."):
-            tensors[name] = _mean(parts, examples, name)
+            groups[name] = ([TensorSpec(name, "F32", info.shape)], partial(_fisher, parts, examples, name))
     headers = [part.header for part in parts]
     header = first.header.model_copy(
         update={
+            "protocol": 1,
             "layers": layers,
             "examples": sum(h.examples for h in headers),
             "tokens": sum(h.tokens for h in headers),
@@ -72,7 +90,52 @@ def add(parts: Sequence[Statistics]) -> tuple[StatisticsHeader, dict[str, Tensor
             "notes": tuple(dict.fromkeys(note for h in headers for note in h.notes)),
         }
     )
-    return header, tensors
+    return header, Derived(list(groups.values()))
+
+
+def weigh(statistics: Statistics, factor: float) -> tuple[StatisticsHeader, Mapping[str, Tensor]]:
+    """The same statistics with ``factor`` times the weight of evidence in :func:`add`.
+
+    Gram matrices, means and Fisher information are averages and stay as they are. What :func:`add` weights them by
+    is multiplied: rows, token counts and the number of Fisher examples, rounded to whole numbers and never from
+    something to nothing. Adding a file weighted by 2 equals adding it twice. The weight of a contributor in a merge
+    is another matter: it is the merge's coefficient, and no row count enters there.
+
+    Args:
+        statistics: in any storage, which the result shares.
+        factor: above 0.
+
+    Raises:
+        StatisticsError: no such factor, or more rows than can be counted.
+    """
+    if not 0 < factor < math.inf:
+        raise StatisticsError(
+            f"statistics cannot be weighted by {factor:g}", where="FACTOR", mend="give a number above 0"
+        )
+    header = statistics.header
+    most = max([header.fisher_examples, *(layer.rows for layer in header.layers)])
+    if most * factor > MOST_ROWS:
+        raise StatisticsError(
+            f"{most} rows times {factor:g} are too many to count",
+            where="FACTOR",
+            mend="give a smaller number",
+        )
+    layers = tuple(layer.model_copy(update={"rows": _weighed(layer.rows, factor)}) for layer in header.layers)
+    weighed = header.model_copy(
+        update={
+            "layers": layers,
+            "fisher_examples": _weighed(header.fisher_examples, factor),
+            "notes": (
+                *header.notes,
+                f"weight of evidence: rows, counts and Fisher examples times {factor:g}",
+            ),
+        }
+    )
+    groups: list[Group] = []
+    for name, info in statistics.tensors.items():
+        make = partial(_weighed_counts if name.startswith("count.") else _same, statistics, name, factor)
+        groups.append(([TensorSpec(name, info.dtype, info.shape)], make))
+    return weighed, Derived(groups)
 
 
 def _check_same(first: Statistics, other: Statistics) -> None:
@@ -85,10 +148,7 @@ def _check_same(first: Statistics, other: Statistics) -> None:
             where=where,
             mend="collect both from the same checkpoint",
         )
-    same_layers = [x.model_copy(update={"rows": 0}) for x in a.layers] == [
-        x.model_copy(update={"rows": 0}) for x in b.layers
-    ]
-    if not same_layers or a.fisher != b.fisher or set(first.tensors) != set(other.tensors):
+    if a.fisher != b.fisher or contents(first) != contents(other):
         raise StatisticsError(
             "the files do not hold the same statistics (layers, or kind of Fisher information)",
             where=where,
@@ -96,22 +156,59 @@ def _check_same(first: Statistics, other: Statistics) -> None:
         )
 
 
-def _layer_sums(
-    parts: Sequence[Statistics], layer: LayerStatistics, rows: Sequence[int], done: dict[str, Tensor]
-) -> dict[str, Tensor]:
-    names = layer_tensors(layer.input, layer.module)
-    if names[0] in done:
-        return {}
-    if layer.input is None:
-        return {names[0]: sum((part.count(layer.module) for part in parts[1:]), parts[0].count(layer.module))}
-    return {name: _mean(parts, rows, name) for name in names}
+def contents(statistics: Statistics) -> tuple[object, ...]:
+    """What a file has statistics of, whatever their storage and number of rows."""
+    layers = [layer.model_copy(update={"rows": 0}) for layer in statistics.header.layers]
+    widths = [statistics.width(input) for input in statistics.inputs]
+    plain = {n: t.shape for n, t in statistics.tensors.items() if n.startswith(("count.", "fisher."))}
+    return layers, widths, plain
 
 
-def _mean(parts: Sequence[Statistics], weights: Sequence[int], name: str) -> Tensor:
+def packed_gram(statistics: Statistics, input: str) -> Tensor:
+    """(d·(d+1)/2,) float32: the packed upper triangle of an input's Gram matrix, whatever its storage."""
+    if statistics.inputs[input] == "gram":
+        return statistics.packed(f"gram.{input}")
+    return pack_upper(statistics.gram(input))
+
+
+def _gram(parts: Sequence[Statistics], rows: Sequence[int], input: str) -> dict[str, Tensor]:
+    return {
+        f"gram.{input}": _mean([partial(packed_gram, part, input) for part in parts], rows),
+        f"mean.{input}": _mean([partial(part.mean, input) for part in parts], rows),
+    }
+
+
+def _fisher(parts: Sequence[Statistics], examples: Sequence[int], name: str) -> dict[str, Tensor]:
+    parameter = name.removeprefix("fisher.")
+    return {name: _mean([partial(part.fisher, parameter) for part in parts], examples)}
+
+
+def _count(parts: Sequence[Statistics], module: str) -> dict[str, Tensor]:
+    total = parts[0].count(module).clone()
+    for part in parts[1:]:
+        total += part.count(module)
+    return {f"count.{module}": total}
+
+
+def _mean(reads: Sequence[Callable[[], Tensor]], weights: Sequence[int]) -> Tensor:
     total: Tensor | None = None
-    for part, weight in zip(parts, weights, strict=True):
-        share = part.packed(name).to(torch.float64) * (weight / sum(weights))
+    for read, weight in zip(reads, weights, strict=True):
+        share = read().to(torch.float64).mul_(weight / sum(weights))
         total = share if total is None else total.add_(share)
     if total is None:
         raise StatisticsError("there are no statistics to add")
     return total.to(torch.float32)
+
+
+def _weighed(number: int, factor: float) -> int:
+    return max(1, round(number * factor)) if number else 0
+
+
+def _weighed_counts(statistics: Statistics, name: str, factor: float) -> dict[str, Tensor]:
+    counts = statistics.count(name.removeprefix("count."))
+    scaled = (counts.to(torch.float64) * factor).round().to(torch.int64)
+    return {name: torch.where(counts > 0, scaled.clamp_min(1), 0)}
+
+
+def _same(statistics: Statistics, name: str, _: float) -> dict[str, Tensor]:
+    return {name: statistics.packed(name)}

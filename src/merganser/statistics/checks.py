@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from merganser.checkpoints import Checkpoint, TensorInfo
-from merganser.errors import StatisticsError
-from merganser.tensors import packed_width, unpack_upper
+from merganser.errors import StatisticsError, UserError
+from merganser.statistics.forms import Form, dense, form_of, layer_tensors, room, shape_problems, width_of
 
 if TYPE_CHECKING:
     from merganser.statistics.format import StatisticsHeader
@@ -21,11 +21,12 @@ MOST_NAMED = 10  # problems of one sort that are spelt out
 
 def layout_problems(header: StatisticsHeader, tensors: Mapping[str, TensorInfo]) -> list[StatisticsError]:
     """What header and tensor names, dtypes and shapes say against each other."""
-    return [StatisticsError(text) for text in (*_needs(header, tensors), *_shapes(header, tensors))]
+    shapes = [text for name in tensors for text in shape_problems(name, tensors, header.protocol)]
+    return [StatisticsError(text) for text in (*_needs(header, tensors), *shapes)]
 
 
 def _needs(header: StatisticsHeader, tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
-    needed = {name for layer in header.layers for name in layer_tensors(layer.input, layer.module)}
+    needed = {name for layer in header.layers for name in layer_tensors(tensors, layer.input, layer.module)}
     for name in sorted(needed - set(tensors)):
         yield f"{name} is missing"
     for name in sorted(set(tensors) - needed):
@@ -45,61 +46,48 @@ def _needs(header: StatisticsHeader, tensors: Mapping[str, TensorInfo]) -> Itera
         yield "the header and the tensors disagree on whether there is Fisher information"
 
 
-def layer_tensors(input: str | None, module: str) -> tuple[str, ...]:
-    """Names of a layer's tensors: by its input's key, or for an embedding (no input) by its module."""
-    return (f"count.{module}",) if input is None else (f"gram.{input}", f"mean.{input}")
-
-
-def _shapes(header: StatisticsHeader, tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
-    for name, info in tensors.items():
-        wanted = "I64" if name.startswith("count.") else "F32"
-        if info.dtype != wanted:
-            yield f"{name} is {info.dtype}, it should be {wanted}"
-        if 0 in info.shape:
-            yield f"{name} is empty, shape {list(info.shape)}"
-        elif name.startswith("gram."):
-            yield from _gram_shape(name, info.shape, tensors.get(f"mean.{name.removeprefix('gram.')}"))
-        elif name.startswith(("mean.", "count.")) and len(info.shape) != 1:
-            yield f"{name} has the shape {list(info.shape)}, it should be a vector"
-
-
-def _gram_shape(name: str, shape: tuple[int, ...], mean: TensorInfo | None) -> Iterator[str]:
-    if len(shape) != 1:
-        yield (
-            f"{name} has the shape {list(shape)}: only packed upper triangles are accepted, "
-            "because a full matrix need not be symmetric"
-        )
-        return
-    try:
-        width = packed_width(shape[0])
-    except ValueError:
-        yield f"{name} has {shape[0]} numbers, which is no triangle d·(d+1)/2"
-        return
-    if mean is not None and mean.shape != (width,):
-        yield f"{name} is of width {width}, its mean has the shape {list(mean.shape)}"
-
-
 def value_problems(tensors: Mapping[str, TensorInfo], read: Callable[[str], Tensor]) -> Iterator[str]:
-    """Read tensor by tensor, and say what is wrong with its values."""
+    """Read tensor by tensor, then matrix by matrix, and say what is wrong with the values."""
+    unusable = set()
     for name in sorted(tensors):
         try:
-            values = read(name)
-        except Exception as error:  # safetensors raises its own, not derived from OSError
-            yield f"{name} cannot be read: {error}"
-            continue
-        if values.is_floating_point() and not bool(torch.isfinite(values).all()):
-            yield f"{name} holds NaN or infinite numbers"
-        elif name.startswith(("count.", "fisher.")):
-            if bool((values < 0).any()):
-                yield f"{name} has negative numbers"
-        elif name.startswith("gram."):
-            mean = read(f"mean.{name.removeprefix('gram.')}")
-            if bool(torch.isfinite(mean).all()):
-                yield from _gram_values(name, values, mean)
+            text = _wrong_numbers(name, read(name))
+        except UserError as error:
+            text = f"{name} cannot be read: {error.what}"
+        except OSError as error:
+            text = f"{name} cannot be read: {error}"
+        if text:
+            unusable.add(name)
+            yield text
+    for key in sorted(name.removeprefix("mean.") for name in tensors if name.startswith("mean.")):
+        if not unusable.intersection(layer_tensors(tensors, key, "")):
+            yield from _matrix_values(form_of(tensors, key), key, read)
 
 
-def _gram_values(name: str, packed: Tensor, mean: Tensor) -> Iterator[str]:
-    matrix = unpack_upper(packed).to(torch.float64)
+def _wrong_numbers(name: str, values: Tensor) -> str | None:
+    if values.is_floating_point() and not bool(torch.isfinite(values).all()):
+        return f"{name} holds NaN or infinite numbers"
+    if name.startswith(("count.", "fisher.", "diagonal.")) and bool((values < 0).any()):
+        return f"{name} has negative numbers"
+    if name.startswith("scale.") and not 0 < float(values) <= 1:
+        return f"{name} is {float(values):g}, it should be above 0 and at most 1"
+    return None
+
+
+def _matrix_values(form: Form, key: str, read: Callable[[str], Tensor]) -> Iterator[str]:
+    mean = read(f"mean.{key}")
+    if form != "factor":
+        yield from _gram_values(f"{form}.{key}", dense(form, key, read).to(torch.float64), mean)
+        return
+    diagonal = read(f"diagonal.{key}")
+    rest = room(diagonal, mean) - read(f"factor.{key}").to(torch.float64).square_().sum(0)
+    if bool(
+        (rest < -PSD_TOLERANCE * diagonal.to(torch.float64)).any()
+    ):  # FᵀF + diag(rest) needs no factorisation
+        yield f"factor.{key} is not positive semi-definite with its diagonal and mean, so it is no mean of x xᵀ"
+
+
+def _gram_values(name: str, matrix: Tensor, mean: Tensor) -> Iterator[str]:
     if not is_semidefinite(matrix):
         yield f"{name} is not positive semi-definite, so it is no mean of x xᵀ"
         return
@@ -174,9 +162,8 @@ def _misshapen(
 ) -> Iterator[str]:
     for layer in header.layers:
         shape = checkpoint.tensors[layer.weight].shape
-        name = layer_tensors(layer.input, layer.module)[0]
-        size = tensors[name].shape[0]
-        width = size if layer.kind == "embedding" else packed_width(size)
+        name = layer_tensors(tensors, layer.input, layer.module)[0]
+        width = width_of(tensors[name])
         if len(shape) != 2 or width != shape[1 if layer.kind == "linear" else 0]:
             yield f"{name} is of width {width}, which does not fit {layer.weight} {list(shape)}"
     for name, info in tensors.items():

@@ -2,10 +2,12 @@
 
 A safetensors file whose metadata key ``merganser`` holds a :class:`StatisticsHeader` as JSON. Tensors:
 
-``gram.<input>``      float32, packed upper triangle (d·(d+1)/2,) of the mean of x xᵀ over real tokens
+``gram.<input>``      float32, packed upper triangle (d·(d+1)/2,) of the mean of x xᵀ over real tokens; or, from
+                      protocol 2 on, in fewer bytes: see :mod:`merganser.statistics.forms`
 ``mean.<input>``      float32 (d,), the mean of x
 ``count.<module>``    int64 (vocabulary,), how often an embedding looked up each row for a real token
-``fisher.<tensor>``   float32, diagonal Fisher information of the on-disk tensor, mean over examples
+``fisher.<tensor>``   float32 (from protocol 2 on, or bfloat16), diagonal Fisher information of the on-disk tensor,
+                      mean over examples
 
 A file from a stranger is data: sizes are checked against the file before anything is allocated, values
 before use. A Gram matrix is built from activations of private text and can leak; hashes prove origin,
@@ -15,26 +17,23 @@ nothing else.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from merganser.checkpoints import Checkpoint, TensorInfo, sha256_file
 from merganser.checkpoints.header import read_header, tensor_infos
-from merganser.errors import CheckpointError, StatisticsError, raise_all
+from merganser.errors import CheckpointError, StatisticsError, UserError, raise_all
 from merganser.statistics.checks import binding_problems, layout_problems, naming_problems, value_problems
-from merganser.tensors import unpack_upper
+from merganser.statistics.derived import infos_of
+from merganser.statistics.forms import Form, dense, form_of
 
 FILE_NAME = "merge_statistics.safetensors"
-PROTOCOL = 1
+PROTOCOL = 2  # the newest; a file is of the oldest protocol that has all of its tensors
 METADATA_KEY = "merganser"
 MAX_METADATA = 32 * 2**20  # bytes of header JSON; a thousand layers need a few hundred thousand
 AGAIN = "collect the statistics again, or download the file again"
@@ -87,7 +86,7 @@ class StatisticsHeader(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    protocol: int = PROTOCOL
+    protocol: int = 1
     layers: tuple[LayerStatistics, ...] = ()
     manifest_sha256: str
     tensor_sha256: dict[str, str]
@@ -143,12 +142,10 @@ class Statistics:
         header, infos = _read_layout(file)
         raise_all([_located(problem, file) for problem in layout_problems(header, infos)])
 
-        def read(name: str) -> Tensor:
-            with safe_open(file, framework="pt") as tensors:
-                tensor: Tensor = tensors.get_tensor(name)
-            return tensor
-
-        return cls(header, infos, read, file)
+        stored = Checkpoint(
+            str(file), file.parent, infos
+        )  # reads one tensor at a time, from an unchanged file
+        return cls(header, infos, stored.read, file)
 
     @classmethod
     def in_memory(cls, header: StatisticsHeader, tensors: Mapping[str, Tensor]) -> Statistics:
@@ -157,7 +154,7 @@ class Statistics:
         Raises:
             StatisticsError: the tensors are not what the header says.
         """
-        infos = {name: _info(name, tensor) for name, tensor in tensors.items()}
+        infos = infos_of(tensors)
         raise_all(layout_problems(header, infos))
         return cls(header, infos, lambda name: tensors[name])
 
@@ -169,10 +166,13 @@ class Statistics:
         return self._layers.get(weight)
 
     def gram(self, input: str) -> Tensor:
-        """(d, d) float32: the mean of x xᵀ, symmetric; checked to be finite, with no negative diagonal."""
-        matrix = unpack_upper(self._checked(f"gram.{input}"))
+        """(d, d) float32: the mean of x xᵀ, symmetric; checked to be finite, with no negative diagonal.
+
+        The same whatever the file's storage is.
+        """
+        matrix = dense(form_of(self.tensors, input), input, self._checked)
         if bool((matrix.diagonal() < 0).any()):
-            raise self._error(f"gram.{input} has negative numbers on its diagonal")
+            raise self._error(f"the Gram matrix of {input} has negative numbers on its diagonal")
         return matrix
 
     def mean(self, input: str) -> Tensor:
@@ -188,7 +188,7 @@ class Statistics:
 
     def fisher(self, parameter: str) -> Tensor:
         """Diagonal Fisher information of an on-disk tensor, float32, in its shape; none is negative."""
-        values = self._checked(f"fisher.{parameter}")
+        values = self._checked(f"fisher.{parameter}").to(torch.float32)
         if bool((values < 0).any()):
             raise self._error(f"fisher.{parameter} has negative numbers")
         return values
@@ -238,55 +238,45 @@ class Statistics:
         """Any tensor by its name in the file, as it is stored; checked to be finite."""
         return self._checked(name)
 
+    @property
+    def inputs(self) -> dict[str, Form]:
+        """The inputs with a Gram matrix, and in which form the file holds it, in the order of the layers."""
+        return {
+            layer.input: form_of(self.tensors, layer.input) for layer in self.header.layers if layer.input
+        }
+
+    def width(self, input: str) -> int:
+        """The d of an input's Gram matrix (d, d)."""
+        return self.tensors[f"mean.{input}"].shape[0]
+
+    @property
+    def storage(self) -> str:
+        """How Gram matrices and Fisher information are stored: ``float32``, ``bfloat16``, ``lowrank:r`` or several."""
+        kinds = []
+        for input, form in self.inputs.items():
+            rank = self.tensors[f"factor.{input}"].shape[0] if form == "factor" else 0
+            kinds.append({"gram": "float32", "covariance": "bfloat16"}.get(form, f"lowrank:{rank}"))
+        if not kinds:
+            kinds = ["bfloat16" if info.dtype == "BF16" else "float32" for info in self.tensors.values()]
+        return " and ".join(sorted(set(kinds))) or "float32"
+
     def _checked(self, name: str) -> Tensor:
         if name not in self.tensors:
             raise self._error(f"there is no {name}")
         try:
             tensor = self._read(name)
-        except Exception as error:  # safetensors raises its own, not derived from OSError
+        except UserError as error:
+            raise self._error(f"{name} cannot be read: {error.what}", error.mend or AGAIN) from None
+        except OSError as error:
             raise self._error(f"{name} cannot be read: {error}") from None
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise self._error(f"{name} holds NaN or infinite numbers")
+        if name.startswith("scale.") and not 0 < float(tensor) <= 1:
+            raise self._error(f"{name} is {float(tensor):g}, it should be above 0 and at most 1")
         return tensor
 
     def _error(self, what: str, mend: str = AGAIN) -> StatisticsError:
         return StatisticsError(what, where=self.path, mend=mend)
-
-
-def write_statistics(path: str | Path, header: StatisticsHeader, tensors: Mapping[str, Tensor]) -> Path:
-    """Write a statistics file, whole or not at all; the same arguments give the same bytes.
-
-    Args:
-        path: of the file; an existing one is replaced once the new one is complete.
-        header: see :class:`StatisticsHeader`.
-        tensors: by the names given in this module's docstring.
-
-    Raises:
-        StatisticsError: the tensors are not what the header says, or the place cannot be written to.
-    """
-    target = Path(path)
-    Statistics.in_memory(header, tensors)
-    metadata = json.dumps(header.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
-    temporary: Path | None = None
-    try:
-        descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
-        temporary = Path(name)
-        os.close(descriptor)
-        ordered = {name: tensors[name].contiguous() for name in sorted(tensors)}
-        save_file(ordered, temporary, {METADATA_KEY: metadata})
-        temporary.chmod(0o666 & ~_umask())
-        _sync(temporary)
-        temporary.replace(target)
-        temporary = None
-        _sync(target.parent)
-    except Exception as error:
-        raise StatisticsError(
-            f"cannot be written: {error}", where=target, mend="choose another place with -o, or make room"
-        ) from None
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-    return target
 
 
 def _read_layout(file: Path) -> tuple[StatisticsHeader, dict[str, TensorInfo]]:
@@ -328,28 +318,5 @@ def _parse_header(text: str, file: Path) -> StatisticsHeader:
         raise StatisticsError(f"the header's {place}: {first['msg']}", where=file, mend=AGAIN) from None
 
 
-def _info(name: str, tensor: Tensor) -> TensorInfo:
-    from merganser.tensors import DTYPE_NAMES
-
-    nbytes = tensor.numel() * tensor.element_size()
-    return TensorInfo(
-        name, DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape), "", 0, nbytes
-    )
-
-
 def _located(problem: StatisticsError, file: Path) -> StatisticsError:
     return StatisticsError(problem.what, where=file, mend=problem.mend or AGAIN)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -1,0 +1,192 @@
+"""``merganser stats``: arithmetic on statistics files, tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from merganser.cli.common import human_bytes, print_table, warn
+from merganser.errors import StatisticsError, UserError, raise_all
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from merganser.statistics import Statistics, StatisticsHeader
+
+_FILE = click.Path(path_type=Path)
+_OUTPUT = click.option("-o", "--output", type=_FILE, required=True, help="The file to write.")
+_OVERWRITE = click.option(
+    "--overwrite",
+    is_flag=True,
+    help="Replace an existing file, which may be an input: it stays until the new one is whole.",
+)
+_STORAGE = "float32, bfloat16 or lowrank:R (a diagonal and R eigenpairs of each Gram matrix)."
+
+
+@click.group("stats")
+def stats_command() -> None:
+    """Add, weight, compress and compare statistics files.
+
+    Each is read and written tensor by tensor, so that files larger than memory are no obstacle, and the result
+    appears whole or not at all. A FILE may be the folder that holds merge_statistics.safetensors.
+    """
+
+
+@stats_command.command("add")
+@click.argument("files", nargs=-1, required=True, type=_FILE, metavar="FILE…")
+@_OUTPUT
+@_OVERWRITE
+@click.option("--storage", help=f"Of the sum: {_STORAGE}  [default: float32]")
+def add_command(files: tuple[Path, ...], output: Path, overwrite: bool, storage: str | None) -> None:
+    """Statistics of several data sets, of one checkpoint, as if they had been collected together.
+
+    \b
+    merganser stats add monday.safetensors tuesday.safetensors -o both.safetensors
+    """
+    from merganser.statistics import Statistics
+    from merganser.statistics.algebra import add
+    from merganser.statistics.storage import compress, parse_storage
+
+    wanted = None if storage is None else parse_storage(storage)
+    header, tensors = add(_open(files, output, overwrite))
+    if wanted is not None:
+        header, tensors = compress(Statistics.in_memory(header, tensors), wanted)
+    _write(output, header, tensors)
+
+
+@stats_command.command("scale")
+@click.argument("file", type=_FILE, metavar="FILE")
+@click.argument("factor", type=float)
+@_OUTPUT
+@_OVERWRITE
+def scale_command(file: Path, factor: float, output: Path, overwrite: bool) -> None:
+    """Multiply the weight of FILE as evidence by FACTOR: what it counts for when it is added to other statistics.
+
+    \b
+    merganser stats scale last-year.safetensors 0.5 -o old.safetensors
+    merganser stats add old.safetensors this-year.safetensors -o all.safetensors
+
+    Gram matrices, means and Fisher information are averages and stay as they are; the numbers of rows, tokens and
+    Fisher examples that they are weighted by change, in whole numbers. By 2, it counts as if it were added twice.
+    This is not the weight of a contributor in a merge, which no row count enters: that is 'merge --weights'.
+    """
+    from merganser.statistics.algebra import weigh
+
+    (statistics,) = _open((file,), output, overwrite)
+    _write(output, *weigh(statistics, factor))
+
+
+@stats_command.command("compress")
+@click.argument("file", type=_FILE, metavar="FILE")
+@click.option("--storage", required=True, help=_STORAGE)
+@_OUTPUT
+@_OVERWRITE
+def compress_command(file: Path, storage: str, output: Path, overwrite: bool) -> None:
+    """Store FILE in fewer bytes.
+
+    \b
+    merganser stats compress model/merge_statistics.safetensors --storage bfloat16 -o small.safetensors
+
+    Diagonals stay exact and every Gram matrix positive semi-definite. docs/statistics.md has a table of what each
+    storage costs a merge; float32 makes a compressed file readable by older versions, without what it has lost.
+    """
+    from merganser.statistics.storage import compress, parse_storage
+
+    wanted = parse_storage(storage)
+    (statistics,) = _open((file,), output, overwrite)
+    before = sum(info.nbytes for info in statistics.tensors.values())
+    header, tensors = compress(statistics, wanted)
+    _write(output, header, tensors, before)
+
+
+@stats_command.command("diff")
+@click.argument("a", type=_FILE)
+@click.argument("b", type=_FILE)
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def diff_command(a: Path, b: Path, as_json: bool) -> None:
+    """Compare two statistics files: their headers, and ‖A − B‖/‖A‖ of each layer's Gram matrix and mean, each
+    embedding's shares of tokens and each parameter's Fisher information."""
+    from merganser.statistics import Statistics
+    from merganser.statistics.comparison import distances, header_differences
+
+    left, right = Statistics.open(a), Statistics.open(b)
+    headers = header_differences(left, right)
+    found = list(distances(left, right))
+    same = left.header.manifest_sha256 == right.header.manifest_sha256
+    if as_json:
+        items = [
+            {"kind": d.kind, "name": d.name, "relative": _number(d.relative), "only": d.only} for d in found
+        ]
+        value = {"same_weights": same, "header": headers, "distances": items}
+        click.echo(json.dumps(value, indent=1))
+        return
+    click.echo(f"weights: {'the same' if same else 'different'}")
+    if headers:
+        print_table("headers", ["field", "A", "B"], [[key, *values] for key, values in headers.items()])
+    else:
+        click.echo("headers: the same")
+    rows = [[d.kind, d.name, _shown(d.relative, d.only)] for d in found]
+    print_table("relative distances", ["statistic", "of", "distance"], rows)
+
+
+def _number(relative: float | None) -> float | None:
+    return relative if relative is not None and math.isfinite(relative) else None
+
+
+def _shown(relative: float | None, only: str) -> str:
+    if relative is None:
+        return "other shape" if only == "both" else f"only in {only}"
+    return "0" if relative == 0 else f"{relative:.2e}"
+
+
+def _open(files: tuple[Path, ...], output: Path, overwrite: bool) -> list[Statistics]:
+    """The inputs, and every mistake in them and in the output at once."""
+    from merganser.statistics import Statistics
+
+    problems: list[UserError] = []
+    found = []
+    for file in files:
+        try:
+            found.append(Statistics.open(file))
+        except UserError as error:
+            problems.append(error)
+    if output.is_dir() or not output.parent.is_dir():
+        state = "is a folder" if output.is_dir() else "is in no folder that exists"
+        problems.append(StatisticsError(f"the output {state}", where=output, mend="name a file with -o"))
+    elif output.exists() and not overwrite:
+        problems.append(
+            StatisticsError(
+                "the output exists", where=output, mend="choose another with -o, or --overwrite it"
+            )
+        )
+    raise_all(problems)
+    return found
+
+
+def _write(
+    output: Path, header: StatisticsHeader, tensors: Mapping[str, Tensor], before: int | None = None
+) -> None:
+    """Write the result, if there is room for it, and say how large it is."""
+    from merganser.checkpoints.writer import free_bytes
+    from merganser.statistics import write_statistics
+    from merganser.statistics.derived import infos_of
+
+    size, free = sum(info.nbytes for info in infos_of(tensors).values()), free_bytes(output)
+    if size > free:
+        raise StatisticsError(
+            f"the result takes {human_bytes(size)}, {human_bytes(free)} are free",
+            where=output,
+            mend="make room, or choose another disk with -o",
+        )
+    write_statistics(output, header, tensors)
+    for note in header.notes:
+        if note.startswith("storage:"):
+            warn(note)
+    of = "" if before is None else f" instead of {human_bytes(before)} ({before / size:.1f} times smaller)"
+    warn(f"{human_bytes(size)} written{of}")
+    click.echo(str(output))

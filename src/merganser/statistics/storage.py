@@ -1,0 +1,257 @@
+"""Statistics in fewer bytes: Gram matrices rounded to bfloat16, or cut to a diagonal and a few eigenpairs.
+
+    header, tensors = compress(Statistics.open(path), "lowrank:64")
+    write_statistics(smaller, header, tensors)
+
+Whatever the storage, the diagonal of every Gram matrix G is kept to the bit and G − m mᵀ, with m the mean input,
+stays positive semi-definite:
+
+``bfloat16``   rounding moves the covariance C = G − m mᵀ by up to 2⁻⁹ of each entry, which can be more than its
+               smallest eigenvalues. So the rounded matrix is factored; where that fails, its off-diagonals are divided
+               by 1 + τ with the smallest τ = 2⁻¹⁴ … 2⁻⁴ that mends it. That is a loading of the diagonal by τ
+               (and then a division of all), or RegMean's α of 1/(1 + τ), far from its default of 0.9.
+``lowrank:r``  C ≈ FᵀF + a diagonal, see :mod:`merganser.statistics.lowrank`. F is bfloat16: at half the bytes its
+               rounding adds next to nothing to what cutting at rank r loses.
+
+Fisher information is rounded to bfloat16 by both. Means, diagonals and token counts stay as they are.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from merganser.checkpoints.writer import TensorSpec
+from merganser.errors import StatisticsError, UserError, did_you_mean
+from merganser.statistics.checks import is_semidefinite
+from merganser.statistics.derived import Derived, Group
+from merganser.statistics.format import Statistics, StatisticsHeader
+from merganser.statistics.forms import WIDEST, Form, layer_tensors, protocol_of, room
+from merganser.statistics.lowrank import rounded_within, top_factor
+from merganser.tensors import one_thread, pack_upper, unpack_upper
+
+_CONSTANT = 1e-5  # a variance below this part of the mean square is the rounding of float32 sums
+_LOADINGS = (0.0, *(2.0**-power for power in range(14, 3, -1)))
+_AGAIN = "collect the statistics again, or download the file again"
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How Gram matrices are stored; ``rank`` with ``lowrank`` alone."""
+
+    kind: Literal["float32", "bfloat16", "lowrank"]
+    rank: int = 0
+
+    def __str__(self) -> str:
+        return f"lowrank:{self.rank}" if self.kind == "lowrank" else self.kind
+
+    def pays(self, width: int) -> bool:
+        """Whether eigenpairs take less room than the bfloat16 triangle of a (width, width) matrix."""
+        return self.kind != "lowrank" or 2 * self.rank < width + 1
+
+
+def parse_storage(text: str) -> Storage:
+    """``float32``, ``bfloat16`` or ``lowrank:r``.
+
+    Raises:
+        UserError: anything else.
+    """
+    if text == "float32" or text == "bfloat16":
+        return Storage("float32" if text == "float32" else "bfloat16")
+    if rank := re.fullmatch(r"lowrank:([1-9][0-9]{0,5})", text):
+        return Storage("lowrank", int(rank[1]))
+    if text.startswith("lowrank"):
+        raise UserError(
+            f"{text!r} has no rank of at least 1", where="--storage", mend="write it like lowrank:64"
+        )
+    raise UserError(
+        f"unknown storage {text!r}",
+        where="--storage",
+        mend=did_you_mean(text, ["float32", "bfloat16", "lowrank:64"]),
+    )
+
+
+def compress(statistics: Statistics, storage: Storage | str) -> tuple[StatisticsHeader, Mapping[str, Tensor]]:
+    """The statistics in another storage; what a storage has lost, no other one brings back.
+
+    Args:
+        statistics: in any storage. What is in the wanted one already, or of a lower rank, stays as it is.
+        storage: see :func:`parse_storage`. Where r eigenpairs take more room than a bfloat16 triangle, that is taken.
+
+    Returns:
+        Header and tensors for :func:`merganser.statistics.write_statistics`. The tensors are computed when they are
+        asked for, one input at a time, so that more is never in memory; each is on one thread, hence the same bytes.
+
+    Raises:
+        UserError: no such storage.
+        StatisticsError: low rank pays for no Gram matrix of the file. When the tensors are asked for: a Gram matrix
+            that is not positive semi-definite, or that rounding damages more than a loading of 2⁻⁴ mends.
+    """
+    storage = parse_storage(storage) if isinstance(storage, str) else storage
+    inputs = statistics.inputs
+    dense = [input for input in inputs if not storage.pays(statistics.width(input))]
+    if dense and len(dense) == len(inputs):
+        widest = max(statistics.width(input) for input in inputs)
+        raise StatisticsError(
+            f"{storage} takes more room than bfloat16 for every Gram matrix: the widest is {widest}",
+            where=statistics.path,
+            mend=f"use bfloat16, or a rank of at most {widest // 2}" if widest > 1 else "use bfloat16",
+        )
+    groups: list[Group] = []
+    for input in inputs:
+        chosen = Storage("bfloat16") if input in dense else storage
+        groups.append(_gram_group(statistics, input, chosen))
+    groups += [_plain_group(statistics, name, storage) for name in _others(statistics)]
+    tensors = Derived(groups)
+    notes = statistics.header.notes
+    if storage.kind != "float32" or statistics.storage != "float32":
+        notes = (*notes, _note(statistics, storage, len(dense)))
+    protocol = protocol_of(tensors.infos)
+    return statistics.header.model_copy(update={"protocol": protocol, "notes": notes}), tensors
+
+
+def _note(statistics: Statistics, storage: Storage, dense: int) -> str:
+    text = f"storage: {storage}"
+    if statistics.storage != "float32":
+        text += f", of {statistics.storage}, whose losses stay"
+    if storage.kind == "bfloat16" or dense:
+        text += (
+            "; off-diagonals were shrunk by scale.<input> where rounding had cost positive semi-definiteness"
+        )
+    if dense:
+        text += f"; bfloat16 for {dense} narrow inputs, for which so many eigenpairs take more room"
+    return text
+
+
+def _others(statistics: Statistics) -> list[str]:
+    return [name for name in statistics.tensors if name.startswith(("count.", "fisher."))]
+
+
+def _plain_group(statistics: Statistics, name: str, storage: Storage) -> Group:
+    info = statistics.tensors[name]
+    dtype = info.dtype
+    if name.startswith("fisher."):
+        dtype = "F32" if storage.kind == "float32" else "BF16"
+
+    def make() -> dict[str, Tensor]:
+        values = statistics.packed(name)
+        if dtype == info.dtype:
+            return {name: values}
+        return {name: values.to(torch.bfloat16 if dtype == "BF16" else torch.float32)}
+
+    return [TensorSpec(name, dtype, info.shape)], make
+
+
+def _gram_group(statistics: Statistics, input: str, storage: Storage) -> Group:
+    width, triangle = statistics.width(input), statistics.width(input) * (statistics.width(input) + 1) // 2
+    names = _kept(statistics, input, storage)
+    if names:
+        infos = [statistics.tensors[name] for name in names]
+        specs = [TensorSpec(info.name, info.dtype, info.shape) for info in infos]
+        return specs, lambda: {name: statistics.packed(name) for name in names}
+    mean = TensorSpec(f"mean.{input}", "F32", (width,))
+    if storage.kind == "float32":
+        gram = TensorSpec(f"gram.{input}", "F32", (triangle,))
+        return [gram, mean], partial(_dense, statistics, input)
+    diagonal = TensorSpec(f"diagonal.{input}", "F32", (width,))
+    if storage.kind == "bfloat16":
+        covariance = TensorSpec(f"covariance.{input}", "BF16", (triangle,))
+        scale = TensorSpec(f"scale.{input}", "F32", (1,))
+        return [covariance, scale, diagonal, mean], partial(_rounded, statistics, input)
+    if width > WIDEST:
+        raise StatisticsError(
+            f"low rank is for inputs of at most {WIDEST} components, {input} has {width}",
+            where=statistics.path,
+            mend="use bfloat16",
+        )
+    factor = TensorSpec(f"factor.{input}", "BF16", (storage.rank, width))
+    return [factor, diagonal, mean], partial(_low_rank, statistics, input, storage.rank)
+
+
+def _kept(statistics: Statistics, input: str, storage: Storage) -> list[str]:
+    """Names of the input's tensors if they are in the wanted storage already."""
+    form = statistics.inputs[input]
+    wanted: dict[str, Form] = {"float32": "gram", "bfloat16": "covariance", "lowrank": "factor"}
+    if form != wanted[storage.kind]:
+        return []
+    if form == "factor" and statistics.tensors[f"factor.{input}"].shape[0] > storage.rank:
+        return []
+    return list(layer_tensors(statistics.tensors, input, ""))
+
+
+def _dense(statistics: Statistics, input: str) -> dict[str, Tensor]:
+    with one_thread():
+        return {
+            f"gram.{input}": pack_upper(statistics.gram(input)),
+            f"mean.{input}": statistics.mean(input),
+        }
+
+
+def _low_rank(statistics: Statistics, input: str, rank: int) -> dict[str, Tensor]:
+    with one_thread():
+        covariance, variances, kept = _covariance(statistics, input)
+        factor = rounded_within(top_factor(covariance, rank), variances)
+    return {f"factor.{input}": factor, **kept}
+
+
+def _rounded(statistics: Statistics, input: str) -> dict[str, Tensor]:
+    with one_thread():
+        covariance, variances, kept = _covariance(statistics, input)
+        packed = pack_upper(covariance.to(torch.bfloat16))
+        del covariance
+        loading = _loading(unpack_upper(packed).to(torch.float64), variances)
+    if loading is None:
+        raise StatisticsError(
+            f"rounding to bfloat16 breaks the positive semi-definiteness of gram.{input}, beyond what a loading of "
+            f"its diagonal by {_LOADINGS[-1]:.0%} mends",
+            where=statistics.path,
+            mend="use float32 or lowrank",
+        )
+    return {f"covariance.{input}": packed, f"scale.{input}": torch.tensor([1 / (1 + loading)]), **kept}
+
+
+def _covariance(statistics: Statistics, input: str) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """C = G − m mᵀ and its diagonal (float64), and what is stored as it is: the diagonal of G, and m.
+
+    Rows and columns of inputs that do not vary beyond rounding are zero in C.
+    """
+    gram, mean = statistics.gram(input), statistics.mean(input)
+    diagonal = gram.diagonal().clone()
+    wide = mean.to(torch.float64)
+    covariance = gram.to(torch.float64)
+    del gram
+    covariance.addr_(wide, wide, alpha=-1)
+    if not is_semidefinite(covariance, float(wide @ wide)):
+        raise StatisticsError(
+            f"the Gram matrix of {input} minus the square of its mean is not positive semi-definite, so it is no mean "
+            "of x xᵀ and cannot be compressed",
+            where=statistics.path,
+            mend=_AGAIN,
+        )
+    variances = room(diagonal, mean)
+    constant = variances <= _CONSTANT * diagonal
+    covariance[constant] = 0
+    covariance[:, constant] = 0
+    return covariance, variances, {f"diagonal.{input}": diagonal, f"mean.{input}": mean}
+
+
+def _loading(rounded: Tensor, variances: Tensor) -> float | None:
+    """The smallest τ of the ladder with which the rounded covariance, its diagonal exact, can be factored.
+
+    Args:
+        rounded: (d, d) float64; used up.
+        variances: (d,), its exact diagonal.
+    """
+    scale = torch.where(variances > 0, variances, 1.0).rsqrt()
+    rounded.mul_(scale[:, None]).mul_(scale[None, :])
+    for loading in _LOADINGS:
+        rounded.diagonal().fill_(1 + loading)
+        if int(torch.linalg.cholesky_ex(rounded).info) == 0:
+            return loading
+    return None
