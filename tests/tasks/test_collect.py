@@ -211,7 +211,7 @@ def test_an_interrupted_run_leaves_nothing(
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "collect_statistics", interrupted)
+    monkeypatch.setattr(module.Collector, "collect", interrupted)
     with pytest.raises(KeyboardInterrupt):
         collect(folder, reviews)
     assert sorted(folder.iterdir()) == before

@@ -11,6 +11,16 @@ from merganser.cli.common import human_bytes, quiet_libraries, warn
 from merganser.cli.data_options import columns_of, data_options
 
 
+def _sample(_: click.Context, __: click.Parameter, value: str | None) -> float | int | None:
+    """A share such as ``0.25``, or a number of tokens such as ``20000``."""
+    if value is None:
+        return None
+    try:
+        return int(value) if value.isdecimal() and int(value) else float(value)
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is neither a share nor a number of tokens") from None
+
+
 @click.command("collect")
 @click.argument("model")
 @click.option(
@@ -30,6 +40,39 @@ from merganser.cli.data_options import columns_of, data_options
 @click.option(
     "--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Examples in a batch."
 )
+@click.option(
+    "--until-converged",
+    type=float,
+    is_flag=False,
+    flag_value=0.05,
+    metavar="[TOL]",
+    help="Stop when the Gram matrices' estimated relative error is at most TOL.  [TOL: 0.05]",
+)
+@click.option(
+    "--sample-tokens",
+    is_flag=False,
+    flag_value="0.25",
+    metavar="[SHARE|N]",
+    callback=_sample,
+    help="Wide layers keep a seeded sample of their tokens: this share, or so many.  [SHARE: 0.25]",
+)
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="Of the order and the sample of these two."
+)
+@click.option(
+    "--shard-examples",
+    type=click.IntRange(1),
+    default=2048,
+    show_default=True,
+    help="Examples summed together before they are added to the others, in float64.",
+)
+@click.option(
+    "--storage",
+    default="float32",
+    show_default=True,
+    metavar="float32|bfloat16|lowrank:R",
+    help="Of Gram matrices; see merganser stats compress.",
+)
 @click.option("--label", default="", help="Free text about the data, published in the file.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="[default: in the model's folder]")
 @click.option("--overwrite", is_flag=True, help="Replace existing statistics.")
@@ -39,9 +82,11 @@ def collect_command(model: str, data: str, no_grams: bool, ignore_labels: bool, 
     \b
     merganser collect my-model --data train.jsonl
     merganser collect my-model --data train.csv --text-column body --fisher
+    merganser collect my-model --data train.jsonl --until-converged --sample-tokens
 
     The file holds Gram matrices of layer inputs, token counts and, if asked for, Fisher information: no text and no
     labels. It is computed from them all the same and can leak some of it: read docs/statistics.md before publishing.
+    Large data and models: docs/collecting.md.
     """
     quiet_libraries()
     from merganser.statistics import Statistics

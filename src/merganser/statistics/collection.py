@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from merganser.checkpoints import Checkpoint
 from merganser.checkpoints.layers import Layer, layers_of, map_parameters
@@ -23,6 +22,7 @@ from merganser.statistics.inputs import Wiring, discover
 from merganser.statistics.masks import batch_masks, describe_masking
 from merganser.statistics.observer import Observer
 from merganser.statistics.pieces import by_length
+from merganser.statistics.sampling import Sampling, describe_sampling
 from merganser.statistics.scores import Problem
 from merganser.tensors import pack_upper
 
@@ -38,6 +38,7 @@ def collect_statistics(
     fisher: FisherKind | None = None,
     fisher_examples: int | None = None,
     problem: Problem | None = None,
+    sampling: Sampling | None = None,
     label: str = "",
     total: int | None = None,
 ) -> tuple[StatisticsHeader, dict[str, Tensor]]:
@@ -55,6 +56,7 @@ def collect_statistics(
         fisher: collect per-example diagonal Fisher information of this kind.
         fisher_examples: from so many first examples; None: from all.
         problem: how labels are distributed given logits, for ``fisher``; None: from configuration and shapes.
+        sampling: of the tokens of wide inputs; None: all of them count.
         label: free text for the header.
         total: number of examples, if known; shows the remaining time.
 
@@ -66,69 +68,158 @@ def collect_statistics(
         StatisticsError: the model's layers cannot be observed, or its activations or gradients are not
             finite.
     """
-    device = next(model.parameters()).device
-    stream = iter(batches)
-    first = next(stream, None)
-    if first is None:
-        raise DataError("there are no examples", mend="give data with at least one example")
-    first = _moved(first, device)
-    names = map_parameters(model, checkpoint)
-    layers = layers_of(model, checkpoint) if grams else []
-    examples = tokens = 0
-    with ExitStack() as stack:
-        stack.enter_context(_evaluating(model))
-        stack.enter_context(torch.no_grad())
-        workers = stack.enter_context(Workers(torch.get_num_threads()))
-        masking, notes = describe_masking(first, model)
-        observer = wiring = None
-        if grams:
-            wiring = discover(model, layers, first)
-            observer = Observer(model, layers, wiring, workers, device)
-            notes += wiring.notes
-        information = FisherCollector(model, names, fisher, workers, problem) if fisher else None
-        progress: tqdm[Any] = stack.enter_context(bar(total or 0, "collecting", "ex"))
+    with (
+        Collector(
+            model, checkpoint, grams=grams, fisher=fisher, problem=problem, sampling=sampling, label=label
+        ) as collector,
+        bar(total or 0, "collecting", "ex") as progress,
+    ):
         progress.total = total
-        for batch in chain([first], (_moved(batch, device) for batch in stream)):
-            masks = batch_masks(batch, model)
+        return collector.collect(batches, fisher_examples=fisher_examples, advance=progress.update)
+
+
+class Collector:
+    """Collects the statistics of one model, one shard of the data after the other. A context manager.
+
+    Each shard's statistics are those of a collection of its own. Arguments as of :func:`collect_statistics`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        checkpoint: Checkpoint,
+        *,
+        grams: bool = True,
+        fisher: FisherKind | None = None,
+        problem: Problem | None = None,
+        sampling: Sampling | None = None,
+        label: str = "",
+    ) -> None:
+        self._model, self._checkpoint, self._label = model, checkpoint, label
+        self._grams, self._fisher, self._problem, self._sampling = grams, fisher, problem, sampling
+        self._device = inputs_device(model)
+        self._stack = ExitStack()
+        self._names: dict[str, str] | None = None
+        self._layers: list[Layer] = []
+        self._wiring: Wiring | None = None
+        self._observer: Observer | None = None
+
+    def __enter__(self) -> Collector:
+        self._stack.enter_context(_evaluating(self._model))
+        self._workers = self._stack.enter_context(Workers(torch.get_num_threads()))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def collect(
+        self,
+        batches: Iterable[Batch],
+        *,
+        shard: int = 0,
+        fisher_examples: int | None = None,
+        advance: Callable[[int], object] = lambda _: None,
+    ) -> tuple[StatisticsHeader, dict[str, Tensor]]:
+        """Statistics of one shard.
+
+        Args:
+            batches: of its examples.
+            shard: its number, which seeds what is drawn.
+            fisher_examples: Fisher information from so many first examples; None: from all; 0: none.
+            advance: told of each batch how many examples it had.
+        """
+        stream = iter(batches)
+        first = next(stream, None)
+        if first is None:
+            raise DataError("there are no examples", mend="give data with at least one example")
+        first = _moved(first, self._device)
+        wanted = self._fisher if fisher_examples != 0 else None
+        examples = tokens = 0
+        with torch.no_grad():
+            names = self._map()
+            masking, notes = describe_masking(first, self._model)
+            observer = self._observe(first)
             if observer is not None:
-                for piece in by_length(batch, model, observer.most_tokens):
-                    observer.add(piece)
-            if information is not None:
-                left = None if fisher_examples is None else fisher_examples - information.examples
-                if left is None or left > 0:
-                    information.add(batch, left)
-                elif observer is None:
-                    break
-            examples += masks.examples
-            tokens += masks.real
-            progress.update(masks.examples)
-        tensors: dict[str, Tensor] = {}
-        entries: list[LayerStatistics] = []
-        if observer is not None and wiring is not None:
-            observer.finish()
-            entries = _layer_entries(layers, observer, wiring)
-            tensors.update(_gram_tensors(observer))
-            tensors.update(
-                {f"count.{e.module}": observer.counts[e.module].cpu() for e in entries if not e.input}
+                observer.start(shard)
+                notes += self._observing_notes()
+            information = (
+                FisherCollector(self._model, names, wanted, self._workers, self._problem) if wanted else None
             )
-        if information is not None:
-            tensors.update({f"fisher.{name}": value for name, value in information.result().items()})
-            notes += information.notes
-            notes += _left_out(model, names)
-    header = StatisticsHeader(
-        layers=tuple(entries),
-        manifest_sha256=checkpoint.manifest_sha256(),
-        tensor_sha256={name: checkpoint.sha256(name) for name in sorted(checkpoint.tensors)},
-        examples=examples,
-        tokens=tokens,
-        masking=masking,
-        fisher=fisher,
-        fisher_examples=information.examples if information else 0,
-        versions=library_versions(),
-        label=label,
-        notes=tuple(notes),
-    )
-    return header, tensors
+            for batch in chain([first], (_moved(batch, self._device) for batch in stream)):
+                masks = batch_masks(batch, self._model)
+                if observer is not None:
+                    pieces = (
+                        by_length(batch, self._model, observer.most_tokens) if observer.splits else [batch]
+                    )
+                    for piece in pieces:
+                        observer.add(piece)
+                if information is not None:
+                    left = None if fisher_examples is None else fisher_examples - information.examples
+                    if left is None or left > 0:
+                        information.add(batch, left)
+                    elif observer is None:
+                        break
+                examples += masks.examples
+                tokens += masks.real
+                advance(masks.examples)
+            tensors: dict[str, Tensor] = {}
+            entries: list[LayerStatistics] = []
+            if observer is not None and self._wiring is not None:
+                observer.finish()
+                entries = _layer_entries(self._layers, observer, self._wiring)
+                tensors.update(_gram_tensors(observer))
+                tensors.update(
+                    {
+                        f"count.{e.module}": observer.counts[e.module].cpu().clone()
+                        for e in entries
+                        if not e.input
+                    }
+                )
+            if information is not None:
+                tensors.update({f"fisher.{name}": value for name, value in information.result().items()})
+                notes += information.notes
+                notes += _left_out(self._model, names)
+        header = StatisticsHeader(
+            layers=tuple(entries),
+            manifest_sha256=self._checkpoint.manifest_sha256(),
+            tensor_sha256={name: self._checkpoint.sha256(name) for name in sorted(self._checkpoint.tensors)},
+            examples=examples,
+            tokens=tokens,
+            masking=masking,
+            fisher=wanted,
+            fisher_examples=information.examples if information else 0,
+            versions=library_versions(),
+            label=self._label,
+            notes=tuple(notes),
+        )
+        return header, tensors
+
+    def _map(self) -> dict[str, str]:
+        """The on-disk names of the model's parameters, found once."""
+        if self._names is None:
+            self._names = map_parameters(self._model, self._checkpoint)
+            self._layers = layers_of(self._model, self._checkpoint) if self._grams else []
+        return self._names
+
+    def _observe(self, first: Batch) -> Observer | None:
+        """What gathers the layers' inputs, made with the first batch of all."""
+        if self._grams and self._observer is None:
+            self._wiring = discover(self._model, self._layers, first)
+            self._observer = Observer(
+                self._model, self._layers, self._wiring, self._workers, self._device, self._sampling
+            )
+        return self._observer
+
+    def _observing_notes(self) -> list[str]:
+        if self._wiring is None:
+            return []
+        sampled = [describe_sampling(self._wiring.widths, self._sampling)] if self._sampling else []
+        return [*self._wiring.notes, *sampled]
+
+
+def inputs_device(model: nn.Module) -> torch.device:
+    """Where a model wants its inputs."""
+    return next(model.parameters()).device
 
 
 def library_versions() -> dict[str, str]:
@@ -148,7 +239,7 @@ def _layer_entries(layers: list[Layer], observer: Observer, wiring: Wiring) -> l
         if layer.module not in wiring.calls:
             continue
         leader = wiring.leaders.get(layer.module)
-        rows = int(observer.counts[layer.module].sum()) if leader is None else observer.grams[leader].rows
+        rows = int(observer.counts[layer.module].sum()) if leader is None else observer.grams[leader].seen
         if rows:
             entries.append(
                 LayerStatistics(

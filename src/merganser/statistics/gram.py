@@ -32,6 +32,10 @@ Task = Callable[[], None]
 class Gram:
     """Sums of x xᵀ and of x over rows x of width d, in float32; of the former the upper triangle counts.
 
+    Attributes:
+        rows: in the sums.
+        seen: rows that those in the sums stand for: more than ``rows`` where they are a sample.
+
     Args:
         width: d.
         capacity: rows of the buffer; 0 for none.
@@ -39,7 +43,7 @@ class Gram:
     """
 
     def __init__(self, width: int, capacity: int, device: torch.device) -> None:
-        self.width, self.rows = width, 0
+        self.width, self.rows, self.seen = width, 0, 0
         self._total = torch.zeros(width, width, device=device)
         self._sum = torch.zeros(width, dtype=torch.float64, device=device)
         on_cpu = device.type == "cpu"
@@ -78,12 +82,18 @@ class Gram:
         return self._products(block.to(torch.float32))
 
     def mean_product(self) -> Tensor:
-        """(d, d): the mean of x xᵀ; only its upper triangle is meaningful. The accumulator is used up."""
+        """(d, d): the mean of x xᵀ; only its upper triangle is meaningful. Used up until :meth:`clear`."""
         return self._total.div_(self.rows).cpu()
 
     def mean(self) -> Tensor:
         """(d,): the mean of x, float32."""
         return (self._sum / self.rows).to(torch.float32).cpu()
+
+    def clear(self) -> None:
+        """Begin anew, in the same memory."""
+        self.rows = self.seen = self._filled = 0
+        self._total.zero_()
+        self._sum.zero_()
 
     def _products(self, block: Tensor) -> list[Task]:
         if block.device.type != "cpu":

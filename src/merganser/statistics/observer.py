@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextvars
+import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -17,6 +18,7 @@ from merganser.errors import StatisticsError
 from merganser.statistics.gram import Gram, Workers, buffer_rows, fill
 from merganser.statistics.inputs import Identity, Wiring, identity_of, input_hooks
 from merganser.statistics.masks import BatchMasks, batch_masks, model_inputs, token_ids, token_rows
+from merganser.statistics.sampling import SPARE, Sampling, shares
 
 PIECES = 8  # forward passes that fill the buffers once, at least: enough for as many threads
 
@@ -31,12 +33,14 @@ class _Pass:
 
     Attributes:
         places: by leader and number of the call (of those that count).
+        kept: numbers of the rows that were drawn, where an input is sampled, by leader and call.
         loose: rows without a place, by leader, in the order of the calls.
     """
 
     batch: dict[str, Any]
     masks: BatchMasks
     places: dict[tuple[str, int], Tensor | None]
+    kept: dict[tuple[str, int], Tensor]
     loose: list[tuple[str, Tensor]] = field(default_factory=list)
     inputs: dict[tuple[str, int], Identity] = field(default_factory=dict)
     calls: dict[str, int] = field(default_factory=dict)
@@ -56,6 +60,9 @@ class Observer:
         wiring: what it found.
         workers: run forward passes and products.
         device: of the model's inputs.
+        sampling: of the tokens of wide inputs; None: all are counted.
+        one_at_a_time: a forward pass changes the model, as it does where weights come from the disk: run one
+            after the other, with the threads inside torch.
     """
 
     def __init__(
@@ -65,16 +72,28 @@ class Observer:
         wiring: Wiring,
         workers: Workers,
         device: torch.device,
+        sampling: Sampling | None = None,
+        *,
+        one_at_a_time: bool = False,
     ) -> None:
         self._model, self._wiring, self._workers = model, wiring, workers
+        self._sampling, self._one_at_a_time = sampling, one_at_a_time
         self._expected = sum(len(calls) for calls in wiring.calls.values())
-        self._capacity = buffer_rows(wiring.widths.values()) if device.type == "cpu" else 0
-        self.grams = {name: Gram(width, self._capacity, device) for name, width in wiring.widths.items()}
+        self._shares = shares(wiring.widths, sampling)
+        room = {name: min(1.0, SPARE * share) for name, share in self._shares.items()}
+        widths = [math.ceil(room[name] * width) for name, width in wiring.widths.items()]
+        self._capacity = buffer_rows(widths) if device.type == "cpu" else 0
+        self.grams = {
+            name: Gram(width, math.ceil(room[name] * self._capacity), device)
+            for name, width in wiring.widths.items()
+        }
         self.counts = {
             layer.module: torch.zeros(_vocabulary(model, layer.module), dtype=torch.int64, device=device)
             for layer in layers
             if layer.kind == "embedding" and layer.module in wiring.calls
         }
+        self._shard = self._passes = 0
+        self._drawn = dict.fromkeys(self.grams, 0)
         self._waiting: list[_Pass] = []
         self._now = threading.local()
         self._lock = threading.Lock()
@@ -82,7 +101,21 @@ class Observer:
     @property
     def most_tokens(self) -> int | None:
         """Padded tokens that one batch had better not exceed; None: any number will do."""
-        return self._capacity // PIECES if self._capacity else None
+        return self._capacity // PIECES if self._capacity and not self._one_at_a_time else None
+
+    @property
+    def splits(self) -> bool:
+        """Whether batches had better come in pieces without padding; not where a pass costs more than its tokens."""
+        return not self._one_at_a_time
+
+    def start(self, shard: int) -> None:
+        """Begin anew, for the shard of this number; what was drawn depends on it."""
+        self._shard, self._passes, self._waiting = shard, 0, []
+        for gram in self.grams.values():
+            gram.clear()
+        self._drawn = dict.fromkeys(self.grams, 0)
+        for counts in self.counts.values():
+            counts.zero_()
 
     def add(self, batch: dict[str, Any]) -> None:
         """Count a batch, now or when there is enough to do for all threads.
@@ -91,21 +124,26 @@ class Observer:
             StatisticsError: the layers are not called as they were in the probe.
         """
         masks = batch_masks(batch, self._model)
-        calls = [
-            (name, number, call.rows(masks))
+        counts = {
+            (name, number): call.rows(masks)
             for name in self.grams
             for number, call in enumerate(c for c in self._wiring.calls[name] if c is not None)
-        ]
+        }
+        kept = self._draw(counts)
+        counts |= {call: len(drawn) for call, drawn in kept.items()}
         rows = dict.fromkeys(self.grams, 0)
-        for name, _, count in calls:
+        for (name, _), count in counts.items():
             rows[name] += count
         if not all(self.grams[name].fits(count) for name, count in rows.items()):
             self.finish()
         places = {
-            (name, number): self.grams[name].reserve(count) if rows[name] <= self._capacity else None
-            for name, number, count in calls
+            (name, number): self.grams[name].reserve(count)
+            if rows[name] <= self.grams[name].capacity
+            else None
+            for (name, number), count in counts.items()
         }
-        self._waiting.append(_Pass(batch, masks, places))
+        self._waiting.append(_Pass(batch, masks, places, kept))
+        self._passes += 1
         if not self._capacity:
             self.finish()
 
@@ -113,7 +151,7 @@ class Observer:
         """Run what waits, and multiply what the buffers hold; the largest first, so that threads end together."""
         waiting, self._waiting = self._waiting, []
         with input_hooks(self._model, list(self._wiring.calls), self._see):
-            if self._capacity:
+            if self._capacity and not self._one_at_a_time:
                 ordered = sorted(waiting, key=lambda one: -one.masks.tokens.mask.numel())
                 self._workers.run([partial(self._run, one) for one in ordered])
             else:
@@ -124,6 +162,19 @@ class Observer:
         for one in waiting:
             for name, block in one.loose:
                 self._workers.run(self.grams[name].add(block))
+
+    def _draw(self, counts: Mapping[tuple[str, int], int]) -> dict[tuple[str, int], Tensor]:
+        """The rows that sampled inputs keep of one pass, by leader and call."""
+        kept: dict[tuple[str, int], Tensor] = {}
+        if self._sampling is None:
+            return kept
+        for (name, number), count in counts.items():
+            if self._shares[name] < 1 and count:
+                place = (self._shard, self._passes, number)
+                first = self._drawn[name] == 0
+                kept[name, number] = self._sampling.draw(name, place, count, some=first)
+                self._drawn[name] += len(kept[name, number])
+        return kept
 
     def _run(self, one: _Pass) -> None:
         self._now.one = one
@@ -179,6 +230,16 @@ class Observer:
         one.inputs[name, number] = identity_of(x)
         rows, index = token_rows(x, call.kind, one.masks)
         count = rows.shape[0] if index is None else index.shape[0]
+        with self._lock:
+            self.grams[name].seen += count
+        kept = one.kept.get((name, number))
+        if kept is not None:
+            if call.rows(one.masks) != count:
+                raise ValueError(f"{tuple(x.shape)} has {count} rows that count, not {call.rows(one.masks)}")
+            kept = kept.to(x.device)
+            index, count = kept if index is None else index[kept], len(kept)
+            if not count:
+                return
         place = one.places[name, number]
         if place is None:
             # a copy: later layers may change their input in place

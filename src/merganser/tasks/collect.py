@@ -7,29 +7,27 @@ merganser.collect("model", "reviews.jsonl")
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, get_args
-
-from torch import Tensor
+from typing import get_args
 
 from merganser.checkpoints import home_of
-from merganser.errors import DataError, StatisticsError, UserError, did_you_mean
-from merganser.statistics import FILE_NAME, FisherKind, collect_statistics, write_statistics
+from merganser.errors import StatisticsError, UserError, did_you_mean
+from merganser.progress import bar
+from merganser.statistics import FILE_NAME, FisherKind, Statistics, write_statistics
+from merganser.statistics.collection import Collector
+from merganser.statistics.sampling import Sampling
+from merganser.statistics.stopping import check_tolerance
+from merganser.statistics.storage import compress, parse_storage
 from merganser.tasks import task_for
 from merganser.tasks.base import Task
-from merganser.tasks.batches import Batches, make_batches, padding_share
+from merganser.tasks.collecting.examples import Examples, encode, find_columns
+from merganser.tasks.collecting.shards import SHARD_EXAMPLES, Stop, added, collect_shard, fixed_shards
 from merganser.tasks.columns import Columns
 from merganser.tasks.data import Rows, read_rows
 from merganser.tasks.gather import Gather
-from merganser.tasks.models import (
-    Opened,
-    choose_length,
-    load_model,
-    load_tokenizer,
-    open_model,
-    prepare_padding,
-)
+from merganser.tasks.models import Opened, load_model, load_tokenizer, open_model, prepare_padding
 from merganser.tasks.suite import selected
 
 
@@ -48,6 +46,11 @@ def collect(
     batch_size: int = 16,
     max_length: int | None = None,
     use_labels: bool = True,
+    until_converged: float | None = None,
+    sample_tokens: float | int | None = None,
+    shard_examples: int = SHARD_EXAMPLES,
+    seed: int = 0,
+    storage: str = "float32",
     label: str = "",
     overwrite: bool = False,
     allow_pickle: bool = False,
@@ -73,6 +76,14 @@ def collect(
         batch_size: examples in a batch. It changes speed, and no number beyond rounding.
         max_length: tokens at which a text is cut; by default 128, and never more than the model takes.
         use_labels: check the labels where there are some. Gram matrices need none.
+        until_converged: stop when the estimated relative error of the Gram matrices is at most this, see
+            :mod:`merganser.statistics.stopping`; None: use all examples.
+        sample_tokens: wide inputs keep a seeded sample of their tokens, see
+            :mod:`merganser.statistics.sampling`: a float is the share, an integer their number if all examples
+            are used; None: all.
+        shard_examples: examples whose sums are computed together, see :mod:`merganser.tasks.collecting.shards`.
+        seed: of the order of ``until_converged`` and the sample of ``sample_tokens``.
+        storage: ``float32``, ``bfloat16`` or ``lowrank:r``, see :mod:`merganser.statistics.storage`.
         label: free text for the header, such as what the data are. Published with the statistics.
         overwrite: replace an existing file.
         allow_pickle: accept pickled weights (read with ``weights_only``).
@@ -84,9 +95,16 @@ def collect(
         UserError: any mistake in the arguments, the model or the data, before the model is loaded.
     """
     kind = _fisher_kind(fisher)
-    _check_numbers(batch_size=batch_size, max_length=max_length, fisher_examples=fisher_examples)
+    _check_numbers(
+        batch_size=batch_size,
+        max_length=max_length,
+        fisher_examples=fisher_examples,
+        shard_examples=shard_examples,
+    )
     if not grams and kind is None:
         raise UserError("there is nothing to collect", where="collect", mend="ask for grams, fisher or both")
+    _check_options(grams, until_converged, sample_tokens)
+    stored = parse_storage(storage)
     gather = Gather()
     opened = gather(open_model, model, allow_pickle=allow_pickle)
     rows = gather(_rows, data, split, limit)
@@ -95,41 +113,45 @@ def collect(
     gather.settle()
     if opened is None or rows is None or target is None or chosen is None:
         raise RuntimeError("a step failed without an error")
-    found, references = _labels(rows, chosen, opened, Columns.of(columns), kind, use_labels)
-    tokenizer = load_tokenizer(opened)
-    length = choose_length(max_length, opened.config, tokenizer, pairs=found.text_pair is not None)
-    encoded = chosen.encode(
-        rows, tokenizer, opened.config, found, length, references if kind is not None else None
+    found, references = find_columns(rows, chosen, opened, Columns.of(columns), kind, use_labels)
+    examples = encode(
+        rows,
+        chosen,
+        opened,
+        load_tokenizer(opened),
+        found,
+        references if kind is not None else None,
+        max_length,
     )
-    batches = make_batches(
-        encoded.features,
-        chosen.collation(tokenizer, opened.config),
-        batch_size,
-        leading=fisher_examples or 0,
-    )
+    sampling, notes = _sampling(sample_tokens, examples, seed)
     network = load_model(
         opened, chosen.model_class(opened.config), complete=chosen.complete, allow_pickle=allow_pickle
     )
-    prepare_padding(network, tokenizer)
-    header, tensors = collect_statistics(
-        network,
-        opened.checkpoint,
-        _inputs(batches),
-        grams=grams,
-        fisher=kind,
-        fisher_examples=fisher_examples,
-        problem=chosen.problem,
-        label=label,
-        total=len(rows),
-    )
-    cut = f"; {encoded.truncated} of {len(rows)} texts were longer and cut" if encoded.truncated else ""
-    notes = (
-        f"task: {chosen.name}",
-        f"texts cut at {length} tokens{cut}",
-        f"{padding_share(batches):.1%} of the positions were padding, and were left out",
-    )
-    write_statistics(target, header.model_copy(update={"notes": (*header.notes, *notes)}), tensors)
-    return target
+    prepare_padding(network, examples.tokenizer)
+    with (
+        Collector(
+            network,
+            opened.checkpoint,
+            grams=grams,
+            fisher=kind,
+            problem=chosen.problem,
+            sampling=sampling,
+            label=label,
+        ) as collector,
+        bar(len(examples), "collecting", "ex") as progress,
+    ):
+        run = partial(collect_shard, collector, examples, batch_size, progress.update)
+        if until_converged is not None:
+            stop = Stop(until_converged, seed, shard_examples, fisher_examples)
+            sums, tally, note = stop.run(len(examples), run)
+            notes.append(note)
+        else:
+            shards = fixed_shards(len(examples), shard_examples, fisher_examples, grams=grams)
+            sums, tally = added(map(run, shards))
+    header, tensors = sums.result()
+    notes = [*header.notes, f"task: {chosen.name}", *tally.notes(examples.encoded.max_length), *notes]
+    whole = Statistics.in_memory(header.model_copy(update={"notes": tuple(notes)}), tensors)
+    return write_statistics(target, *compress(whole, stored))
 
 
 def _rows(data: str | Path | Rows, split: str | None, limit: int | None) -> Rows:
@@ -151,31 +173,39 @@ def _task(opened: Opened, task: str | Task, kind: FisherKind | None) -> Task:
     return chosen
 
 
-def _labels(
-    rows: Rows, task: Task, opened: Opened, given: Columns, kind: FisherKind | None, use_labels: bool
-) -> tuple[Columns, Any]:
-    """The columns, and the labels where they are there: checked, though Gram matrices need none."""
-    if not use_labels and kind == "empirical":
+def _check_options(grams: bool, until_converged: float | None, sample_tokens: float | int | None) -> None:
+    """Refuse ways of collecting less that mean nothing."""
+    if until_converged is not None:
+        check_tolerance(until_converged)
+    if isinstance(sample_tokens, float):
+        Sampling(sample_tokens)
+    elif sample_tokens is not None and sample_tokens < 1:
         raise UserError(
-            "empirical Fisher information is made of labels",
-            where="--fisher",
-            mend="use the labels, or collect expected",
+            f"a sample of {sample_tokens} tokens is empty",
+            where="--sample-tokens",
+            mend="give a number of tokens of at least 1, or a share such as 0.25",
         )
-    columns = task.columns(rows, given, labelled=kind == "empirical")
-    if task.label_role is not None and (not use_labels or columns.label is None):
-        return columns, None
-    try:
-        return columns, task.references(rows, columns, task.space(opened.config))
-    except DataError as error:
-        if kind == "empirical" or task.label_role is None:
-            raise
-        mend = f"{error.mend}; Gram matrices need no labels: --ignore-labels leaves them unread"
-        raise DataError(error.what, where=error.where, mend=mend) from None
+    if not grams and (until_converged is not None or sample_tokens is not None):
+        option = "--until-converged" if until_converged is not None else "--sample-tokens"
+        raise UserError(
+            "it is about Gram matrices, and none are collected",
+            where=option,
+            mend="leave it out, or collect Gram matrices, too",
+        )
 
 
-def _inputs(batches: Batches) -> Iterator[dict[str, Tensor]]:
-    for batch in batches:
-        yield batch.inputs
+def _sampling(
+    sample_tokens: float | int | None, examples: Examples, seed: int
+) -> tuple[Sampling | None, list[str]]:
+    """The sampling that was asked for, and a note where there is none to do."""
+    if sample_tokens is None:
+        return None, []
+    if isinstance(sample_tokens, float):
+        return Sampling(sample_tokens, seed), []
+    tokens = examples.tokens
+    if sample_tokens >= tokens:
+        return None, [f"no sample was taken: there are {tokens} tokens, at most {sample_tokens} were wanted"]
+    return Sampling(sample_tokens / tokens, seed), []
 
 
 def _fisher_kind(fisher: str | None) -> FisherKind | None:

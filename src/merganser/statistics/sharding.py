@@ -1,0 +1,128 @@
+"""Statistics of shards of the data as those of the whole: sums in float64, one shard after the other.
+
+A shard's statistics are what a collection of its examples alone gives. Adding them in the shards' order, wherever each
+was computed, gives one result to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from merganser.errors import StatisticsError
+from merganser.statistics.format import LayerStatistics, Statistics, StatisticsHeader
+
+
+class ShardSums:
+    """The sum of some shards: 8 bytes for each number of a shard's float32 statistics.
+
+    Means are weighted by the rows they stand for, Fisher information by its examples.
+
+    Attributes:
+        shards: how many were added.
+    """
+
+    def __init__(self) -> None:
+        self.shards = 0
+        self._header: StatisticsHeader | None = None
+        self._totals: dict[str, Tensor] = {}
+
+    def add(self, shard: Statistics) -> None:
+        """Add a shard, in memory or in a file of which one tensor at a time is read.
+
+        Raises:
+            StatisticsError: it is of other weights or layers than those before it.
+        """
+        weights = dict(_weights(shard.header))
+        self._take(shard.header, shard.path)
+        for name in shard.tensors:
+            values = shard.packed(name)
+            counted = name.startswith("count.")
+            self._put(name, values.clone() if counted else values.to(torch.float64).mul_(weights[name]))
+
+    def absorb(self, other: ShardSums) -> None:
+        """Add the sums of other shards, which are used up."""
+        if other._header is None:
+            return
+        self._take(other._header, None)
+        self.shards += other.shards - 1
+        for name in list(other._totals):
+            self._put(name, other._totals.pop(name))
+
+    def inputs(self) -> Iterator[str]:
+        """The inputs with a Gram matrix."""
+        return (name.removeprefix("gram.") for name in self._totals if name.startswith("gram."))
+
+    def gram(self, input: str) -> tuple[Tensor, int]:
+        """Packed upper triangle (d·(d+1)/2,) float64 of the sum of x xᵀ, and how many rows it stands for."""
+        header = self._some_header()
+        return self._totals[f"gram.{input}"], dict(_weights(header))[f"gram.{input}"]
+
+    def result(self) -> tuple[StatisticsHeader, dict[str, Tensor]]:
+        """Header and tensors of the whole, float32. The sums are used up.
+
+        Raises:
+            StatisticsError: no shard was added.
+        """
+        header = self._some_header()
+        weights = dict(_weights(header))
+        tensors: dict[str, Tensor] = {}
+        for name in sorted(self._totals):
+            total = self._totals.pop(name)
+            counted = name.startswith("count.")
+            tensors[name] = total if counted else total.div_(weights[name]).to(torch.float32)
+        return header, tensors
+
+    def _put(self, name: str, value: Tensor) -> None:
+        if name in self._totals:
+            self._totals[name] += value
+        else:
+            self._totals[name] = value
+
+    def _some_header(self) -> StatisticsHeader:
+        if self._header is None:
+            raise StatisticsError("there are no shards to add", mend="give data with at least one example")
+        return self._header
+
+    def _take(self, header: StatisticsHeader, where: Any) -> None:
+        self.shards += 1
+        self._header = header if self._header is None else _together(self._header, header, where)
+
+
+def _weights(header: StatisticsHeader) -> Iterator[tuple[str, int]]:
+    """What each mean is the mean of: rows or examples."""
+    for layer in header.layers:
+        if layer.input is not None:
+            yield f"gram.{layer.input}", layer.rows
+            yield f"mean.{layer.input}", layer.rows
+    for name in header.tensor_sha256:
+        yield f"fisher.{name}", header.fisher_examples
+
+
+def _together(one: StatisticsHeader, two: StatisticsHeader, where: Any) -> StatisticsHeader:
+    if one.manifest_sha256 != two.manifest_sha256 or _shapes(one.layers) != _shapes(two.layers):
+        raise StatisticsError(
+            "the shards are of different weights or layers",
+            where=where,
+            mend="let every machine see the same model, and run the same versions of merganser and transformers",
+        )
+    rows = {layer.module: layer.rows for layer in two.layers}
+    return one.model_copy(
+        update={
+            "layers": tuple(
+                layer.model_copy(update={"rows": layer.rows + rows[layer.module]}) for layer in one.layers
+            ),
+            "examples": one.examples + two.examples,
+            "tokens": one.tokens + two.tokens,
+            "fisher": one.fisher or two.fisher,
+            "fisher_examples": one.fisher_examples + two.fisher_examples,
+            "notes": tuple(dict.fromkeys((*one.notes, *two.notes))),
+        }
+    )
+
+
+def _shapes(layers: tuple[LayerStatistics, ...]) -> list[Mapping[str, Any]]:
+    return [layer.model_dump(exclude={"rows"}) for layer in layers]
