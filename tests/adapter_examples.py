@@ -71,3 +71,14 @@ def oracle(base: Path, adapter: Path) -> dict[str, np.ndarray]:
         elif ".lora_" not in name:
             state[name] = a
     return state
+
+
+def materialise(folder: Path, base: Path, adapter: Path) -> Path:
+    """The full checkpoint that an adapter on its base means."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in base.iterdir():
+        if file.suffix == ".json":
+            (folder / file.name).write_bytes(file.read_bytes())
+    state = {name: torch.from_numpy(array).float() for name, array in oracle(base, adapter).items()}
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    return folder

@@ -1,4 +1,4 @@
-"""Reading a PEFT folder: what ``adapter_config.json`` and the names in the weight file say, checked against the base.
+"""Putting an adapter on its base: what the names in a PEFT weight file mean, checked against the base's headers.
 
 All of it is data from a stranger. Everything that does not fit is found from headers, all at once, before a weight is
 read: factors without their twin, ranks that differ, layers or shapes that the base lacks, kinds of adapters whose
@@ -7,34 +7,18 @@ effect is not a sum of low-rank products.
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from merganser.checkpoints.adapter_settings import MERGE_FIRST, Settings, read_settings
 from merganser.checkpoints.adapters import CONFIG, WEIGHTS, AdapterCheckpoint, Change
 from merganser.checkpoints.names import align, renamed
 from merganser.checkpoints.reader import Checkpoint, read_json
 from merganser.errors import CheckpointError, UserError, raise_all
 from merganser.tensors import is_floating
 
-#: Settings of LoRA's relatives whose effect is not W + s·BA, and what they are.
-_OTHER_KINDS = {
-    "use_dora": "DoRA, which also scales every column",
-    "use_qalora": "QALoRA, which pools the inputs",
-    "use_bdlora": "block-diagonal LoRA",
-    "alora_invocation_tokens": "an activated LoRA, which is off until certain tokens have been seen",
-    "arrow_config": "a router between several adapters",
-    "kasa_config": "KaSA, which changes the base's weights too",
-    "trainable_token_indices": "trained single tokens beside LoRA",
-    "target_parameters": "LoRA on bare parameters (packed experts)",
-    "layer_replication": "LoRA on layers that are repeated",
-}
-_MERGE_FIRST = (
-    "merge it into its base with peft (model.merge_and_unload().save_pretrained(...)) and give that"
-)
-_PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # any other changes the base's weights
 _FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
 _OTHER_PARTS = ("lora_magnitude_vector", "token_adapter", "trainable_tokens_delta", "lora_E", "ranknum")
 _CONV1D = {
@@ -49,45 +33,6 @@ _LABELLED = ("SEQ_CLS", "TOKEN_CLS")
 _MOST_NAMED = 8  # problems of one sort that are spelt out
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What matters of ``adapter_config.json``.
-
-    Attributes:
-        rank, alpha: of modules that no pattern names.
-        ranks, alphas: by pattern of module name.
-        stabilised: scale is α/√r.
-        transposed: the adapted layers are stored (in, out).
-        saved: modules that are replaced as a whole.
-        task: PEFT's word for the task, such as ``SEQ_CLS``.
-        model_class: of the model that the adapter was trained in, where it says so.
-    """
-
-    rank: int
-    alpha: float
-    ranks: Mapping[str, Any]
-    alphas: Mapping[str, Any]
-    stabilised: bool
-    transposed: bool
-    saved: tuple[str, ...]
-    task: str | None
-    model_class: str | None
-
-    def rank_of(self, module: str) -> int:
-        """The rank that a module should have."""
-        return int(_by_pattern(self.ranks, module, self.rank))
-
-    def scale_of(self, module: str, rank: int) -> float:
-        """The factor of BA."""
-        alpha = float(_by_pattern(self.alphas, module, self.alpha))
-        return alpha / (math.sqrt(rank) if self.stabilised else rank)
-
-    def saves(self, module: str) -> bool:
-        """Whether a module, or one that holds it, is among those replaced as a whole."""
-        parents = [module[: i.start()] for i in re.finditer(r"\.", module)]
-        return any(name.endswith(one) for name in [*parents, module] for one in self.saved)
-
-
 @dataclass
 class _Found:
     """The adapter's tensors of one module: names in the file, by what they are."""
@@ -95,66 +40,6 @@ class _Found:
     factors: dict[str, str] = field(default_factory=dict)
     vector: str | None = None
     whole: dict[str, str] = field(default_factory=dict)
-
-
-def read_settings(adapter: Checkpoint) -> Settings:
-    """``adapter_config.json``, checked.
-
-    Raises:
-        UserError: not there, not LoRA, or malformed; several at once.
-    """
-    where = adapter.path / CONFIG
-    raw = read_json(where)
-    if raw is None:
-        raise CheckpointError(
-            f"this is a PEFT adapter without its {CONFIG}",
-            where=adapter.path,
-            mend="restore the file: it holds the scale of the factors",
-        )
-    problems: list[UserError] = []
-
-    def check(sound: bool, what: str, mend: str = "restore the file") -> None:
-        if not sound:
-            problems.append(CheckpointError(what, where=where, mend=mend))
-
-    kind = raw.get("peft_type")
-    check(kind == "LORA", f"peft_type is {kind!r}: only LoRA adapters can be merged", _MERGE_FIRST)
-    if kind == "LORA":
-        for key, meaning in _OTHER_KINDS.items():
-            check(not raw.get(key), f"{key} is set: this is {meaning}, not plain LoRA", _MERGE_FIRST)
-        start = raw.get("init_lora_weights", True)
-        check(
-            start in _PLAIN_STARTS,
-            f"init_lora_weights is {start!r}, which changes the base's weights too",
-            "convert it to plain LoRA (peft: save_pretrained(..., path_initial_model_for_weight_conversion=...))",
-        )
-        ranks, alphas = raw.get("rank_pattern") or {}, raw.get("alpha_pattern") or {}
-        check(
-            _is_rank(raw.get("r")), f"the rank r is {raw.get('r')!r}", "a rank is a whole number, at least 1"
-        )
-        check(_is_number(raw.get("lora_alpha", 8)), f"lora_alpha is {raw.get('lora_alpha')!r}")
-        for key, table, fits in (("rank_pattern", ranks, _is_rank), ("alpha_pattern", alphas, _is_number)):
-            sound = isinstance(table, dict) and all(fits(value) for value in table.values())
-            check(sound, f"{key} is malformed or holds a rank below 1: {table!r}")
-            for pattern in table if isinstance(table, dict) else ():
-                check(_is_pattern(pattern), f"{key}: {pattern!r} is no pattern that can be used")
-        saved = raw.get("modules_to_save") or []
-        named = isinstance(saved, list) and all(isinstance(one, str) for one in saved)
-        check(named, f"modules_to_save is {saved!r}")
-    raise_all(problems)
-    mapping = raw.get("auto_mapping")
-    model_class = mapping.get("base_model_class") if isinstance(mapping, dict) else None
-    return Settings(
-        rank=raw["r"],
-        alpha=raw.get("lora_alpha", 8),
-        ranks=ranks,
-        alphas=alphas,
-        stabilised=bool(raw.get("use_rslora")),
-        transposed=bool(raw.get("fan_in_fan_out")),
-        saved=tuple(saved),
-        task=raw.get("task_type") if isinstance(raw.get("task_type"), str) else None,
-        model_class=model_class if isinstance(model_class, str) else None,
-    )
 
 
 def combine(name: str, base: Checkpoint, adapter: Checkpoint) -> AdapterCheckpoint:
@@ -209,9 +94,7 @@ def _modules(adapter: Checkpoint, problems: list[UserError]) -> dict[str, _Found
         if "original_module" in parts:  # the head before training, which some versions also save
             continue
         if not is_floating(info.dtype) or not _place(key, parts, modules):
-            problems.append(
-                CheckpointError(f"tensor {key!r} is no part of a LoRA adapter", mend=_MERGE_FIRST)
-            )
+            problems.append(CheckpointError(f"tensor {key!r} is no part of a LoRA adapter", mend=MERGE_FIRST))
     return modules
 
 
@@ -280,7 +163,7 @@ def _change(
         wrong(
             f"the factors {list(shape_a)} and {list(shape_b)} are no matrices: "
             "only linear, Conv1D and embedding layers can be adapted",
-            _MERGE_FIRST,
+            MERGE_FIRST,
         )
         return None
     rank = shape_a[0]
@@ -387,7 +270,7 @@ def _absent(base: Checkpoint, adapter: Checkpoint, module: str, kind: str) -> Us
     return CheckpointError(
         f"the adapter changes {f'{module}.{kind}'!r}, which {base.name} lacks"
         + (" (it is tied to the input embeddings)" if tied else ""),
-        mend=_MERGE_FIRST if tied else "give the base that the adapter was trained on, as base+adapter",
+        mend=MERGE_FIRST if tied else "give the base that the adapter was trained on, as base+adapter",
     )
 
 
@@ -468,28 +351,3 @@ def _shortened(problems: list[UserError], adapter: Checkpoint) -> list[UserError
             CheckpointError(f"{len(problems) - _MOST_NAMED} more tensors like these", where=where, mend=mend)
         )
     return found
-
-
-def _by_pattern(table: Mapping[str, Any], module: str, default: Any) -> Any:
-    """The entry of the first pattern that is the end of the module's name, as PEFT looks it up."""
-    matches: Callable[[str], object] = lambda key: re.match(rf"(.*\.)?({key})$", module)  # noqa: E731
-    return next((value for key, value in table.items() if matches(key)), default)
-
-
-def _is_pattern(text: object) -> bool:
-    """A regular expression that compiles and, having no repeated group, cannot take for ever."""
-    if not isinstance(text, str) or len(text) > 500 or re.search(r"\)[*+{]", text):
-        return False
-    try:
-        re.compile(text)
-    except (re.error, OverflowError, RecursionError):
-        return False
-    return True
-
-
-def _is_rank(value: object) -> bool:
-    return type(value) is int and value >= 1
-
-
-def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]

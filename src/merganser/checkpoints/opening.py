@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from merganser.checkpoints import adapters
-from merganser.checkpoints.adapter_files import combine, read_settings
+from merganser.checkpoints.adapter_files import combine
+from merganser.checkpoints.adapter_settings import read_settings
 from merganser.checkpoints.header import TensorInfo, read_infos
 from merganser.checkpoints.reader import Checkpoint, read_json
 from merganser.errors import CheckpointError, raise_all

@@ -14,7 +14,7 @@ from merganser.merging.plan import Plan
 
 def model_card(plan: Plan, layout: Layout, outcomes: Mapping[str, Outcome]) -> str:
     """README.md of the merged folder, with the metadata that the Hub reads."""
-    sources = [_public(parent.contributor.model, parent.checkpoint.revision) for parent in plan.parents]
+    sources = [public_name(parent.contributor.model, parent.checkpoint.revision) for parent in plan.parents]
     library = (
         "sentence-transformers"
         if "modules.json" in plan.parents[0].checkpoint.side_files()
@@ -73,9 +73,9 @@ The licences of the contributors apply to the result.
 """
 
 
-def _public(model: str, revision: str | None) -> str:
+def public_name(model: str, revision: str | None) -> str:
     """A Hub name as it is; of a local folder only its last part, which says nothing about the machine."""
     if revision and "+" in revision:  # an adapter on its base, one of them on the Hub
         name, _, commit = revision.rsplit("+", 1)[1].partition("@")
-        return _public(name, commit or None)
+        return public_name(name, commit or None)
     return model.rsplit("@", 1)[0] if revision else model.rstrip("/").rsplit("/", 1)[-1]
