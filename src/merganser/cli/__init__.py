@@ -18,6 +18,7 @@ from merganser.errors import UserError
 COMMANDS = {
     "collect": ("collect", "Compute the statistics of a model next to its data."),
     "merge": ("merge", "Merge models into one."),
+    "ledger": ("ledger", "Keep the sums of a merge: models join and leave one at a time."),
     "evaluate": ("evaluate", "Score models on data sets."),
     "inspect": ("inspect", "Show what a model, statistics file or merge holds."),
     "stats": ("stats", "Add, weight, compress and compare statistics files."),

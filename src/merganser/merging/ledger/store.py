@@ -1,0 +1,271 @@
+"""The folder of a ledger: one process at a time, a new file of sums beside the old one, one rename to switch.
+
+``ledger.json`` names the file of sums that counts. A change writes a new file, flushes it, replaces ``ledger.json``.
+Killed before that, the ledger is the old one; after it, the new one. What is left over is removed by the next change.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from merganser.checkpoints import Checkpoint, sha256_tensor
+from merganser.checkpoints.header import read_infos
+from merganser.checkpoints.writer import SafetensorsWriter, TensorSpec, free_bytes
+from merganser.errors import UserError
+from merganser.merging.ledger.record import FILE_NAME, RESTORE, LedgerError, Part, Record, dump, load
+from merganser.merging.ledger.terms import shapes
+from merganser.progress import bar
+from merganser.tensors import one_thread
+
+LOCK = ".lock"
+HALVES = ("high", "low")
+_SPARE = 1_000_000  # bytes for ledger.json
+
+logger = logging.getLogger(__name__)
+
+Pair = tuple[Tensor, Tensor]
+#: Number of a part and the part → its sums by term.
+Compute = Callable[[int, Part], dict[str, Pair]]
+
+
+@contextmanager
+def locked(folder: Path, *, write: bool = True) -> Iterator[Record]:
+    """The ledger, for this process alone; what a killed change left over is removed.
+
+    Args:
+        folder: of the ledger.
+        write: False: where the folder cannot be written to, go without lock.
+
+    Raises:
+        LedgerError: there is no ledger, or it is damaged.
+    """
+    load(folder)  # no lock file in a folder that is no ledger
+    lock = _acquire(folder, write)
+    try:
+        record = load(folder)
+        if write:
+            _discard_others(folder, record.file)
+        yield record
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _acquire(folder: Path, write: bool) -> FileLock | None:
+    lock = FileLock(folder / LOCK)
+    try:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            logger.warning("waiting for another process that uses %s", folder)
+            lock.acquire()
+    except OSError as error:
+        if not write and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            return None  # nobody can change what nobody can write to
+        raise cannot_write(folder, error) from None
+    return lock
+
+
+def file_name(generation: int) -> str:
+    """Of the sums of a generation."""
+    return f"sums-{generation:06d}.safetensors"
+
+
+def specs(record: Record, parts: Sequence[Part]) -> list[TensorSpec]:
+    """The tensors of a file of sums."""
+    method = record.make_method()
+    return [
+        TensorSpec(f"{number}.{term}.{half}", "F64", shape)
+        for number, part in enumerate(parts)
+        for term, shape in shapes(method, part).items()
+        for half in HALVES
+    ]
+
+
+def check_disk(folder: Path, specs: Sequence[TensorSpec]) -> UserError | None:
+    """Whether the disk has no room for sums, said before work."""
+    needed, free = sum(spec.nbytes for spec in specs) + _SPARE, free_bytes(folder)
+    if needed <= free:
+        return None
+    return LedgerError(
+        f"too little disk: the new sums take {needed / 1e9:.2f} GB beside the old ones, "
+        f"{free / 1e9:.2f} GB are free",
+        where=folder,
+        mend="free some space, or move the ledger to another disk",
+    )
+
+
+def write_sums(
+    folder: Path, file: str, record: Record, parts: Sequence[Part], compute: Compute, threads: int | None
+) -> dict[str, str]:
+    """Compute the sums part by part, a few at a time, and write them; returns their hashes.
+
+    Args:
+        folder: of the ledger.
+        file: name of the file; removed again if anything fails.
+        record: names the method.
+        parts: of the model.
+        compute: the sums of a part; called on several threads.
+        threads: how many; the bytes do not depend on it.
+
+    Raises:
+        LedgerError: the disk is full or the folder cannot be written to.
+    """
+    wanted = specs(record, parts)
+    hashes: dict[str, str] = {}
+    try:
+        with (
+            one_thread(),
+            SafetensorsWriter(folder, {file: wanted}) as writer,
+            bar(sum(spec.nbytes for spec in wanted), "sums", "B", scale=True) as progress,
+            ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool,
+        ):
+
+            def work(number: int, part: Part) -> int:
+                written = 0
+                for term, pair in compute(number, part).items():
+                    for half, tensor in zip(HALVES, pair, strict=True):
+                        name = f"{number}.{term}.{half}"
+                        writer.write(file, name, tensor)
+                        hashes[name] = sha256_tensor(tensor, "F64")
+                        written += tensor.nbytes
+                return written
+
+            futures = [pool.submit(work, number, part) for number, part in enumerate(parts)]
+            for future in futures:
+                future.add_done_callback(
+                    lambda done: done.cancelled() or done.exception() or progress.update(done.result())
+                )
+            try:
+                wait(futures, return_when=FIRST_EXCEPTION)
+            finally:
+                for future in futures:
+                    future.cancel()
+            for future in futures:
+                if not future.cancelled():
+                    future.result()
+    except OSError as error:
+        (folder / file).unlink(missing_ok=True)
+        raise cannot_write(folder, error) from None
+    except BaseException:
+        (folder / file).unlink(missing_ok=True)
+        raise
+    return {spec.name: hashes[spec.name] for spec in wanted}
+
+
+def commit(folder: Path, record: Record) -> None:
+    """Make ``record`` what the ledger says: the one step that counts. Then the sums before it are removed.
+
+    Raises:
+        LedgerError: the folder cannot be written to; the ledger is as it was.
+    """
+    temporary = folder / f".{FILE_NAME}.tmp"
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(dump(record))
+            stream.flush()
+            os.fsync(stream.fileno())
+        _sync(folder)  # the sums that it names
+        temporary.replace(folder / FILE_NAME)
+        _sync(folder)
+    except OSError as error:
+        raise cannot_write(folder, error) from None
+    _discard_others(folder, record.file)
+
+
+@dataclass(frozen=True)
+class Sums:
+    """The sums of a ledger, read part by part and held against their hashes.
+
+    Attributes:
+        record: what the ledger says of them.
+        checkpoint: the file; None where there are none.
+    """
+
+    record: Record
+    checkpoint: Checkpoint | None
+
+    @classmethod
+    def open(cls, folder: Path, record: Record) -> Sums:
+        """Open the file of sums; its header is checked, no sum is read.
+
+        Raises:
+            LedgerError: it is missing, truncated or of other tensors than the ledger says.
+        """
+        if record.file is None:
+            return cls(record, None)
+        path = folder / record.file
+        try:
+            infos = {info.name: info for info in read_infos(path, record.file)}
+        except UserError as error:
+            raise LedgerError(f"the sums are damaged: {error.what}", where=path, mend=RESTORE) from None
+        wanted = specs(record, record.parts)
+        stored = [(info.name, info.dtype, info.shape) for info in infos.values()]
+        if sorted(stored) != sorted((s.name, s.dtype, s.shape) for s in wanted) or set(infos) != set(
+            record.sums
+        ):
+            raise LedgerError("the sums are not those of this ledger", where=path, mend=RESTORE)
+        return cls(record, Checkpoint(str(folder), folder, infos))
+
+    def pairs(self, number: int, terms: Sequence[str]) -> dict[str, Pair]:
+        """The sums of a part."""
+        return {term: (self._half(number, term, "high"), self._half(number, term, "low")) for term in terms}
+
+    def rounded(self, number: int, terms: Sequence[str]) -> dict[str, Tensor]:
+        """The sums of a part, each rounded to float64."""
+        return {term: self._half(number, term, "high") for term in terms}
+
+    def _half(self, number: int, term: str, half: str) -> Tensor:
+        name = f"{number}.{term}.{half}"
+        if self.checkpoint is None:
+            raise RuntimeError("there are no sums yet")
+        tensor = self.checkpoint.read(name)
+        if sha256_tensor(tensor, "F64") != self.record.sums[name]:
+            raise LedgerError(
+                f"the sums are damaged: {term} of {', '.join(self.record.parts[number].names)} "
+                "does not have its recorded hash",
+                where=self.checkpoint.path / str(self.record.file),
+                mend=RESTORE,
+            )
+        return tensor
+
+
+def zeros_like(terms: dict[str, Tensor]) -> dict[str, Pair]:
+    """Empty sums."""
+    return {name: (torch.zeros_like(term), torch.zeros_like(term)) for name, term in terms.items()}
+
+
+def cannot_write(folder: Path, error: OSError) -> LedgerError:
+    """What an ``OSError`` means to the user."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return LedgerError(
+        "the disk is full; the ledger is as it was" if full else f"cannot be written: {error}",
+        where=folder,
+        mend="free some space or choose another disk" if full else "check the path and its permissions",
+    )
+
+
+def _discard_others(folder: Path, file: str | None) -> None:
+    for path in [*folder.glob("sums-*.safetensors"), folder / f".{FILE_NAME}.tmp"]:
+        if path.name != file:
+            with suppress(OSError):  # the next change tries again
+                path.unlink(missing_ok=True)
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,164 @@
+"""What a contributor adds to the sums of one part of the model, and what the sums are solved to.
+
+Every metric of the ledger's methods gives sums over contributors: a Gram matrix G, a diagonal m, or nothing (the
+average). All differences are from the base model R, which every site has, so that sites need nothing of each other:
+
+    gram      Σ cG (packed upper triangle)    Σ c(W − R)G    Σ c(W − R)
+    diagonal  Σ cm                            Σ cm(θ − R)    Σ c(θ − R)
+    average                                                  Σ c(θ − R)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from merganser.merging.ledger.record import Part
+from merganser.methods import GramSums, Merged, Method, Share, Unit
+from merganser.tensors import pack_upper, unpack_upper
+
+Terms = dict[str, Tensor]
+
+#: Kinds of units whose metric is diagonal.
+DIAGONAL = ("token counts", "fisher")
+
+
+def contribution(method: Method, part: Part, unit: Unit, share: Share) -> Terms:
+    """The terms of one contributor, float64.
+
+    The same files give the same bits, but for products with Gram matrices, whose last bits depend on the machine.
+    """
+    if part.treatment == "gram":
+        sums = GramSums()
+        method.add(unit, Origin(share, unit), sums)
+        method.add(unit, share, sums)
+        if sums.system is None or sums.right is None or sums.offset is None:
+            raise RuntimeError(f"method {method.name} added nothing for {unit.names[0]}")
+        return {"system": pack_upper(sums.system), "right": sums.right, "offset": sums.offset}
+    if part.treatment == "copy":
+        return {}
+    (name,) = unit.names
+    difference = share.tensor(name).to(torch.float64) - share.base(name)
+    if part.treatment == "average":
+        return {"offset": difference * share.coefficient}
+    metric = share.count(name)[:, None] if unit.kind == "token counts" else share.fisher(name)
+    metric = metric.to(torch.float64) * share.coefficient
+    return {"metric": metric, "right": metric * difference, "offset": difference * share.coefficient}
+
+
+def solve(method: Method, part: Part, unit: Unit, sums: Terms, total: float, base: Share) -> Merged:
+    """The merged tensors of a part, float64.
+
+    Args:
+        method: with its options.
+        part: how the part is treated.
+        unit: its tensors.
+        sums: over all contributors, see the module; may be used up.
+        total: the sum of the coefficients.
+        base: a share whose tensors are the base model's.
+    """
+    if part.treatment == "gram":
+        gram = GramSums()
+        method.add(unit, Origin(base, unit), gram)
+        gram.system, gram.right, gram.offset = unpack_upper(sums["system"]), sums["right"], sums["offset"]
+        gram.total = total
+        return method.solve(unit, gram)
+    (name,) = unit.names
+    merged = sums["offset"].div_(total)
+    if part.treatment == "diagonal":
+        metric = sums["metric"]
+        correction = sums["right"] - metric * merged
+        weight = metric + method.options.ridge * metric.mean()
+        merged += torch.where(weight > 0, correction / weight.clamp_min(1e-300), 0.0)
+    return Merged({name: merged.add_(base.base(name))})
+
+
+def shapes(method: Method, part: Part) -> dict[str, tuple[int, ...]]:
+    """The shape of each term of a part, from shapes alone."""
+    share = Outline(part)
+    terms = contribution(method, part, part.unit(), share)
+    return {name: tuple(tensor.shape) for name, tensor in terms.items()}
+
+
+class Origin:
+    """The base model as a contributor without weight or statistics: what differences are taken from.
+
+    Args:
+        share: of a contributor, for its base.
+        unit: the tensors.
+    """
+
+    coefficient = 0.0
+
+    def __init__(self, share: Share, unit: Unit) -> None:
+        self._share = share
+        self._widths = {
+            fact.name: fact.shape[0 if fact.layer.kind == "conv1d" else 1]
+            for fact in unit.facts
+            if fact.layer
+        }
+
+    def tensor(self, name: str) -> Tensor:
+        """The base model's."""
+        return self._share.base(name)
+
+    base = tensor
+
+    def gram(self, weight: str) -> Tensor:
+        """Zeros."""
+        width = self._widths[weight]
+        return self._share.base(weight).new_zeros(width, width)
+
+    def mean(self, weight: str) -> Tensor:
+        """Zeros."""
+        return self._share.base(weight).new_zeros(self._widths[weight])
+
+    def count(self, weight: str) -> Tensor:
+        """Zeros."""
+        return self._share.base(weight).new_zeros(len(self._share.base(weight)))
+
+    def fisher(self, name: str) -> Tensor:
+        """Zeros."""
+        return torch.zeros_like(self._share.base(name))
+
+    def pieces(self, name: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """The whole, twice."""
+        yield self._share.base(name), self._share.base(name)
+
+
+class Outline:
+    """A share of tensors that have shapes but no numbers.
+
+    Args:
+        part: the tensors.
+    """
+
+    coefficient = 1.0
+
+    def __init__(self, part: Part) -> None:
+        self._shapes = dict(zip(part.names, part.shapes, strict=True))
+        self._kinds = {layer.weight: layer.kind for layer in part.layers}
+
+    def tensor(self, name: str) -> Tensor:
+        """Of its shape."""
+        return torch.empty(self._shapes[name], dtype=torch.float32, device="meta")
+
+    base = fisher = tensor
+
+    def gram(self, weight: str) -> Tensor:
+        """Square."""
+        return self.mean(weight).new_empty(*self.mean(weight).shape, *self.mean(weight).shape)
+
+    def mean(self, weight: str) -> Tensor:
+        """One number an input."""
+        return self.tensor(weight)[:, 0] if self._kinds[weight] == "conv1d" else self.tensor(weight)[0]
+
+    def count(self, weight: str) -> Tensor:
+        """One number a row."""
+        return self.tensor(weight)[:, 0].to(torch.float64)
+
+    def pieces(self, name: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """The whole, twice."""
+        yield self.tensor(name), self.tensor(name)

@@ -1,0 +1,381 @@
+"""The verbs: init, add, remove, combine (``merganser ledger sum``)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from merganser.checkpoints.writer import new_folder
+from merganser.errors import RecipeError, UserError, did_you_mean, raise_all
+from merganser.merging.checks import matches
+from merganser.merging.ledger.compensated import accumulate
+from merganser.merging.ledger.contributors import (
+    check_contents,
+    entry_of,
+    make_parts,
+    open_contributor,
+    open_reference,
+    open_same_base,
+    pinned,
+)
+from merganser.merging.ledger.record import (
+    FILE_NAME,
+    BaseRecord,
+    Entry,
+    LedgerError,
+    Part,
+    Record,
+    dump,
+    load,
+)
+from merganser.merging.ledger.store import (
+    Pair,
+    Sums,
+    check_disk,
+    commit,
+    file_name,
+    locked,
+    specs,
+    write_sums,
+    zeros_like,
+)
+from merganser.merging.ledger.terms import contribution, shapes
+from merganser.merging.parents import Parent
+from merganser.merging.provenance import located
+from merganser.merging.recipe import make_recipe, method_options
+from merganser.merging.shares import ParentShare
+
+#: Methods whose merge is a function of sums over contributors.
+METHODS = ("regmean", "fisher", "simple")
+_FEWEST = 4  # digits of a hash that are taken for one
+
+
+def init(
+    folder: str | Path,
+    base: str | Path,
+    *,
+    method: str = "regmean",
+    options: Mapping[str, Any] | None = None,
+    exclude: Sequence[str] = (),
+    keep_separate: Sequence[str] = (),
+    allow_pickle: bool = False,
+) -> Path:
+    """Start a ledger, for fine-tunes of one base model and one method.
+
+    Args:
+        folder: to make; may be there if it is empty.
+        base: the model that all contributors started from: the reference of all sums.
+        method: one of :data:`METHODS`.
+        options: of the method; what goes into the sums is settled here.
+        exclude: name patterns of tensors that are averaged instead.
+        keep_separate: name patterns of tensors that are no part of the ledger, such as heads.
+        allow_pickle: accept ``pytorch_model.bin``.
+
+    Raises:
+        UserError: anything the user can mend; several at once as ``Problems``.
+    """
+    target, problems = Path(folder), list[UserError]()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        problems.append(LedgerError("the folder is not empty", where=target, mend="give a new folder"))
+    if method not in METHODS:
+        mend = did_you_mean(method, METHODS)
+        problems.append(
+            RecipeError(f"there are no ledgers of method {method!r}", where="--method", mend=mend)
+        )
+    raise_all(problems)
+    recipe = make_recipe({"contributors": [str(base)], "method": method, "options": dict(options or {})})
+    settled = method_options(recipe, method, "ledger").model_dump(mode="json")
+    parent = open_reference(str(base), problems, allow_pickle=allow_pickle)
+    raise_all(problems)
+    if parent is None:
+        raise RuntimeError("a model that cannot be opened has a problem")
+    for pattern in exclude:
+        if not any(matches(name, [pattern]) for name in parent.checkpoint.tensors):
+            mend = f"use a name or a pattern with *, such as {next(iter(parent.checkpoint.tensors))!r}"
+            problems.append(
+                RecipeError(f"no tensor of the base is called {pattern!r}", where="exclude", mend=mend)
+            )
+    raise_all(problems)
+    parent.checkpoint.fetch()
+    record = Record(
+        base=BaseRecord(
+            model=str(base),
+            revision=parent.checkpoint.revision,
+            manifest_sha256=parent.checkpoint.manifest_sha256(),
+            model_type=parent.checkpoint.config.get("model_type"),
+        ),
+        method=method,
+        options=settled,
+        exclude=tuple(exclude),
+        keep_separate=tuple(keep_separate),
+    )
+    with new_folder(target) as place:
+        (place / FILE_NAME).write_bytes(dump(record))
+    return target
+
+
+def add(
+    folder: str | Path,
+    model: str | Path,
+    *,
+    coefficient: float = 1.0,
+    statistics: str | Path | None = None,
+    base: str | Path | None = None,
+    threads: int | None = None,
+    allow_pickle: bool = False,
+) -> Entry:
+    """Add a contributor's share to the sums: whole or not at all, whatever happens meanwhile.
+
+    Args:
+        folder: the ledger.
+        model: a model folder, or ``org/name@revision``.
+        coefficient: its weight in the merge.
+        statistics: by default the file in its folder.
+        base: where the base model is, if not where it was.
+        threads: how many parts are worked on at once; the bytes do not depend on it.
+        allow_pickle: accept ``pytorch_model.bin``.
+
+    Raises:
+        UserError: anything the user can mend, before any work; several at once as ``Problems``.
+    """
+    place = Path(folder)
+    with locked(place) as record:
+        reference = open_same_base(record, place, _text(base), allow_pickle=allow_pickle)
+        parent = open_contributor(
+            record, reference, str(model), coefficient, _text(statistics), allow_pickle=allow_pickle
+        )
+        check_contents(record, reference, parent)
+        entry = entry_of(reference, parent, record.make_method())
+        for other in record.contributors:
+            if other.manifest_sha256 == entry.manifest_sha256:
+                raise LedgerError(
+                    f"{entry.name} is a contributor already (as {other.name}, coefficient {other.coefficient:g})",
+                    where=place,
+                    mend="for another coefficient, remove it first",
+                )
+        parts = record.parts or make_parts(record, reference, parent)
+        if problem := check_disk(place, specs(record, parts)):
+            raise problem
+        if parent.statistics is not None and entry.statistics is not None:
+            parent.statistics.validate()  # of a Gram matrix that is none, nobody could say later whose it was
+        people = (*record.contributors, entry)
+        change = record.model_copy(update={"contributors": people, "parts": parts})
+        _change(place, record, change, reference, parent, 1.0, threads)
+    return entry
+
+
+def remove(
+    folder: str | Path,
+    model: str | Path,
+    *,
+    statistics: str | Path | None = None,
+    base: str | Path | None = None,
+    threads: int | None = None,
+    allow_pickle: bool = False,
+) -> Entry:
+    """Take a contributor's share out of the sums again; its weights and statistics must be at hand.
+
+    Args:
+        folder: the ledger.
+        model: the contributor's folder or Hub name, or the first digits of its hash if it is where it was.
+        statistics, base, threads, allow_pickle: as for :func:`add`.
+
+    Raises:
+        UserError: it is not in the ledger, or weights or statistics are not those that were added.
+    """
+    place = Path(folder)
+    with locked(place) as record:
+        reference = open_same_base(record, place, _text(base), allow_pickle=allow_pickle)
+        listed = _by_digits(record, str(model))
+        if listed is not None:
+            model = pinned(listed.model, listed.revision) or located(listed.model, place)
+            if statistics is None and listed.statistics is not None and listed.statistics.file is not None:
+                statistics = located(listed.statistics.file, place)
+        parent = open_contributor(
+            record, reference, str(model), 1.0, _text(statistics), allow_pickle=allow_pickle
+        )
+        entry = _find(record, parent, place)
+        if listed is not None and listed != entry:
+            raise LedgerError(
+                f"these are no longer the weights of {listed.name}, but those of {entry.name}",
+                where=model,
+                mend="give the folder that has the weights",
+            )
+        check_contents(record, reference, parent)
+        _check_statistics(entry, parent)
+        contributor = parent.contributor.model_copy(update={"coefficient": entry.coefficient})
+        parent = replace(parent, contributor=contributor)
+        people = tuple(other for other in record.contributors if other != entry)
+        if not people:
+            empty: dict[str, Any] = {"contributors": (), "parts": (), "file": None, "sums": {}}
+            commit(place, record.model_copy(update={**empty, "generation": record.generation + 1}))
+            return entry
+        if problem := check_disk(place, specs(record, record.parts)):
+            raise problem
+        change = record.model_copy(update={"contributors": people})
+        _change(place, record, change, reference, parent, -1.0, threads)
+    return entry
+
+
+def combine(folders: Sequence[str | Path], output: str | Path, *, threads: int | None = None) -> Path:
+    """Add up ledgers of several sites into a new one, as if all had added to it.
+
+    Args:
+        folders: at least two ledgers of one base, method and options, without common contributors.
+        output: the ledger to make.
+        threads: how many parts are worked on at once.
+
+    Raises:
+        UserError: they do not fit together; several mistakes at once as ``Problems``.
+    """
+    places, target = [Path(folder) for folder in folders], Path(output)
+    problems: list[UserError] = []
+    if len({place.resolve() for place in places}) < len(places):
+        problems.append(LedgerError("a ledger is named twice", mend="name each ledger once"))
+    elif len(places) < 2:
+        problems.append(LedgerError("there is nothing to add up", mend="name at least two ledgers"))
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        problems.append(LedgerError("the folder is not empty", where=target, mend="give a new folder"))
+    raise_all(problems)
+    with ExitStack() as stack:
+        # In one order everywhere, so that two sums never wait for each other.
+        in_order = sorted(places, key=lambda place: str(place.resolve()))
+        held = {place: stack.enter_context(locked(place, write=False)) for place in in_order}
+        records = [held[place] for place in places]
+        _check_alike(places, records)
+        filled = [(p, r) for p, r in zip(places, records, strict=True) if r.file is not None]
+        merged = records[0].model_copy(
+            update={
+                "contributors": tuple(entry for record in records for entry in record.contributors),
+                "parts": filled[0][1].parts if filled else (),
+                "generation": 1,
+            }
+        )
+        if problem := check_disk(target, specs(merged, merged.parts)):
+            raise problem
+        opened = [Sums.open(place, record) for place, record in filled]
+
+        def compute(number: int, part: Part) -> dict[str, Pair]:
+            terms = list(shapes(merged.make_method(), part))
+            sums = opened[0].pairs(number, terms)
+            for other in opened[1:]:
+                for term, (high, low) in other.pairs(number, terms).items():
+                    accumulate(*sums[term], high, low)
+            return sums
+
+        with new_folder(target) as folder:
+            if filled:
+                file = file_name(1)
+                hashes = write_sums(folder, file, merged, merged.parts, compute, threads)
+                merged = merged.model_copy(update={"file": file, "sums": hashes})
+            (folder / FILE_NAME).write_bytes(dump(merged))
+    return target
+
+
+def _change(
+    place: Path, before: Record, after: Record, base: Parent, parent: Parent, sign: float, threads: int | None
+) -> None:
+    """Add (sign 1) or subtract (-1) a contributor's terms, part by part, and switch to the new sums."""
+    method, old = after.make_method(), Sums.open(place, before)
+    share = ParentShare(parent, base)
+
+    def compute(number: int, part: Part) -> dict[str, Pair]:
+        terms = contribution(method, part, part.unit(), share)
+        sums = zeros_like(terms) if old.checkpoint is None else old.pairs(number, list(terms))
+        for name, term in terms.items():
+            if not bool(torch.isfinite(term).all()):
+                raise LedgerError(
+                    f"the sums of {', '.join(part.names)} overflow",
+                    where=parent.checkpoint.name,
+                    mend="use a smaller coefficient",
+                )
+            accumulate(*sums[name], term if sign > 0 else term.neg())
+        return sums
+
+    generation = before.generation + 1
+    file = file_name(generation)
+    hashes = write_sums(place, file, after, after.parts, compute, threads)
+    commit(place, after.model_copy(update={"generation": generation, "file": file, "sums": hashes}))
+
+
+def _find(record: Record, parent: Parent, place: Path) -> Entry:
+    found = parent.checkpoint.manifest_sha256()
+    for entry in record.contributors:
+        if entry.manifest_sha256 == found:
+            return entry
+    listing = ", ".join(f"{entry.name} ({entry.manifest_sha256[:12]})" for entry in record.contributors)
+    raise LedgerError(
+        f"{parent.title} with sha256 {found[:12]}… is no contributor of this ledger",
+        where=place,
+        mend=f"contributors: {listing}" if listing else "it has no contributors",
+    )
+
+
+def _by_digits(record: Record, text: str) -> Entry | None:
+    """The contributor whose hash begins so; None where the text is a model's folder or name."""
+    if Path(text).exists() or len(text) < _FEWEST or set(text) - set("0123456789abcdef"):
+        return None
+    found = [entry for entry in record.contributors if entry.manifest_sha256.startswith(text)]
+    if len(found) != 1:
+        raise LedgerError(
+            f"{'no contributor has a' if not found else 'several contributors have a'} hash that begins {text!r}",
+            mend="merganser ledger show lists the hashes; or give the model's folder",
+        )
+    return found[0]
+
+
+def _check_statistics(entry: Entry, parent: Parent) -> None:
+    if entry.statistics is None or parent.statistics is None:
+        return
+    if (found := parent.statistics.sha256()) != entry.statistics.sha256:
+        raise LedgerError(
+            f"other statistics than were added: sha256 {found[:16]}…, the ledger says "
+            f"{entry.statistics.sha256[:16]}…",
+            where=parent.statistics.path,
+            mend="give the file that was added, with --statistics",
+        )
+
+
+def _check_alike(places: Sequence[Path], records: Sequence[Record]) -> None:
+    problems: list[UserError] = []
+    seen: dict[str, Path] = {}
+    first, filled = records[0], [(p, r) for p, r in zip(places, records, strict=True) if r.parts]
+    for place, record in zip(places, records, strict=True):
+        mine, theirs = record.purpose(), first.purpose()
+        for key in [key for key in mine if mine[key] != theirs[key]]:
+            text = f"another {key.replace('_', ' ')}: {mine[key]}, that of {places[0]} is {theirs[key]}"
+            problems.append(LedgerError(text, where=place, mend="add up ledgers that were made alike"))
+        for entry in record.contributors:
+            if (twin := seen.setdefault(entry.manifest_sha256, place)) != place:
+                text = f"{entry.name} ({entry.manifest_sha256[:12]}) is a contributor of {twin} too"
+                problems.append(LedgerError(text, where=place, mend="remove it from one of them"))
+    if not problems:
+        for place, record in filled[1:]:
+            other = filled[0][1]
+            differing = [part for part in record.parts if part not in other.parts]
+            if differing or len(record.parts) != len(other.parts):
+                names = ", ".join(name for part in differing[:3] for name in part.names)
+                text = (
+                    f"keeps other sums than {filled[0][0]} ({names}): their statistics cover different layers"
+                )
+                mend = "collect statistics alike, or make both ledgers with --exclude for these tensors"
+                problems.append(LedgerError(text, where=place, mend=mend))
+    raise_all(problems)
+
+
+def _text(value: str | Path | None) -> str | None:
+    return None if value is None else str(value)
+
+
+def show(folder: str | Path) -> Record:
+    """What a ledger says of itself.
+
+    Raises:
+        LedgerError: there is none, or it is damaged.
+    """
+    return load(Path(folder))
