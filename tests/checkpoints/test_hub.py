@@ -163,3 +163,30 @@ def test_nested_modules_are_there_from_the_start(hub: Hub, tmp_path: Path) -> No
     save_file({"linear.weight": torch.eye(2)}, hub.folder / "2_Dense" / "model.safetensors")
     found = run(OPEN + "print('2_Dense/linear.weight' in c.tensors)", hub, tmp_path / "cache")
     assert found.stdout.strip() == "True", found.stderr
+
+
+def test_an_adapter_s_header_comes_first_and_its_base_may_be_elsewhere(
+    hub: Hub, save_model, tmp_path: Path
+) -> None:
+    from adapter_examples import adapt_linears
+
+    base = save_model("base")
+    for file in hub.folder.iterdir():
+        file.unlink()
+    adapt_linears(hub.folder, base, ("query",))
+    code = (
+        "from merganser.checkpoints import open_checkpoint\n"
+        f"c = open_checkpoint('{base}+org/model@main')\nprint(c.revision)\n"
+    )
+    first = run(code, hub, tmp_path / "cache")
+    assert first.stdout.strip() == f"{base}+org/model@{COMMIT}", first.stderr
+    weights = [
+        entry for entry in hub.log if entry[1].endswith("adapter_model.safetensors") and entry[0] == "GET"
+    ]
+    assert weights and all(entry[2] for entry in weights)  # ranges for the header, never the whole file
+    second = run(code + "print(c.manifest_sha256())", hub, tmp_path / "cache")
+    from merganser.checkpoints import open_checkpoint
+
+    assert second.stdout.split()[-1] == open_checkpoint(f"{base}+{hub.folder}").manifest_sha256(), (
+        second.stderr
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from conftest import ARCHITECTURES
 from merganser.checkpoints import Checkpoint, open_checkpoint
 from merganser.errors import RecipeError, UserError
 from merganser.merging import make_plan, make_recipe, merge, reproduce, verify
+from merganser.merging.execution import run_slices, run_step
 from merganser.statistics import FILE_NAME, Statistics
 from merganser.tasks.collect import collect
 from merganser.tasks.models import load_model, open_model
@@ -81,6 +83,21 @@ def test_methods_take_the_adapters_base(save_model: Save, tmp_path: Path, archit
         np.testing.assert_allclose(tensor, expected[name], rtol=1e-3, atol=1e-4)
         moved += not np.array_equal(tensor, load_file(base / "model.safetensors")[name].double().numpy())
     assert moved == len(plan.parents[0].checkpoint.changes)
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "gpt2"])
+def test_slices_of_rows_are_the_same_bits(save_model: Save, tmp_path: Path, architecture: str) -> None:
+    base = save_model("base", architecture)
+    folders = adapters(tmp_path, base, architecture)
+    plan = make_plan(make_recipe({"contributors": [str(f) for f in folders], "method": "simple"}))
+    for step in plan.steps:
+        whole = run_step(plan, step).tensors
+        rows: dict[str, list[torch.Tensor]] = {}
+        for _, part in run_slices(plan, replace(step, slice_rows=5)):
+            for name, tensor in part.tensors.items():
+                rows.setdefault(name, []).append(tensor)
+        assert set(rows) == set(whole)
+        assert all(torch.equal(torch.cat(parts), whole[name]) for name, parts in rows.items())
 
 
 def test_without_one_base_for_all_the_method_asks_for_it(save_model: Save, tmp_path: Path) -> None:
@@ -216,16 +233,28 @@ def test_a_head_with_other_labels_and_a_base_without_one(save_ready: Save, tmp_p
             torch.testing.assert_close(tensor, model.state_dict()[name], rtol=1e-5, atol=1e-6)
 
 
-def test_heads_kept_separate(save_ready: Save, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_heads_kept_separate(save_ready: Save, tmp_path: Path, dtype: torch.dtype) -> None:
     base = save_ready("base", "bert", 3)
+    transformers.BertForSequenceClassification.from_pretrained(base, dtype=dtype).save_pretrained(base)
     folders = [classifier(tmp_path / f"adapter-{i}", base, seed=i, labels=2 + i) for i in range(2)]
-    out = merge(folders, tmp_path / "out", method="simple", keep_separate=["classifier.*"])
+    own = "bert.encoder.layer.1.attention.self.query.weight"  # low-rank, and kept, too
+    out = merge(folders, tmp_path / "out", method="simple", keep_separate=["classifier.*", own])
     for number, folder in enumerate(folders):
         model = transformers.AutoModelForSequenceClassification.from_pretrained(
-            out, subfolder=f"heads/adapter-{number}"
+            out, subfolder=f"heads/adapter-{number}", dtype=torch.float32
         )
         head = load_file(folder / "adapter_model.safetensors")["base_model.model.classifier.weight"]
-        assert torch.equal(model.classifier.weight, head)
+        assert torch.equal(model.classifier.weight, head.to(dtype).float())
+        expected = open_checkpoint(folder).read(own).to(dtype).float()
+        assert torch.equal(model.state_dict()[own], expected)
+    assert verify(out).parents == 2
+
+
+def test_an_adapter_is_never_overwritten_by_its_merge(save_model: Save, tmp_path: Path) -> None:
+    folders = adapters(tmp_path, save_model("base", "qwen2"), "qwen2")
+    with pytest.raises(UserError, match="the output is one of the inputs"):
+        merge(folders, folders[0], method="simple", overwrite=True)
 
 
 def test_problems_of_several_adapters_come_at_once(save_model: Save, tmp_path: Path) -> None:
