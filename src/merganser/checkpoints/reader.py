@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import threading
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ _NOT_SIDE_FILES = (
     "README.md", "provenance.json", "trainer_state.json", "all_results.json", "train_results.json",
     "eval_results.json", "rng_state*", ".*",
 )  # fmt: skip
+PIECE = 16 * 2**20  # bytes that are read at once where a whole tensor is not needed
 _NOT_SIDE_FOLDERS = ("checkpoint-*", "runs", "onnx", "openvino", "heads", ".*", "__pycache__")
 
 
@@ -51,7 +54,9 @@ class Checkpoint:
         self.name, self.path, self.tensors, self.revision = name, path, dict(tensors), revision
         self._fetch = fetch
         self._hashes: dict[str, str] = {}
-        self._stamps: dict[str, tuple[int, int]] = {}
+        self._hashing: dict[str, TensorHash] = {}
+        self._stamps: dict[str, tuple[int, int, int]] = {}
+        self._descriptors: dict[str, int] = {}
         self._lock = threading.Lock()
 
     def __repr__(self) -> str:
@@ -80,18 +85,56 @@ class Checkpoint:
         self.fetch()  # before the offsets are looked up: a remote header does not tell where its data begin
         info = self.tensors[name]
         shape, offset, nbytes = info.shape, info.offset, info.nbytes
-        if start or stop is not None:
+        if shape and (start or stop is not None):
             row = nbytes // max(shape[0], 1)
             stop = shape[0] if stop is None else min(stop, shape[0])
             shape, offset, nbytes = (stop - start, *shape[1:]), offset + start * row, (stop - start) * row
         return self._bytes(info.file, offset, nbytes).view(DTYPES[info.dtype]).reshape(shape)
 
+    def pieces(self, name: str, nbytes: int = PIECE) -> Iterator[tuple[int, int]]:
+        """Ranges of rows of tensor ``name`` of about ``nbytes`` each, in order and at least one."""
+        info = self.tensors[name]
+        rows = info.shape[0] if info.shape else 1
+        step = max(1, nbytes * rows // max(info.nbytes, 1))
+        return ((start, min(start + step, rows)) for start in range(0, max(rows, 1), step))
+
+    def prefetch(self, name: str) -> None:
+        """Tell the system that tensor ``name`` will be read soon."""
+        info = self.tensors[name]
+        if self._fetch is None and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._descriptor(info.file), info.offset, info.nbytes, os.POSIX_FADV_WILLNEED)
+
     def sha256(self, name: str, tensor: Tensor | None = None) -> str:
-        """The hash of tensor ``name``: dtype, shape and bytes. Computed once; ``tensor`` saves reading it."""
-        if name not in self._hashes:
-            info = self.tensors[name]
-            self._hashes[name] = sha256_tensor(self.read(name) if tensor is None else tensor, info.dtype)
+        """The hash of a tensor: dtype, shape and bytes. Computed once; ``tensor``, the whole, saves reading it."""
+        if tensor is not None:
+            self.observe(name, tensor)
+        elif name not in self._hashes:
+            for start, stop in self.pieces(name):
+                self.observe(name, self.read(name, start, stop), start)
         return self._hashes[name]
+
+    def observe(self, name: str, tensor: Tensor, start: int = 0) -> None:
+        """Hash tensor ``name`` on the way: what was just read of it, from row ``start``.
+
+        Rows count when they come in order from the first on; anything else is passed over.
+        """
+        if name in self._hashes:
+            return
+        info = self.tensors[name]
+        if start == 0:
+            self._hashing[name] = TensorHash(info.dtype, info.shape)
+        running = self._hashing.get(name)
+        if running is None or running.rows != start:
+            return
+        running.update(tensor)
+        if running.complete:
+            self._hashes[name] = running.hexdigest()
+            self._hashing.pop(name, None)
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """The tensors' hashes that are known by now; may be added to by whoever read the same files elsewhere."""
+        return self._hashes
 
     def manifest_sha256(self) -> str:
         """The hash over every tensor's name and hash: equal for equal weights, however they are sharded."""
@@ -110,22 +153,39 @@ class Checkpoint:
 
     def _bytes(self, file: str, offset: int, nbytes: int) -> Tensor:
         path = self.path / file
+        descriptor = self._descriptor(file)
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise CheckpointError(f"cannot be read: {error}", where=path, mend="put it back") from None
+        stamp = (status.st_size, status.st_mtime_ns, status.st_ino)
+        if self._stamps[file] != stamp:
+            raise CheckpointError("the file changed while it was being read", where=path, mend="run again")
         buffer = torch.empty(nbytes, dtype=torch.uint8)
-        view = buffer.numpy().data
-        with path.open("rb", buffering=0) as stream:
-            status = os.fstat(stream.fileno())
-            stamp = (status.st_size, status.st_mtime_ns)
-            if self._stamps.setdefault(file, stamp) != stamp:
-                raise CheckpointError(
-                    "the file changed while it was being read", where=path, mend="run again"
-                )
-            done = 0
-            while done < nbytes:
-                count = os.preadv(stream.fileno(), [view[done:]], offset + done)
-                if not count:
-                    raise CheckpointError("the file ends early", where=path, mend="copy or download it again")
-                done += count
+        view, done = buffer.numpy().data, 0
+        while done < nbytes:
+            count = os.preadv(descriptor, [view[done:]], offset + done)
+            if not count:
+                raise CheckpointError("the file ends early", where=path, mend="copy or download it again")
+            done += count
         return buffer
+
+    def _descriptor(self, file: str) -> int:
+        """An open weight file; its size, time and place are those that it must keep."""
+        with self._lock:
+            if file not in self._descriptors:
+                path = self.path / file
+                try:
+                    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+                except OSError as error:
+                    raise CheckpointError(
+                        f"cannot be read: {error}", where=path, mend="check the file and its permissions"
+                    ) from None
+                weakref.finalize(self, os.close, descriptor)
+                status = os.fstat(descriptor)
+                self._stamps[file] = (status.st_size, status.st_mtime_ns, status.st_ino)
+                self._descriptors[file] = descriptor
+            return self._descriptors[file]
 
 
 def read_json(path: Path, missing: Any = None) -> Any:
@@ -145,11 +205,45 @@ def read_json(path: Path, missing: Any = None) -> Any:
     return value
 
 
+class TensorHash:
+    """The hash of a tensor's dtype name, shape and bytes, made of pieces in order.
+
+    Args:
+        dtype: safetensors dtype name.
+        shape: of the whole tensor.
+    """
+
+    def __init__(self, dtype: str, shape: Sequence[int]) -> None:
+        self.rows, self._left = 0, DTYPES[dtype].itemsize * math.prod(shape)
+        self._digest = tensor_sha256(dtype, shape)
+
+    def update(self, piece: Tensor) -> None:
+        """The next rows, in storage dtype."""
+        data = piece.contiguous().reshape(-1).view(torch.uint8).numpy().data
+        self._digest.update(data)
+        self._left -= len(data)
+        self.rows += piece.shape[0] if piece.dim() else 1
+
+    @property
+    def complete(self) -> bool:
+        """Whether every byte has come."""
+        return self._left == 0
+
+    def hexdigest(self) -> str:
+        """The hash, in hexadecimal."""
+        return self._digest.hexdigest()
+
+
+def tensor_sha256(dtype: str, shape: Sequence[int]) -> hashlib._Hash:
+    """The beginning of a tensor's hash: its bytes are to follow."""
+    return hashlib.sha256(f"{dtype} {list(shape)}\n".encode())
+
+
 def sha256_tensor(tensor: Tensor, dtype: str) -> str:
     """The hash of a tensor's dtype name, shape and bytes, in hexadecimal."""
-    digest = hashlib.sha256(f"{dtype} {list(tensor.shape)}\n".encode())
-    digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    whole = TensorHash(dtype, tensor.shape)
+    whole.update(tensor)
+    return whole.hexdigest()
 
 
 def manifest_sha256(hashes: Mapping[str, str]) -> str:

@@ -9,6 +9,7 @@ import re
 import shutil
 import struct
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -92,7 +93,8 @@ class SafetensorsWriter:
     ) -> None:
         self._places: dict[tuple[str, str], TensorInfo] = {}
         self._descriptors: dict[str, int] = {}
-        self._missing: set[tuple[str, str]] = set()
+        self._missing: dict[tuple[str, str], int] = {}
+        self._lock = threading.Lock()
         for file, specs in files.items():
             header, infos = _layout(file, specs, {"format": "pt"} if metadata is None else metadata)
             path = folder / file
@@ -102,22 +104,29 @@ class SafetensorsWriter:
             _write_at(descriptor, header, 0)
             os.ftruncate(descriptor, max([len(header), *(i.offset + i.nbytes for i in infos)]))
             self._places.update({(file, info.name): info for info in infos})
-        self._missing = set(self._places)
+        self._missing = {place: info.nbytes for place, info in self._places.items() if info.nbytes}
 
-    def write(self, file: str, name: str, tensor: Tensor) -> None:
-        """Write a tensor into its place.
+    def write(self, file: str, name: str, tensor: Tensor, start: int = 0) -> None:
+        """Write a tensor, or some rows of one from row ``start`` on, into its place. Each row is to be written once.
 
         Raises:
             ValueError: its dtype or shape is not what was announced.
         """
         info = self._places[file, name]
-        if tuple(tensor.shape) != info.shape or tensor.dtype != DTYPES[info.dtype]:
+        shape, rows = tuple(tensor.shape), tensor.shape[0] if tensor.dim() else 1
+        fits = len(shape) == len(info.shape) and shape[1:] == info.shape[1:]
+        if not fits or start + rows > (info.shape or (1,))[0] or tensor.dtype != DTYPES[info.dtype]:
             raise ValueError(
                 f"{name}: {tensor.dtype} {list(tensor.shape)} is not {info.dtype} {list(info.shape)}"
+                + (f" from row {start} on" if start else "")
             )
         data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
-        _write_at(self._descriptors[file], data, info.offset)
-        self._missing.discard((file, name))
+        _write_at(self._descriptors[file], data, info.offset + start * (len(data) // max(rows, 1)))
+        with self._lock:
+            left = self._missing.get((file, name), 0) - len(data)
+            self._missing[file, name] = left
+            if not left:
+                del self._missing[file, name]
 
     def __enter__(self) -> SafetensorsWriter:
         return self
@@ -174,7 +183,8 @@ def check_output(folder: Path, overwrite: bool, inputs: Sequence[Path] = ()) -> 
         return CheckpointError(
             "the output exists", where=folder, mend="give another folder, or --overwrite to replace it"
         )
-    looks_ours = folder.is_dir() and (not any(folder.iterdir()) or (folder / "config.json").is_file())
+    known = any((folder / file).is_file() for file in ("config.json", "adapter_config.json"))
+    looks_ours = folder.is_dir() and (not any(folder.iterdir()) or known)
     if not looks_ours:
         return CheckpointError(
             "the output exists and is no model folder, so it is not replaced",

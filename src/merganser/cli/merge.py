@@ -17,9 +17,13 @@ if TYPE_CHECKING:
 @click.command("merge")
 @click.argument("models", nargs=-1, required=True, metavar="MODEL MODEL… | RECIPE.yaml")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder to write.")
-@click.option("--method", help="auto, simple, fisher, regmean, actmat, ot.  [default: auto]")
 @click.option(
-    "--base", metavar="MODEL", help="The pre-trained model that all started from (actmat needs it)."
+    "--method", help="auto, simple, fisher, regmean, actmat, ot, task_arithmetic, ties.  [default: auto]"
+)
+@click.option(
+    "--base",
+    metavar="MODEL",
+    help="The pre-trained model that all started from (actmat and ties need it).",
 )
 @click.option(
     "--weights", "coefficients", metavar="C1,C2,…", help="Coefficients, in the order of the models."
@@ -42,6 +46,10 @@ if TYPE_CHECKING:
 @click.option("--max-shard-size", metavar="SIZE", help="Largest weight file.  [default: 5GB]")
 @click.option("--allow-pickle", is_flag=True, default=None, help="Accept pytorch_model.bin (weights_only).")
 @click.option("--threads", type=click.IntRange(1), help="Units worked on at once.  [default: all cores]")
+@click.option(
+    "--max-memory", metavar="SIZE", help="What the process may take, such as 2GB; the result is the same."
+)
+@click.option("--device", type=click.Choice(["cpu", "cuda", "auto"]), default="cpu", show_default=True)
 @click.option("--overwrite", is_flag=True, help="Replace an existing model folder.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="With --dry-run: the plan as JSON, tensor by tensor.")
@@ -54,6 +62,8 @@ def merge_command(
     ridge: float | None,
     pairs: tuple[str, ...],
     threads: int | None,
+    max_memory: str | None,
+    device: str,
     overwrite: bool,
     dry_run: bool,
     as_json: bool,
@@ -91,7 +101,7 @@ def merge_command(
     if chosen:
         flags["options"] = {**(values.get("options") or {}), **chosen}
     recipe = make_recipe({**values, **flags}, where)
-    plan = prepare(recipe, output, overwrite=overwrite, threads=threads)
+    plan = prepare(recipe, output, overwrite=overwrite, threads=threads, max_memory=max_memory, device=device)
     if plan.choice:
         warn(f"method {plan.method.name}, because {plan.choice}")
     for note in plan.notes:
@@ -111,7 +121,14 @@ def show_plan(plan: Plan, as_json: bool) -> None:
     """The plan on standard output."""
     if as_json:
         steps = [
-            {"tensors": step.unit.names, "method": step.method, "how": step.unit.kind, "reason": step.reason}
+            {
+                "tensors": step.unit.names,
+                "method": step.method,
+                "how": step.unit.kind,
+                "reason": step.reason,
+                "rows_at_once": step.slice_rows,
+                "bytes": step.nbytes,
+            }
             for step in plan.steps
         ]
         summary = {
@@ -121,6 +138,7 @@ def show_plan(plan: Plan, as_json: bool) -> None:
             "bytes_read": plan.bytes_read,
             "bytes_written": plan.bytes_written,
             "peak_bytes": plan.peak_bytes,
+            "uncut": [{"tensor": name, "bytes": nbytes} for name, nbytes in plan.uncut()],
             "notes": plan.notes,
             "steps": steps,
         }
@@ -144,8 +162,13 @@ def show_plan(plan: Plan, as_json: bool) -> None:
     )
     click.echo(
         f"reads {human_bytes(plan.bytes_read)}, writes {human_bytes(plan.bytes_written)}, "
-        f"peak memory of tensors about {human_bytes(plan.peak_bytes)} on {plan.threads} threads"
+        f"peak memory about {human_bytes(plan.peak_bytes)} on {plan.threads} threads"
     )
+    if whole := plan.uncut():
+        name, nbytes = whole[0]
+        click.echo(
+            f"{len(whole)} units cannot be cut into rows; the largest, of {name}, takes {human_bytes(nbytes)} at once"
+        )
 
 
 def _numbers(text: str | None) -> list[float] | None:

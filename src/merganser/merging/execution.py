@@ -1,27 +1,37 @@
 """Carrying out a plan: units are read, merged and written one by one, on a bounded pool of threads.
 
-Each unit is computed on one thread, so the bytes do not depend on how many there are.
+Each unit is computed on one thread, tall ones slice by slice, so the bytes do not depend on how many threads there
+are nor on the memory that they may take. Inputs are read in the order of the files and hashed on the way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+import threading
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from merganser.checkpoints import sha256_tensor
-from merganser.checkpoints.writer import SafetensorsWriter
+from merganser.checkpoints.reader import TensorHash
+from merganser.checkpoints.writer import SafetensorsWriter, TensorSpec
 from merganser.errors import CheckpointError, RecipeError
 from merganser.merging.layout import Layout
+from merganser.merging.memory import Budget
 from merganser.merging.parents import Parent
-from merganser.merging.plan import Plan, Step
-from merganser.methods import GramSums, Merged, average
+from merganser.merging.plan import Plan
+from merganser.merging.shares import ParentShare, is_finite
+from merganser.merging.step import Step
+from merganser.methods import Merged, Share, Unit, average
 from merganser.progress import bar
-from merganser.tensors import DTYPES, one_thread
+from merganser.tensors import DTYPES, is_floating, one_thread
+
+#: A slice of a unit: the first row of each tensor in it, and the merged tensors.
+Slice = tuple[dict[str, int], Merged]
 
 
 @dataclass(frozen=True)
@@ -34,105 +44,22 @@ class Outcome:
     note: str | None
 
 
-class ParentShare:
-    """A contributor's :class:`~merganser.methods.Share` of one unit, read from its files when asked for.
-
-    Args:
-        parent: the contributor.
-        base: the base model, where there is one.
-        rows: the rows of its own tensors that are meant, all by default.
-    """
-
-    def __init__(self, parent: Parent, base: Parent | None, rows: Sequence[int] | None = None) -> None:
-        self.parent, self.rows = parent, rows
-        self._base = base
-        self._rows = None if rows is None else torch.tensor(rows)
-        self._tensors: dict[str, Tensor] = {}
-
-    @property
-    def coefficient(self) -> float:
-        """The contributor's weight in the merge."""
-        return self.parent.contributor.coefficient
-
-    def tensor(self, name: str) -> Tensor:
-        """Its tensor in float32 or wider; checked to be finite; kept for the life of the unit."""
-        if name not in self._tensors:
-            self._tensors[name] = self._picked(read_finite(self.parent, name))
-        return self._tensors[name]
-
-    def release(self) -> None:
-        """Keep nothing that was read."""
-        self._tensors.clear()
-
-    def base(self, name: str) -> Tensor:
-        """The base model's tensor."""
-        if self._base is None:
-            raise RuntimeError("the plan promised a base model")
-        return read_finite(self._base, name)
-
-    def gram(self, weight: str) -> Tensor:
-        """The Gram matrix of the inputs of the layer with this weight."""
-        return self._statistics.gram(self._input(weight))
-
-    def mean(self, weight: str) -> Tensor:
-        """The mean input of that layer."""
-        return self._statistics.mean(self._input(weight))
-
-    def count(self, weight: str) -> Tensor:
-        """The share of all tokens that each id has."""
-        counts = self._statistics.count(self._layer(weight).module).to(torch.float64)
-        return self._picked(counts / counts.sum().clamp_min(1))
-
-    def fisher(self, name: str) -> Tensor:
-        """Its diagonal Fisher information of a parameter."""
-        return self._picked(self._statistics.fisher(self.parent.names[name]))
-
-    @property
-    def _statistics(self):  # type: ignore[no-untyped-def]
-        if self.parent.statistics is None:
-            raise RuntimeError("the plan promised statistics")
-        return self.parent.statistics
-
-    def _layer(self, weight: str):  # type: ignore[no-untyped-def]
-        return self._statistics.layer(self.parent.names[weight])
-
-    def _input(self, weight: str) -> str:
-        return str(self._layer(weight).input)
-
-    def _picked(self, tensor: Tensor) -> Tensor:
-        return tensor if self._rows is None else tensor[self._rows]
-
-
-def read_finite(parent: Parent, name: str) -> Tensor:
-    """A contributor's tensor by the first contributor's name, in float32 or wider, hashed on the way.
-
-    Raises:
-        CheckpointError: NaN or Inf in it.
-    """
-    own = parent.names[name]
-    stored = parent.checkpoint.read(own)
-    parent.checkpoint.sha256(own, stored)
-    tensor = stored if stored.dtype == torch.float64 else stored.to(torch.float32)
-    if not bool(torch.isfinite(tensor).all()):
-        raise CheckpointError(
-            f"tensor {own!r} holds NaN or Inf",
-            where=parent.checkpoint.name,
-            mend="this checkpoint is damaged or its training diverged; use another",
-        )
-    return tensor
-
-
 def run_step(plan: Plan, step: Step) -> Merged:
-    """Merge one unit; float tensors come back in float32 or wider."""
+    """Merge one unit as a whole; float tensors come back in float32 or wider."""
     if step.method == "copy":
         return _copy(plan, step)
+    device = plan.torch_device
     if step.rows is None:
-        return _merge(plan, step, [ParentShare(parent, plan.base) for parent in plan.parents])
+        shares = [ParentShare(parent, plan.base, device=device) for parent in plan.parents]
+        return _merge(plan, step, shares)
     pieces: dict[str, Tensor] = {}
     notes = []
     for rows, owners in step.rows.groups():
         shares = [
-            ParentShare(plan.parents[i], plan.base, [step.rows.own[i][row] for row in rows]) for i in owners
+            ParentShare(
+                plan.parents[i], plan.base, rows=[step.rows.own[i][row] for row in rows], device=device
+            )
+            for i in owners
         ]
         if not sum(share.coefficient for share in shares):
             owned = ", ".join(plan.parents[i].title for i in owners)
@@ -148,22 +75,41 @@ def run_step(plan: Plan, step: Step) -> Merged:
     return Merged(pieces, "; ".join(dict.fromkeys(note for note in notes if note)) or None)
 
 
+def run_slices(plan: Plan, step: Step) -> Iterator[Slice]:
+    """Merge one unit, slice by slice in the order of its rows."""
+    keeps = plan.kept is not None and step.method != "average" and plan.method.additive(step.unit)
+    if step.slice_rows is None or keeps:
+        merged = run_step(plan, step)
+        yield dict.fromkeys(merged.tensors, 0), merged
+        return
+    device, unit = plan.torch_device, step.unit
+    merge: Callable[[Unit, Sequence[Share]], Merged] = average_unit
+    if step.method != "average":
+        merge = plan.method.prepare(unit, [ParentShare(p, plan.base, device=device) for p in plan.parents])
+    for start in range(0, unit.height(), step.slice_rows):
+        part, ranges = unit.cut(start, start + step.slice_rows)
+        shares = [ParentShare(p, plan.base, ranges=ranges, device=device) for p in plan.parents]
+        yield {name: first for name, (first, _) in ranges.items()}, merge(part, shares)
+
+
+def average_unit(unit: Unit, shares: Sequence[Share]) -> Merged:
+    """The weighted average of each tensor of a unit."""
+    return Merged({name: average(name, shares) for name in unit.names})
+
+
 def _merge(
     plan: Plan, step: Step, shares: Sequence[ParentShare], rows: Sequence[int] | None = None
 ) -> Merged:
     if step.method == "average":
-        return Merged(average(step.unit.names, shares))
-    if not plan.method.additive(step.unit):
+        return average_unit(step.unit, shares)
+    if plan.kept is None or not plan.method.additive(step.unit):
         return plan.method.merge(step.unit, shares)
-    sums, done = GramSums(), 0
-    if plan.kept is not None:
-        parents, own = [share.parent for share in shares], [share.rows for share in shares]
-        keys = plan.kept.keys(plan.method, step.unit, parents, own)
-        sums, done = plan.kept.load(step.unit, rows, keys)
+    parents, own = [share.parent for share in shares], [share.rows for share in shares]
+    keys = plan.kept.keys(plan.method, step.unit, parents, own)
+    sums, done = plan.kept.load(step.unit, rows, keys)
     for share in shares[done:]:
         plan.method.add(step.unit, share, sums)
-        share.release()
-    if plan.kept is not None and done < len(shares):
+    if done < len(shares):
         plan.kept.save(step.unit, rows, keys, sums)
     return plan.method.solve(step.unit, sums)
 
@@ -184,86 +130,137 @@ def _copy(plan: Plan, step: Step) -> Merged:
 
 @dataclass
 class Execution:
-    """The weights of a merge being written into ``folder``."""
+    """The weights of a merge being written into ``folder``.
+
+    Args:
+        plan: what to do.
+        layout: where each tensor goes.
+        folder: receives the files; thrown away by the caller when anything goes wrong.
+        files: the only files to write; all by default.
+    """
 
     plan: Plan
     layout: Layout
     folder: Path
+    files: Collection[str] | None = None
     outcomes: dict[str, Outcome] = field(default_factory=dict)
+    _failed: threading.Event = field(default_factory=threading.Event)
 
     def run(self) -> dict[str, Outcome]:
         """Do every step and write every tensor; returns what became of each.
 
         Raises:
-            CheckpointError, RecipeError: non-finite weights, in or out; the folder is then to be thrown away.
+            CheckpointError, RecipeError: non-finite weights, in or out.
         """
-        total = self.plan.bytes_written
+        wanted = {f: s for f, s in self.layout.files.items() if self.files is None or f in self.files}
+        steps = [step for step in self.plan.steps if self._specs(step, wanted)]
+        kept = zip(self.plan.parents, self.plan.separate, self.layout.head_folders, strict=True)
+        total = sum(spec.nbytes for specs in wanted.values() for spec in specs)
+        budget = Budget(self.plan.budget)
+        futures: list[Future[None]] = []
         with (
             one_thread(),
-            SafetensorsWriter(self.folder, self.layout.files) as writer,
+            SafetensorsWriter(self.folder, wanted) as writer,
             bar(total, "merging", "B", scale=True) as progress,
             ThreadPoolExecutor(self.plan.threads) as pool,
         ):
-
-            def work(step: Step) -> int:
-                return self._write(step, writer)
-
-            futures = [pool.submit(work, step) for step in self.plan.steps]
-            futures += [
-                pool.submit(self._keep, parent, names, folder, writer)
-                for parent, names, folder in zip(
-                    self.plan.parents, self.plan.separate, self.layout.head_folders, strict=True
-                )
-                if names
-            ]
-            for future in futures:
-                future.add_done_callback(
-                    lambda done: done.cancelled() or done.exception() or progress.update(done.result())
-                )
             try:
-                wait(futures, return_when=FIRST_EXCEPTION)
+                for number, step in enumerate(steps):
+                    self._prefetch(steps[number + 1 : number + 1 + self.plan.threads])
+                    budget.draw(step.nbytes)
+                    if self._failed.is_set():
+                        break
+                    work = partial(self._write, step, self._specs(step, wanted), writer, progress)
+                    futures.append(pool.submit(self._within, budget, step.nbytes, work))
+                for parent, names, folder in kept:
+                    if f"{folder}/head.safetensors" in wanted:
+                        work = partial(self._keep, parent, names, folder, writer, progress)
+                        budget.draw(0)
+                        futures.append(pool.submit(self._within, budget, 0, work))
+                for future in futures:  # in the order of the plan: the same mistake is reported every time
+                    future.result()
             finally:
+                self._failed.set()
                 for future in futures:
                     future.cancel()
-            for (
-                future
-            ) in futures:  # in the order of the plan, so that the same mistake is reported every time
-                if not future.cancelled():
-                    future.result()
         return {name: self.outcomes[name] for name in sorted(self.outcomes)}
 
-    def _write(self, step: Step, writer: SafetensorsWriter) -> int:
+    def _within(self, budget: Budget, nbytes: int, work: partial[None]) -> None:
+        with budget.returning(nbytes):
+            try:
+                work()
+            except BaseException:
+                self._failed.set()
+                raise
+
+    def _specs(self, step: Step, wanted: Collection[str]) -> list[TensorSpec]:
+        return [self.plan.specs[name] for name in step.unit.names if self.layout.places[name][0] in wanted]
+
+    def _prefetch(self, steps: Sequence[Step]) -> None:
+        for step in steps:
+            for parent in [*self.plan.parents, *([self.plan.base] if self.plan.base else [])]:
+                for name in step.unit.names:
+                    if name in parent.names:
+                        parent.checkpoint.prefetch(parent.names[name])
+
+    def _write(
+        self, step: Step, specs: Sequence[TensorSpec], writer: SafetensorsWriter, progress: tqdm[None]
+    ) -> None:
+        """Merge a unit and write its tensors, or those of ``specs``."""
+        hashes = {spec.name: TensorHash(spec.dtype, spec.shape) for spec in specs}
+        notes: dict[str, None] = {}
         try:
-            merged = run_step(self.plan, step)
+            for firsts, merged in run_slices(self.plan, step):
+                if merged.note:
+                    notes[merged.note] = None
+                for spec in specs:
+                    if spec.name not in merged.tensors:
+                        continue
+                    tensor = self._stored(merged.tensors[spec.name], spec, step.method)
+                    file, name = self.layout.places[spec.name]
+                    writer.write(file, name, tensor, firsts[spec.name])
+                    hashes[spec.name].update(tensor)
+                    progress.update(tensor.nbytes)
         except ValueError as error:
             raise RecipeError(
                 f"{', '.join(step.unit.names)}: {error}",
                 mend="collect the statistics again, or exclude this tensor (--exclude)",
             ) from None
-        written = 0
-        for spec in (spec for spec in self.plan.outputs if spec.name in merged.tensors):
-            tensor = merged.tensors[spec.name].to(DTYPES[spec.dtype]).contiguous()
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor.to(torch.float32)).all()):
-                raise RecipeError(
-                    f"{step.method} produced NaN or Inf in {spec.name!r} (stored as {spec.dtype})",
-                    mend="use a wider --dtype, a larger ridge, or exclude this tensor (--exclude)",
-                )
-            file, stored = self.layout.places[spec.name]
-            writer.write(file, stored, tensor)
-            self.outcomes[spec.name] = Outcome(
-                sha256_tensor(tensor, spec.dtype), step.method, step.reason, merged.note
-            )
-            written += spec.nbytes
-        return written
+        note = "; ".join(notes) or None
+        for name, running in hashes.items():
+            self.outcomes[name] = Outcome(running.hexdigest(), step.method, step.reason, note)
 
-    def _keep(self, parent: Parent, names: Sequence[str], folder: str, writer: SafetensorsWriter) -> int:
+    @staticmethod
+    def _stored(tensor: Tensor, spec: TensorSpec, method: str) -> Tensor:
+        """A merged tensor as it is stored; checked to be finite."""
+        stored = tensor.to("cpu", DTYPES[spec.dtype]).contiguous()
+        if is_floating(spec.dtype) and not is_finite(stored):
+            raise RecipeError(
+                f"{method} produced NaN or Inf in {spec.name!r} (stored as {spec.dtype})",
+                mend="use a wider --dtype, a larger ridge, or exclude this tensor (--exclude)",
+            )
+        return stored
+
+    def _keep(
+        self,
+        parent: Parent,
+        names: Sequence[str],
+        folder: str,
+        writer: SafetensorsWriter,
+        progress: tqdm[None],
+    ) -> None:
         """Copy a contributor's own tensors, as they are, to its head."""
-        written = 0
+        checkpoint = parent.checkpoint
         for name in names:
-            tensor = parent.checkpoint.read(name)
-            info = parent.checkpoint.tensors[name]
-            digest = parent.checkpoint.sha256(name, tensor)
-            writer.write(f"{folder}/head.safetensors", name, tensor)
-            self.outcomes[f"{folder}/{name}"] = Outcome(digest, "kept separate", parent.title, None)
-            written += info.nbytes
-        return written
+            info = checkpoint.tensors[name]
+            running = TensorHash(info.dtype, info.shape)
+            for start, stop in checkpoint.pieces(name):
+                tensor = checkpoint.read(name, start, stop)
+                checkpoint.observe(name, tensor, start)
+                stored = tensor.to(DTYPES[info.dtype])  # what an adapter changes is read in float32
+                writer.write(f"{folder}/head.safetensors", name, stored, start)
+                running.update(stored)
+                progress.update(stored.nbytes)
+            self.outcomes[f"{folder}/{name}"] = Outcome(
+                running.hexdigest(), "kept separate", parent.title, None
+            )

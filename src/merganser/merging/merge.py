@@ -5,19 +5,24 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from merganser.checkpoints.writer import check_output, free_bytes, new_folder
+from merganser.checkpoints import home_of
+from merganser.checkpoints.writer import check_output, free_bytes, new_folder, parse_size
 from merganser.errors import CheckpointError, RecipeError, UserError, raise_all
 from merganser.merging import provenance
+from merganser.merging.adapter_output import carry_out_adapter
 from merganser.merging.card import model_card
 from merganser.merging.execution import Execution
 from merganser.merging.layout import make_layout, write_small_files
+from merganser.merging.memory import available_bytes
 from merganser.merging.plan import Plan, make_plan
 from merganser.merging.recipe import Contributor, Recipe, make_recipe
 from merganser.merging.running_sums import RunningSums, check_sums
+from merganser.progress import track
 
 _SPARE = 64_000_000  # bytes for everything that is not weights
 
@@ -34,6 +39,8 @@ def merge(
     overwrite: bool = False,
     threads: int | None = None,
     sums: str | Path | None = None,
+    max_memory: str | int | None = None,
+    device: str = "cpu",
     **settings: Any,
 ) -> Path:
     """Merge checkpoints of one pre-trained model into a folder that ``from_pretrained`` opens.
@@ -51,6 +58,9 @@ def merge(
         threads: how many units are worked on at once; the bytes do not depend on it.
         sums: a folder that keeps the running sums of Gram matrices: a merge whose first contributors were merged
             last with this folder reads their sums instead of their Gram matrices. The bytes do not depend on it.
+        max_memory: what the process may take, in bytes or as ``"2GB"``; by default what the machine has. The bytes
+            do not depend on it.
+        device: ``cpu``, ``cuda`` or ``auto``.
         settings: the other keys of :class:`Recipe`: ``exclude``, ``keep_separate``, ``labels``, ``vocabulary``,
             ``dtype``, ``max_shard_size``, ``allow_pickle``.
 
@@ -66,7 +76,15 @@ def merge(
         contributors = contributors_of(models, coefficients, statistics)
         values = {"contributors": contributors, "method": method, "options": dict(options or {}), **settings}
         recipe = make_recipe(values if base is None else {**values, "base": str(base)}, "merge()")
-    plan = prepare(recipe, Path(output), overwrite=overwrite, threads=threads, sums=sums)
+    plan = prepare(
+        recipe,
+        Path(output),
+        overwrite=overwrite,
+        threads=threads,
+        sums=sums,
+        max_memory=max_memory,
+        device=device,
+    )
     return carry_out(plan, Path(output), overwrite=overwrite)
 
 
@@ -107,6 +125,8 @@ def prepare(
     overwrite: bool = False,
     threads: int | None = None,
     sums: str | Path | None = None,
+    max_memory: str | int | None = None,
+    device: str = "cpu",
 ) -> Plan:
     """The plan of a merge, everything checked: headers, statistics against weights, place and space for the result.
 
@@ -116,15 +136,33 @@ def prepare(
         overwrite: whether an existing model folder may be replaced.
         threads: how many units are worked on at once; all cores by default.
         sums: the folder for running sums; made where there is none.
+        max_memory: what the process may take, in bytes or as ``"2GB"``.
+        device: ``cpu``, ``cuda`` or ``auto``.
 
     Raises:
         UserError: what cannot be merged, all mistakes at once.
     """
     kept = None if sums is None else RunningSums(Path(sums))
-    plan = replace(make_plan(recipe, threads=threads or os.cpu_count() or 1), kept=kept)
+    plan = make_plan(
+        recipe,
+        threads=threads or os.cpu_count() or 1,
+        max_memory=parse_size(max_memory) if isinstance(max_memory, str) else max_memory,
+        device=choose_device(device),
+    )
+    plan = replace(plan, kept=kept)
     problems: list[UserError] = []
+    if (missing := plan.peak_bytes - plan.resident - available_bytes()) > 0:
+        problems.append(
+            RecipeError(
+                f"too little memory: {plan.peak_bytes / 1e9:.2f} GB are needed, {missing / 1e9:.2f} GB more than "
+                "are free",
+                where="memory",
+                mend="free some memory, or work in less: --max-memory SIZE, --threads 1",
+            )
+        )
     if output is not None:
-        sources = [parent.checkpoint.path for parent in plan.parents]
+        opened = [parent.checkpoint for parent in plan.parents]
+        sources = [place.path for one in opened for place in (one, home_of(one))]
         if problem := check_output(output, overwrite, sources):
             problems.append(problem)
         if plan.kept is not None and (problem := check_sums(plan.kept.folder, plan, output)):
@@ -142,11 +180,37 @@ def prepare(
     for parent in [*plan.parents, *([plan.base] if plan.base else [])]:
         parent.checkpoint.fetch()
     if plan.method.needs_statistics:
+        _hash(plan)
         for parent in plan.parents:
             if parent.statistics is not None:
                 problems += parent.statistics.check_binding(parent.checkpoint)
     raise_all(problems)
     return plan
+
+
+def choose_device(name: str) -> str:
+    """The device to compute on: ``auto`` is a CUDA device where there is one.
+
+    Raises:
+        RecipeError: an unknown one, or CUDA where there is none.
+    """
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda"):
+        raise RecipeError(f"unknown device {name!r}", where="device", mend="give cpu, cuda or auto")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise RecipeError("there is no CUDA device", where="device", mend="use cpu or auto")
+    return name
+
+
+def _hash(plan: Plan) -> None:
+    """Hash all weights, several tensors at once."""
+    work = [(parent.checkpoint, name) for parent in plan.parents for name in parent.checkpoint.tensors]
+    with ThreadPoolExecutor(plan.threads) as pool:
+        for _ in track(pool.map(lambda item: item[0].sha256(item[1]), work), "hashing", "tensors", len(work)):
+            pass
 
 
 def carry_out(plan: Plan, output: Path, *, overwrite: bool = False) -> Path:
@@ -160,7 +224,7 @@ def carry_out(plan: Plan, output: Path, *, overwrite: bool = False) -> Path:
         write_small_files(plan, layout, folder)
         outcomes = Execution(plan, layout, folder).run()
         (folder / "README.md").write_text(model_card(plan, layout, outcomes), encoding="utf-8")
-        provenance.write_provenance(provenance.make_provenance(plan, outcomes, folder), folder)
+        provenance.write_provenance(provenance.make_provenance(plan, outcomes, folder, layout), folder)
     return output
 
 
@@ -217,8 +281,6 @@ def reproduce(folder: str | Path, output: str | Path | None = None) -> list[str]
     with tempfile.TemporaryDirectory(prefix="merganser-") as scratch:
         place = Path(output) if output is not None else Path(scratch) / "again"
         plan = replace(prepare(recipe, place), choice=found.get("method_chosen_because"))
-        carry_out(plan, place)
-        again = provenance.read_provenance(place)
-    files = {**found["files"], **again["files"]}
-    differing = sorted(f for f in files if found["files"].get(f) != again["files"].get(f))
-    return differing
+        rank = found.get("as_adapter")
+        carry_out(plan, place) if rank is None else carry_out_adapter(plan, place, rank)
+        return provenance.differing_files(found["files"], place)

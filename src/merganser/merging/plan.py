@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,9 +24,12 @@ from merganser.merging.checks import (
     match_shapes,
     matches,
 )
+from merganser.merging.cutting import OWN_BYTES, SMALL, busiest, fit, grain
+from merganser.merging.memory import anonymous_bytes
 from merganser.merging.parents import Parent, open_base, open_parents
 from merganser.merging.recipe import Recipe, method_options
 from merganser.merging.rows import LabelPlan, Rows, match_labels
+from merganser.merging.step import Step
 from merganser.methods import METHODS, Facts, Method, Unit
 from merganser.tensors import DTYPE_NAMES, DTYPES, is_floating
 
@@ -33,23 +37,6 @@ if TYPE_CHECKING:
     from merganser.merging.running_sums import RunningSums
 
 _HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head")  # what configurations call it
-
-
-@dataclass(frozen=True)
-class Step:
-    """One piece of work.
-
-    Attributes:
-        unit: the tensors, by the first contributor's names.
-        method: the method really used: that of the plan, ``average``, or ``copy`` for what is no floating point.
-        reason: why it is not the plan's method.
-        rows: which rows of which contributor answer to which of the result, where they differ.
-    """
-
-    unit: Unit
-    method: str
-    reason: str | None = None
-    rows: Rows | None = None
 
 
 @dataclass(frozen=True)
@@ -68,7 +55,10 @@ class Plan:
         labels: how heads with different labels are matched.
         vocabulary_from: the contributor whose tokenizer the result takes.
         notes: what the user should know.
-        threads: how many units are worked on at once, which the memory estimate depends on.
+        threads: how many units are worked on at once.
+        budget: bytes that the units being worked on may take together.
+        resident: bytes of the process itself.
+        device: where tensors are computed.
         kept: where sums of earlier merges are to go on from and those of this one are put.
     """
 
@@ -84,6 +74,9 @@ class Plan:
     vocabulary_from: int
     notes: tuple[str, ...]
     threads: int
+    budget: int
+    resident: int
+    device: str = "cpu"
     kept: RunningSums | None = None
 
     @property
@@ -116,41 +109,39 @@ class Plan:
 
     @property
     def peak_bytes(self) -> int:
-        """Estimate of the memory that tensors take at the worst moment."""
-        costs = sorted((unit_bytes(step, len(self.parents)) for step in self.steps), reverse=True)
-        return sum(costs[: self.threads])
+        """Estimate of the anonymous memory of the process at its worst moment."""
+        return self.resident + min(self.budget, busiest(self.steps, self.threads))
+
+    def uncut(self) -> list[tuple[str, int]]:
+        """What can only be merged as a whole: the first tensor of each unit and its bytes, the costliest first."""
+        whole = [
+            (step.unit.names[0], step.nbytes)
+            for step in self.steps
+            if grain(step, self.method) is None and step.nbytes > SMALL
+        ]
+        return sorted(whole, key=lambda entry: -entry[1])
+
+    @cached_property
+    def specs(self) -> dict[str, TensorSpec]:
+        """The merged tensors by name."""
+        return {spec.name: spec for spec in self.outputs}
+
+    @property
+    def torch_device(self) -> torch.device | None:
+        """Where tensors are put; None for where they are read to."""
+        return None if self.device == "cpu" else torch.device(self.device)
 
 
-def unit_bytes(step: Step, contributors: int) -> int:
-    """Estimate of the memory that a step takes: its tensors in float32 for each contributor, its system in float64.
-
-    Running sums take one contributor at a time: three sums of weights, and as much again to solve.
-    """
-    unit = step.unit
-    elements = sum(torch.Size(fact.shape).numel() for fact in unit.facts)
-    total = elements * (0 if unit.kind == "gram" else 4 * contributors)
-    if "gram" in unit.kind:
-        # A Gram as stored and widened, the system, its factor.
-        total += elements * 6 * 8 + input_width(unit.facts[0]) ** 2 * (4 + 4 * 8)
-        return total
-    total += elements * 3 * 8
-    if unit.kind == "fisher":
-        total += elements * 4 * contributors
-    elif unit.kind == "feed-forward":  # matching: both sides in float64; costs, transport plan, its solver
-        total += elements * 2 * 8 + input_width(unit.facts[-1]) ** 2 * 5 * 8
-    elif unit.kind == "heads":
-        total += elements * 2 * 8
-    return total
-
-
-def input_width(fact: Facts) -> int:
-    """The number of inputs of a layer, by the shape of its weight."""
-    turned = fact.layer is not None and fact.layer.kind == "conv1d"
-    return fact.shape[0] if turned else fact.shape[-1]
-
-
-def make_plan(recipe: Recipe, *, threads: int = 2) -> Plan:
+def make_plan(
+    recipe: Recipe, *, threads: int = 2, max_memory: int | None = None, device: str = "cpu"
+) -> Plan:
     """Derive the plan of a recipe, reading headers only.
+
+    Args:
+        recipe: what to merge.
+        threads: how many units are worked on at once.
+        max_memory: bytes that the whole process may take; the bytes of the result do not depend on it.
+        device: where tensors are computed.
 
     Raises:
         UserError: one mistake.
@@ -160,7 +151,7 @@ def make_plan(recipe: Recipe, *, threads: int = 2) -> Plan:
     parents = open_parents(recipe, problems)
     raise_all(problems)
     reference = parents[0].checkpoint
-    base = open_base(recipe, list(reference.tensors), problems)
+    base = open_base(recipe, list(reference.tensors), problems, parents)
     check_architectures(parents, base, problems)
     separate = find_separate(recipe, parents, problems)
     merged_names = [name for name in reference.tensors if not matches(name, recipe.keep_separate)]
@@ -185,7 +176,9 @@ def make_plan(recipe: Recipe, *, threads: int = 2) -> Plan:
             where="recipe",
             mend="publish the statistics it needs, or choose --method simple",
         )
-    if base is not None and not method.needs_base:
+    resident = anonymous_bytes() + OWN_BYTES
+    steps, budget = fit(steps, method, len(parents), threads, resident, max_memory)
+    if recipe.base is not None and not method.needs_base:
         notes.append(f"method {method.name} makes no use of the base model")
     outputs = tuple(_spec(name, recipe, parents, rows) for name in merged_names)
     resolved = recipe.model_copy(update={"method": method.name, "options": method.options.model_dump()})
@@ -193,7 +186,7 @@ def make_plan(recipe: Recipe, *, threads: int = 2) -> Plan:
     vocabulary_from = longest.index(max(longest)) if recipe.vocabulary == "largest" else 0
     return Plan(
         resolved, choice, method, tuple(parents), base if method.needs_base else None, tuple(steps), outputs,
-        separate, labels, vocabulary_from, tuple(notes), threads,
+        separate, labels, vocabulary_from, tuple(notes), threads, budget, resident, device,
     )  # fmt: skip
 
 

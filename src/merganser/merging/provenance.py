@@ -13,10 +13,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from merganser.checkpoints import open_checkpoint, sha256_file
+from merganser.checkpoints import open_checkpoint
 from merganser.checkpoints.reader import read_json
 from merganser.errors import CheckpointError, UserError
+from merganser.merging.digests import file_digest, file_digests
 from merganser.merging.execution import Outcome
+from merganser.merging.layout import Layout
 from merganser.merging.parents import Parent
 from merganser.merging.plan import Plan
 from merganser.merging.recipe import Recipe, make_recipe
@@ -26,7 +28,9 @@ FORMAT = 1
 _LOADED = (".safetensors", ".bin", ".json", ".py")  # files that change what from_pretrained loads
 
 
-def make_provenance(plan: Plan, outcomes: Mapping[str, Outcome], folder: Path) -> dict[str, Any]:
+def make_provenance(
+    plan: Plan, outcomes: Mapping[str, Outcome], folder: Path, layout: Layout | None = None
+) -> dict[str, Any]:
     """Everything that ``provenance.json`` says, with the hashes of all files that are in ``folder`` by now.
 
     The card is left out: its owner is meant to edit it.
@@ -35,11 +39,11 @@ def make_provenance(plan: Plan, outcomes: Mapping[str, Outcome], folder: Path) -
         "format": FORMAT,
         "recipe": plan.recipe.model_dump(mode="json"),
         "method_chosen_because": plan.choice,
-        "parents": [_parent(parent, plan.method.needs_statistics) for parent in plan.parents],
-        "base": _parent(plan.base, False) if plan.base else None,
+        "parents": [describe_parent(parent, plan.method.needs_statistics) for parent in plan.parents],
+        "base": describe_parent(plan.base, False) if plan.base else None,
         "notes": list(plan.notes),
         "tensors": {name: asdict(outcome) for name, outcome in outcomes.items()},
-        "files": {file: sha256_file(folder / file) for file in _files(folder)},
+        "files": file_digests(folder, _files(folder), layout, outcomes),
         "versions": library_versions(),
     }
 
@@ -117,7 +121,7 @@ def check_files(folder: Path, provenance: Mapping[str, Any]) -> list[UserError]:
                 problems.append(
                     CheckpointError(f"{file} was added after the merge", where=folder, mend="remove it")
                 )
-        elif (found := sha256_file(folder / file)) != recorded[file]:
+        elif (found := file_digest(folder / file, recorded[file])) != recorded[file]:
             problems.append(
                 CheckpointError(
                     f"{file} was changed after the merge: sha256 {found}, recorded {recorded[file]}",
@@ -126,6 +130,18 @@ def check_files(folder: Path, provenance: Mapping[str, Any]) -> list[UserError]:
                 )
             )
     return problems
+
+
+def differing_files(recorded: Mapping[str, str], folder: Path) -> list[str]:
+    """The files that are not as recorded in a folder, or not recorded at all."""
+    present = _files(folder)
+    return sorted(
+        file
+        for file in {*recorded, *present}
+        if file not in present
+        or file not in recorded
+        or file_digest(folder / file, recorded[file]) != recorded[file]
+    )
 
 
 def check_parents(provenance: Mapping[str, Any], folder: Path) -> tuple[list[UserError], list[str]]:
@@ -169,7 +185,8 @@ def _pinned(entry: Mapping[str, Any]) -> str:
     return f"{str(entry['model']).rsplit('@', 1)[0]}@{entry['revision']}"
 
 
-def _parent(parent: Parent, uses_statistics: bool) -> dict[str, Any]:
+def describe_parent(parent: Parent, uses_statistics: bool) -> dict[str, Any]:
+    """A contributor or base as it is recorded: its name, coefficient and hashes."""
     statistics = parent.statistics if uses_statistics else None
     return {
         "model": parent.contributor.model,

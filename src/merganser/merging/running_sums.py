@@ -26,8 +26,9 @@ from merganser.checkpoints import sha256_tensor
 from merganser.checkpoints.writer import free_bytes
 from merganser.errors import CheckpointError, UserError
 from merganser.merging.parents import Parent
-from merganser.merging.plan import Plan, input_width
+from merganser.merging.plan import Plan
 from merganser.methods import GramSums, Method, Unit
+from merganser.methods.base import input_width
 
 FORMAT = 1
 _SUFFIX = ".sums.safetensors"

@@ -9,9 +9,11 @@ from merganser.methods.optimal_transport import OptimalTransport
 from merganser.methods.regmean import RegMean
 from merganser.methods.simple import Simple
 from merganser.methods.sums import GramSums
+from merganser.methods.task_vectors import TIES, TaskArithmetic
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (Simple, Fisher, RegMean, ACTMat, OptimalTransport)
+    method.name: method
+    for method in (Simple, Fisher, RegMean, ACTMat, OptimalTransport, TaskArithmetic, TIES)
 }
 
 __all__ = ["METHODS", "Facts", "GramSums", "Merged", "Method", "Options", "Share", "Unit", "average"]

@@ -12,8 +12,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from merganser.methods.base import Facts, Merged, Method, Options, Share, Unit
-from merganser.methods.least_squares import solve_gram
+from merganser.methods.base import Facts, Merged, Method, Options, Share, Unit, elements, input_width, turned
+from merganser.methods.sums import GramSums
 
 
 class ACTMatOptions(Options):
@@ -48,13 +48,20 @@ class ACTMat(Method):
     def merge(self, unit: Unit, shares: Sequence[Share]) -> Merged:
         """One factorisation a weight."""
         (name,), (fact,) = unit.names, unit.facts
-        transposed = fact.layer is not None and fact.layer.kind == "conv1d"
 
-        def turned(tensor: Tensor) -> Tensor:
-            return tensor.T if transposed else tensor
+        def oriented(tensor: Tensor) -> Tensor:
+            return tensor.T if turned(fact) else tensor
 
-        weights = [turned(share.tensor(name)) for share in shares]
-        base = turned(shares[0].base(name)).to(torch.float64)
-        grams = (delta.T @ delta for delta in (weight.to(torch.float64) - base for weight in weights))
-        solution = solve_gram(weights, [share.coefficient for share in shares], grams, self.options.ridge)
-        return Merged({name: turned(solution.value)}, solution.note)
+        base = oriented(shares[0].base(name)).to(torch.float64)
+        sums = GramSums()
+        for share in shares:
+            weight = oriented(share.tensor(name))
+            delta = weight.to(torch.float64) - base
+            sums.add(weight, delta.T @ delta, share.coefficient)
+        solution = sums.solve(self.options.ridge)
+        return Merged({name: oriented(solution.value)}, solution.note)
+
+    def memory(self, unit: Unit, contributors: int) -> int:
+        """The system, equilibrated and factored; the base, three sums of weights, the merged weights."""
+        (fact,) = unit.facts
+        return input_width(fact) ** 2 * 3 * 8 + elements(unit) * (5 * 8 + 4)

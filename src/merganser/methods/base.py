@@ -6,15 +6,16 @@ file and no configuration: what it may ask for is a :class:`Share` per contribut
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from math import prod
 from typing import Any, ClassVar, Protocol
 
+import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from merganser.checkpoints.layers import Layer
-from merganser.methods.least_squares import weighted_average
 from merganser.methods.sums import GramSums
 
 
@@ -54,9 +55,10 @@ class Facts:
 
 
 class Share(Protocol):
-    """One contributor's share of a unit; every tensor is read when asked for.
+    """One contributor's share of a unit; every tensor is read when asked for, anew each time, and the caller's own.
 
-    ``rows``-restricted shares (labels that only some contributors know) answer with those rows alone.
+    Shares that are restricted to some rows (labels that only some contributors know, a slice of a tall tensor) answer
+    with those rows alone.
     """
 
     @property
@@ -67,6 +69,12 @@ class Share(Protocol):
         """The contributor's tensor, float32 or wider, in on-disk orientation."""
 
     def base(self, name: str) -> Tensor:
+        """The base model's tensor, likewise."""
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """The whole of a tensor, some rows at a time; the same rows for every contributor."""
+
+    def base_pieces(self, name: str) -> Iterator[Tensor]:
         """The base model's tensor, likewise."""
 
     def gram(self, weight: str) -> Tensor:
@@ -95,6 +103,38 @@ class Unit:
     names: tuple[str, ...]
     kind: str
     facts: tuple[Facts, ...]
+
+    def stack(self) -> dict[str, tuple[int, int]]:
+        """Where the rows of each tensor are when all weights of the unit are put on top of each other: (start, stop).
+
+        A bias goes with the rows of its layer's weight.
+        """
+        places: dict[str, tuple[int, int]] = {}
+        height = 0
+        for fact in self.facts:
+            if fact.bias_of is not None and fact.bias_of.weight in places:
+                places[fact.name] = places[fact.bias_of.weight]
+            else:
+                rows = fact.shape[0] if fact.shape else 1
+                places[fact.name] = (height, height + rows)
+                height += rows
+        return places
+
+    def height(self) -> int:
+        """The number of stacked rows."""
+        return max(stop for _, stop in self.stack().values())
+
+    def cut(self, start: int, stop: int) -> tuple[Unit, dict[str, tuple[int, int]]]:
+        """The part of the unit that lies in stacked rows ``start:stop``, and each tensor's own rows there."""
+        ranges: dict[str, tuple[int, int]] = {}
+        facts = []
+        for fact in self.facts:
+            first, last = self.stack()[fact.name]
+            low, high = max(start, first), min(stop, last)
+            if low < high:
+                ranges[fact.name] = (low - first, high - first)
+                facts.append(replace(fact, shape=(high - low, *fact.shape[1:])))
+        return Unit(tuple(ranges), self.kind, tuple(facts)), ranges
 
 
 @dataclass(frozen=True)
@@ -129,6 +169,31 @@ class Method:
         """Merge one unit. Pure: reads only the shares, decides only by the options."""
         raise NotImplementedError
 
+    def grain(self, unit: Unit) -> int | None:
+        """The fewest stacked rows of the unit that can be merged apart; None where only the whole can.
+
+        1 where slices cost nothing. Anything larger costs something (see :meth:`prepare`), and is cut, into multiples
+        of it, only where memory asks for it.
+        """
+        return None
+
+    def prepare(self, unit: Unit, shares: Sequence[Share]) -> Callable[[Unit, Sequence[Share]], Merged]:
+        """What merges slices of a unit that can be cut, after whatever has to be known of the whole.
+
+        Args:
+            unit: the whole unit.
+            shares: whole shares.
+
+        Returns:
+            a function of a slice (see :meth:`Unit.cut`) and of shares restricted to it. All slices together are, to
+            the byte, what :meth:`merge` gives.
+        """
+        return self.merge
+
+    def memory(self, unit: Unit, contributors: int) -> int:
+        """Estimate of the bytes of tensors that :meth:`merge` of a unit, or of a slice, holds at its worst moment."""
+        return elements(unit) * 4 * (contributors + 7)
+
     def additive(self, unit: Unit) -> bool:
         """Whether the unit is merged by :meth:`add`, contributor by contributor in order, and :meth:`solve`.
 
@@ -145,7 +210,36 @@ class Method:
         raise NotImplementedError
 
 
-def average(names: Sequence[str], shares: Sequence[Share]) -> dict[str, Tensor]:
-    """The weighted average of each named tensor, float64: what every method falls back to, and says so."""
-    coefficients = [share.coefficient for share in shares]
-    return {name: weighted_average([share.tensor(name) for share in shares], coefficients) for name in names}
+def elements(unit: Unit) -> int:
+    """The numbers of all tensors of a unit."""
+    return sum(prod(fact.shape) for fact in unit.facts)
+
+
+def turned(fact: Facts) -> bool:
+    """Whether a layer's weight lies on disk as (in, out)."""
+    return fact.layer is not None and fact.layer.kind == "conv1d"
+
+
+def input_width(fact: Facts) -> int:
+    """The number of inputs of a layer, by the shape of its weight."""
+    return fact.shape[0] if turned(fact) else fact.shape[-1]
+
+
+def average(name: str, shares: Sequence[Share]) -> Tensor:
+    """The weighted average of a tensor: what every method falls back to, and says so.
+
+    R + Σ cᵢ/Σc (θᵢ − R) with R the first contributor's, in one float32 buffer (float64 where a contributor is stored
+    so): merging a model with itself returns it, and rounding is in proportion to how much the contributors differ.
+    """
+    total = sum(share.coefficient for share in shares)
+    reference = shares[0].tensor(name)
+    shift: Tensor | None = None
+    for share in shares[1:]:
+        tensor = share.tensor(name)
+        if tensor.dtype != reference.dtype:
+            tensor, reference = tensor.to(torch.float64), reference.to(torch.float64)
+            shift = None if shift is None else shift.to(torch.float64)
+        tensor -= reference
+        weight = share.coefficient / total
+        shift = tensor.mul_(weight) if shift is None else shift.add_(tensor, alpha=weight)
+    return reference if shift is None else reference.add_(shift)

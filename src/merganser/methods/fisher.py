@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from pydantic import Field
 
-from merganser.methods.base import Facts, Merged, Method, Options, Share, Unit
+from merganser.methods.base import Facts, Merged, Method, Options, Share, Unit, elements
 from merganser.methods.least_squares import solve_diagonal
 
 
@@ -48,3 +48,7 @@ class Fisher(Method):
             self.options.ridge,
         )
         return Merged({name: solution.value}, solution.note)
+
+    def memory(self, unit: Unit, contributors: int) -> int:
+        """Weights and information of every contributor, and the solver's three sums."""
+        return elements(unit) * (8 * contributors + 3 * 8 + 8)

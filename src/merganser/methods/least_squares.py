@@ -30,7 +30,11 @@ def weighted_average(tensors: Sequence[Tensor], coefficients: Sequence[float]) -
 
 
 def solve_diagonal(
-    tensors: Sequence[Tensor], coefficients: Sequence[float], metrics: Sequence[Tensor], ridge: float
+    tensors: Sequence[Tensor],
+    coefficients: Sequence[float],
+    metrics: Sequence[Tensor],
+    ridge: float,
+    mean: float | None = None,
 ) -> Solution:
     """Elementwise solution for diagonal metrics: θ̄ + Σcᵢmᵢ(θᵢ − θ̄) / (Σcᵢmᵢ + λ), λ = ridge · mean(Σcᵢmᵢ).
 
@@ -41,6 +45,7 @@ def solve_diagonal(
         coefficients: n non-negative numbers, not all zero.
         metrics: n non-negative tensors, broadcastable to that shape.
         ridge: pull toward the average, relative to the mean of the summed metric.
+        mean: that mean, where these are some rows only of a larger tensor.
     """
     average = weighted_average(tensors, coefficients)
     weight = torch.zeros((), dtype=torch.float64)
@@ -49,7 +54,7 @@ def solve_diagonal(
         scaled = metric.to(torch.float64) * coefficient
         weight = weight + scaled
         correction += scaled * (tensor.to(torch.float64) - average)
-    weight = weight + ridge * weight.mean()
+    weight = weight + ridge * (weight.mean() if mean is None else mean)
     return Solution(average + torch.where(weight > 0, correction / weight.clamp_min(1e-300), 0.0))
 
 

@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import Tensor
 
 from merganser.errors import RecipeError
-from merganser.methods.base import Facts, Merged, Method, Options, Share, Unit
+from merganser.methods.base import Facts, Merged, Method, Options, Share, Unit, elements
 
 
 @dataclass(frozen=True)
@@ -160,6 +160,11 @@ class OptimalTransport(Method):
                 merged[name] = merged[name].add_(scaled) if name in merged else scaled
         noun = "heads" if unit.kind == "heads" else "hidden units"
         return Merged(merged, f"{moved} of {count * (len(shares) - 1)} {noun} moved")
+
+    def memory(self, unit: Unit, contributors: int) -> int:
+        """Both sides to match in float64 with the sum; the costs, the transport plan and its solver's own."""
+        matching = 5 * unit_count(unit) ** 2 if unit.kind == "feed-forward" else 0
+        return elements(unit) * 8 * 6 + matching * 8
 
     def _reason(
         self, block: Block, prefix: str, rows: Sequence[Facts], columns: Facts, by_name: dict[str, Facts]

@@ -7,16 +7,16 @@ inputs, whose Gram matrix is the diagonal of token frequencies.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from merganser.checkpoints.layers import Layer
-from merganser.methods.base import Facts, Merged, Method, Options, Share, Unit
+from merganser.methods.base import Facts, Merged, Method, Options, Share, Unit, elements, input_width, turned
 from merganser.methods.least_squares import solve_diagonal
-from merganser.methods.sums import GramSums
+from merganser.methods.sums import BLOCK, GramSums
 from merganser.statistics.algebra import augment, shrink
 
 
@@ -77,18 +77,58 @@ class RegMean(Method):
     def merge(self, unit: Unit, shares: Sequence[Share]) -> Merged:
         """Token counts elementwise, Gram matrices by their sums."""
         if unit.kind == "token counts":
-            (name,) = unit.names
-            solution = solve_diagonal(
-                [share.tensor(name) for share in shares],
-                [share.coefficient for share in shares],
-                [share.count(name)[:, None] for share in shares],
-                self.options.ridge,
-            )
-            return Merged({name: solution.value}, solution.note)
+            return self._by_counts(unit, shares, None)
         sums = GramSums()
         for share in shares:
             self.add(unit, share, sums)
         return self.solve(unit, sums)
+
+    def grain(self, unit: Unit) -> int | None:
+        """Rows of embeddings, and output rows of linear layers: these at the price of reading Gram matrices again."""
+        if unit.kind == "token counts":
+            return 1
+        return None if any(turned(fact) for fact in unit.facts) else BLOCK
+
+    def prepare(self, unit: Unit, shares: Sequence[Share]) -> Callable[[Unit, Sequence[Share]], Merged]:
+        """Factor the system once; then each slice is a right-hand side of its own."""
+        if unit.kind == "token counts":
+            (name,) = unit.names
+            total = sum(share.count(name).mean() * share.coefficient for share in shares)
+            return lambda part, restricted: self._by_counts(part, restricted, float(total))
+        layers, with_bias = _layers(unit)
+        whole = GramSums()
+        for share in shares:
+            gram = self._gram(share, layers[0].weight, with_bias)
+            whole.add(gram.new_empty(0, gram.shape[0]), gram, share.coefficient)
+        factored = whole.factor(self.options.ridge)
+
+        def solve(part: Unit, restricted: Sequence[Share]) -> Merged:
+            sums = GramSums()
+            members, _ = _layers(part)
+            for share in restricted:
+                gram = self._gram(share, members[0].weight, with_bias).to(torch.float64)
+                sums.add_right(torch.cat(pieces(share, members, with_bias)), gram, share.coefficient)
+            return Merged(_unstack(factored.solve(sums), part, with_bias), factored.note)
+
+        return solve
+
+    def memory(self, unit: Unit, contributors: int) -> int:
+        """Grams: as stored and widened, the system, its factor. Weights: three sums, and as much again to solve."""
+        if unit.kind == "token counts":
+            return elements(unit) * (8 * contributors + 4 * 8)
+        width = input_width(unit.facts[0]) + 1
+        return width**2 * (8 + 8 + 8 + 6) + elements(unit) * 6 * 8
+
+    def _by_counts(self, unit: Unit, shares: Sequence[Share], mean: float | None) -> Merged:
+        (name,) = unit.names
+        solution = solve_diagonal(
+            [share.tensor(name) for share in shares],
+            [share.coefficient for share in shares],
+            [share.count(name)[:, None] for share in shares],
+            self.options.ridge,
+            mean,
+        )
+        return Merged({name: solution.value}, solution.note)
 
     def additive(self, unit: Unit) -> bool:
         """Linear layers are."""
@@ -102,12 +142,8 @@ class RegMean(Method):
 
     def solve(self, unit: Unit, sums: GramSums) -> Merged:
         """One factorisation for all layers that share the input."""
-        layers, with_bias = _layers(unit)
         solution = sums.solve(self.options.ridge)
-        heights = [fact.shape[1 if fact.layer.kind == "conv1d" else 0] for fact in unit.facts if fact.layer]
-        if len(layers) == 1:  # it may have been given some of its rows only
-            heights = [solution.value.shape[0]]
-        return Merged(_unstack(solution.value.split(heights), layers, with_bias), solution.note)
+        return Merged(_unstack(solution.value, unit, _layers(unit)[1]), solution.note)
 
     def _bias(self, layer: Layer | None, by_name: dict[str, Facts]) -> Facts | None:
         if layer is None or layer.bias is None or not self.options.augment_bias:
@@ -140,12 +176,16 @@ def pieces(share: Share, layers: Sequence[Layer], with_bias: bool) -> list[Tenso
     return found
 
 
-def _unstack(merged: Sequence[Tensor], layers: Sequence[Layer], with_bias: bool) -> dict[str, Tensor]:
+def _unstack(stacked: Tensor, unit: Unit, with_bias: bool) -> dict[str, Tensor]:
     """The inverse of :func:`pieces`, by on-disk name and in on-disk orientation."""
+    facts = [fact for fact in unit.facts if fact.layer]
+    heights = [fact.shape[1 if turned(fact) else 0] for fact in facts]
+    if len(facts) == 1:  # it may have been given some of its rows only
+        heights = [stacked.shape[0]]
     tensors = {}
-    for weight, layer in zip(merged, layers, strict=True):
-        if with_bias and layer.bias:
-            tensors[layer.bias] = weight[:, -1]
+    for weight, fact in zip(stacked.split(heights), facts, strict=True):
+        if with_bias and fact.layer and fact.layer.bias:
+            tensors[fact.layer.bias] = weight[:, -1]
             weight = weight[:, :-1]
-        tensors[layer.weight] = weight.T if layer.kind == "conv1d" else weight
+        tensors[fact.name] = weight.T if turned(fact) else weight
     return tensors

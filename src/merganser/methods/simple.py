@@ -20,4 +20,8 @@ class Simple(Method):
 
     def merge(self, unit: Unit, shares: Sequence[Share]) -> Merged:
         """The weighted average."""
-        return Merged(average(unit.names, shares))
+        return Merged({name: average(name, shares) for name in unit.names})
+
+    def grain(self, unit: Unit) -> int | None:
+        """Elementwise."""
+        return 1

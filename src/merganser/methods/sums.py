@@ -7,7 +7,7 @@ contributor's weights, because the average that the solution is written about mo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,8 @@ from torch import Tensor
 
 #: A pivot of the equilibrated matrix below this multiple of √d·eps(float32) is rounding noise: Grams are stored so.
 _NOISE = 4.0
+#: Rows of weights in one product: fixed, so that the bytes do not depend on how a tall tensor is cut for memory.
+BLOCK = 1024
 
 
 @dataclass(frozen=True)
@@ -58,21 +60,44 @@ class GramSums:
             gram: (in, in), symmetric positive semi-definite.
             coefficient: at least 0.
         """
+        wide = gram.to(torch.float64)
+        if self.system is None:
+            self.system = wide * coefficient
+        else:
+            self.system.add_(wide, alpha=coefficient)
+        self.add_right(weights, wide, coefficient)
+
+    def add_right(self, weights: Tensor, gram: Tensor, coefficient: float) -> None:
+        """Count a contributor on the right-hand side alone, where the system is already known.
+
+        Args:
+            weights: (out, in).
+            gram: (in, in), float64.
+            coefficient: at least 0.
+        """
         self.total += coefficient
-        if self.reference is None or self.system is None or self.right is None or self.offset is None:
+        if self.reference is None or self.right is None or self.offset is None:
             self.reference = weights.to(torch.float64, copy=True).contiguous()
-            self.system = gram.to(torch.float64) * coefficient
             self.right = torch.zeros_like(self.reference)
             self.offset = torch.zeros_like(self.reference)
         elif coefficient != 0:
-            difference = weights.to(torch.float64) - self.reference
-            wide = gram.to(torch.float64)
-            self.system.add_(wide, alpha=coefficient)
-            self.right.addmm_(difference, wide, alpha=coefficient)
-            self.offset.add_(difference, alpha=coefficient)
+            for rows in blocks(len(weights)):
+                difference = weights[rows].to(torch.float64) - self.reference[rows]
+                # A product of its own: BLAS may round differently where rows begin at another alignment.
+                self.right[rows].add_(difference @ gram, alpha=coefficient)
+                self.offset[rows].add_(difference, alpha=coefficient)
 
     def solve(self, ridge: float) -> Solution:
         """W̄ + (Σcᵢ(Wᵢ − W̄)Gᵢ)(ΣcᵢGᵢ + λI)⁻¹ with λ = ridge · tr(ΣcᵢGᵢ)/d; the sums stay as they are.
+
+        Raises:
+            ValueError: nothing was added, or the summed Gram matrix is not positive semi-definite.
+        """
+        factored = self.factor(ridge)
+        return Solution(factored.solve(self), factored.note)
+
+    def factor(self, ridge: float) -> FactoredSystem:
+        """The system ΣcᵢGᵢ + λI, factored once for any number of right-hand sides.
 
         The system is equilibrated by its diagonal and factored by Cholesky. Where a pivot is no larger than the
         rounding of Grams kept in float32, the directions below it carry no information; a ridge of that size on the
@@ -81,13 +106,11 @@ class GramSums:
         Raises:
             ValueError: nothing was added, or the summed Gram matrix is not positive semi-definite.
         """
-        if self.reference is None or self.system is None or self.right is None or self.offset is None:
+        if self.system is None:
             raise ValueError("there is no contributor to solve for")
-        shift = self.offset / self.total  # W̄ − R
         diagonal = self.system.diagonal()
         if not bool((diagonal > 0).any()):
-            return Solution(shift.add_(self.reference), "every Gram matrix is zero: the average")
-        right = torch.addmm(self.right, shift, self.system, alpha=-1)
+            return FactoredSystem(self.system, None, None, "every Gram matrix is zero: the average")
         diagonal = diagonal + ridge * diagonal.mean()
         # An input that is always zero constrains nothing: unit diagonal, zero right-hand side, hence the average.
         used = diagonal > 0
@@ -95,9 +118,7 @@ class GramSums:
         system = (self.system * scale[:, None]).mul_(scale[None, :])
         system.diagonal().copy_(torch.where(used, diagonal * scale * scale, 1.0))
         factor, note = _factor(system)
-        del system
-        correction = torch.cholesky_solve(right.mul_(scale).T, factor).T
-        return Solution(shift.addcmul_(correction, scale.expand_as(shift)).add_(self.reference), note)
+        return FactoredSystem(self.system, factor, scale, note)
 
     def tensors(self) -> dict[str, Tensor]:
         """The sums by name, as they go into a file; at least one contributor must have been added."""
@@ -123,6 +144,42 @@ class GramSums:
         if not reference.shape == right.shape == offset.shape:
             raise ValueError("the sums of weights differ in shape")
         return cls(reference, system, right, offset, float(total))
+
+
+@dataclass(frozen=True)
+class FactoredSystem:
+    """Σ cᵢGᵢ + λI, equilibrated and factored.
+
+    Attributes:
+        system: Σ cᵢGᵢ (in, in).
+        factor: the Cholesky factor of the equilibrated system; None where every Gram matrix is zero.
+        scale: (in,), what rows and columns were multiplied with; None likewise.
+        note: what had to be done to factor it.
+    """
+
+    system: Tensor
+    factor: Tensor | None
+    scale: Tensor | None
+    note: str | None
+
+    def solve(self, sums: GramSums) -> Tensor:
+        """The merged weights (out, in), float64, for these sums' right-hand side; the sums stay as they are."""
+        if sums.reference is None or sums.right is None or sums.offset is None:
+            raise ValueError("there is no contributor to solve for")
+        merged = torch.empty_like(sums.reference)
+        for rows in blocks(len(merged)):
+            shift = sums.offset[rows] / sums.total  # W̄ − R
+            if self.factor is not None and self.scale is not None:
+                right = torch.addmm(sums.right[rows], shift, self.system, alpha=-1).mul_(self.scale)
+                correction = torch.cholesky_solve(right.T, self.factor).T
+                shift.addcmul_(correction, self.scale.expand_as(shift))
+            torch.add(shift, sums.reference[rows], out=merged[rows])
+        return merged
+
+
+def blocks(rows: int) -> Iterator[slice]:
+    """Ranges of :data:`BLOCK` rows."""
+    return (slice(start, start + BLOCK) for start in range(0, rows, BLOCK))
 
 
 def _factor(system: Tensor) -> tuple[Tensor, str | None]:

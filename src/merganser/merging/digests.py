@@ -1,0 +1,81 @@
+"""Hashes of the files of a merged folder.
+
+A weight file's is made of its header and of its tensors' hashes, which are known once the tensors are written: the file
+is not read again. It starts with ``tensors:``. Every other file's is the sha256 of its bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+from merganser.checkpoints import sha256_file
+from merganser.checkpoints.header import TensorInfo, read_header, tensor_infos
+from merganser.checkpoints.reader import PIECE, tensor_sha256
+from merganser.merging.execution import Outcome
+from merganser.merging.layout import Layout
+
+_TENSORS = "tensors:"
+
+
+def file_digests(
+    folder: Path, files: list[str], layout: Layout | None, outcomes: Mapping[str, Outcome]
+) -> dict[str, str]:
+    """The hashes of files that were just written.
+
+    Args:
+        folder: that holds them.
+        files: their names in it.
+        layout: which tensor went where; None: every file is read.
+        outcomes: the hashes of the tensors.
+    """
+    if layout is None:
+        return {file: sha256_file(folder / file) for file in files}
+    known: dict[tuple[str, str], str] = {}
+    for name, outcome in outcomes.items():
+        head, _, inner = name.rpartition("/")
+        place = layout.places.get(name, (f"{head}/head.safetensors", inner))
+        known[place] = outcome.sha256
+    found = {}
+    for file in files:
+        if file in layout.files:
+            header, infos = _layout(folder / file)
+            found[file] = _digest(header, [known[file, info.name] for info in infos])
+        else:
+            found[file] = sha256_file(folder / file)
+    return found
+
+
+def file_digest(path: Path, like: str) -> str:
+    """The hash of a file, of the kind that ``like`` is.
+
+    Raises:
+        CheckpointError: no weight file where there should be one.
+    """
+    if not like.startswith(_TENSORS):
+        return sha256_file(path)
+    header, infos = _layout(path)
+    with path.open("rb") as stream:
+        return _digest(header, [_sha256(stream, info) for info in infos])
+
+
+def _sha256(stream: BinaryIO, info: TensorInfo) -> str:
+    digest, left = tensor_sha256(info.dtype, info.shape), info.nbytes
+    stream.seek(info.offset)
+    while left and (data := stream.read(min(left, PIECE))):
+        digest.update(data)
+        left -= len(data)
+    return digest.hexdigest()
+
+
+def _digest(header: bytes, hashes: list[str]) -> str:
+    return _TENSORS + hashlib.sha256(header + "\n".join(hashes).encode()).hexdigest()
+
+
+def _layout(path: Path) -> tuple[bytes, list[TensorInfo]]:
+    """The bytes of a weight file's header, and its tensors in file order."""
+    header, start = read_header(path)
+    with path.open("rb") as stream:
+        return stream.read(start), tensor_infos(header, start, path.stat().st_size, path, path.name)

@@ -1,0 +1,146 @@
+"""What a contributor brings to one unit, read from its files when a method asks for it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from merganser.errors import CheckpointError
+from merganser.merging.parents import Parent
+from merganser.statistics import LayerStatistics, Statistics
+
+PIECE = 1 << 19  # numbers of a tensor that are read at once where a method goes through the whole of it
+
+Ranges = Mapping[str, tuple[int, int]]
+
+
+class ParentShare:
+    """A contributor's :class:`~merganser.methods.Share` of one unit.
+
+    Args:
+        parent: the contributor.
+        base: the base model, where there is one.
+        rows: the rows of its own tensors that are meant, all by default.
+        ranges: by the first contributor's names, the range of rows of each tensor that is meant; all by default.
+        device: where tensors are put.
+    """
+
+    def __init__(
+        self,
+        parent: Parent,
+        base: Parent | None,
+        *,
+        rows: Sequence[int] | None = None,
+        ranges: Ranges | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        self.parent, self.rows = parent, rows
+        self._base, self._ranges, self._device = base, ranges or {}, device
+        self._rows = None if rows is None else torch.tensor(rows)
+
+    @property
+    def coefficient(self) -> float:
+        """The contributor's weight in the merge."""
+        return self.parent.contributor.coefficient
+
+    def tensor(self, name: str) -> Tensor:
+        """Its tensor in float32 or wider; checked to be finite."""
+        return self._picked(read_finite(self.parent, name, *self._range(name)))
+
+    def base(self, name: str) -> Tensor:
+        """The base model's tensor, likewise."""
+        return self._picked(read_finite(self._known_base, name, *self._range(name)))
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """The whole of its tensor, some rows at a time; the same rows for every contributor."""
+        return self._pieces(self.parent, name)
+
+    def base_pieces(self, name: str) -> Iterator[Tensor]:
+        """The base model's tensor, likewise."""
+        return self._pieces(self._known_base, name)
+
+    def _pieces(self, parent: Parent, name: str) -> Iterator[Tensor]:
+        shape = parent.checkpoint.tensors[parent.names[name]].shape
+        rows = shape[0] if shape else 1
+        step = max(1, PIECE * rows // max(math.prod(shape), 1))
+        for start in range(0, rows, step):
+            yield self._placed(read_finite(parent, name, start, min(start + step, rows)))
+
+    def gram(self, weight: str) -> Tensor:
+        """The Gram matrix of the inputs of the layer with this weight."""
+        return self._placed(self._statistics.gram(self._input(weight)))
+
+    def mean(self, weight: str) -> Tensor:
+        """The mean input of that layer."""
+        return self._placed(self._statistics.mean(self._input(weight)))
+
+    def count(self, weight: str) -> Tensor:
+        """The share of all tokens that each id has."""
+        counts = self._statistics.count(self._layer(weight).module).to(torch.float64)
+        start, stop = self._range(weight)
+        return self._picked((counts / counts.sum().clamp_min(1))[start:stop])
+
+    def fisher(self, name: str) -> Tensor:
+        """Its diagonal Fisher information of a parameter."""
+        start, stop = self._range(name)
+        return self._picked(self._statistics.fisher(self.parent.names[name])[start:stop])
+
+    @property
+    def _statistics(self) -> Statistics:
+        if self.parent.statistics is None:
+            raise RuntimeError("the plan promised statistics")
+        return self.parent.statistics
+
+    @property
+    def _known_base(self) -> Parent:
+        if self._base is None:
+            raise RuntimeError("the plan promised a base model")
+        return self._base
+
+    def _layer(self, weight: str) -> LayerStatistics:
+        layer = self._statistics.layer(self.parent.names[weight])
+        if layer is None:
+            raise RuntimeError(f"the plan promised statistics of {weight}")
+        return layer
+
+    def _input(self, weight: str) -> str:
+        return str(self._layer(weight).input)
+
+    def _range(self, name: str) -> tuple[int, int | None]:
+        return self._ranges.get(name, (0, None))
+
+    def _picked(self, tensor: Tensor) -> Tensor:
+        return self._placed(tensor if self._rows is None else tensor[self._rows])
+
+    def _placed(self, tensor: Tensor) -> Tensor:
+        return tensor if self._device is None else tensor.to(self._device)
+
+
+def read_finite(parent: Parent, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+    """Rows of a contributor's tensor by the first contributor's name, in float32 or wider, hashed on the way.
+
+    Raises:
+        CheckpointError: NaN or Inf in it.
+    """
+    own = parent.names[name]
+    stored = parent.checkpoint.read(own, start, stop)
+    parent.checkpoint.observe(own, stored, start)
+    tensor = stored if stored.dtype == torch.float64 else stored.to(torch.float32)
+    if not is_finite(tensor):
+        raise CheckpointError(
+            f"tensor {own!r} holds NaN or Inf",
+            where=parent.checkpoint.name,
+            mend="this checkpoint is damaged or its training diverged; use another",
+        )
+    return tensor
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no number of a floating-point tensor is NaN or infinite."""
+    if tensor.element_size() == 1:
+        tensor = tensor.to(torch.float32)
+    # A sum shows it in one pass; where it overflows by itself, every number is looked at.
+    return math.isfinite(tensor.sum(dtype=torch.float32)) or bool(torch.isfinite(tensor).all())

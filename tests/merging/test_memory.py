@@ -1,0 +1,185 @@
+"""Slices and budgets: the bytes depend on neither, and memory that does not suffice is said before any work."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from merganser.errors import CheckpointError, RecipeError, UserError
+from merganser.merging import cutting, make_recipe, merge, prepare
+from merganser.merging.memory import Budget, anonymous_bytes, available_bytes
+from merganser.methods import sums
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slices of a few rows, so that tiny tensors are cut."""
+    monkeypatch.setattr(cutting, "SLICE", 48)
+    monkeypatch.setattr(sums, "BLOCK", 5)
+    monkeypatch.setattr("merganser.methods.regmean.BLOCK", 5)
+
+
+def plan_of(models: list[Path], base: Path, method: str, **settings):  # type: ignore[no-untyped-def]
+    values = {"contributors": [str(m) for m in models], "method": method, "base": str(base)}
+    return prepare(make_recipe(values), None, **settings)
+
+
+@pytest.mark.parametrize("method", ["simple", "regmean", "ties", "task_arithmetic"])
+@pytest.mark.parametrize("architecture", ["bert", "gpt2"])
+def test_slices_change_no_byte(family, tmp_path: Path, small: None, method: str, architecture: str) -> None:
+    base, models = family(architecture, 3)
+    resident = anonymous_bytes() + cutting.OWN_BYTES
+    tight = plan_of(models, base, method, max_memory=None, threads=1)
+    largest = max(step.nbytes for step in tight.steps)
+    options = {"base": base} if method not in ("simple", "regmean") else {}
+    merge(models, tmp_path / "sliced", method=method, threads=2, **options)
+    if method == "regmean":  # only memory makes it cut linear layers
+        cut = plan_of(models, base, method, max_memory=resident + largest // 2 + 8 * 2**20, threads=1)
+        assert cut.budget < largest + 8 * 2**20
+    else:
+        assert any(step.slice_rows for step in tight.steps)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cutting, "SLICE", 10**9)
+        merge(models, tmp_path / "whole", method=method, threads=1, **options)
+        assert not any(step.slice_rows for step in plan_of(models, base, method).steps)
+    first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("sliced", "whole"))
+    assert first == second
+
+
+def test_cut_linear_layers_have_the_bytes_of_whole_ones(family, tmp_path: Path, small: None) -> None:
+    """RegMean in as little memory as it can: systems are factored once, right-hand sides come in blocks of rows."""
+    from merganser.merging import execution
+    from merganser.merging.plan import Plan
+
+    base, models = family("bert", 3)
+    plan: Plan = plan_of(models, base, "regmean")
+    cut = 0
+    for step in plan.steps:
+        if step.unit.kind != "gram":
+            continue
+        whole = execution.run_step(plan, step).tensors
+        pieces: dict[str, list[torch.Tensor]] = {name: [] for name in step.unit.names}
+        sliced = cutting.replace(step, slice_rows=5)
+        for firsts, merged in execution.run_slices(plan, sliced):
+            for name, tensor in merged.tensors.items():
+                assert firsts[name] == sum(len(piece) for piece in pieces[name])
+                pieces[name].append(tensor)
+        for name, parts in pieces.items():
+            assert torch.equal(torch.cat(parts), whole[name]), name
+        cut += len(pieces[step.unit.names[0]]) > 1
+    assert cut > 4
+
+
+def test_too_little_memory_is_said_before_work(family, tmp_path: Path) -> None:
+    base, models = family("bert", 2)
+    with pytest.raises(RecipeError, match="the process itself takes"):
+        merge(models, tmp_path / "out", method="regmean", max_memory=anonymous_bytes() // 2)
+    with pytest.raises(UserError, match=r"(?s)'bert\.[\w.]+' needs .* GB at once.*--exclude"):
+        barely = anonymous_bytes() + cutting.OWN_BYTES + 20_000
+        merge(models, tmp_path / "out", method="actmat", base=base, max_memory=barely)
+    assert not (tmp_path / "out").exists()
+
+
+def test_more_memory_than_the_machine_has_is_said_before_work(
+    family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, models = family("bert", 2)
+    monkeypatch.setattr(sys.modules["merganser.merging.merge"], "available_bytes", lambda: 10)
+    with pytest.raises(RecipeError, match=r"(?s)too little memory.*--max-memory"):
+        merge(models, tmp_path / "out", method="regmean")
+    assert not (tmp_path / "out").exists() and available_bytes() > 10
+
+
+def test_a_file_that_changes_under_the_merge_is_refused(family, tmp_path: Path) -> None:
+    _, models = family("bert", 2)
+    plan = prepare(make_recipe({"contributors": [str(m) for m in models], "method": "simple"}), None)
+    plan.parents[1].checkpoint.read(next(iter(plan.parents[1].checkpoint.tensors)))
+    file = models[1] / "model.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file)
+    from merganser.merging import carry_out
+
+    with pytest.raises(CheckpointError, match="changed while it was being read"):
+        carry_out(plan, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_budget_is_never_overdrawn_but_by_one() -> None:
+    budget, lock = Budget(10), threading.Lock()
+    drawn, peak = [0], [0]
+
+    def work(nbytes: int) -> None:
+        budget.draw(nbytes)
+        with budget.returning(nbytes):
+            with lock:
+                drawn[0] += nbytes
+                peak[0] = max(peak[0], drawn[0])
+                assert drawn[0] <= 10 or drawn[0] == nbytes
+            time.sleep(0.001)
+            with lock:
+                drawn[0] -= nbytes
+
+    threads = [threading.Thread(target=work, args=(n % 6 + (20 if n == 7 else 0),)) for n in range(40)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert drawn == [0] and peak[0] >= 20
+
+
+MERGE = """
+import json, sys, threading, time
+from merganser.merging import carry_out, make_recipe, prepare
+from merganser.merging.memory import anonymous_bytes
+values = json.loads(sys.argv[1])
+plan = prepare(make_recipe(values["recipe"]), None, threads=2, max_memory=values["max_memory"])
+predicted, peak, done = plan.peak_bytes, [0], threading.Event()
+def watch():
+    while not done.is_set():
+        peak[0] = max(peak[0], anonymous_bytes())
+        time.sleep(0.002)
+watcher = threading.Thread(target=watch); watcher.start()
+from pathlib import Path
+carry_out(plan, Path(values["output"]))
+done.set(); watcher.join()
+print(json.dumps([predicted, peak[0]]))
+"""
+
+
+def run(recipe: dict[str, object], output: Path, max_memory: int | None = None) -> tuple[int, int]:
+    """(predicted, measured) peak of anonymous memory of a merge in a process of its own."""
+    values = {"recipe": recipe, "output": str(output), "max_memory": max_memory}
+    found = subprocess.run(
+        [sys.executable, "-c", MERGE, json.dumps(values)], check=True, capture_output=True, text=True
+    )
+    predicted, measured = json.loads(found.stdout)
+    return predicted, measured
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["simple", "ties", "actmat"])
+def test_the_predicted_peak_is_within_a_fifth(tmp_path: Path, method: str) -> None:
+    """A model of one layer that is large enough to matter."""
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=2000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=2, num_attention_heads=8
+    )
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+    models = [tmp_path / f"m{i}" for i in range(3)]
+    for number, folder in enumerate(models):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.01 * (number > 0) * torch.randn_like(parameter))
+        model.save_pretrained(folder)
+    recipe = {"contributors": [str(m) for m in models[1:]], "method": method, "base": str(models[0])}
+    predicted, measured = run(recipe, tmp_path / "out")
+    assert abs(predicted / measured - 1) <= 0.2, (predicted / 1e6, measured / 1e6)
