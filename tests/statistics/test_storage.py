@@ -11,14 +11,17 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from conftest import make_model
+from merganser.checkpoints import open_checkpoint
 from merganser.errors import StatisticsError, UserError
-from merganser.statistics import Statistics, write_statistics
+from merganser.merging import Contributor, merge
+from merganser.statistics import Statistics, collect_statistics, write_statistics
 from merganser.statistics.algebra import augment
 from merganser.statistics.forms import WIDEST
 from merganser.statistics.lowrank import rounded_within, top_factor
 from merganser.statistics.storage import compress, parse_storage
 from merganser.tensors import mirror_upper, pack_upper, unpack_upper
-from statistics_examples import make_inputs, make_statistics
+from statistics_examples import batched, make_examples, make_inputs, make_statistics
 
 STORAGES = ["bfloat16", "lowrank:1", "lowrank:8", "lowrank:20"]
 
@@ -345,3 +348,40 @@ def test_protocol_2_stays_readable() -> None:
         assert (kept.gram(name) - exact).norm() < 0.05 * exact.norm()
     assert int(kept.count("emb").sum()) == 200
     assert kept.fisher("layer.0.weight").shape == (5, 24)
+
+
+def test_merging_from_compressed_statistics(tmp_path: Path) -> None:
+    """Weights and biases by RegMean: close to the merge from float32, closer with more bytes, and not the average."""
+    models, files = [], []
+    for seed in (1, 2):
+        folder = tmp_path / f"model-{seed}"
+        model = make_model("bert", seed=seed)
+        model.save_pretrained(folder)
+        batches = batched(model, make_examples(model, 40, seed), 8)
+        models.append(str(folder))
+        files.append(
+            write_statistics(
+                tmp_path / f"{seed}.safetensors", *collect_statistics(model, open_checkpoint(folder), batches)
+            )
+        )
+
+    def merged(storage: str, method: str = "regmean") -> dict[str, torch.Tensor]:
+        copies = []
+        for file in files:
+            copy = file.with_name(f"{file.stem}-copy.safetensors")
+            copies.append(write_statistics(copy, *compress(Statistics.open(file), storage)))
+        contributors = [
+            Contributor(model=model, statistics=str(copy)) for model, copy in zip(models, copies, strict=True)
+        ]
+        folder = merge(contributors, tmp_path / "merged", method=method, overwrite=True)
+        return load_file(folder / "model.safetensors")
+
+    exact, average = merged("float32"), merged("float32", "simple")
+    linear = [name for name in exact if ".encoder." in name and "LayerNorm" not in name]
+
+    def distance(other: dict[str, torch.Tensor]) -> float:
+        return float(sum((other[name] - exact[name]).norm() ** 2 for name in linear)) ** 0.5
+
+    errors = [distance(merged(storage)) for storage in ("bfloat16", "lowrank:6", "lowrank:2")]
+    assert len(linear) >= 12 and 0 < errors[0] < errors[1] < errors[2] < distance(average)
+    assert errors[0] < 0.05 * distance(average)

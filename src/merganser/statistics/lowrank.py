@@ -1,4 +1,4 @@
-"""The part of a covariance matrix that few directions explain, such that what it leaves over stays a covariance.
+"""The part of a covariance (or correlation) matrix that few directions explain; what is left over is a diagonal.
 
 C ≈ FᵀF + diag(rest) with F (r, d) the top-r eigenpairs, √λ·v in a row each, and rest = diag(C) − diag(FᵀF).
 

@@ -8,10 +8,15 @@ stays positive semi-definite:
 
 ``bfloat16``   rounding moves the covariance C = G − m mᵀ by up to 2⁻⁹ of each entry, which can be more than its
                smallest eigenvalues. So the rounded matrix is factored; where that fails, its off-diagonals are divided
-               by 1 + τ with the smallest τ = 2⁻¹⁴ … 2⁻⁴ that mends it. That is a loading of the diagonal by τ
-               (and then a division of all), or RegMean's α of 1/(1 + τ), far from its default of 0.9.
-``lowrank:r``  C ≈ FᵀF + a diagonal, see :mod:`merganser.statistics.lowrank`. F is bfloat16: at half the bytes its
-               rounding adds next to nothing to what cutting at rank r loses.
+               by 1 + τ with the smallest τ = 2⁻¹⁴, 2⁻¹³, … that mends it: the diagonal is loaded by τ, then all of C
+               is divided by 1 + τ. RegMean's α does the same, and its default of 0.9 more of it. Where 2⁻² does not
+               help, the Gram matrix is refused.
+``lowrank:r``  C ≈ FᵀF + a diagonal, see :mod:`merganser.statistics.lowrank`: the top-r eigenpairs of the correlations,
+               that is of C with rows and columns divided by standard deviations, as a merge does not care for the
+               units of an input. F is bfloat16, at half the bytes. Measured on NER fine-tunes of a 22M encoder, as the
+               error of RegMean's solution relative to how far the contributors differ (α 0.9, rank 64): 0.057 with
+               eigenpairs of C, with F in float32 and in bfloat16; 0.052 with those of the correlations. Eigenpairs of
+               G itself, with its diagonal kept, made several systems indefinite that solve for biases, too.
 
 Fisher information is rounded to bfloat16 by both. Means, diagonals and token counts stay as they are.
 """
@@ -37,7 +42,7 @@ from merganser.statistics.lowrank import rounded_within, top_factor
 from merganser.tensors import one_thread, pack_upper, unpack_upper
 
 _CONSTANT = 1e-5  # a variance below this part of the mean square is the rounding of float32 sums
-_LOADINGS = (0.0, *(2.0**-power for power in range(14, 3, -1)))
+_LOADINGS = (0.0, *(2.0**-power for power in range(14, 1, -1)))
 _AGAIN = "collect the statistics again, or download the file again"
 
 
@@ -91,7 +96,7 @@ def compress(statistics: Statistics, storage: Storage | str) -> tuple[Statistics
     Raises:
         UserError: no such storage.
         StatisticsError: low rank pays for no Gram matrix of the file. When the tensors are asked for: a Gram matrix
-            that is not positive semi-definite, or that rounding damages more than a loading of 2⁻⁴ mends.
+            that is not positive semi-definite, or that rounding damages more than a loading of 2⁻² mends.
     """
     storage = parse_storage(storage) if isinstance(storage, str) else storage
     inputs = statistics.inputs
@@ -196,7 +201,10 @@ def _dense(statistics: Statistics, input: str) -> dict[str, Tensor]:
 def _low_rank(statistics: Statistics, input: str, rank: int) -> dict[str, Tensor]:
     with one_thread():
         covariance, variances, kept = _covariance(statistics, input)
-        factor = rounded_within(top_factor(covariance, rank), variances)
+        deviations = covariance.diagonal().clamp_min(0).sqrt()
+        inverse = torch.where(deviations > 0, 1 / deviations, 0.0)
+        covariance.mul_(inverse[:, None]).mul_(inverse[None, :])  # the correlations
+        factor = rounded_within(top_factor(covariance, rank) * deviations, variances)
     return {f"factor.{input}": factor, **kept}
 
 
