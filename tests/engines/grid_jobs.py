@@ -55,3 +55,7 @@ def short(payload: Mapping[str, Any]) -> dict[str, Any]:
         while not any(folder.glob("blocked.*")) and time.monotonic() < end:
             time.sleep(0.05)
     return {"node": node}
+
+
+def crash_for_good(payload: Mapping[str, Any]) -> dict[str, Any]:
+    os._exit(3)

@@ -96,7 +96,7 @@ class SafetensorsWriter:
         self._missing: dict[tuple[str, str], int] = {}
         self._lock = threading.Lock()
         for file, specs in files.items():
-            header, infos = _layout(file, specs, {"format": "pt"} if metadata is None else metadata)
+            header, infos = file_layout(file, specs, metadata)
             path = folder / file
             path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
@@ -143,10 +143,11 @@ class SafetensorsWriter:
                 os.close(descriptor)
 
 
-def _layout(
-    file: str, specs: Sequence[TensorSpec], metadata: Mapping[str, str]
+def file_layout(
+    file: str, specs: Sequence[TensorSpec], metadata: Mapping[str, str] | None = None
 ) -> tuple[bytes, list[TensorInfo]]:
-    entries: dict[str, object] = {"__metadata__": dict(metadata)}
+    """The first bytes of a safetensors file, up to its tensors, and where each of these lies, in file order."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"} if metadata is None else dict(metadata)}
     offset = 0
     for spec in specs:
         entries[spec.name] = {

@@ -35,6 +35,21 @@ def parse_options(pairs: tuple[str, ...]) -> dict[str, Any]:
     return found
 
 
+def make_cluster(name: str, address: str | None, description: str) -> Any:
+    """The engine that ``--engine`` names; None for this process.
+
+    Args:
+        name: ``serial`` or ``ray``.
+        address: of the Ray cluster.
+        description: what the jobs are for, shown in front of the bar.
+    """
+    if name == "serial":
+        return None
+    from merganser.engines import RayEngine
+
+    return RayEngine(address, description=description)
+
+
 def human_bytes(count: float) -> str:
     """A size as people write it, such as ``91.2 MB``."""
     for unit in ("B", "kB", "MB", "GB"):

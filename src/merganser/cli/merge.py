@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from merganser.cli.common import human_bytes, parse_options, print_table, quiet_libraries, warn
+from merganser.cli.common import human_bytes, make_cluster, parse_options, print_table, quiet_libraries, warn
 
 if TYPE_CHECKING:
     from merganser.merging import Plan
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @click.command("merge")
 @click.argument("models", nargs=-1, required=True, metavar="MODEL MODEL… | RECIPE.yaml")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder to write.")
+@click.option("-o", "--output", metavar="FOLDER|URL", help="Where to write.")
 @click.option(
     "--method", help="auto, simple, fisher, regmean, actmat, ot, task_arithmetic, ties.  [default: auto]"
 )
@@ -50,12 +50,23 @@ if TYPE_CHECKING:
     "--max-memory", metavar="SIZE", help="What the process may take, such as 2GB; the result is the same."
 )
 @click.option("--device", type=click.Choice(["cpu", "cuda", "auto"]), default="cpu", show_default=True)
+@click.option(
+    "--engine",
+    type=click.Choice(["serial", "ray"]),
+    default="serial",
+    show_default=True,
+    help="ray: one task a weight file, all over a cluster.",
+)
+@click.option(
+    "--ray-address", metavar="HOST:PORT", help="Of the cluster.  [default: $RAY_ADDRESS, or this machine's]"
+)
+@click.option("--as-adapter", type=int, metavar="RANK", help="Write the nearest LoRA adapter of this rank.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing model folder.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="With --dry-run: the plan as JSON, tensor by tensor.")
 def merge_command(
     models: tuple[str, ...],
-    output: Path | None,
+    output: str | None,
     coefficients: str | None,
     statistics: tuple[str, ...],
     alpha: float | None,
@@ -64,6 +75,9 @@ def merge_command(
     threads: int | None,
     max_memory: str | None,
     device: str,
+    engine: str,
+    ray_address: str | None,
+    as_adapter: int | None,
     overwrite: bool,
     dry_run: bool,
     as_json: bool,
@@ -111,10 +125,18 @@ def merge_command(
         return
     if output is None:  # refused above
         return
-    carry_out(plan, output, overwrite=overwrite)
+    if as_adapter is not None:
+        if engine != "serial":
+            raise click.UsageError("--as-adapter works in one process; leave --engine out")
+        from merganser.merging.adapter_output import carry_out_adapter
+
+        carry_out_adapter(plan, Path(output), as_adapter, overwrite=overwrite)
+        click.echo(output)
+        return
+    carry_out(plan, output, overwrite=overwrite, engine=make_cluster(engine, ray_address, "merge"))
     treated = ", ".join(f"{count} {method}" for method, count in plan.counts.items())
     warn(f"{human_bytes(plan.bytes_written)} written; tensors: {treated}")
-    click.echo(str(output))
+    click.echo(output)
 
 
 def show_plan(plan: Plan, as_json: bool) -> None:

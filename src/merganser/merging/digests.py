@@ -14,6 +14,7 @@ from typing import BinaryIO
 from merganser.checkpoints import sha256_file
 from merganser.checkpoints.header import TensorInfo, read_header, tensor_infos
 from merganser.checkpoints.reader import PIECE, tensor_sha256
+from merganser.checkpoints.writer import file_layout
 from merganser.merging.execution import Outcome
 from merganser.merging.layout import Layout
 
@@ -23,11 +24,11 @@ _TENSORS = "tensors:"
 def file_digests(
     folder: Path, files: list[str], layout: Layout | None, outcomes: Mapping[str, Outcome]
 ) -> dict[str, str]:
-    """The hashes of files that were just written.
+    """The hashes of a merge's files; weight files need not be in the folder.
 
     Args:
-        folder: that holds them.
-        files: their names in it.
+        folder: that holds the others.
+        files: what is in it.
         layout: which tensor went where; None: every file is read.
         outcomes: the hashes of the tensors.
     """
@@ -38,14 +39,11 @@ def file_digests(
         head, _, inner = name.rpartition("/")
         place = layout.places.get(name, (f"{head}/head.safetensors", inner))
         known[place] = outcome.sha256
-    found = {}
-    for file in files:
-        if file in layout.files:
-            header, infos = _layout(folder / file)
-            found[file] = _digest(header, [known[file, info.name] for info in infos])
-        else:
-            found[file] = sha256_file(folder / file)
-    return found
+    found = {file: sha256_file(folder / file) for file in files if file not in layout.files}
+    for file, specs in layout.files.items():
+        header, infos = file_layout(file, specs)
+        found[file] = _digest(header, [known[file, info.name] for info in infos])
+    return dict(sorted(found.items()))
 
 
 def file_digest(path: Path, like: str) -> str:

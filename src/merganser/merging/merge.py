@@ -4,32 +4,38 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from merganser.checkpoints import home_of
 from merganser.checkpoints.writer import check_output, free_bytes, new_folder, parse_size
+from merganser.engines import Engine
 from merganser.errors import CheckpointError, RecipeError, UserError, raise_all
 from merganser.merging import provenance
 from merganser.merging.adapter_output import carry_out_adapter
 from merganser.merging.card import model_card
+from merganser.merging.distributed import run_on
 from merganser.merging.execution import Execution
 from merganser.merging.layout import make_layout, write_small_files
 from merganser.merging.memory import available_bytes
+from merganser.merging.places import Place, RemotePlace, is_url, new_remote
 from merganser.merging.plan import Plan, make_plan
 from merganser.merging.recipe import Contributor, Recipe, make_recipe
 from merganser.merging.running_sums import RunningSums, check_sums
 from merganser.progress import track
 
+#: A folder, or a folder or fsspec URL as text.
+Output = TypeVar("Output", str, Path)
 _SPARE = 64_000_000  # bytes for everything that is not weights
 
 
 def merge(
     models: Recipe | Sequence[str | Path | Contributor],
-    output: str | Path,
+    output: Output,
     *,
     method: str = "auto",
     base: str | Path | None = None,
@@ -41,14 +47,16 @@ def merge(
     sums: str | Path | None = None,
     max_memory: str | int | None = None,
     device: str = "cpu",
+    engine: Engine | None = None,
+    as_adapter: int | None = None,
     **settings: Any,
-) -> Path:
+) -> Output:
     """Merge checkpoints of one pre-trained model into a folder that ``from_pretrained`` opens.
 
     Args:
         models: the checkpoints (folders or ``org/name@revision``), or a whole :class:`Recipe`, which then stands
             alone: give no other setting with it.
-        output: the folder to write; written whole or not at all.
+        output: the folder or fsspec URL to write; written whole or not at all.
         method: ``auto``, or one of ``merganser.methods.METHODS``.
         base: the pre-trained model, for the methods that need it.
         coefficients: one weight a model, relative; equal by default.
@@ -61,11 +69,13 @@ def merge(
         max_memory: what the process may take, in bytes or as ``"2GB"``; by default what the machine has. The bytes
             do not depend on it.
         device: ``cpu``, ``cuda`` or ``auto``.
+        engine: where the work is done (see :mod:`merganser.engines`); by default in this process.
+        as_adapter: write the nearest LoRA adapter of this rank instead of a full checkpoint.
         settings: the other keys of :class:`Recipe`: ``exclude``, ``keep_separate``, ``labels``, ``vocabulary``,
             ``dtype``, ``max_shard_size``, ``allow_pickle``.
 
     Returns:
-        The output folder.
+        The output, as it was given.
 
     Raises:
         UserError: anything the user can mend, before any work; several at once as ``Problems``.
@@ -78,14 +88,17 @@ def merge(
         recipe = make_recipe(values if base is None else {**values, "base": str(base)}, "merge()")
     plan = prepare(
         recipe,
-        Path(output),
+        output,
         overwrite=overwrite,
         threads=threads,
         sums=sums,
         max_memory=max_memory,
         device=device,
     )
-    return carry_out(plan, Path(output), overwrite=overwrite)
+    if as_adapter is not None:
+        carry_out_adapter(plan, Path(output), as_adapter, overwrite=overwrite)
+        return output
+    return carry_out(plan, output, overwrite=overwrite, engine=engine)
 
 
 def contributors_of(
@@ -120,7 +133,7 @@ def contributors_of(
 
 def prepare(
     recipe: Recipe,
-    output: Path | None,
+    output: str | Path | None,
     *,
     overwrite: bool = False,
     threads: int | None = None,
@@ -160,7 +173,13 @@ def prepare(
                 mend="free some memory, or work in less: --max-memory SIZE, --threads 1",
             )
         )
-    if output is not None:
+    if output is not None and is_url(output):
+        if not overwrite and RemotePlace(str(output)).exists():
+            problems.append(
+                CheckpointError("the output exists", where=output, mend="give another URL, or --overwrite")
+            )
+    elif output is not None:
+        output = Path(output)
         opened = [parent.checkpoint for parent in plan.parents]
         sources = [place.path for one in opened for place in (one, home_of(one))]
         if problem := check_output(output, overwrite, sources):
@@ -213,19 +232,42 @@ def _hash(plan: Plan) -> None:
             pass
 
 
-def carry_out(plan: Plan, output: Path, *, overwrite: bool = False) -> Path:
+def carry_out(plan: Plan, output: Output, *, overwrite: bool = False, engine: Engine | None = None) -> Output:
     """Do what a plan says.
+
+    Args:
+        plan: what :func:`prepare` returned.
+        output: a folder, or an fsspec URL.
+        overwrite: replace what is there.
+        engine: where the work is done, one job a weight file; by default in this process.
+
+    Returns:
+        The output, as it was given.
 
     Raises:
         UserError: non-finite numbers in or out, a full disk; nothing is left behind.
     """
     layout = make_layout(plan)
-    with new_folder(output, overwrite=overwrite) as folder:
+    with _new_output(output, overwrite) as (place, folder):
         write_small_files(plan, layout, folder)
-        outcomes = Execution(plan, layout, folder).run()
+        if engine is not None:
+            outcomes = run_on(engine, plan, layout, place)
+        else:
+            outcomes = Execution(plan, layout, folder).run()
         (folder / "README.md").write_text(model_card(plan, layout, outcomes), encoding="utf-8")
         provenance.write_provenance(provenance.make_provenance(plan, outcomes, folder, layout), folder)
     return output
+
+
+@contextmanager
+def _new_output(output: str | Path, overwrite: bool) -> Iterator[tuple[Place, Path]]:
+    """The place of the weight files, and a local folder for everything else."""
+    if is_url(output):
+        with new_remote(str(output), overwrite=overwrite) as (place, folder):
+            yield place, folder
+    else:
+        with new_folder(Path(output), overwrite=overwrite) as folder:
+            yield Place(folder), folder
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,7 @@ class Plan:
         budget: bytes that the units being worked on may take together.
         resident: bytes of the process itself.
         device: where tensors are computed.
+        max_memory: what the process may take, where that was said.
         kept: where sums of earlier merges are to go on from and those of this one are put.
     """
 
@@ -77,6 +78,7 @@ class Plan:
     budget: int
     resident: int
     device: str = "cpu"
+    max_memory: int | None = None
     kept: RunningSums | None = None
 
     @property
@@ -186,7 +188,7 @@ def make_plan(
     vocabulary_from = longest.index(max(longest)) if recipe.vocabulary == "largest" else 0
     return Plan(
         resolved, choice, method, tuple(parents), base if method.needs_base else None, tuple(steps), outputs,
-        separate, labels, vocabulary_from, tuple(notes), threads, budget, resident, device,
+        separate, labels, vocabulary_from, tuple(notes), threads, budget, resident, device, max_memory,
     )  # fmt: skip
 
 
