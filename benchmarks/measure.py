@@ -23,6 +23,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+PROGRAM = Path(sys.executable).parent / "merganser"  # of the environment that runs the benchmark
 RESULTS = Path(__file__).resolve().parent / "results"
 INTERVAL = 0.02  # seconds between two samples of memory
 _TAIL = 2000  # characters of a failed command's output that are shown
@@ -246,6 +247,17 @@ def warm(folders: Iterable[Path]) -> None:
                 buffer = bytearray(16 << 20)
                 while stream.readinto(buffer):
                     pass
+
+
+def command(line: Sequence[str], output: Path) -> Callable[[], Run]:
+    """A command that writes the folder ``output``, as a variant: it finds none in its place."""
+
+    def run() -> Run:
+        remove(output)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        return run_command(line, {"HF_HUB_OFFLINE": "1"})
+
+    return run
 
 
 def remove(folder: Path) -> None:

@@ -17,7 +17,7 @@ import argparse
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,10 @@ import checkpoints
 import measure
 import peers
 import ties_reference
-from measure import Run
+from measure import PROGRAM
 
 DENSITY = 0.5
 HERE = Path(__file__).resolve().parent
-PROGRAM = Path(sys.executable).parent / "merganser"
 FASTEST = ("-j", str(os.cpu_count()), "--async-write", "--write-threads", str(os.cpu_count()))
 
 
@@ -52,7 +51,7 @@ def main() -> int:
             commands.update(mergekit_commands(outputs, kit, config))
         print(f"{name}, {options.size}, {rounds} rounds", file=sys.stderr)
         runs = measure.take_turns(
-            {variant: _fresh(command, outputs / variant) for variant, command in commands.items()},
+            {variant: measure.command(line, outputs / variant) for variant, line in commands.items()},
             rounds,
             lambda: measure.warm([base, *models]),
         )
@@ -113,18 +112,6 @@ def write_config(path: Path, name: str, models: Sequence[Path], base: Path) -> P
         config["base_model"] = str(base)
     path.write_text(yaml.safe_dump(config))
     return path
-
-
-def _fresh(command: Sequence[str], output: Path) -> Callable[[], Run]:
-    """The command as a variant that finds no output in its place."""
-
-    def run() -> Run:
-        measure.remove(output)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        os.sync()
-        return measure.run_command(command, {"HF_HUB_OFFLINE": "1"})
-
-    return run
 
 
 def check(

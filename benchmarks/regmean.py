@@ -29,14 +29,13 @@ import measure
 import naive_regmean
 from checkpoints import Encoder
 from grams import encoder_family
-from measure import Run
+from measure import PROGRAM
 from merganser.checkpoints.layers import Layer
 from merganser.methods import Facts, RegMean
 from merganser.statistics import Statistics
 from merganser.tensors import one_thread
 
 HERE = Path(__file__).resolve().parent
-PROGRAM = Path(sys.executable).parent / "merganser"
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ def main() -> int:
         folders = {name: outputs / name for name in commands(outputs, models, options.alpha)}
         runs = measure.take_turns(
             {
-                name: fresh(command, folders[name])
+                name: measure.command(command, folders[name])
                 for name, command in commands(outputs, models, options.alpha).items()
             },
             options.rounds,
@@ -156,17 +155,6 @@ def commands(outputs: Path, models: Sequence[Path], alpha: float) -> dict[str, l
         names[0]: [*script, str(outputs / names[0]), *folders, "--alpha", str(alpha)],
         names[1]: [*script, str(outputs / names[1]), *folders, "--alpha", str(alpha), "--shared"],
     }
-
-
-def fresh(command: Sequence[str], output: Path) -> Callable[[], Run]:
-    """The command as a variant that finds no output in its place."""
-
-    def run() -> Run:
-        measure.remove(output)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        return measure.run_command(command)
-
-    return run
 
 
 def judge(

@@ -1,8 +1,8 @@
 """TIES and the weighted average in float64, written for clarity, to hold results against.
 
 TIES (Yadav et al. 2023) of contributors θᵢ and a base θ₀, all with the same coefficient, one tensor at a time: of
-dᵢ = θᵢ − θ₀ the k = ⌊density · n⌋ largest magnitudes are kept; the sign of Σdᵢ is elected; and
-θ = θ₀ + the mean of those dᵢ ≠ 0 that have this sign.
+dᵢ = θᵢ − θ₀ the k = ⌊density · n⌋ largest magnitudes are kept, and all that equal the k-th; the sign of Σdᵢ is elected,
+plus where it is 0; and θ = θ₀ + the mean of those dᵢ ≠ 0 that have this sign.
 
 A float64 answer is not always the only right one, so a number that differs from it is looked at again:
 
@@ -64,17 +64,18 @@ def compare(result: Path, models: Sequence[Path], base: Path | None, density: fl
     return found
 
 
-def ties(inputs: Tensor, keep: Tensor, zero_sign: float) -> Tensor:
+def ties(inputs: Tensor, keep: Tensor, zero_sign: float = 1.0, zero: float = 0.0) -> Tensor:
     """The merge of one piece.
 
     Args:
         inputs: (1 + contributors, n) float64, the base first.
         keep: (contributors, n), what is left after trimming.
         zero_sign: the sign where Σdᵢ = 0; 0 leaves the base there.
+        zero: sums up to here count as 0, relative to the largest number that goes in.
     """
     trimmed = (inputs[1:] - inputs[0]).where(keep, 0.0)
-    sign = trimmed.sum(0).sign()
-    sign = torch.where(sign == 0, zero_sign, sign)
+    total = trimmed.sum(0)
+    sign = torch.where(total.abs() <= zero * inputs.abs().amax(0), zero_sign, total.sign())
     elected = (trimmed.sign() == sign) & (trimmed != 0)
     return inputs[0] + trimmed.where(elected, 0.0).sum(0) / elected.sum(0).clamp_min(1)
 
@@ -88,7 +89,7 @@ def _judge(piece: Tensor, inputs: Tensor, thresholds: Sequence[float], trimmed: 
     magnitudes = (inputs[1:] - inputs[0]).abs()
     limits = torch.tensor(thresholds, dtype=torch.float64)[:, None]
     keep = magnitudes >= limits
-    wanted = ties(inputs, keep, 0.0)
+    wanted = ties(inputs, keep)
     differ = piece != wanted.to(piece.dtype)
     if not bool(differ.any()):
         return {}
@@ -99,7 +100,7 @@ def _judge(piece: Tensor, inputs: Tensor, thresholds: Sequence[float], trimmed: 
     for choice in itertools.product((False, True), repeat=len(keep)):
         chosen = torch.where(tied, torch.tensor(choice)[:, None], keep)
         for zero_sign in (-1.0, 0.0, 1.0):
-            other = ties(inputs, chosen, zero_sign)
+            other = ties(inputs, chosen, zero_sign, _ROUNDING)
             explained |= _near(piece, other, inputs)
     near = _near(piece, wanted, inputs)
     return _counts(torch.ones_like(near), explained & ~near, near)
