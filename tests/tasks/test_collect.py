@@ -12,6 +12,7 @@ import torch
 import transformers
 
 import merganser.tasks.collect as module
+import merganser.tasks.collecting.loading as loading
 from merganser.errors import DataError, Problems, UserError
 from merganser.statistics import FILE_NAME, Statistics
 from merganser.tasks.collect import collect
@@ -37,7 +38,7 @@ def no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(module, "load_model", refuse)
+    monkeypatch.setattr(loading, "load_model", refuse)
 
 
 def test_the_gram_is_that_of_each_text_alone(save_ready: Save, reviews: Path) -> None:

@@ -73,6 +73,18 @@ def _sample(_: click.Context, __: click.Parameter, value: str | None) -> float |
     metavar="float32|bfloat16|lowrank:R",
     help="Of Gram matrices; see merganser stats compress.",
 )
+@click.option("--engine", type=click.Choice(["serial", "ray"]), default="serial", show_default=True)
+@click.option("--ray-address", help="Of a running cluster.  [default: $RAY_ADDRESS or auto]")
+@click.option("--cpus", type=float, default=1, show_default=True, help="Of each shard's job, on a cluster.")
+@click.option("--device", type=click.Choice(["cpu", "cuda", "auto"]), default="cpu", show_default=True)
+@click.option(
+    "--max-memory", metavar="SIZE", help="Keep at most so much of the weights in memory, such as 2GB."
+)
+@click.option(
+    "--offload-folder",
+    type=click.Path(path_type=Path),
+    help="For weights that cannot stay in the model's own files.  [default: a temporary folder]",
+)
 @click.option("--label", default="", help="Free text about the data, published in the file.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="[default: in the model's folder]")
 @click.option("--overwrite", is_flag=True, help="Replace existing statistics.")

@@ -197,8 +197,10 @@ class Collector:
     def _map(self) -> dict[str, str]:
         """The on-disk names of the model's parameters, found once."""
         if self._names is None:
-            self._names = map_parameters(self._model, self._checkpoint)
-            self._layers = layers_of(self._model, self._checkpoint) if self._grams else []
+            # a twin without weights, where some stay on the disk: tied ones are no longer one parameter then
+            model = empty_twin(self._model) if is_offloaded(self._model) else self._model
+            self._names = map_parameters(model, self._checkpoint)
+            self._layers = layers_of(model, self._checkpoint) if self._grams else []
         return self._names
 
     def _observe(self, first: Batch) -> Observer | None:
@@ -206,7 +208,13 @@ class Collector:
         if self._grams and self._observer is None:
             self._wiring = discover(self._model, self._layers, first)
             self._observer = Observer(
-                self._model, self._layers, self._wiring, self._workers, self._device, self._sampling
+                self._model,
+                self._layers,
+                self._wiring,
+                self._workers,
+                self._device,
+                self._sampling,
+                one_at_a_time=is_offloaded(self._model),
             )
         return self._observer
 
@@ -218,8 +226,21 @@ class Collector:
 
 
 def inputs_device(model: nn.Module) -> torch.device:
-    """Where a model wants its inputs."""
-    return next(model.parameters()).device
+    """Where a model wants its inputs; on the CPU where accelerate brings weights from the disk."""
+    return torch.device("cpu") if is_offloaded(model) else next(model.parameters()).device
+
+
+def is_offloaded(model: nn.Module) -> bool:
+    """Whether some weights are on the disk and come into memory, by accelerate, for a moment only."""
+    return any(parameter.is_meta for parameter in model.parameters())
+
+
+def empty_twin(model: nn.Module) -> nn.Module:
+    """A model of the same structure on the meta device."""
+    make: Any = type(model)
+    with torch.device("meta"):
+        twin: nn.Module = make(model.config)
+    return twin
 
 
 def library_versions() -> dict[str, str]:

@@ -47,7 +47,9 @@ class Gram:
         self._total = torch.zeros(width, width, device=device)
         self._sum = torch.zeros(width, dtype=torch.float64, device=device)
         on_cpu = device.type == "cpu"
-        self._buffer = torch.empty(capacity, width) if capacity and on_cpu else None
+        # NumPy asks for huge pages: touching the memory for the first time costs a quarter of torch's time
+        room = np.empty((capacity, width), np.float32) if capacity and on_cpu else None
+        self._buffer = None if room is None else torch.from_numpy(room)
         self._filled = 0
 
     @property

@@ -6,14 +6,14 @@ was computed, gives one result to the bit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from merganser.errors import StatisticsError
-from merganser.statistics.format import LayerStatistics, Statistics, StatisticsHeader
+from merganser.statistics.format import Statistics, StatisticsHeader
 
 
 class ShardSums:
@@ -103,11 +103,11 @@ def _weights(header: StatisticsHeader) -> Iterator[tuple[str, int]]:
 
 
 def _together(one: StatisticsHeader, two: StatisticsHeader, where: Any) -> StatisticsHeader:
-    if one.manifest_sha256 != two.manifest_sha256 or _shapes(one.layers) != _shapes(two.layers):
+    if _fixed(one) != _fixed(two):
         raise StatisticsError(
-            "the shards are of different weights or layers",
+            "the shards are of different weights, layers or versions of libraries",
             where=where,
-            mend="let every machine see the same model, and run the same versions of merganser and transformers",
+            mend="let every machine see the same model, and run the same versions of merganser, torch, transformers",
         )
     rows = {layer.module: layer.rows for layer in two.layers}
     return one.model_copy(
@@ -124,5 +124,7 @@ def _together(one: StatisticsHeader, two: StatisticsHeader, where: Any) -> Stati
     )
 
 
-def _shapes(layers: tuple[LayerStatistics, ...]) -> list[Mapping[str, Any]]:
-    return [layer.model_dump(exclude={"rows"}) for layer in layers]
+def _fixed(header: StatisticsHeader) -> tuple[Any, ...]:
+    """What no two shards of one collection differ in."""
+    layers = [layer.model_dump(exclude={"rows"}) for layer in header.layers]
+    return header.manifest_sha256, header.versions, header.masking, layers

@@ -7,13 +7,16 @@ merganser.collect("model", "reviews.jsonl")
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from merganser.checkpoints import home_of
-from merganser.errors import StatisticsError, UserError, did_you_mean
+from merganser.checkpoints.writer import parse_size
+from merganser.engines import Engine, make_engine
+from merganser.errors import StatisticsError, UserError, did_you_mean, raise_all
 from merganser.progress import bar
 from merganser.statistics import FILE_NAME, FisherKind, Statistics, write_statistics
 from merganser.statistics.collection import Collector
@@ -23,11 +26,13 @@ from merganser.statistics.storage import compress, parse_storage
 from merganser.tasks import task_for
 from merganser.tasks.base import Task
 from merganser.tasks.collecting.examples import Examples, encode, find_columns
+from merganser.tasks.collecting.loading import choose_placement, placed_model
+from merganser.tasks.collecting.remote import make_jobs, run_jobs
 from merganser.tasks.collecting.shards import SHARD_EXAMPLES, Stop, added, collect_shard, fixed_shards
 from merganser.tasks.columns import Columns
 from merganser.tasks.data import Rows, read_rows
 from merganser.tasks.gather import Gather
-from merganser.tasks.models import Opened, load_model, load_tokenizer, open_model, prepare_padding
+from merganser.tasks.models import Opened, load_tokenizer, open_model, prepare_padding
 from merganser.tasks.suite import selected
 
 
@@ -51,6 +56,12 @@ def collect(
     shard_examples: int = SHARD_EXAMPLES,
     seed: int = 0,
     storage: str = "float32",
+    engine: str | Engine = "serial",
+    ray_address: str | None = None,
+    cpus: float = 1,
+    device: str = "cpu",
+    max_memory: str | int | None = None,
+    offload_folder: str | Path | None = None,
     label: str = "",
     overwrite: bool = False,
     allow_pickle: bool = False,
@@ -84,6 +95,14 @@ def collect(
         shard_examples: examples whose sums are computed together, see :mod:`merganser.tasks.collecting.shards`.
         seed: of the order of ``until_converged`` and the sample of ``sample_tokens``.
         storage: ``float32``, ``bfloat16`` or ``lowrank:r``, see :mod:`merganser.statistics.storage`.
+        engine: ``serial``: one shard after the other, here; ``ray``: shards are jobs on a cluster, and the bytes
+            are the same; or an engine itself.
+        ray_address: of a running cluster; None: what ``RAY_ADDRESS`` says, or this machine's.
+        cpus: that each job of a cluster takes.
+        device: ``cpu``, ``cuda`` or ``auto``.
+        max_memory: bytes of weights in memory, or a size such as ``2GB``; the others stay on the disk, see
+            :mod:`merganser.tasks.collecting.loading`. None: all are in memory.
+        offload_folder: for weights that cannot stay in the checkpoint's own files.
         label: free text for the header, such as what the data are. Published with the statistics.
         overwrite: replace an existing file.
         allow_pickle: accept pickled weights (read with ``weights_only``).
@@ -105,13 +124,22 @@ def collect(
         raise UserError("there is nothing to collect", where="collect", mend="ask for grams, fisher or both")
     _check_options(grams, until_converged, sample_tokens)
     stored = parse_storage(storage)
+    elsewhere = _engine(engine, ray_address, cpus)
+    if elsewhere is not None:
+        _check_elsewhere(until_converged, device, max_memory)
+    limit_bytes = parse_size(max_memory) if isinstance(max_memory, str) else max_memory
     gather = Gather()
     opened = gather(open_model, model, allow_pickle=allow_pickle)
     rows = gather(_rows, data, split, limit)
     target = None if opened is None else gather(_target, opened, output, overwrite)
     chosen = None if opened is None else gather(_task, opened, task, kind)
+    placement = (
+        None
+        if opened is None
+        else gather(choose_placement, device, limit_bytes, offload_folder, opened, fisher=kind is not None)
+    )
     gather.settle()
-    if opened is None or rows is None or target is None or chosen is None:
+    if opened is None or rows is None or target is None or chosen is None or placement is None:
         raise RuntimeError("a step failed without an error")
     found, references = find_columns(rows, chosen, opened, Columns.of(columns), kind, use_labels)
     examples = encode(
@@ -124,30 +152,45 @@ def collect(
         max_length,
     )
     sampling, notes = _sampling(sample_tokens, examples, seed)
-    network = load_model(
-        opened, chosen.model_class(opened.config), complete=chosen.complete, allow_pickle=allow_pickle
-    )
-    prepare_padding(network, examples.tokenizer)
-    with (
-        Collector(
-            network,
-            opened.checkpoint,
-            grams=grams,
-            fisher=kind,
-            problem=chosen.problem,
-            sampling=sampling,
-            label=label,
-        ) as collector,
-        bar(len(examples), "collecting", "ex") as progress,
-    ):
-        run = partial(collect_shard, collector, examples, batch_size, progress.update)
-        if until_converged is not None:
-            stop = Stop(until_converged, seed, shard_examples, fisher_examples)
-            sums, tally, note = stop.run(len(examples), run)
-            notes.append(note)
-        else:
-            shards = fixed_shards(len(examples), shard_examples, fisher_examples, grams=grams)
-            sums, tally = added(map(run, shards))
+    stop = None if until_converged is None else Stop(until_converged, seed, shard_examples, fisher_examples)
+    shards = fixed_shards(len(examples), shard_examples, fisher_examples, grams=grams)
+    wanted: dict[str, Any] = {"grams": grams, "fisher": kind, "sampling": sampling, "label": label}
+    if elsewhere is not None:
+        with tempfile.TemporaryDirectory(
+            dir=target.parent, prefix=f".{target.name}.", suffix=".shards"
+        ) as folder:
+            jobs = make_jobs(
+                examples,
+                shards,
+                Path(folder),
+                data=data,
+                cpus=cpus,
+                labelled=kind is not None and references is not None,
+                split=split,
+                batch_size=batch_size,
+                allow_pickle=allow_pickle,
+                **wanted,
+            )
+            sums, tally = added(run_jobs(elsewhere, jobs))
+    else:
+        with (
+            placed_model(
+                opened,
+                chosen.model_class(opened.config),
+                placement,
+                complete=chosen.complete,
+                allow_pickle=allow_pickle,
+            ) as network,
+            Collector(network, opened.checkpoint, problem=chosen.problem, **wanted) as collector,
+            bar(len(examples), "collecting", "ex") as progress,
+        ):
+            prepare_padding(network, examples.tokenizer)
+            run = partial(collect_shard, collector, examples, batch_size, progress.update)
+            if stop is not None:
+                sums, tally, note = stop.run(len(examples), run)
+                notes.append(note)
+            else:
+                sums, tally = added(map(run, shards))
     header, tensors = sums.result()
     notes = [*header.notes, f"task: {chosen.name}", *tally.notes(examples.encoded.max_length), *notes]
     whole = Statistics.in_memory(header.model_copy(update={"notes": tuple(notes)}), tensors)
@@ -171,6 +214,41 @@ def _task(opened: Opened, task: str | Task, kind: FisherKind | None) -> Task:
             mend="leave it out, or collect on a fine-tuned checkpoint",
         )
     return chosen
+
+
+def _engine(engine: str | Engine, ray_address: str | None, cpus: float) -> Engine | None:
+    """Where shards are jobs; None for this process."""
+    if not 0 < cpus < float("inf"):
+        raise UserError(f"a job on {cpus:g} cpus", where="--cpus", mend="give a number above 0")
+    if isinstance(engine, Engine):
+        return engine
+    if engine != "ray":
+        if ray_address is not None:
+            raise UserError(
+                "the address of a cluster has no meaning without it",
+                where="--ray-address",
+                mend="add --engine ray",
+            )
+        make_engine(engine)  # or an error that names it
+        return None
+    return make_engine(engine, address=ray_address, description="collecting")
+
+
+def _check_elsewhere(until_converged: float | None, device: str, max_memory: str | int | None) -> None:
+    """Refuse what jobs on other machines cannot do."""
+    problems = []
+    if until_converged is not None:
+        problems.append(("--until-converged", "it is decided after each shard, so shards cannot run at once"))
+    if device != "cpu":
+        problems.append(("--device", "jobs run on CPUs"))
+    if max_memory is not None:
+        problems.append(("--max-memory", "jobs load their model into memory, and say how much they take"))
+    raise_all(
+        [
+            UserError(what, where=f"{option} with --engine ray", mend="leave one of the two out")
+            for option, what in problems
+        ]
+    )
 
 
 def _check_options(grams: bool, until_converged: float | None, sample_tokens: float | int | None) -> None:

@@ -140,7 +140,12 @@ def _no_tokenizer(place: Path, why: str) -> CheckpointError:
 
 
 def load_model(
-    opened: Opened, class_name: str, *, complete: bool = True, allow_pickle: bool = False
+    opened: Opened,
+    class_name: str,
+    *,
+    complete: bool = True,
+    allow_pickle: bool = False,
+    placement: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """The model in float32 and eval mode, on the CPU.
 
@@ -150,6 +155,7 @@ def load_model(
         complete: every parameter must be in the checkpoint. A head that is not would be random, and so its
             scores.
         allow_pickle: accept pickled weights.
+        placement: ``from_pretrained``'s options for where the weights go, such as ``device_map``.
 
     Raises:
         CheckpointError: the weights do not fit the architecture, or lack a part that the task needs.
@@ -171,6 +177,7 @@ def load_model(
                 use_safetensors=None if allow_pickle else True,
                 output_loading_info=True,
                 **settings,
+                **(placement or {}),
             )
     except Exception as error:  # whatever damaged weights or a stranger's configuration provoke
         raise CheckpointError(
