@@ -82,7 +82,27 @@ def shapes(method: Method, part: Part) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in terms.items()}
 
 
-class Origin:
+class _Whole:
+    """Tensors that are there at once."""
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor."""
+        raise NotImplementedError
+
+    def base(self, name: str) -> Tensor:
+        """The base model's is the same."""
+        return self.tensor(name)
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """One piece."""
+        yield self.tensor(name)
+
+    def base_pieces(self, name: str) -> Iterator[Tensor]:
+        """One piece."""
+        yield self.tensor(name)
+
+
+class Origin(_Whole):
     """The base model as a contributor without weight or statistics: what differences are taken from.
 
     Args:
@@ -104,8 +124,6 @@ class Origin:
         """The base model's."""
         return self._share.base(name)
 
-    base = tensor
-
     def gram(self, weight: str) -> Tensor:
         """Zeros."""
         width = self._widths[weight]
@@ -123,12 +141,8 @@ class Origin:
         """Zeros."""
         return torch.zeros_like(self._share.base(name))
 
-    def pieces(self, name: str) -> Iterator[tuple[Tensor, Tensor]]:
-        """The whole, twice."""
-        yield self._share.base(name), self._share.base(name)
 
-
-class Outline:
+class Outline(_Whole):
     """A share of tensors that have shapes but no numbers.
 
     Args:
@@ -145,7 +159,7 @@ class Outline:
         """Of its shape."""
         return torch.empty(self._shapes[name], dtype=torch.float32, device="meta")
 
-    base = fisher = tensor
+    fisher = tensor
 
     def gram(self, weight: str) -> Tensor:
         """Square."""
@@ -158,7 +172,3 @@ class Outline:
     def count(self, weight: str) -> Tensor:
         """One number a row."""
         return self.tensor(weight)[:, 0].to(torch.float64)
-
-    def pieces(self, name: str) -> Iterator[tuple[Tensor, Tensor]]:
-        """The whole, twice."""
-        yield self.tensor(name), self.tensor(name)
