@@ -120,6 +120,16 @@ def test_no_room(files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.M
     assert "are free" in str(result.exception)
 
 
+def test_too_little_memory(files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("merganser.merging.memory.available_bytes", lambda: 48**2 * 25)
+    output = ("-o", tmp_path / "c.safetensors")
+    for arguments in (["compress", files[0], "--storage", "bfloat16", *output], ["diff", *files]):
+        result = run(*arguments, fails=StatisticsError)
+        assert "48 inputs" in str(result.exception) and "are available" in str(result.exception)
+    run("add", *files, "--storage", "bfloat16", *output, fails=StatisticsError)
+    run("add", *files, *output)
+
+
 def test_a_file_that_changes_under_the_work(files: tuple[Path, Path], tmp_path: Path) -> None:
     statistics = Statistics.open(files[0])
     header, tensors = compress(statistics, "bfloat16")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +26,8 @@ _OVERWRITE = click.option(
     help="Replace an existing file, which may be an input: it stays until the new one is whole.",
 )
 _STORAGE = "float32, bfloat16 or lowrank:R (a diagonal and R eigenpairs of each Gram matrix)."
+#: Bytes for each entry of the widest (d, d) Gram matrix that are in memory at the worst moment, measured.
+_ADDING, _COMPARING, _COMPRESSING = 20, 32, 34
 
 
 @click.group("stats")
@@ -53,7 +55,9 @@ def add_command(files: tuple[Path, ...], output: Path, overwrite: bool, storage:
     from merganser.statistics.storage import compress, parse_storage
 
     wanted = None if storage is None else parse_storage(storage)
-    header, tensors = add(_open(files, output, overwrite))
+    parts = _open(files, output, overwrite)
+    _check_memory(parts, _ADDING if wanted is None else _COMPRESSING)
+    header, tensors = add(parts)
     if wanted is not None:
         header, tensors = compress(Statistics.in_memory(header, tensors), wanted)
     _write(output, header, tensors)
@@ -99,6 +103,7 @@ def compress_command(file: Path, storage: str, output: Path, overwrite: bool) ->
 
     wanted = parse_storage(storage)
     (statistics,) = _open((file,), output, overwrite)
+    _check_memory([statistics], _COMPRESSING)
     before = sum(info.nbytes for info in statistics.tensors.values())
     header, tensors = compress(statistics, wanted)
     _write(output, header, tensors, before)
@@ -115,6 +120,7 @@ def diff_command(a: Path, b: Path, as_json: bool) -> None:
     from merganser.statistics.comparison import distances, header_differences
 
     left, right = Statistics.open(a), Statistics.open(b)
+    _check_memory([left, right], _COMPARING)
     headers = header_differences(left, right)
     found = list(distances(left, right))
     same = left.header.manifest_sha256 == right.header.manifest_sha256
@@ -166,6 +172,21 @@ def _open(files: tuple[Path, ...], output: Path, overwrite: bool) -> list[Statis
         )
     raise_all(problems)
     return found
+
+
+def _check_memory(files: Sequence[Statistics], bytes_an_entry: int) -> None:
+    """Say before any work that the widest Gram matrix, which a low-rank file does not show, is too large."""
+    from merganser.merging.memory import available_bytes
+
+    widest = max((one.width(input) for one in files for input in one.inputs), default=0)
+    needed, available = bytes_an_entry * widest**2, available_bytes()
+    if needed > available:
+        raise StatisticsError(
+            f"the Gram matrix of {widest} inputs takes {human_bytes(needed)} of memory to work on, "
+            f"{human_bytes(available)} are available",
+            where=next(one.path for one in files if any(one.width(input) == widest for input in one.inputs)),
+            mend="use a machine with more memory",
+        )
 
 
 def _write(

@@ -8,9 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, linalg
 
-from merganser.statistics.algebra import packed_gram
 from merganser.statistics.format import Statistics
-from merganser.tensors import unpack_upper
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,7 @@ def _statistics(statistics: Statistics) -> list[tuple[str, str]]:
 
 def _value(statistics: Statistics, kind: str, name: str) -> Tensor:
     if kind == "gram":
-        return unpack_upper(packed_gram(statistics, name))
+        return statistics.gram(name)
     if kind == "mean":
         return statistics.mean(name)
     if kind == "fisher":
