@@ -97,6 +97,7 @@ def _statistics(path: Path, validate: bool) -> dict[str, Any]:
         "statistics": str(path),
         "size": human_bytes(path.stat().st_size),
         "protocol": header.protocol,
+        "storage": statistics.storage,
         "examples": header.examples,
         "tokens": header.tokens,
         "masking": header.masking,
