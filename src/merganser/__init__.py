@@ -12,7 +12,8 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from merganser.evaluation import evaluate
-    from merganser.merging import Contributor, Recipe, merge, reproduce, verify
+    from merganser.merging import Contributor, Recipe, reproduce, verify
+    from merganser.merging.merge import merge
     from merganser.tasks.collect import collect
 
 _HOMES = {

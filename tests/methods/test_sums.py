@@ -100,3 +100,36 @@ def test_tensors_that_are_no_sums_are_refused(fault: str) -> None:
         tensors["right"] = tensors["right"][:1]
     with pytest.raises(ValueError):
         GramSums.from_tensors(tensors)
+
+
+def test_wide_systems_are_solved_in_float32_where_that_loses_nothing() -> None:
+    """Correlated inputs, 640 wide, against float64 numpy; a system that is nearly singular is factored in float64."""
+    rng = np.random.default_rng(0)
+    width, out, n, alpha = 640, 40, 3, 0.9
+    mixing = rng.normal(size=(width, width)) * (np.arange(1, width + 1) ** -0.7)[:, None]
+    base = rng.normal(size=(out, width)).astype(np.float32)
+    weights = [base + 0.1 * rng.normal(size=base.shape).astype(np.float32) for _ in range(n)]
+    grams = []
+    for _ in range(n):
+        inputs = rng.normal(size=(2 * width, width)) @ mixing
+        gram = inputs.T @ inputs / len(inputs)
+        grams.append((alpha * gram + (1 - alpha) * np.diag(np.diag(gram))).astype(np.float32))
+    sums = GramSums(dtype=None)
+    for weight, gram in zip(weights, grams, strict=True):
+        sums.add(torch.from_numpy(weight), torch.from_numpy(gram), 1.0)
+    assert sums.dtype == torch.float32
+    factored = sums.factor(0.0)
+    assert factored.factor is not None and factored.factor.dtype == torch.float32
+    singular = GramSums(dtype=None)
+    singular.add(torch.from_numpy(weights[0]), torch.from_numpy(mixing.T @ mixing).float(), 1.0)
+    assert singular.dtype == torch.float32
+    widened = singular.factor(0.0).factor
+    assert widened is not None and widened.dtype == torch.float64
+    top = sum(w.astype(np.float64) @ g.astype(np.float64) for w, g in zip(weights, grams, strict=True))
+    expected = np.linalg.solve(sum(g.astype(np.float64) for g in grams), top.T).T
+    found = factored.solve(sums).double().numpy()
+    error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
+    naive = sum(torch.from_numpy(w) @ torch.from_numpy(g) for w, g in zip(weights, grams, strict=True))
+    naive = naive @ torch.inverse(sum(torch.from_numpy(g) for g in grams))
+    assert error < np.linalg.norm(naive.double().numpy() - expected) / np.linalg.norm(expected)
+    assert error < 5e-6

@@ -106,7 +106,8 @@ def _merge(
         return plan.method.merge(step.unit, shares)
     parents, own = [share.parent for share in shares], [share.rows for share in shares]
     keys = plan.kept.keys(plan.method, step.unit, parents, own)
-    sums, done = plan.kept.load(step.unit, rows, keys)
+    found, done = plan.kept.load(step.unit, rows, keys)
+    sums = plan.method.new_sums() if found is None else found
     for share in shares[done:]:
         plan.method.add(step.unit, share, sums)
     if done < len(shares):

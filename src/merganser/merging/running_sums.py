@@ -30,7 +30,7 @@ from merganser.merging.plan import Plan
 from merganser.methods import GramSums, Method, Unit
 from merganser.methods.base import input_width
 
-FORMAT = 1
+FORMAT = 2
 _SUFFIX = ".sums.safetensors"
 
 
@@ -78,8 +78,10 @@ class RunningSums:
             found.append(hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest())
         return tuple(found)
 
-    def load(self, unit: Unit, rows: Sequence[int] | None, keys: Sequence[str]) -> tuple[GramSums, int]:
-        """The sums of the first contributors, and how many these are; empty sums and 0 where none are kept.
+    def load(
+        self, unit: Unit, rows: Sequence[int] | None, keys: Sequence[str]
+    ) -> tuple[GramSums | None, int]:
+        """The sums of the first contributors, and how many these are; None and 0 where none are kept.
 
         Args:
             unit: the tensors.
@@ -91,13 +93,13 @@ class RunningSums:
                 metadata = file.metadata() or {}
                 kept = json.loads(metadata["contributors"])
                 if not kept or kept != list(keys[: len(kept)]):
-                    return GramSums(), 0
+                    return None, 0
                 tensors = {name: file.get_tensor(name).clone() for name in sorted(file.keys())}
             if _digest(tensors) != metadata["sha256"]:
-                return GramSums(), 0
+                return None, 0
             return GramSums.from_tensors(tensors), len(kept)
         except Exception:  # whatever a damaged or foreign file provokes: it is not needed
-            return GramSums(), 0
+            return None, 0
 
     def save(self, unit: Unit, rows: Sequence[int] | None, keys: Sequence[str], sums: GramSums) -> None:
         """Put the sums in the place of older ones, whole or not at all.
@@ -163,7 +165,7 @@ def check_sums(folder: Path, plan: Plan, output: Path) -> UserError | None:
 
 
 def sums_bytes(plan: Plan) -> int:
-    """The size of the sums of a merge: float64, a system and three sums of weights for each additive unit."""
+    """The size of the sums of a merge, float64 at most: a system and three sums of weights for each additive unit."""
     total = 0
     for step in plan.steps:
         if step.method == plan.method.name and plan.method.additive(step.unit):

@@ -201,6 +201,10 @@ class Method:
         """
         return False
 
+    def new_sums(self) -> GramSums:
+        """Sums of no contributor."""
+        return GramSums()
+
     def add(self, unit: Unit, share: Share, sums: GramSums) -> None:
         """Count one more contributor of an additive unit."""
         raise NotImplementedError

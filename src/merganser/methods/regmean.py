@@ -17,7 +17,10 @@ from merganser.checkpoints.layers import Layer
 from merganser.methods.base import Facts, Merged, Method, Options, Share, Unit, elements, input_width, turned
 from merganser.methods.least_squares import solve_diagonal
 from merganser.methods.sums import BLOCK, GramSums
-from merganser.statistics.algebra import augment, shrink
+from merganser.statistics.algebra import augment, shrink_
+
+#: Off-diagonals times this or less leave an equilibrated system with eigenvalues of at least 1 − alpha.
+_WELL = 0.95
 
 
 class RegMeanOptions(Options):
@@ -78,7 +81,7 @@ class RegMean(Method):
         """Token counts elementwise, Gram matrices by their sums."""
         if unit.kind == "token counts":
             return self._by_counts(unit, shares, None)
-        sums = GramSums()
+        sums = self.new_sums()
         for share in shares:
             self.add(unit, share, sums)
         return self.solve(unit, sums)
@@ -96,28 +99,32 @@ class RegMean(Method):
             total = sum(share.count(name).mean() * share.coefficient for share in shares)
             return lambda part, restricted: self._by_counts(part, restricted, float(total))
         layers, with_bias = _layers(unit)
-        whole = GramSums()
+        whole = self.new_sums()
         for share in shares:
             gram = self._gram(share, layers[0].weight, with_bias)
-            whole.add(gram.new_empty(0, gram.shape[0]), gram, share.coefficient)
+            stored = next(share.pieces(layers[0].weight)).dtype
+            whole.add(gram.new_empty(0, gram.shape[0], dtype=stored), gram, share.coefficient)
         factored = whole.factor(self.options.ridge)
 
         def solve(part: Unit, restricted: Sequence[Share]) -> Merged:
-            sums = GramSums()
+            sums = GramSums(dtype=whole.dtype)  # that of the system, whatever the slice
             members, _ = _layers(part)
             for share in restricted:
-                gram = self._gram(share, members[0].weight, with_bias).to(torch.float64)
+                gram = self._gram(share, members[0].weight, with_bias)
                 sums.add_right(torch.cat(pieces(share, members, with_bias)), gram, share.coefficient)
             return Merged(_unstack(factored.solve(sums), part, with_bias), factored.note)
 
         return solve
 
     def memory(self, unit: Unit, contributors: int) -> int:
-        """Grams: as stored and widened, the system, its factor. Weights: three sums, and as much again to solve."""
+        """Grams: as stored, augmented, the system, equilibrated and factored, where alpha asks for it in float64.
+
+        Weights: one contributor's, three sums, the merged ones.
+        """
         if unit.kind == "token counts":
             return elements(unit) * (8 * contributors + 4 * 8)
         width = input_width(unit.facts[0]) + 1
-        return width**2 * (8 + 8 + 8 + 6) + elements(unit) * 6 * 8
+        return width**2 * (28 if self.options.alpha > _WELL else 16) + elements(unit) * 7 * 4
 
     def _by_counts(self, unit: Unit, shares: Sequence[Share], mean: float | None) -> Merged:
         (name,) = unit.names
@@ -133,6 +140,10 @@ class RegMean(Method):
     def additive(self, unit: Unit) -> bool:
         """Linear layers are."""
         return unit.kind == "gram"
+
+    def new_sums(self) -> GramSums:
+        """In float32 where alpha keeps the system far from singular."""
+        return GramSums(dtype=None if self.options.alpha <= _WELL or self.options.diagonal else torch.float64)
 
     def add(self, unit: Unit, share: Share, sums: GramSums) -> None:
         """Count a contributor: its weights stacked, its Gram matrix once."""
@@ -155,7 +166,7 @@ class RegMean(Method):
         if with_bias:
             gram = augment(gram, share.mean(weight))
         alpha = 0.0 if self.options.diagonal else self.options.alpha
-        return gram if alpha == 1 else shrink(gram, alpha)
+        return gram if alpha == 1 else shrink_(gram, alpha)
 
 
 def _layers(unit: Unit) -> tuple[list[Layer], bool]:

@@ -17,6 +17,10 @@ from torch import Tensor
 _NOISE = 4.0
 #: Rows of weights in one product: fixed, so that the bytes do not depend on how a tall tensor is cut for memory.
 BLOCK = 1024
+#: With every pivot of the equilibrated matrix above this, float32 loses at most about three of its seven digits, of a
+#: correction that is small beside the weights. Otherwise the system is factored in float64.
+_SAFE = 1e-3
+_NARROW = 512  # inputs up to which float64 costs nothing that matters
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,7 @@ class Solution:
     """A merged tensor and what had to be done to get it.
 
     Attributes:
-        value: float64, shaped like the contributors' tensors.
+        value: float32 or float64, shaped like the contributors' tensors.
         note: a stated ridge that a nearly singular system needed; None where none was.
     """
 
@@ -34,8 +38,11 @@ class Solution:
 
 @dataclass
 class GramSums:
-    """Sums over contributors with weights Wᵢ (out, in), Gram matrices Gᵢ (in, in) and coefficients cᵢ; all float64.
+    """Sums over contributors with weights Wᵢ (out, in), Gram matrices Gᵢ (in, in) and coefficients cᵢ.
 
+    In float64 sums can be added to and taken from for long. Those that are solved at once may be in float32 where they
+    are wide: twice as fast, and since only differences are summed, as good as Grams that are stored so. Weights in
+    float64 make them float64.
     The same contributors in the same order give the same bytes, wherever the sums were put down on the way.
 
     Attributes:
@@ -44,6 +51,7 @@ class GramSums:
         right: Σ cᵢ(Wᵢ − R)Gᵢ (out, in).
         offset: Σ cᵢ(Wᵢ − R) (out, in).
         total: Σ cᵢ.
+        dtype: of the sums; None: float64 where that is cheap, by the first Gram matrix's width.
     """
 
     reference: Tensor | None = None
@@ -51,6 +59,7 @@ class GramSums:
     right: Tensor | None = None
     offset: Tensor | None = None
     total: float = 0.0
+    dtype: torch.dtype | None = torch.float64
 
     def add(self, weights: Tensor, gram: Tensor, coefficient: float) -> None:
         """Count one more contributor.
@@ -60,32 +69,44 @@ class GramSums:
             gram: (in, in), symmetric positive semi-definite.
             coefficient: at least 0.
         """
-        wide = gram.to(torch.float64)
+        gram = gram.to(self._settled(weights, gram))
         if self.system is None:
-            self.system = wide * coefficient
+            self.system = gram * coefficient
         else:
-            self.system.add_(wide, alpha=coefficient)
-        self.add_right(weights, wide, coefficient)
+            self.system.add_(gram, alpha=coefficient)
+        self.add_right(weights, gram, coefficient)
 
     def add_right(self, weights: Tensor, gram: Tensor, coefficient: float) -> None:
         """Count a contributor on the right-hand side alone, where the system is already known.
 
         Args:
             weights: (out, in).
-            gram: (in, in), float64.
+            gram: (in, in).
             coefficient: at least 0.
         """
+        gram = gram.to(self._settled(weights, gram))
         self.total += coefficient
         if self.reference is None or self.right is None or self.offset is None:
-            self.reference = weights.to(torch.float64, copy=True).contiguous()
+            self.reference = weights.to(self.dtype, copy=True).contiguous()
             self.right = torch.zeros_like(self.reference)
             self.offset = torch.zeros_like(self.reference)
         elif coefficient != 0:
             for rows in blocks(len(weights)):
-                difference = weights[rows].to(torch.float64) - self.reference[rows]
+                difference = weights[rows].to(self.dtype) - self.reference[rows]
                 # A product of its own: BLAS may round differently where rows begin at another alignment.
                 self.right[rows].add_(difference @ gram, alpha=coefficient)
                 self.offset[rows].add_(difference, alpha=coefficient)
+
+    def _settled(self, weights: Tensor, gram: Tensor) -> torch.dtype:
+        """The dtype to go on in: float64 from the first weights on that are stored so."""
+        if self.dtype is None:
+            self.dtype = torch.float64 if gram.shape[0] <= _NARROW else torch.float32
+        if weights.dtype == torch.float64 != self.dtype:
+            self.dtype = torch.float64
+            for name in ("reference", "system", "right", "offset"):
+                held = getattr(self, name)
+                setattr(self, name, None if held is None else held.to(torch.float64))
+        return self.dtype
 
     def solve(self, ridge: float) -> Solution:
         """W̄ + (Σcᵢ(Wᵢ − W̄)Gᵢ)(ΣcᵢGᵢ + λI)⁻¹ with λ = ridge · tr(ΣcᵢGᵢ)/d; the sums stay as they are.
@@ -108,17 +129,19 @@ class GramSums:
         """
         if self.system is None:
             raise ValueError("there is no contributor to solve for")
-        diagonal = self.system.diagonal()
+        diagonal = self.system.diagonal().to(torch.float64)
         if not bool((diagonal > 0).any()):
-            return FactoredSystem(self.system, None, None, "every Gram matrix is zero: the average")
-        diagonal = diagonal + ridge * diagonal.mean()
-        # An input that is always zero constrains nothing: unit diagonal, zero right-hand side, hence the average.
+            return FactoredSystem(None, None, None, "every Gram matrix is zero: the average")
+        pull = torch.full_like(diagonal, float(ridge * diagonal.mean()))
+        diagonal = diagonal + pull
+        # An input that is always zero constrains nothing: unit diagonal and the average's right-hand side.
         used = diagonal > 0
+        pull[~used] = 1.0
         scale = torch.where(used, diagonal, 1.0).rsqrt()
-        system = (self.system * scale[:, None]).mul_(scale[None, :])
-        system.diagonal().copy_(torch.where(used, diagonal * scale * scale, 1.0))
-        factor, note = _factor(system)
-        return FactoredSystem(self.system, factor, scale, note)
+        factor, extra, note = _factor(self.system, scale, torch.where(used, diagonal * scale * scale, 1.0))
+        return FactoredSystem(
+            factor, scale.to(factor.dtype), (pull + extra / scale**2).to(factor.dtype), note
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         """The sums by name, as they go into a file; at least one contributor must have been added."""
@@ -134,16 +157,20 @@ class GramSums:
             ValueError: these are not the tensors of such sums.
         """
         names = ("reference", "system", "right", "offset", "total")
-        if set(tensors) != set(names) or any(t.dtype != torch.float64 for t in tensors.values()):
-            raise ValueError(f"sums are the float64 tensors {', '.join(names)}")
+        if set(tensors) != set(names):
+            raise ValueError(f"sums are the tensors {', '.join(names)}")
         reference, system, right, offset, total = (tensors[name] for name in names)
+        dtype = system.dtype
+        alike = all(tensor.dtype == dtype for tensor in (reference, system, right, offset))
+        if dtype not in (torch.float32, torch.float64) or not alike or total.dtype != torch.float64:
+            raise ValueError("sums are all float64, or all float32 but for the total")
         width = system.shape[0]
         square = system.shape == (width, width) and total.shape == (1,)
         if not square or reference.dim() != 2 or reference.shape[1] != width:
             raise ValueError(f"weights {list(reference.shape)} do not fit a system of {list(system.shape)}")
         if not reference.shape == right.shape == offset.shape:
             raise ValueError("the sums of weights differ in shape")
-        return cls(reference, system, right, offset, float(total))
+        return cls(reference, system, right, offset, float(total), dtype)
 
 
 @dataclass(frozen=True)
@@ -151,29 +178,35 @@ class FactoredSystem:
     """Σ cᵢGᵢ + λI, equilibrated and factored.
 
     Attributes:
-        system: Σ cᵢGᵢ (in, in).
-        factor: the Cholesky factor of the equilibrated system; None where every Gram matrix is zero.
+        factor: (in, in) the Cholesky factor of the equilibrated system; None where every Gram matrix is zero.
         scale: (in,), what rows and columns were multiplied with; None likewise.
+        pull: (in,), how strongly each input's weights are drawn to the average: λ and what the factor needed.
         note: what had to be done to factor it.
     """
 
-    system: Tensor
     factor: Tensor | None
     scale: Tensor | None
+    pull: Tensor | None
     note: str | None
 
     def solve(self, sums: GramSums) -> Tensor:
-        """The merged weights (out, in), float64, for these sums' right-hand side; the sums stay as they are."""
+        """The merged weights (out, in) for these sums' right-hand side; the sums stay as they are.
+
+        R + X with X(ΣcᵢGᵢ + diag(pull)) = Σcᵢ(Wᵢ − R)Gᵢ + (W̄ − R) diag(pull).
+        """
         if sums.reference is None or sums.right is None or sums.offset is None:
             raise ValueError("there is no contributor to solve for")
-        merged = torch.empty_like(sums.reference)
+        if self.factor is None or self.scale is None or self.pull is None:
+            return sums.reference + sums.offset / sums.total
+        dtype = self.factor.dtype
+        merged = torch.empty_like(sums.reference, dtype=torch.promote_types(dtype, sums.reference.dtype))
         for rows in blocks(len(merged)):
-            shift = sums.offset[rows] / sums.total  # W̄ − R
-            if self.factor is not None and self.scale is not None:
-                right = torch.addmm(sums.right[rows], shift, self.system, alpha=-1).mul_(self.scale)
-                correction = torch.cholesky_solve(right.T, self.factor).T
-                shift.addcmul_(correction, self.scale.expand_as(shift))
-            torch.add(shift, sums.reference[rows], out=merged[rows])
+            right = sums.right[rows].to(dtype, copy=True)
+            right.addcmul_((sums.offset[rows] / sums.total).to(dtype), self.pull.expand_as(right))
+            change = torch.cholesky_solve(right.mul_(self.scale).T, self.factor).T
+            torch.addcmul(
+                sums.reference[rows].to(dtype), change, self.scale.expand_as(change), out=merged[rows]
+            )
         return merged
 
 
@@ -182,16 +215,35 @@ def blocks(rows: int) -> Iterator[slice]:
     return (slice(start, start + BLOCK) for start in range(0, rows, BLOCK))
 
 
-def _factor(system: Tensor) -> tuple[Tensor, str | None]:
-    """Cholesky factor of an equilibrated matrix (unit diagonal), with a stated ridge where it is nearly singular."""
+def _factor(system: Tensor, scale: Tensor, diagonal: Tensor) -> tuple[Tensor, float, str | None]:
+    """Cholesky factor of a system equilibrated by ``scale``, the ridge that it needed, and a note that states it.
+
+    Raises:
+        ValueError: it is not positive semi-definite.
+    """
     width = system.shape[0]
     floor = _NOISE * width**0.5 * torch.finfo(torch.float32).eps
-    factor, failed = torch.linalg.cholesky_ex(system)
+    if system.dtype == torch.float32:
+        factor, failed = torch.linalg.cholesky_ex(_equilibrated(system, scale, diagonal))
+        if int(failed) == 0 and float(factor.diagonal().min()) ** 2 > max(_SAFE, floor):
+            return factor, 0.0, None
+        system = system.to(torch.float64)
+    equilibrated = _equilibrated(system, scale, diagonal)
+    factor, failed = torch.linalg.cholesky_ex(equilibrated)
     if int(failed) == 0 and float(factor.diagonal().min()) ** 2 > floor:
-        return factor, None
+        return factor, 0.0, None
+    added = 0.0
     for ridge in (floor, 100 * floor):
-        system.diagonal().add_(ridge)
-        factor, failed = torch.linalg.cholesky_ex(system)
+        equilibrated.diagonal().add_(ridge)
+        added += ridge
+        factor, failed = torch.linalg.cholesky_ex(equilibrated)
         if int(failed) == 0:
-            return factor, f"nearly singular: ridge of {ridge:.1e} on the equilibrated diagonal"
+            return factor, added, f"nearly singular: ridge of {added:.1e} on the equilibrated diagonal"
     raise ValueError("the sum of the Gram matrices is not positive semi-definite")
+
+
+def _equilibrated(system: Tensor, scale: Tensor, diagonal: Tensor) -> Tensor:
+    scale = scale.to(system.dtype)
+    equilibrated = (system * scale[:, None]).mul_(scale[None, :])
+    equilibrated.diagonal().copy_(diagonal)
+    return equilibrated

@@ -18,11 +18,11 @@ from merganser.tensors import pack_upper
 MOST_ROWS = 2**53  # whole numbers up to here are exact in float64
 
 
-def shrink(gram: Tensor, alpha: float) -> Tensor:
-    """A Gram matrix (d, d) with its off-diagonals times ``alpha`` (RegMean, Jin et al. 2023, section 3.3)."""
-    shrunk = gram * alpha
-    shrunk.diagonal().copy_(gram.diagonal())
-    return shrunk
+def shrink_(gram: Tensor, alpha: float) -> Tensor:
+    """A Gram matrix (d, d) with its off-diagonals times ``alpha`` (RegMean, Jin et al. 2023, section 3.3); in place."""
+    diagonal = gram.diagonal().clone()
+    gram.mul_(alpha).diagonal().copy_(diagonal)
+    return gram
 
 
 def augment(gram: Tensor, mean: Tensor) -> Tensor:
@@ -32,8 +32,11 @@ def augment(gram: Tensor, mean: Tensor) -> Tensor:
         gram: (d, d), the mean of x xᵀ.
         mean: (d,), the mean of x.
     """
-    one = gram.new_ones(1, 1)
-    return torch.cat([torch.cat([gram, mean[:, None]], 1), torch.cat([mean[None, :], one], 1)])
+    width = gram.shape[0]
+    augmented = gram.new_ones(width + 1, width + 1)
+    augmented[:width, :width] = gram
+    augmented[:width, width] = augmented[width, :width] = mean
+    return augmented
 
 
 def scale(gram: Tensor, factor: float) -> Tensor:
