@@ -1,10 +1,11 @@
 """What adding a contributor to a ledger costs: the 16th against the 2nd, and what adding and removing leave behind.
 
-Contributors are a random base model with noise and random statistics, made one at a time and deleted; each round fills
-a ledger of its own. Beside every add: a plain copy of its inputs and of the sums, flushed to disk, in the same minute,
-because on a machine that does other things the disk's speed changes more than anything else.
+Contributors are a random base model with noise and random statistics, made one at a time and deleted. First a ledger is
+filled, each add timed once. Then the bar: the same contributor is added, as the 2nd to a ledger of one and as the last
+to a ledger of all the others, in turns, so that whatever else the machine does falls on both. Beside it a plain copy
+of the same bytes, flushed to disk.
 
-    python benchmarks/ledger.py --rounds 3
+    python benchmarks/ledger.py --rounds 9
     python benchmarks/ledger.py --layers 12 --width 768 --cpu-time
 """
 
@@ -17,7 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -36,7 +37,7 @@ BAR = 0.10  # how much more the last add may cost than the second
 
 
 def main() -> int:
-    """Run the rounds; exit 1 if the last add costs over 10 % more than the second, or removing leaves over 1e-10."""
+    """Run it; exit 1 if the last add costs over 10 % more than the second, or removing leaves over 1e-10."""
     options = _options()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -57,14 +58,10 @@ def main() -> int:
             f"threads      {options.threads or os.cpu_count()}; load average {os.getloadavg()[0]:.2f}",
             flush=True,
         )
-        rounds, error = [], 0.0
-        for number in range(options.rounds):
-            adds, error = one_round(place, options, number)
-            rounds.append(adds)
-            line = "  ".join(f"{k}: {add.cpu:.2f} {add.wall:.2f}" for k, add in enumerate(adds, 1))
-            load = os.getloadavg()[0]
-            print(f"round {number + 1:2}     load {load:.1f}; processor and wall seconds: {line}", flush=True)
-    return report(rounds, error, options.cpu_time)
+        fill(place, options)
+        pairs = take_turns(place, options)
+        error = left_behind(place, options)
+    return report(pairs, error, options)
 
 
 @dataclass(frozen=True)
@@ -76,34 +73,67 @@ class Add:
     copy: float
 
 
-def one_round(place: Path, options: argparse.Namespace, number: int) -> tuple[list[Add], float]:
-    """The cost of each add; and what adding and removing one more changes of the model."""
-    folder = ledger.init(place / "ledger", place / "base")
-    adds = []
-    for k in range(options.contributors):
-        model = contributor(place, 1000 * number + k)
-        wall, cpu = time.perf_counter(), time.process_time()
-        ledger.add(folder, model, coefficient=1 + k % 3, threads=options.threads)
-        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-        files = [folder / str(ledger.show(folder).file), model / "model.safetensors", model / FILE_NAME]
-        adds.append(Add(cpu, wall, copy(place, files)))
+def fill(place: Path, options: argparse.Namespace) -> None:
+    """Fill a ledger but for the last contributor; kept as it was after the first one, too."""
+    folder = ledger.init(place / "full", place / "base")
+    for k in range(1, options.contributors):
+        model = contributor(place, k)
+        add = timed_add(folder, model, 1 + k % 3, options.threads)
         shutil.rmtree(model)
-        if not k:
-            print(
-                f"sums         {(folder / str(ledger.show(folder).file)).stat().st_size / 1e6:.0f} MB",
-                flush=True,
-            )
-    error = 0.0
-    if number == options.rounds - 1:
-        before = load_file(ledger.solve(folder, place / "before", dtype="F64") / "model.safetensors")
-        model = contributor(place, 999_999)
-        ledger.add(folder, model, coefficient=1000, threads=options.threads)
-        ledger.remove(folder, model, threads=options.threads)
-        after = load_file(ledger.solve(folder, place / "after", dtype="F64") / "model.safetensors")
-        floats = [name for name, tensor in before.items() if tensor.is_floating_point()]
-        error = max(float((after[n] - before[n]).norm() / before[n].norm().clamp_min(1e-300)) for n in floats)
-    shutil.rmtree(folder)
-    return adds, error
+        if k == 1:
+            shutil.copytree(folder, place / "one")
+            print(f"sums         {sums_of(folder).stat().st_size / 1e6:.0f} MB")
+        load = os.getloadavg()[0]
+        print(
+            f"add {k:2}       {add.cpu:6.2f} s of processors, {add.wall:6.2f} s; load {load:.1f}", flush=True
+        )
+
+
+def take_turns(place: Path, options: argparse.Namespace) -> list[tuple[Add, Add]]:
+    """The cost of adding one contributor as the second and as the last; who goes first changes."""
+    model = contributor(place, 999_999)
+    pairs = []
+    for turn in range(options.rounds):
+        found = {}
+        for name in ("one", "full") if turn % 2 else ("full", "one"):
+            folder = shutil.copytree(place / name, place / "turn")
+            found[name] = timed_add(folder, model, 1.0, options.threads)
+            shutil.rmtree(folder)
+        second, last = found["one"], found["full"]
+        pairs.append((second, last))
+        print(
+            f"turn {turn + 1:2}      2nd {second.cpu:6.2f} {second.wall:6.2f}   {options.contributors}th "
+            f"{last.cpu:6.2f} {last.wall:6.2f}   a copy {second.copy:5.2f}   load {os.getloadavg()[0]:.1f}",
+            flush=True,
+        )
+    shutil.rmtree(model)
+    return pairs
+
+
+def left_behind(place: Path, options: argparse.Namespace) -> float:
+    """What adding one of coefficient 1000 and removing it changes of the solved model, relative."""
+    folder, model = place / "full", contributor(place, 1_000_000)
+    before = load_file(ledger.solve(folder, place / "before", dtype="F64") / "model.safetensors")
+    ledger.add(folder, model, coefficient=1000, threads=options.threads)
+    ledger.remove(folder, model, threads=options.threads)
+    after = load_file(ledger.solve(folder, place / "after", dtype="F64") / "model.safetensors")
+    floats = [name for name, tensor in before.items() if tensor.is_floating_point()]
+    return max(float((after[n] - before[n]).norm() / before[n].norm().clamp_min(1e-300)) for n in floats)
+
+
+def timed_add(folder: Path, model: Path, coefficient: float, threads: int | None) -> Add:
+    """Add and copy."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    ledger.add(folder, model, coefficient=coefficient, threads=threads)
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    return Add(
+        cpu, wall, copy(folder.parent, [sums_of(folder), model / "model.safetensors", model / FILE_NAME])
+    )
+
+
+def sums_of(folder: Path) -> Path:
+    """The file of a ledger's sums."""
+    return folder / str(ledger.show(folder).file)
 
 
 def copy(place: Path, files: list[Path]) -> float:
@@ -169,31 +199,22 @@ def statistics_of(layer: Layer, shape: torch.Size, generator: torch.Generator) -
     }
 
 
-def report(rounds: list[list[Add]], error: float, cpu_time: bool) -> int:
-    """Print medians and ratios; 0 if the bars are reached.
-
-    The verdict goes by the median over rounds of the last add over the second of the same round.
-    """
-    print(f"\n{'k':>3}{'processor':>12}{'wall':>9}{'a copy of the same bytes':>26}   medians")
-    for k, adds in enumerate(zip(*rounds, strict=True), 1):
-        cpu, wall, plain = (statistics.median(column) for column in zip(*map(astuple, adds), strict=True))
-        print(f"{k:3}{cpu:11.2f}s{wall:8.2f}s{plain:25.2f}s")
-    last = len(rounds[0])
-    half = last // 2 + 1
+def report(pairs: list[tuple[Add, Add]], error: float, options: argparse.Namespace) -> int:
+    """Print medians and ratios; 0 if the bars are reached. The verdict goes by the median of the turns' ratios."""
     verdict = 0.0
     print()
     for name in ("cpu", "wall"):
-        seconds = [[float(getattr(add, name)) for add in adds] for adds in rounds]
-        ratios = [adds[-1] / adds[1] for adds in seconds]
-        early = statistics.median(s for adds in seconds for s in adds[1:half])
-        late = statistics.median(s for adds in seconds for s in adds[half:])
+        seconds = [(getattr(second, name), getattr(last, name)) for second, last in pairs]
+        ratios = sorted(last / second for second, last in seconds)
         ratio = statistics.median(ratios)
+        early, late = (statistics.median(column) for column in zip(*seconds, strict=True))
         print(
-            f"{name:5} add {last} over add 2: {ratio:.3f} (rounds {', '.join(f'{r:.3f}' for r in ratios)}); "
-            f"median of adds {half + 1}…{last} over that of adds 2…{half}: {late / early:.3f}"
+            f"{name:5} 2nd {early:.2f} s, {options.contributors}th {late:.2f} s (medians); "
+            f"ratio: median {ratio:.3f}, from {ratios[0]:.3f} to {ratios[-1]:.3f}"
         )
-        if (name == "cpu") == cpu_time:
+        if (name == "cpu") == options.cpu_time:
             verdict = ratio
+    print(f"a copy of the same bytes: {statistics.median(add.copy for pair in pairs for add in pair):.2f} s")
     print(f"added with coefficient 1000 and removed: the solved model changes by {error:.1e}, relative")
     good = verdict <= 1 + BAR and error <= 1e-10
     print(f"bars: ratio at most {1 + BAR}, change at most 1e-10: {'good' if good else 'NOT REACHED'}")
@@ -208,7 +229,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=384)
     parser.add_argument("--vocabulary", type=int, default=8000)
     parser.add_argument("--contributors", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument(
         "--folder", type=Path, default=None, help="where to work; the system's place by default"
