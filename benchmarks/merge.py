@@ -36,7 +36,7 @@ def main() -> int:
     """Run what was asked for and write the tables; exit 1 if a result is not what it should be."""
     options = _options()
     base, models = checkpoints.llama_family(options.scratch, options.size)
-    outputs = options.scratch / "outputs"
+    outputs = options.scratch / "outputs-merge"
     merges = {
         "average": (average_commands(outputs, models), options.rounds, "floor"),
         "ties": (ties_commands(outputs, models, base), options.ties_rounds or options.rounds, "merganser"),

@@ -40,7 +40,10 @@ HERE = Path(__file__).resolve().parent
 
 @dataclass(frozen=True)
 class InMemory:
-    """A contributor whose tensors are at hand; the :class:`~merganser.methods.Share` of any unit."""
+    """A contributor whose tensors are at hand; the :class:`~merganser.methods.Share` of any unit.
+
+    A method may work in place on what it is given, as it would on what was read from a file, so it is given copies.
+    """
 
     weights: Mapping[str, Tensor]
     grams: Mapping[str, Tensor]
@@ -49,11 +52,11 @@ class InMemory:
 
     def tensor(self, name: str) -> Tensor:
         """Its tensor."""
-        return self.weights[name]
+        return self.weights[name].clone()
 
     def gram(self, weight: str) -> Tensor:
         """The Gram matrix of the inputs of the layer with this weight."""
-        return self.grams[self.inputs[weight]]
+        return self.grams[self.inputs[weight]].clone()
 
     def release(self) -> None:
         """Nothing was read."""
@@ -68,7 +71,7 @@ def main() -> int:
     for model in models:
         write_naive(model, inputs)
     values, text = {}, ""
-    outputs = options.scratch / "outputs"
+    outputs = options.scratch / "outputs-regmean"
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.only in (None, "solver"):

@@ -103,7 +103,7 @@ def counted(size: str) -> int:
 
 def _variant(command: Command, method: str, scratch: Path) -> Callable[[], Run]:
     models, base = command
-    output = scratch / "outputs" / "scaling"
+    output = scratch / "outputs-scaling"
     line = [str(PROGRAM), "merge", *map(str, models), "--method", method, "-o", str(output)]
     line += ["--base", str(base), "--option", "density=0.5"] if method == "ties" else []
 
