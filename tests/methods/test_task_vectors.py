@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from merganser.methods import METHODS, Facts, Unit
+from merganser.methods import METHODS, Facts, Unit, task_vectors
 from merganser.methods.task_vectors import kth_largest
 
 
@@ -27,11 +27,11 @@ class Memory:
     def base(self, name: str) -> Tensor:
         return self._base.clone()
 
-    def pieces(self, name: str) -> Iterator[Tensor]:
-        return (piece.clone() for piece in self._tensor.split(3))
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        return self._tensor[start:stop].clone()
 
-    def base_pieces(self, name: str) -> Iterator[Tensor]:
-        return (piece.clone() for piece in self._base.split(3))
+    def base_rows(self, name: str, start: int, stop: int) -> Tensor:
+        return self._base[start:stop].clone()
 
 
 def merged(
@@ -106,18 +106,43 @@ def test_task_arithmetic_equals_the_formula_and_takes_negative_coefficients() ->
     torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-7)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
-    st.lists(st.floats(0, 3.0000000054977558e38, width=32), min_size=1, max_size=40),
+    st.lists(st.floats(0, 3.0000000054977558e38, width=32), min_size=1, max_size=60),
+    st.integers(1, 4),
     st.data(),
 )
-def test_the_kth_largest_is_exact(numbers: list[float], data: st.DataObject) -> None:
+def test_the_kth_largest_is_exact_however_the_sample_turns_out(
+    numbers: list[float], width: int, data: st.DataObject
+) -> None:
+    height = -(-len(numbers) // width)
+    numbers += [0.0] * (height * width - len(numbers))
     k = data.draw(st.integers(1, len(numbers)))
-    stream = torch.tensor(numbers, dtype=torch.float32)
-    other = torch.ones_like(stream)
+    first = torch.tensor(numbers, dtype=torch.float32).view(height, width)
+    both = [first, torch.ones_like(first)]
+    expected = [first.flatten().sort(descending=True).values[k - 1].item(), 1.0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(task_vectors, "_PIECE", 7)
+        patch.setattr(task_vectors, "_SAMPLE", 6)
+        patch.setattr(task_vectors, "_PLACES", 3)
+        found = kth_largest(lambda start, stop: [t[start:stop] for t in both], height, width, k, 2)
+    assert found == expected
+    assert kth_largest(lambda start, stop: both, height, width, 0, 2) == [float("inf")] * 2
+    assert [
+        task_vectors._by_bits(lambda a, b, t=t: t[a:b], [(0, 1), (1, height)], k)  # type: ignore[misc]
+        for t in both
+    ] == expected
 
-    def pieces() -> Iterator[list[Tensor]]:
-        return iter([[a, b] for a, b in zip(stream.split(7), other.split(7), strict=True)])
 
-    assert kth_largest(pieces, k, 2) == [stream.sort(descending=True).values[k - 1].item(), 1.0]
-    assert kth_largest(pieces, 0, 2) == [float("inf")] * 2
+def test_large_tensors_are_bracketed_and_not_gone_through_twice() -> None:
+    generator = torch.Generator().manual_seed(3)
+    numbers = torch.randn(3000, 500, generator=generator).abs()
+    seen = [0]
+
+    def magnitudes(start: int, stop: int) -> list[Tensor]:
+        seen[0] += stop - start
+        return [numbers[start:stop]]
+
+    found = kth_largest(magnitudes, 3000, 500, 300_000, 1)
+    assert found == [numbers.flatten().topk(300_000).values[-1].item()]
+    assert seen[0] <= 3000 + 16 * 4 + 16

@@ -56,7 +56,7 @@ class Checkpoint:
         self._hashes: dict[str, str] = {}
         self._hashing: dict[str, TensorHash] = {}
         self._stamps: dict[str, tuple[int, int, int]] = {}
-        self._descriptors: dict[str, int] = {}
+        self._descriptors: dict[str, tuple[int, Path]] = {}
         self._lock = threading.Lock()
 
     def __repr__(self) -> str:
@@ -102,7 +102,7 @@ class Checkpoint:
         """Tell the system that tensor ``name`` will be read soon."""
         info = self.tensors[name]
         if self._fetch is None and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._descriptor(info.file), info.offset, info.nbytes, os.POSIX_FADV_WILLNEED)
+            os.posix_fadvise(self._descriptor(info.file)[0], info.offset, info.nbytes, os.POSIX_FADV_WILLNEED)
 
     def sha256(self, name: str, tensor: Tensor | None = None) -> str:
         """The hash of a tensor: dtype, shape and bytes. Computed once; ``tensor``, the whole, saves reading it."""
@@ -152,8 +152,7 @@ class Checkpoint:
         return sorted(found)
 
     def _bytes(self, file: str, offset: int, nbytes: int) -> Tensor:
-        path = self.path / file
-        descriptor = self._descriptor(file)
+        descriptor, path = self._descriptor(file)
         try:
             status = path.stat()
         except OSError as error:
@@ -170,7 +169,7 @@ class Checkpoint:
             done += count
         return buffer
 
-    def _descriptor(self, file: str) -> int:
+    def _descriptor(self, file: str) -> tuple[int, Path]:
         """An open weight file; its size, time and place are those that it must keep."""
         with self._lock:
             if file not in self._descriptors:
@@ -184,7 +183,7 @@ class Checkpoint:
                 weakref.finalize(self, os.close, descriptor)
                 status = os.fstat(descriptor)
                 self._stamps[file] = (status.st_size, status.st_mtime_ns, status.st_ino)
-                self._descriptors[file] = descriptor
+                self._descriptors[file] = (descriptor, path)
             return self._descriptors[file]
 
 

@@ -104,7 +104,7 @@ def _merge(
         return average_unit(step.unit, shares)
     if plan.kept is None or not plan.method.additive(step.unit):
         return plan.method.merge(step.unit, shares)
-    parents, own = [share.parent for share in shares], [share.rows for share in shares]
+    parents, own = [share.parent for share in shares], [share.own for share in shares]
     keys = plan.kept.keys(plan.method, step.unit, parents, own)
     found, done = plan.kept.load(step.unit, rows, keys)
     sums = plan.method.new_sums() if found is None else found

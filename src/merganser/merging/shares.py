@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,8 +11,6 @@ from torch import Tensor
 from merganser.errors import CheckpointError
 from merganser.merging.parents import Parent
 from merganser.statistics import LayerStatistics, Statistics
-
-PIECE = 1 << 19  # numbers of a tensor that are read at once where a method goes through the whole of it
 
 Ranges = Mapping[str, tuple[int, int]]
 
@@ -37,7 +35,7 @@ class ParentShare:
         ranges: Ranges | None = None,
         device: torch.device | None = None,
     ) -> None:
-        self.parent, self.rows = parent, rows
+        self.parent, self.own = parent, rows
         self._base, self._ranges, self._device = base, ranges or {}, device
         self._rows = None if rows is None else torch.tensor(rows)
 
@@ -54,20 +52,13 @@ class ParentShare:
         """The base model's tensor, likewise."""
         return self._picked(read_finite(self._known_base, name, *self._range(name)))
 
-    def pieces(self, name: str) -> Iterator[Tensor]:
-        """The whole of its tensor, some rows at a time; the same rows for every contributor."""
-        return self._pieces(self.parent, name)
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Some rows of its whole tensor."""
+        return self._placed(read_finite(self.parent, name, start, stop))
 
-    def base_pieces(self, name: str) -> Iterator[Tensor]:
-        """The base model's tensor, likewise."""
-        return self._pieces(self._known_base, name)
-
-    def _pieces(self, parent: Parent, name: str) -> Iterator[Tensor]:
-        shape = parent.checkpoint.tensors[parent.names[name]].shape
-        rows = shape[0] if shape else 1
-        step = max(1, PIECE * rows // max(math.prod(shape), 1))
-        for start in range(0, rows, step):
-            yield self._placed(read_finite(parent, name, start, min(start + step, rows)))
+    def base_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """The base model's rows, likewise."""
+        return self._placed(read_finite(self._known_base, name, start, stop))
 
     def gram(self, weight: str) -> Tensor:
         """The Gram matrix of the inputs of the layer with this weight."""

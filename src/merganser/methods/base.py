@@ -6,7 +6,7 @@ file and no configuration: what it may ask for is a :class:`Share` per contribut
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, ClassVar, Protocol
@@ -71,11 +71,11 @@ class Share(Protocol):
     def base(self, name: str) -> Tensor:
         """The base model's tensor, likewise."""
 
-    def pieces(self, name: str) -> Iterator[Tensor]:
-        """The whole of a tensor, some rows at a time; the same rows for every contributor."""
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Some rows of the whole tensor, whatever the share is restricted to."""
 
-    def base_pieces(self, name: str) -> Iterator[Tensor]:
-        """The base model's tensor, likewise."""
+    def base_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """The base model's rows, likewise."""
 
     def gram(self, weight: str) -> Tensor:
         """(d, d): the mean of x xᵀ over the inputs of the layer with this weight."""

@@ -102,7 +102,7 @@ class RegMean(Method):
         whole = self.new_sums()
         for share in shares:
             gram = self._gram(share, layers[0].weight, with_bias)
-            stored = next(share.pieces(layers[0].weight)).dtype
+            stored = share.rows(layers[0].weight, 0, 1).dtype
             whole.add(gram.new_empty(0, gram.shape[0], dtype=stored), gram, share.coefficient)
         factored = whole.factor(self.options.ridge)
 

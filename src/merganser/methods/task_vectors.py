@@ -7,9 +7,10 @@ tensor by tensor; a number's sign is that of the weighted sum; θ₀ + s · the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from math import floor, prod
+from collections.abc import Callable, Sequence
+from math import floor, inf, prod
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -17,6 +18,9 @@ from torch import Tensor
 from merganser.methods.base import Facts, Merged, Method, Options, Share, Unit, elements
 
 _BINS = 1 << 16  # the upper and the lower half of a float32's bits
+_PIECE = 1 << 19  # numbers of a tensor that are looked at at once
+_SAMPLE, _PLACES = 1 << 15, 16  # numbers of a sample, and at how many places of a tensor they are taken
+_MARGIN = 0.03  # of the share of numbers that are larger, on both sides of the sample's
 
 
 class TaskVectors(Method):
@@ -79,14 +83,15 @@ class TIES(TaskVectors):
     def prepare(self, unit: Unit, shares: Sequence[Share]) -> Callable[[Unit, Sequence[Share]], Merged]:
         """Find each contributor's threshold: the smallest magnitude that is kept."""
         (name,) = unit.names
-        keep = floor(self.options.density * prod(unit.facts[0].shape))
+        shape = unit.facts[0].shape
+        keep = floor(self.options.density * prod(shape))
 
-        def magnitudes() -> Iterator[list[Tensor]]:
-            everyone = [share.pieces(name) for share in shares]
-            for base, *tuned in zip(shares[0].base_pieces(name), *everyone, strict=True):
-                yield [_magnitude(tensor.sub_(base)) for tensor in tuned]
+        def magnitudes(start: int, stop: int) -> list[Tensor]:
+            base = shares[0].base_rows(name, start, stop)
+            return [share.rows(name, start, stop).sub_(base).abs_().to(torch.float32) for share in shares]
 
-        thresholds = kth_largest(magnitudes, keep, len(shares))
+        height = shape[0] if shape else 1
+        thresholds = kth_largest(magnitudes, height, prod(shape) // max(height, 1), keep, len(shares))
         return lambda part, restricted: self._elect(part, restricted, thresholds)
 
     def memory(self, unit: Unit, contributors: int) -> int:
@@ -100,60 +105,110 @@ class TIES(TaskVectors):
         elected = torch.zeros_like(base)
         for share, threshold in zip(shares, thresholds, strict=True):
             delta = share.tensor(name).sub_(base)
-            delta.mul_(_magnitude(delta) >= threshold)
+            # What is above the number before the threshold is at least the threshold.
+            delta = torch.hardshrink(delta, _before(threshold, delta.dtype))
             elected = _added(elected, delta, share.coefficient)
             trimmed.append(delta)
-        positive = elected >= 0  # where they cancel out, the positive ones
-        agreed = torch.zeros_like(base)
-        weight = torch.zeros_like(base)
+        sign = torch.copysign(torch.ones_like(elected), elected)  # positive where they cancel out
+        agreed, weight = torch.zeros_like(elected), torch.zeros_like(elected)
         for share, delta in zip(shares, trimmed, strict=True):
-            agrees = (delta > 0).eq_(positive).logical_and_(delta != 0)
-            agreed = _added(agreed, delta.mul_(agrees), share.coefficient)
-            weight.add_(agrees, alpha=share.coefficient)
-        agreed.div_(weight.masked_fill_(weight == 0, 1.0))
+            delta = delta.mul(sign) if delta.dtype != sign.dtype else delta.mul_(sign)
+            agreed.add_(delta.clamp_min_(0), alpha=share.coefficient)
+            weight.add_(delta.sign_(), alpha=share.coefficient)
+        agreed.div_(weight.clamp_min_(torch.finfo(weight.dtype).tiny)).mul_(sign)
         return Merged({name: _added(base, agreed, self.options.scale)})
 
 
-def kth_largest(magnitudes: Callable[[], Iterator[Sequence[Tensor]]], k: int, count: int) -> list[float]:
-    """The k-th largest of each of several streams of numbers, exactly, without keeping or sorting them.
+def kth_largest(
+    magnitudes: Callable[[int, int], Sequence[Tensor]], height: int, width: int, k: int, count: int
+) -> list[float]:
+    """The k-th largest of each of several tensors, exactly, without keeping or sorting them.
 
-    The bits of non-negative float32 numbers are in the order of the numbers. So a histogram of their upper halves
-    tells the upper half of the answer, and one of the lower halves of the numbers that share it tells the rest.
+    A sample tells between which two numbers it must be. One pass counts what is above them and keeps what is between:
+    a few hundredths. Where the sample was wrong (or most numbers are equal), two histograms of the numbers' bits tell.
 
     Args:
-        magnitudes: starts the streams anew; yields a piece of each, non-negative float32. Called twice.
+        magnitudes: non-negative float32 numbers of rows start:stop of each tensor.
+        height, width: of the tensors, in rows and numbers a row.
         k: from 1; for 0 the answer is infinity.
-        count: the number of streams.
+        count: the number of tensors.
     """
     if k == 0:
         return [float("inf")] * count
-    histograms = torch.zeros(2, count, _BINS, dtype=torch.int64)
-    upper, ranks = [0] * count, [k] * count
+    step = max(1, _PIECE // max(width, 1))
+    pieces = [(start, min(start + step, height)) for start in range(0, height, step)]
+    if len(pieces) == 1:
+        return [_kth(numbers.flatten(), k) for numbers in magnitudes(*pieces[0])]
+    brackets = _brackets(magnitudes, height, width, k / (height * width), count)
+    above, between = [0] * count, [list[Tensor]() for _ in range(count)]
+    for start, stop in pieces:
+        for number, (values, (low, high)) in enumerate(zip(magnitudes(start, stop), brackets, strict=True)):
+            above[number] += int(torch.count_nonzero(values > high))
+            between[number].append(_chosen(values, (values >= low).logical_and_(values <= high)))
+    found = []
+    for number in range(count):
+        kept, rank = torch.cat(between[number]), k - above[number]
+        if 1 <= rank <= len(kept):
+            found.append(_kth(kept, rank))
+        else:
+            found.append(_by_bits(lambda a, b, n=number: magnitudes(a, b)[n], pieces, k))  # type: ignore[misc]
+    return found
+
+
+def _brackets(
+    magnitudes: Callable[[int, int], Sequence[Tensor]], height: int, width: int, share: float, count: int
+) -> list[tuple[float, float]]:
+    """Two numbers of each tensor between which the one that ``share`` of all numbers reach very likely is."""
+    rows = max(1, _SAMPLE // _PLACES // max(width, 1))
+    places = min(_PLACES, height // rows)
+    starts = [place * (height - rows) // max(places - 1, 1) for place in range(places)]
+    samples = [magnitudes(start, start + rows) for start in starts]
+    brackets = []
+    for number in range(count):
+        values = torch.cat([sample[number].flatten() for sample in samples])
+        more, fewer = (round((share + margin) * len(values)) for margin in (_MARGIN, -_MARGIN))
+        low = _kth(values, more) if more < len(values) else 0.0
+        brackets.append((low, _kth(values, fewer) if fewer > 0 else inf))
+    return brackets
+
+
+def _kth(values: Tensor, k: int) -> float:
+    """The k-th largest of a few numbers."""
+    return float(values.kthvalue(len(values) - k + 1).values)
+
+
+def _by_bits(magnitudes: Callable[[int, int], Tensor], pieces: Sequence[tuple[int, int]], k: int) -> float:
+    """The k-th largest by the bits of non-negative float32 numbers, which are in the order of the numbers.
+
+    A histogram of their upper halves tells the upper half of the answer, one of the lower halves of those numbers that
+    share it the rest.
+    """
+    upper, rank = 0, k
     for half in range(2):
-        for pieces in magnitudes():
-            for stream, piece in enumerate(pieces):
-                bits = piece.flatten().view(torch.int32)
-                if half == 0:
-                    bits = bits >> 16
-                else:
-                    bits = bits[(bits >> 16) == upper[stream]] & (_BINS - 1)
-                histograms[half, stream] += torch.bincount(bits, minlength=_BINS).cpu()
-        for stream in range(count):
-            found, above = _bin_of(histograms[half, stream], ranks[stream])
-            ranks[stream] -= above
-            upper[stream] = upper[stream] << 16 | found
-    return [torch.tensor(bits, dtype=torch.int32).view(torch.float32).item() for bits in upper]
+        histogram = torch.zeros(_BINS, dtype=torch.int64)
+        for start, stop in pieces:
+            bits = magnitudes(start, stop).flatten().view(torch.int32)
+            chosen = bits >> 16 if half == 0 else _chosen(bits, (bits >> 16) == upper) & (_BINS - 1)
+            histogram += torch.bincount(chosen, minlength=_BINS).cpu()
+        from_top = histogram.flip(0).cumsum(0)
+        place = int(torch.searchsorted(from_top, rank))
+        rank -= int(from_top[place - 1]) if place else 0
+        upper = upper << 16 | (_BINS - 1 - place)
+    return torch.tensor(upper, dtype=torch.int32).view(torch.float32).item()
 
 
-def _bin_of(histogram: Tensor, rank: int) -> tuple[int, int]:
-    """The bin that holds the ``rank``-th largest, and how many are in bins above it."""
-    from_top = histogram.flip(0).cumsum(0)
-    place = int(torch.searchsorted(from_top, rank))
-    return len(histogram) - 1 - place, int(from_top[place - 1]) if place else 0
+def _chosen(values: Tensor, mask: Tensor) -> Tensor:
+    """The few numbers that a mask chooses; NumPy passes over the others fastest."""
+    if values.device.type != "cpu":
+        return values[mask]
+    return torch.from_numpy(values.numpy().reshape(-1)[np.flatnonzero(mask.numpy())])
 
 
-def _magnitude(delta: Tensor) -> Tensor:
-    return delta.abs().to(torch.float32)
+def _before(threshold: float, dtype: torch.dtype) -> float:
+    """The largest float32 number below a threshold; negative below 0, so that everything is above it."""
+    if threshold == 0:
+        return -1.0
+    return torch.nextafter(torch.tensor(threshold), torch.tensor(0.0)).item()
 
 
 def _added(total: Tensor, tensor: Tensor, factor: float) -> Tensor:

@@ -10,8 +10,6 @@ average). All differences are from the base model R, which every site has, so th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
@@ -93,13 +91,13 @@ class _Whole:
         """The base model's is the same."""
         return self.tensor(name)
 
-    def pieces(self, name: str) -> Iterator[Tensor]:
-        """One piece."""
-        yield self.tensor(name)
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Some rows of it."""
+        return self.tensor(name)[start:stop]
 
-    def base_pieces(self, name: str) -> Iterator[Tensor]:
-        """One piece."""
-        yield self.tensor(name)
+    def base_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Some rows of it."""
+        return self.tensor(name)[start:stop]
 
 
 class Origin(_Whole):
