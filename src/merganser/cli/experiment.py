@@ -66,6 +66,8 @@ def experiment_command(
     from merganser.experiments.zoo import default_zoo
 
     config = load_config(configs, templates=_pairs(templates), keep=filter_model)
+    for remark in config.remarks():
+        warn(remark)
     place = zoo or str(default_zoo())
     if dry_run:
         _show_plan(config.name, plan_experiment(config, results=results, zoo=place), as_json)

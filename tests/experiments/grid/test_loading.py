@@ -133,3 +133,16 @@ def test_unreadable_files(tmp_path, text, said):
         write(tmp_path, "one.yaml", text)
     with pytest.raises(RecipeError, match=f"(?s)one.yaml.*{said}"):
         load_config([path])
+
+
+def test_heads_that_cannot_all_differ_are_remarked_on(tmp_path):
+    path = write(tmp_path, "one.yaml", {**WHOLE, "heads": ["different"], "seeds": [1, 2]})
+    assert load_config([path], templates={"resources": "x"}).remarks() == []
+    three = {**WHOLE["contributors"], "model2": {"set": "smile"}}
+    path = write(
+        tmp_path,
+        "two.yaml",
+        {**WHOLE, "heads": ["same", "different"], "seeds": [1, 2], "contributors": three},
+    )
+    (remark,) = load_config([path], templates={"resources": "x"}).remarks()
+    assert "3 contributors" in remark and "2 seeds" in remark

@@ -238,6 +238,16 @@ class ExperimentConfig(_Frozen):
             raise ValueError("different heads are those of other seeds: give at least two seeds")
         return self
 
+    def remarks(self) -> list[str]:
+        """What is allowed and may not be meant."""
+        found = []
+        if "different" in self.heads and len(self.seeds) < len(self.contributors):
+            found.append(
+                f"{len(self.contributors)} contributors draw their heads from {len(self.seeds)} seeds: some start from "
+                "the same head though heads are 'different'; give as many seeds as contributors to avoid it"
+            )
+        return found
+
     def set_of(self, contributor: str) -> str:
         """The data set of a contributor."""
         return self.contributors[contributor].set or contributor
