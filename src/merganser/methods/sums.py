@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.linalg import solve_triangular
 
 #: A pivot of the equilibrated matrix below this multiple of √d·eps(float32) is rounding noise: Grams are stored so.
 _NOISE = 4.0
@@ -203,7 +204,9 @@ class FactoredSystem:
         for rows in blocks(len(merged)):
             right = sums.right[rows].to(dtype, copy=True)
             right.addcmul_((sums.offset[rows] / sums.total).to(dtype), self.pull.expand_as(right))
-            change = torch.cholesky_solve(right.mul_(self.scale).T, self.factor).T
+            # From the right, twice: up to twice as fast as cholesky_solve of the transpose.
+            half = solve_triangular(self.factor.T, right.mul_(self.scale), upper=True, left=False)
+            change = solve_triangular(self.factor, half, upper=False, left=False)
             torch.addcmul(
                 sums.reference[rows].to(dtype), change, self.scale.expand_as(change), out=merged[rows]
             )
