@@ -94,7 +94,7 @@ def merge_command(
     """
     if output is None and not dry_run:
         raise click.UsageError("where to? Add -o FOLDER (or --dry-run to see the plan)")
-    quiet_libraries()
+    quiet_libraries(bars=False)  # no model is loaded
     from merganser.merging import carry_out, load_recipe, make_recipe, prepare
     from merganser.merging.merge import contributors_of
 
