@@ -134,6 +134,14 @@ def test_the_kth_largest_is_exact_however_the_sample_turns_out(
     ] == expected
 
 
+def test_a_sample_too_small_to_say_anything_does_no_harm(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("_PIECE", 7), ("_SAMPLE", 6), ("_PLACES", 3)):
+        monkeypatch.setattr(task_vectors, name, value)
+    numbers = torch.arange(60.0).view(60, 1)
+    for k in range(1, 61):
+        assert kth_largest(lambda start, stop: [numbers[start:stop]], 60, 1, k, 1) == [60.0 - k]
+
+
 def test_large_tensors_are_bracketed_and_not_gone_through_twice() -> None:
     generator = torch.Generator().manual_seed(3)
     numbers = torch.randn(3000, 500, generator=generator).abs()

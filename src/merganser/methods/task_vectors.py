@@ -160,14 +160,14 @@ def _brackets(
 ) -> list[tuple[float, float]]:
     """Two numbers of each tensor between which the one that ``share`` of all numbers reach very likely is."""
     rows = max(1, _SAMPLE // _PLACES // max(width, 1))
-    places = min(_PLACES, height // rows)
+    places = max(1, min(_PLACES, height // rows))
     starts = [place * (height - rows) // max(places - 1, 1) for place in range(places)]
     samples = [magnitudes(start, start + rows) for start in starts]
     brackets = []
     for number in range(count):
         values = torch.cat([sample[number].flatten() for sample in samples])
         more, fewer = (round((share + margin) * len(values)) for margin in (_MARGIN, -_MARGIN))
-        low = _kth(values, more) if more < len(values) else 0.0
+        low = _kth(values, max(more, 1)) if more < len(values) else 0.0
         brackets.append((low, _kth(values, fewer) if fewer > 0 else inf))
     return brackets
 
