@@ -241,6 +241,15 @@ def _cannot_write(target: Path, error: OSError) -> CheckpointError:
     )
 
 
+def sync(path: Path) -> None:
+    """Flush a file, or a folder's list of files, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def free_bytes(target: Path) -> int:
     """Free space on the disk that ``target`` would lie on."""
     place = target.absolute()

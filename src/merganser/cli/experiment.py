@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from merganser.cli.common import print_table, quiet_libraries, warn
+from merganser.cli.common import make_cluster, print_table, quiet_libraries, warn
 
 _LISTS = {"--templates", "--filter-model"}
 
@@ -72,7 +72,9 @@ def experiment_command(
     if dry_run:
         _show_plan(config.name, plan_experiment(config, results=results, zoo=place), as_json)
         return
-    done = run_experiment(config, results=results, zoo=place, engine=_engine(engine, ray_address))
+    done = run_experiment(
+        config, results=results, zoo=place, engine=make_cluster(engine, ray_address, "experiment")
+    )
     for failure in done.failures:
         warn(f"{failure.job}: {failure.error}")
     warn(f"{done.done} cells done, {done.cells} in all; next: merganser report {done.folder}")
@@ -95,12 +97,6 @@ def _pairs(templates: tuple[str, ...]) -> dict[str, str]:
             raise click.BadParameter(f"{pair!r} is not NAME=VALUE", param_hint="--templates")
         found[name] = value
     return found
-
-
-def _engine(name: str, address: str | None) -> Any:
-    from merganser.engines import RayEngine, SerialEngine
-
-    return RayEngine(address) if name == "ray" else SerialEngine()
 
 
 def _show_plan(name: str, lines: list[Any], as_json: bool) -> None:

@@ -26,7 +26,7 @@ from merganser.merging.parents import Parent
 from merganser.merging.plan import Plan
 from merganser.merging.shares import ParentShare, is_finite
 from merganser.merging.step import Step
-from merganser.methods import Merged, Share, Unit, average
+from merganser.methods import Merged, Share, Unit, average_unit
 from merganser.progress import bar
 from merganser.tensors import DTYPES, is_floating, one_thread
 
@@ -90,11 +90,6 @@ def run_slices(plan: Plan, step: Step) -> Iterator[Slice]:
         part, ranges = unit.cut(start, start + step.slice_rows)
         shares = [ParentShare(p, plan.base, ranges=ranges, device=device) for p in plan.parents]
         yield {name: first for name, (first, _) in ranges.items()}, merge(part, shares)
-
-
-def average_unit(unit: Unit, shares: Sequence[Share]) -> Merged:
-    """The weighted average of each tensor of a unit."""
-    return Merged({name: average(name, shares) for name in unit.names})
 
 
 def _merge(

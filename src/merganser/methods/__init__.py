@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from merganser.methods.actmat import ACTMat
-from merganser.methods.base import Facts, Merged, Method, Options, Share, Unit, average
+from merganser.methods.base import Facts, Merged, Method, Options, Share, Unit, average, average_unit
 from merganser.methods.fisher import Fisher
 from merganser.methods.optimal_transport import OptimalTransport
 from merganser.methods.regmean import RegMean
@@ -16,4 +16,15 @@ METHODS: dict[str, type[Method]] = {
     for method in (Simple, Fisher, RegMean, ACTMat, OptimalTransport, TaskArithmetic, TIES)
 }
 
-__all__ = ["METHODS", "Facts", "GramSums", "Merged", "Method", "Options", "Share", "Unit", "average"]
+__all__ = [
+    "METHODS",
+    "Facts",
+    "GramSums",
+    "Merged",
+    "Method",
+    "Options",
+    "Share",
+    "Unit",
+    "average",
+    "average_unit",
+]

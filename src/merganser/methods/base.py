@@ -126,10 +126,11 @@ class Unit:
 
     def cut(self, start: int, stop: int) -> tuple[Unit, dict[str, tuple[int, int]]]:
         """The part of the unit that lies in stacked rows ``start:stop``, and each tensor's own rows there."""
+        places = self.stack()
         ranges: dict[str, tuple[int, int]] = {}
         facts = []
         for fact in self.facts:
-            first, last = self.stack()[fact.name]
+            first, last = places[fact.name]
             low, high = max(start, first), min(stop, last)
             if low < high:
                 ranges[fact.name] = (low - first, high - first)
@@ -247,3 +248,8 @@ def average(name: str, shares: Sequence[Share]) -> Tensor:
         weight = share.coefficient / total
         shift = tensor.mul_(weight) if shift is None else shift.add_(tensor, alpha=weight)
     return reference if shift is None else reference.add_(shift)
+
+
+def average_unit(unit: Unit, shares: Sequence[Share]) -> Merged:
+    """The weighted average of each tensor of a unit."""
+    return Merged({name: average(name, shares) for name in unit.names})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from merganser.methods.base import Facts, Merged, Method, Share, Unit, average
+from merganser.methods.base import Facts, Merged, Method, Share, Unit, average_unit
 
 
 class Simple(Method):
@@ -20,7 +20,7 @@ class Simple(Method):
 
     def merge(self, unit: Unit, shares: Sequence[Share]) -> Merged:
         """The weighted average."""
-        return Merged({name: average(name, shares) for name in unit.names})
+        return average_unit(unit, shares)
 
     def grain(self, unit: Unit) -> int | None:
         """Elementwise."""

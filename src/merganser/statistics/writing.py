@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from merganser.checkpoints.writer import SafetensorsWriter, TensorSpec
+from merganser.checkpoints.writer import SafetensorsWriter, TensorSpec, sync
 from merganser.errors import StatisticsError, UserError, raise_all
 from merganser.statistics.checks import layout_problems
 from merganser.statistics.derived import infos_of
@@ -48,7 +48,7 @@ def write_statistics(path: str | Path, header: StatisticsHeader, tensors: Mappin
                     writer.write(target.name, name, tensor)
             (Path(work) / target.name).chmod(0o666 & ~_umask())
             (Path(work) / target.name).replace(target)
-            _sync(target.parent)
+            sync(target.parent)
     except UserError:  # of what the tensors are computed from
         raise
     except Exception as error:
@@ -56,14 +56,6 @@ def write_statistics(path: str | Path, header: StatisticsHeader, tensors: Mappin
             f"cannot be written: {error}", where=target, mend="choose another place with -o, or make room"
         ) from None
     return target
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _umask() -> int:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from merganser.checkpoints import Checkpoint, sha256_tensor
 from merganser.checkpoints.header import read_infos
-from merganser.checkpoints.writer import SafetensorsWriter, TensorSpec, free_bytes
+from merganser.checkpoints.writer import SafetensorsWriter, TensorSpec, free_bytes, sync
 from merganser.errors import UserError
 from merganser.merging.ledger.record import FILE_NAME, RESTORE, LedgerError, Part, Record, dump, load
 from merganser.merging.ledger.terms import shapes
@@ -176,9 +176,9 @@ def commit(folder: Path, record: Record) -> None:
             stream.write(dump(record))
             stream.flush()
             os.fsync(stream.fileno())
-        _sync(folder)  # the sums that it names
+        sync(folder)  # the sums that it names
         temporary.replace(folder / FILE_NAME)
-        _sync(folder)
+        sync(folder)
     except OSError as error:
         raise cannot_write(folder, error) from None
     _discard_others(folder, record.file)
@@ -261,11 +261,3 @@ def _discard_others(folder: Path, file: str | None) -> None:
         if path.name != file:
             with suppress(OSError):  # the next change tries again
                 path.unlink(missing_ok=True)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

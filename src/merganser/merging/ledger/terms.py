@@ -15,6 +15,7 @@ from torch import Tensor
 
 from merganser.merging.ledger.record import Part
 from merganser.methods import GramSums, Merged, Method, Share, Unit
+from merganser.methods.base import input_width
 from merganser.tensors import pack_upper, unpack_upper
 
 Terms = dict[str, Tensor]
@@ -112,11 +113,7 @@ class Origin(_Whole):
 
     def __init__(self, share: Share, unit: Unit) -> None:
         self._share = share
-        self._widths = {
-            fact.name: fact.shape[0 if fact.layer.kind == "conv1d" else 1]
-            for fact in unit.facts
-            if fact.layer
-        }
+        self._widths = {fact.name: input_width(fact) for fact in unit.facts if fact.layer}
 
     def tensor(self, name: str) -> Tensor:
         """The base model's."""
