@@ -14,6 +14,7 @@ from click.testing import CliRunner, Result
 from conftest import make_model
 from merganser.cli.ledger import ledger_command
 from merganser.errors import UserError
+from merganser.merging import reproduce, verify
 
 
 def run(*arguments: str) -> Result:
@@ -107,3 +108,12 @@ def test_help_imports_nothing_heavy() -> None:
         "import sys, merganser.cli.ledger; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_what_a_ledger_was_solved_to_is_verified_and_repeated_from_the_ledger(models: list[str]) -> None:
+    run("init", "sums", "--base", "base", "--method", "simple")
+    run("add", "sums", "one")
+    run("solve", "sums", "-o", "merged")
+    verify("merged")
+    with pytest.raises(UserError, match="merganser ledger solve"):
+        reproduce("merged")

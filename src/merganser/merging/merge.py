@@ -313,6 +313,12 @@ def reproduce(folder: str | Path, output: str | Path | None = None) -> list[str]
     """
     folder = Path(folder)
     found = provenance.read_provenance(folder)
+    if "ledger" in found:
+        raise CheckpointError(
+            "this was solved from the sums of a ledger, not merged from its contributors",
+            where=folder,
+            mend="repeat it from the ledger: merganser ledger solve LEDGER -o FOLDER",
+        )
     problems, absent = provenance.check_parents(found, folder)
     problems += [
         CheckpointError(f"a parent cannot be had: {reason}", where=folder, mend="put it where it was")
