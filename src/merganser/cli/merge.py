@@ -96,6 +96,7 @@ def merge_command(
         raise click.UsageError("where to? Add -o FOLDER (or --dry-run to see the plan)")
     quiet_libraries(bars=False)  # no model is loaded
     from merganser.merging import carry_out, load_recipe, make_recipe, prepare
+    from merganser.merging.memory import keep_freed
     from merganser.merging.merge import contributors_of
 
     values: dict[str, Any] = {}
@@ -133,6 +134,7 @@ def merge_command(
         carry_out_adapter(plan, Path(output), as_adapter, overwrite=overwrite)
         click.echo(output)
         return
+    keep_freed()
     carry_out(plan, output, overwrite=overwrite, engine=make_cluster(engine, ray_address, "merge"))
     treated = ", ".join(f"{count} {method}" for method, count in plan.counts.items())
     warn(f"{human_bytes(plan.bytes_written)} written; tensors: {treated}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import resource
 import threading
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ from pathlib import Path
 _STATUS, _INFO = Path("/proc/self/status"), Path("/proc/meminfo")
 _LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 _UNLIMITED = 1 << 60
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
+_KEPT, _MAPPED = 256 * 2**20, 8 * 2**20
 
 
 def anonymous_bytes() -> int:
@@ -30,6 +33,19 @@ def available_bytes() -> int:
             continue
         free = min(free, max(limit - anonymous_bytes(), 0))
     return free
+
+
+def keep_freed() -> None:
+    """Let the allocator keep what is freed of small buffers, for the rest of this process; does nothing without glibc.
+
+    A slice's buffers would otherwise go back to the system and be cleared page by page for the next slice.
+    """
+    try:
+        library = ctypes.CDLL(None)
+        library.mallopt(_M_MMAP_THRESHOLD, _MAPPED)
+        library.mallopt(_M_TRIM_THRESHOLD, _KEPT)
+    except (OSError, AttributeError, TypeError):  # another system
+        return
 
 
 def _entry(path: Path, name: str) -> int | None:

@@ -17,7 +17,7 @@ from merganser.checkpoints.layers import Layer
 from merganser.methods.base import Facts, Merged, Method, Options, Share, Unit, elements, input_width, turned
 from merganser.methods.least_squares import solve_diagonal
 from merganser.methods.sums import BLOCK, GramSums
-from merganser.statistics.algebra import augment, shrink_
+from merganser.statistics.algebra import augment
 
 #: Off-diagonals times this or less leave an equilibrated system with eigenvalues of at least 1 − alpha.
 _WELL = 0.95
@@ -103,7 +103,7 @@ class RegMean(Method):
         for share in shares:
             gram = self._gram(share, layers[0].weight, with_bias)
             stored = share.rows(layers[0].weight, 0, 1).dtype
-            whole.add(gram.new_empty(0, gram.shape[0], dtype=stored), gram, share.coefficient)
+            whole.add(gram.new_empty(0, gram.shape[0], dtype=stored), gram, share.coefficient, self._alpha)
         factored = whole.factor(self.options.ridge)
 
         def solve(part: Unit, restricted: Sequence[Share]) -> Merged:
@@ -111,7 +111,8 @@ class RegMean(Method):
             members, _ = _layers(part)
             for share in restricted:
                 gram = self._gram(share, members[0].weight, with_bias)
-                sums.add_right(torch.cat(pieces(share, members, with_bias)), gram, share.coefficient)
+                weights = _stack(pieces(share, members, with_bias))
+                sums.add_right(weights, gram, share.coefficient, self._alpha)
             return Merged(_unstack(factored.solve(sums), part, with_bias), factored.note)
 
         return solve
@@ -148,8 +149,8 @@ class RegMean(Method):
     def add(self, unit: Unit, share: Share, sums: GramSums) -> None:
         """Count a contributor: its weights stacked, its Gram matrix once."""
         layers, with_bias = _layers(unit)
-        stacked = torch.cat(pieces(share, layers, with_bias))
-        sums.add(stacked, self._gram(share, layers[0].weight, with_bias), share.coefficient)
+        stacked = _stack(pieces(share, layers, with_bias))
+        sums.add(stacked, self._gram(share, layers[0].weight, with_bias), share.coefficient, self._alpha)
 
     def solve(self, unit: Unit, sums: GramSums) -> Merged:
         """One factorisation for all layers that share the input."""
@@ -163,10 +164,11 @@ class RegMean(Method):
 
     def _gram(self, share: Share, weight: str, with_bias: bool) -> Tensor:
         gram = share.gram(weight)
-        if with_bias:
-            gram = augment(gram, share.mean(weight))
-        alpha = 0.0 if self.options.diagonal else self.options.alpha
-        return gram if alpha == 1 else shrink_(gram, alpha)
+        return augment(gram, share.mean(weight)) if with_bias else gram
+
+    @property
+    def _alpha(self) -> float:
+        return 0.0 if self.options.diagonal else float(self.options.alpha)
 
 
 def _layers(unit: Unit) -> tuple[list[Layer], bool]:
@@ -185,6 +187,10 @@ def pieces(share: Share, layers: Sequence[Layer], with_bias: bool) -> list[Tenso
             weight = torch.cat([weight, share.tensor(layer.bias)[:, None]], dim=1)
         found.append(weight)
     return found
+
+
+def _stack(pieces: Sequence[Tensor]) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))
 
 
 def _unstack(stacked: Tensor, unit: Unit, with_bias: bool) -> dict[str, Tensor]:

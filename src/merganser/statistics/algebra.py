@@ -13,16 +13,9 @@ from merganser.checkpoints.writer import TensorSpec
 from merganser.errors import StatisticsError
 from merganser.statistics.derived import Derived, Group
 from merganser.statistics.format import Statistics, StatisticsHeader
-from merganser.tensors import pack_upper
+from merganser.tensors import aligned_empty, pack_upper
 
 MOST_ROWS = 2**53  # whole numbers up to here are exact in float64
-
-
-def shrink_(gram: Tensor, alpha: float) -> Tensor:
-    """A Gram matrix (d, d) with its off-diagonals times ``alpha`` (RegMean, Jin et al. 2023, section 3.3); in place."""
-    diagonal = gram.diagonal().clone()
-    gram.mul_(alpha).diagonal().copy_(diagonal)
-    return gram
 
 
 def augment(gram: Tensor, mean: Tensor) -> Tensor:
@@ -33,9 +26,10 @@ def augment(gram: Tensor, mean: Tensor) -> Tensor:
         mean: (d,), the mean of x.
     """
     width = gram.shape[0]
-    augmented = gram.new_ones(width + 1, width + 1)
+    augmented = aligned_empty(width + 1, width + 1, gram)
     augmented[:width, :width] = gram
     augmented[:width, width] = augmented[width, :width] = mean
+    augmented[width, width] = 1.0
     return augmented
 
 
