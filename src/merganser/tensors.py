@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,6 +35,15 @@ DTYPE_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.ite
 def is_floating(dtype_name: str) -> bool:
     """Whether tensors of this safetensors dtype can be averaged."""
     return DTYPES[dtype_name].is_floating_point
+
+
+def byte_view(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU, not copied; to be used while the tensor lives."""
+    if not tensor.is_contiguous() or tensor.device.type != "cpu":
+        raise ValueError("only a contiguous tensor on the CPU has its bytes in a row")
+    if not tensor.nbytes:
+        return memoryview(b"")
+    return memoryview((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
 
 
 def pack_upper(matrix: Tensor) -> Tensor:

@@ -248,13 +248,13 @@ def test_a_row_slice_reads_its_rows_and_the_factors_alone(
     tensors = factors("big", 4096, 512, 4) | factors("other", 2048, 512, 4)
     checkpoint = open_checkpoint(write_adapter(tmp_path / "a", tensors, tmp_path / "base", r=4))
     read: list[int] = []
-    original = Checkpoint._bytes
+    original = Checkpoint._read_into
 
-    def counted(self: Checkpoint, file: str, offset: int, nbytes: int) -> torch.Tensor:
-        read.append(nbytes)
-        return original(self, file, offset, nbytes)
+    def counted(self: Checkpoint, view: memoryview, file: str, offset: int) -> None:
+        read.append(len(view))
+        original(self, view, file, offset)
 
-    monkeypatch.setattr(Checkpoint, "_bytes", counted)
+    monkeypatch.setattr(Checkpoint, "_read_into", counted)
     rows = checkpoint.read("big.weight", 1000, 1064)
     assert sum(read) == 64 * 512 * 4 + 4 * 512 * 4 + 256 * 4 * 4  # rows, A, the blocks of B that hold them
     close(

@@ -59,7 +59,7 @@ def test_whoever_stops_looking_stops_the_jobs(cluster: Any, tmp_path: Path) -> N
     jobs = [job(tmp_path, 0), *(job(tmp_path, number, "stay") for number in (1, 2, 3))]
     outcomes = engine(cluster).run(jobs, DOUBLE)
     assert next(outcomes).job.id == "job0"
-    wait_until(lambda: len(workers(tmp_path)) > 1, "no other job starts")
+    wait_until(lambda: len(workers(tmp_path)) > 1, "no other job starts", 200)
     outcomes.close()  # type: ignore[attr-defined]
     wait_until(lambda: not any(map(psutil.pid_exists, workers(tmp_path))), "a job runs on")
     assert len(workers(tmp_path)) < len(jobs)  # some have not even started
@@ -88,7 +88,7 @@ def test_jobs_of_a_killed_machine_run_again_elsewhere(cluster: Any, tmp_path: Pa
     ]
 
     def kill() -> None:
-        wait_until(lambda: any(tmp_path.glob("blocked.*")), "no job runs on the second machine")
+        wait_until(lambda: any(tmp_path.glob("blocked.*")), "no job runs on the second machine", 200)
         cluster.remove_node(node, allow_graceful=False)
 
     killer = threading.Thread(target=kill)

@@ -147,7 +147,7 @@ def test_a_machine_is_killed_and_no_tensor_is_lost(cluster: Any, family, tmp_pat
     (tmp_path / "watch").write_text(f"{marks}\n{node.node_id}\n")
 
     def kill() -> None:
-        wait_until(lambda: any(marks.glob("blocked.*")), "no job runs on the second machine")
+        wait_until(lambda: any(marks.glob("blocked.*")), "no job runs on the second machine", 300)
         cluster.remove_node(node, allow_graceful=False)
 
     killer = threading.Thread(target=kill)

@@ -15,8 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from merganser.errors import CheckpointError, RecipeError, UserError
 from merganser.merging import cutting, make_recipe, merge, prepare
+from merganser.merging.execution import longest_first
 from merganser.merging.memory import Budget, anonymous_bytes, available_bytes
-from merganser.methods import sums
+from merganser.merging.step import Step
+from merganser.methods import Facts, Unit, sums
 
 
 @pytest.fixture
@@ -109,6 +111,13 @@ def test_a_file_that_changes_under_the_merge_is_refused(family, tmp_path: Path) 
     with pytest.raises(CheckpointError, match="changed while it was being read"):
         carry_out(plan, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_what_others_would_wait_for_at_the_end_goes_first() -> None:
+    sizes = [4, 100, 5, 6, 90, 3]
+    steps = [Step(Unit((str(n),), "average", (Facts(str(n), (n, 1)),)), "average") for n in sizes]
+    assert [int(step.unit.names[0]) for step in longest_first(steps, 2)] == [100, 6, 90, 4, 5, 3]
+    assert longest_first([], 2) == []
 
 
 def test_a_budget_is_never_overdrawn_but_by_one() -> None:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from merganser.methods.least_squares import solve_gram
 from merganser.methods.sums import GramSums
+from merganser.tensors import aligned_empty
 
 
 def problem(seed: int, n: int = 4, out: int = 3, width: int = 6):  # type: ignore[no-untyped-def]
@@ -133,3 +134,32 @@ def test_wide_systems_are_solved_in_float32_where_that_loses_nothing() -> None:
     naive = naive @ torch.inverse(sum(torch.from_numpy(g) for g in grams))
     assert error < np.linalg.norm(naive.double().numpy() - expected) / np.linalg.norm(expected)
     assert error < 5e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 0.9, 1.0])
+def test_alpha_is_what_shrinking_each_gram_matrix_first_would_be(alpha: float, dtype: torch.dtype) -> None:
+    width, generator = 19, torch.Generator().manual_seed(3)
+    plain, shrunk = GramSums(dtype=dtype), GramSums(dtype=dtype)
+    for coefficient in (1.0, 0.5, 2.0):
+        half = torch.randn(width, 40, generator=generator, dtype=dtype)
+        gram, weights = half @ half.T / 40, torch.randn(5, width, generator=generator, dtype=dtype)
+        before = gram.clone()
+        plain.add(weights, gram, coefficient, alpha)
+        assert torch.equal(gram, before)
+        shrunk.add(weights, torch.where(torch.eye(width) > 0, gram, alpha * gram), coefficient)
+    torch.testing.assert_close(plain.solve(0.01).value, shrunk.solve(0.01).value)
+
+
+def test_rows_that_are_not_aligned_have_the_same_bytes() -> None:
+    """A Gram matrix may come with or without room after its rows."""
+    width, generator = 769, torch.Generator().manual_seed(4)
+    found = []
+    half = torch.randn(width, 900, generator=generator)
+    gram, weights = half @ half.T / 900, torch.randn(3, 11, width, generator=generator)
+    for one in (gram, aligned_empty(width, width, gram).copy_(gram)):
+        sums = GramSums(dtype=torch.float32)
+        for contributor in weights:
+            sums.add(contributor, one, 1.0, 0.9)
+        found.append(sums.solve(0.0).value)
+    assert torch.equal(*found)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from merganser.checkpoints.header import TensorInfo
 from merganser.errors import CheckpointError
-from merganser.tensors import DTYPES
+from merganser.tensors import DTYPES, byte_view
 
 #: What does not travel from a parent to a merge: weights in any format, statistics, cards, training state.
 _NOT_SIDE_FILES = (
@@ -89,7 +89,9 @@ class Checkpoint:
             row = nbytes // max(shape[0], 1)
             stop = shape[0] if stop is None else min(stop, shape[0])
             shape, offset, nbytes = (stop - start, *shape[1:]), offset + start * row, (stop - start) * row
-        return self._bytes(info.file, offset, nbytes).view(DTYPES[info.dtype]).reshape(shape)
+        tensor = torch.empty(shape, dtype=DTYPES[info.dtype])
+        self._read_into(byte_view(tensor), info.file, offset)
+        return tensor
 
     def pieces(self, name: str, nbytes: int = PIECE) -> Iterator[tuple[int, int]]:
         """Ranges of rows of tensor ``name`` of about ``nbytes`` each, in order and at least one."""
@@ -151,23 +153,21 @@ class Checkpoint:
                     found.append((here / file).relative_to(self.path).as_posix())
         return sorted(found)
 
-    def _bytes(self, file: str, offset: int, nbytes: int) -> Tensor:
+    def _read_into(self, view: memoryview, file: str, offset: int) -> None:
+        """Fill ``view`` from a weight file."""
         descriptor, path = self._descriptor(file)
         try:
             status = path.stat()
         except OSError as error:
             raise CheckpointError(f"cannot be read: {error}", where=path, mend="put it back") from None
-        stamp = (status.st_size, status.st_mtime_ns, status.st_ino)
-        if self._stamps[file] != stamp:
+        if self._stamps[file] != (status.st_size, status.st_mtime_ns, status.st_ino):
             raise CheckpointError("the file changed while it was being read", where=path, mend="run again")
-        buffer = torch.empty(nbytes, dtype=torch.uint8)
-        view, done = buffer.numpy().data, 0
-        while done < nbytes:
+        done = 0
+        while done < len(view):
             count = os.preadv(descriptor, [view[done:]], offset + done)
             if not count:
                 raise CheckpointError("the file ends early", where=path, mend="copy or download it again")
             done += count
-        return buffer
 
     def _descriptor(self, file: str) -> tuple[int, Path]:
         """An open weight file; its size, time and place are those that it must keep."""
@@ -218,7 +218,8 @@ class TensorHash:
 
     def update(self, piece: Tensor) -> None:
         """The next rows, in storage dtype."""
-        data = piece.contiguous().reshape(-1).view(torch.uint8).numpy().data
+        piece = piece.contiguous()
+        data = byte_view(piece)
         self._digest.update(data)
         self._left -= len(data)
         self.rows += piece.shape[0] if piece.dim() else 1

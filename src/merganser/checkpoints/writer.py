@@ -22,7 +22,7 @@ from torch import Tensor
 
 from merganser.checkpoints.header import TensorInfo
 from merganser.errors import CheckpointError, UserError
-from merganser.tensors import DTYPES
+from merganser.tensors import DTYPES, byte_view
 
 INDEX_SUFFIX = ".safetensors.index.json"
 _SYNC_EVERY = 64 * 2**20  # bytes that may wait for the disk before it is set to work
@@ -125,7 +125,8 @@ class SafetensorsWriter:
                 f"{name}: {tensor.dtype} {list(tensor.shape)} is not {info.dtype} {list(info.shape)}"
                 + (f" from row {start} on" if start else "")
             )
-        data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+        tensor = tensor.contiguous()
+        data = byte_view(tensor)
         _write_at(self._descriptors[file], data, info.offset + start * (len(data) // max(rows, 1)))
         with self._lock:
             left = self._missing.get((file, name), 0) - len(data)

@@ -27,9 +27,12 @@ from merganser.merging.plan import Plan
 from merganser.merging.shares import ParentShare, is_finite
 from merganser.merging.step import Step
 from merganser.methods import Merged, Share, Unit, average_unit
+from merganser.methods.base import elements
 from merganser.progress import bar
 from merganser.tensors import DTYPES, is_floating, one_thread
 
+#: A unit is large if the whole merge takes only this many times as long, on all threads.
+_PATIENCE = 20
 #: A slice of a unit: the first row of each tensor in it, and the merged tensors.
 Slice = tuple[dict[str, int], Merged]
 
@@ -92,6 +95,13 @@ def run_slices(plan: Plan, step: Step) -> Iterator[Slice]:
         yield {name: first for name, (first, _) in ranges.items()}, merge(part, shares)
 
 
+def longest_first(steps: Sequence[Step], threads: int) -> list[Step]:
+    """The steps in the order of the plan, but first those so large that others would wait for one at the end."""
+    sizes = [elements(step.unit) for step in steps]
+    large = sum(sizes) / (_PATIENCE * threads)
+    return sorted(steps, key=lambda step: elements(step.unit) <= large)
+
+
 def _merge(
     plan: Plan, step: Step, shares: Sequence[ParentShare], rows: Sequence[int] | None = None
 ) -> Merged:
@@ -149,7 +159,9 @@ class Execution:
             CheckpointError, RecipeError: non-finite weights, in or out.
         """
         wanted = {f: s for f, s in self.layout.files.items() if self.files is None or f in self.files}
-        steps = [step for step in self.plan.steps if self._specs(step, wanted)]
+        steps = longest_first(
+            [step for step in self.plan.steps if self._specs(step, wanted)], self.plan.threads
+        )
         kept = zip(self.plan.parents, self.plan.separate, self.layout.head_folders, strict=True)
         total = sum(spec.nbytes for specs in wanted.values() for spec in specs)
         budget = Budget(self.plan.budget)
