@@ -31,6 +31,7 @@ from checkpoints import Encoder
 from grams import encoder_family
 from measure import PROGRAM
 from merganser.checkpoints.layers import Layer
+from merganser.merging.memory import keep_freed
 from merganser.methods import Facts, RegMean
 from merganser.statistics import Statistics
 from merganser.tensors import one_thread
@@ -62,6 +63,7 @@ class InMemory:
 def main() -> int:
     """Measure and write the tables."""
     options = _options()
+    keep_freed()  # as the command does
     encoder = Encoder(layers=options.layers)
     models = encoder_family(options.scratch, encoder, options.contributors)
     inputs = {f"{module}.weight": key for module, (key, _) in encoder.linear().items()}

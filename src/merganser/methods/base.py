@@ -233,8 +233,9 @@ def input_width(fact: Facts) -> int:
 def average(name: str, shares: Sequence[Share]) -> Tensor:
     """The weighted average of a tensor: what every method falls back to, and says so.
 
-    R + Σ cᵢ/Σc (θᵢ − R) with R the first contributor's, in one float32 buffer (float64 where a contributor is stored
-    so): merging a model with itself returns it, and rounding is in proportion to how much the contributors differ.
+    R + Σcᵢ(θᵢ − R) / Σcᵢ with R the first contributor's, in one float32 buffer (float64 where a contributor is stored
+    so): merging a model with itself returns it, rounding is in proportion to how much the contributors differ, and a
+    division at the end keeps what lies halfway between two storable numbers there.
     """
     total = sum(share.coefficient for share in shares)
     reference = shares[0].tensor(name)
@@ -245,9 +246,11 @@ def average(name: str, shares: Sequence[Share]) -> Tensor:
             tensor, reference = tensor.to(torch.float64), reference.to(torch.float64)
             shift = None if shift is None else shift.to(torch.float64)
         tensor -= reference
-        weight = share.coefficient / total
-        shift = tensor.mul_(weight) if shift is None else shift.add_(tensor, alpha=weight)
-    return reference if shift is None else reference.add_(shift)
+        if shift is not None:
+            shift.add_(tensor, alpha=share.coefficient)
+        else:
+            shift = tensor if share.coefficient == 1 else tensor.mul_(share.coefficient)
+    return reference if shift is None else reference.add_(shift.div_(total))
 
 
 def average_unit(unit: Unit, shares: Sequence[Share]) -> Merged:
