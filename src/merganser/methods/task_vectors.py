@@ -20,7 +20,8 @@ from merganser.methods.base import Facts, Merged, Method, Options, Share, Unit, 
 _BINS = 1 << 16  # the upper and the lower half of a float32's bits
 _PIECE = 1 << 19  # numbers of a tensor that are looked at at once
 _SAMPLE, _PLACES = 1 << 15, 16  # numbers of a sample, and at how many places of a tensor they are taken
-_MARGIN = 0.03  # of the share of numbers that are larger, on both sides of the sample's
+_MARGIN = 0.015  # of the share of numbers that are larger, on both sides of the sample's
+_SPAN = 1 << 20  # float32 numbers between two that are told apart in one pass
 
 
 class TaskVectors(Method):
@@ -124,8 +125,9 @@ def kth_largest(
 ) -> list[float]:
     """The k-th largest of each of several tensors, exactly, without keeping or sorting them.
 
-    A sample tells between which two numbers it must be. One pass counts what is above them and keeps what is between:
-    a few hundredths. Where the sample was wrong (or most numbers are equal), two histograms of the numbers' bits tell.
+    A sample tells between which two numbers it must be. One pass counts what is above them, and how often each float32
+    number between them occurs: a few hundredths do. Where the sample was wrong, or the two lie far apart, two
+    histograms of all numbers' bits tell.
 
     Args:
         magnitudes: non-negative float32 numbers of rows start:stop of each tensor.
@@ -139,20 +141,52 @@ def kth_largest(
     pieces = [(start, min(start + step, height)) for start in range(0, height, step)]
     if len(pieces) == 1:
         return [_kth(numbers.flatten(), k) for numbers in magnitudes(*pieces[0])]
-    brackets = _brackets(magnitudes, height, width, k / (height * width), count)
-    above, between = [0] * count, [list[Tensor]() for _ in range(count)]
-    for start, stop in pieces:
-        for number, (values, (low, high)) in enumerate(zip(magnitudes(start, stop), brackets, strict=True)):
-            above[number] += int(torch.count_nonzero(values > high))
-            between[number].append(_chosen(values, (values >= low).logical_and_(values <= high)))
-    found = []
-    for number in range(count):
-        kept, rank = torch.cat(between[number]), k - above[number]
-        if 1 <= rank <= len(kept):
-            found.append(_kth(kept, rank))
-        else:
-            found.append(_by_bits(lambda a, b, n=number: magnitudes(a, b)[n], pieces, k))  # type: ignore[misc]
-    return found
+    counts = [
+        _Between(*bracket) for bracket in _brackets(magnitudes, height, width, k / (height * width), count)
+    ]
+    if any(one.narrow for one in counts):
+        for start, stop in pieces:
+            for one, values in zip(counts, magnitudes(start, stop), strict=True):
+                one.count(values)
+    found = [one.ranked(k) for one in counts]
+    return [
+        _by_bits(lambda a, b, n=number: magnitudes(a, b)[n], pieces, k) if value is None else value  # type: ignore[misc]
+        for number, value in enumerate(found)
+    ]
+
+
+class _Between:
+    """How many numbers lie above ``high``, and how often each float32 number from ``low`` to ``high`` occurs.
+
+    The bits of non-negative float32 numbers, read as integers, are in the order of the numbers.
+    """
+
+    def __init__(self, low: float, high: float) -> None:
+        self.low, self.high, self.above = low, high, 0
+        self._first, self._last = _bits(low), _bits(high)
+        self.narrow = self._last - self._first < _SPAN
+        self._counts = torch.zeros(self._last - self._first + 1 if self.narrow else 0, dtype=torch.int64)
+
+    def count(self, values: Tensor) -> None:
+        """Look at some more numbers."""
+        if not self.narrow:
+            return
+        self.above += int(torch.count_nonzero(values > self.high))
+        chosen = _chosen(values, (values >= self.low).logical_and_(values <= self.high)).cpu()
+        place = chosen.view(torch.int32).to(torch.int64).sub_(self._first)
+        self._counts.scatter_add_(0, place, torch.ones_like(place))
+
+    def ranked(self, k: int) -> float | None:
+        """The k-th largest of all numbers; None if it is not among those that were counted."""
+        from_top, rank = self._counts.flip(0).cumsum(0), k - self.above
+        if not self.narrow or not 1 <= rank <= int(from_top[-1]):
+            return None
+        bits = self._last - int(torch.searchsorted(from_top, rank))
+        return torch.tensor(bits, dtype=torch.int32).view(torch.float32).item()
+
+
+def _bits(value: float) -> int:
+    return int(torch.tensor(value, dtype=torch.float32).view(torch.int32))
 
 
 def _brackets(
