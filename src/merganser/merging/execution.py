@@ -1,7 +1,8 @@
 """Carrying out a plan: units are read, merged and written one by one, on a bounded pool of threads.
 
 Each unit is computed on one thread, tall ones slice by slice, so the bytes do not depend on how many threads there
-are nor on the memory that they may take. Inputs are read in the order of the files and hashed on the way.
+are nor on the memory that they may take. Inputs are read in the order of the files, the few largest units first, and
+hashed on the way.
 """
 
 from __future__ import annotations
