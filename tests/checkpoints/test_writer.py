@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from merganser.checkpoints import open_checkpoint
+from merganser.checkpoints import open_checkpoint, writer
 from merganser.checkpoints.writer import (
     SafetensorsWriter,
     TensorSpec,
@@ -81,6 +81,26 @@ def test_a_full_disk_is_said_in_plain_words(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="the disk is full"), new_folder(tmp_path / "out"):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_the_disk_refused_beside_the_work_is_not_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system reports a failed write to the first flush after it, and to no later one."""
+    failures = [OSError(errno.EIO, "input/output error")]
+
+    def fsync(descriptor: int) -> None:
+        if failures:
+            raise failures.pop()
+
+    monkeypatch.setattr(writer, "_SYNC_EVERY", 1)
+    monkeypatch.setattr(writer.os, "fsync", fsync)
+    with (
+        pytest.raises(OSError, match="input/output error"),
+        SafetensorsWriter(tmp_path, {"x.safetensors": [TensorSpec("a", "F32", (2,))]}) as open_writer,
+    ):
+        open_writer.write("x.safetensors", "a", torch.zeros(2))
+    assert not failures
 
 
 def test_overwrite_replaces_whole_folders_of_models_only(tmp_path: Path) -> None:

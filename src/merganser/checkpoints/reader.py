@@ -84,11 +84,11 @@ class Checkpoint:
         """
         self.fetch()  # before the offsets are looked up: a remote header does not tell where its data begin
         info = self.tensors[name]
-        shape, offset, nbytes = info.shape, info.offset, info.nbytes
+        shape, offset = info.shape, info.offset
         if shape and (start or stop is not None):
-            row = nbytes // max(shape[0], 1)
             stop = shape[0] if stop is None else min(stop, shape[0])
-            shape, offset, nbytes = (stop - start, *shape[1:]), offset + start * row, (stop - start) * row
+            offset += start * (info.nbytes // max(shape[0], 1))
+            shape = (stop - start, *shape[1:])
         tensor = torch.empty(shape, dtype=DTYPES[info.dtype])
         self._read_into(byte_view(tensor), info.file, offset)
         return tensor

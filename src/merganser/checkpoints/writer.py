@@ -11,7 +11,7 @@ import struct
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,6 +99,7 @@ class SafetensorsWriter:
         self._missing: dict[tuple[str, str], int] = {}
         self._lock = threading.Lock()
         self._syncing = ThreadPoolExecutor(1, "sync")
+        self._synced: list[Future[None]] = []
         self._unsynced: dict[str, int] = dict.fromkeys(files, 0)
         for file, specs in files.items():
             header, infos = file_layout(file, specs, metadata)
@@ -136,7 +137,7 @@ class SafetensorsWriter:
             self._unsynced[file] += len(data)
             if self._unsynced[file] >= _SYNC_EVERY:
                 self._unsynced[file] = 0
-                self._syncing.submit(os.fsync, self._descriptors[file])
+                self._synced.append(self._syncing.submit(os.fsync, self._descriptors[file]))
 
     def __enter__(self) -> SafetensorsWriter:
         return self
@@ -146,7 +147,8 @@ class SafetensorsWriter:
             if kind is None:
                 if self._missing:
                     raise RuntimeError(f"never written: {sorted(self._missing)[:5]}")
-                for done in [self._syncing.submit(os.fsync, d) for d in self._descriptors.values()]:
+                self._synced += [self._syncing.submit(os.fsync, d) for d in self._descriptors.values()]
+                for done in self._synced:  # the system tells of a failed write once, to whoever flushes first
                     done.result()
         finally:
             self._syncing.shutdown(cancel_futures=True)

@@ -39,15 +39,13 @@ class Cholesky:
 
     def solve_(self, right: Tensor) -> Tensor:
         """X with X A = ``right`` (rows, d); in place, and returned."""
-        for block, inverse in zip(_ranges(len(self.lower)), self.inverses, strict=True):
-            start, stop = block
+        blocks = list(zip(_ranges(len(self.lower)), self.inverses, strict=True))
+        for (start, stop), inverse in blocks:
             column = right[:, start:stop]
             if start:
                 column.addmm_(right[:, :start], self.lower[start:stop, :start].T, alpha=-1)
             column.copy_(column @ inverse.T)
-        for (start, stop), inverse in zip(
-            reversed(_ranges(len(self.lower))), reversed(self.inverses), strict=True
-        ):
+        for (start, stop), inverse in reversed(blocks):
             column = right[:, start:stop]
             if stop < len(self.lower):
                 column.addmm_(right[:, stop:], self.lower[stop:, start:stop], alpha=-1)

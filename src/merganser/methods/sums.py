@@ -216,9 +216,7 @@ class FactoredSystem:
         dtype, drawn = self.factor.dtype, bool(self.pull.any())
         merged = torch.empty_like(sums.reference, dtype=torch.promote_types(dtype, sums.reference.dtype))
         for rows in blocks(len(merged)):
-            right = aligned_empty(len(sums.right[rows]), sums.right.shape[1], sums.right, dtype).copy_(
-                sums.right[rows]
-            )
+            right = _aligned_copy(sums.right[rows], dtype)
             if drawn:
                 right.addcmul_((sums.offset[rows] / sums.total).to(dtype), self.pull.expand_as(right))
             change = self.factor.solve_(right.mul_(self.scale))
@@ -232,6 +230,10 @@ def _aligned(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     """A matrix in this dtype, its rows so far apart that BLAS is fast; the same one where it is so already."""
     if matrix.dtype == dtype and matrix.stride(1) == 1 and matrix.stride(0) * dtype.itemsize % ALIGNMENT == 0:
         return matrix
+    return _aligned_copy(matrix, dtype)
+
+
+def _aligned_copy(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     return aligned_empty(matrix.shape[0], matrix.shape[1], matrix, dtype).copy_(matrix)
 
 
