@@ -1,7 +1,4 @@
-"""Cholesky factors in blocks: nearly all of the work is in matrix products, which run nearer to the processor's limit.
-
-On one core, LAPACK's factorisation of a float32 matrix of width 3072 takes half as long again.
-"""
+"""Cholesky factors in blocks: nearly all of the work is in matrix products, which run nearer to the processor's limit."""
 
 from __future__ import annotations
 
