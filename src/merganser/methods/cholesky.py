@@ -1,4 +1,4 @@
-"""Cholesky factors in blocks: nearly all of the work is in matrix products, which run nearer to the processor's limit."""
+"""Cholesky factors in blocks: nearly all of the work is in matrix products, the fastest thing that processors do."""
 
 from __future__ import annotations
 
