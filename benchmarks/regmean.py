@@ -33,6 +33,7 @@ from measure import PROGRAM
 from merganser.checkpoints.layers import Layer
 from merganser.merging.memory import keep_freed
 from merganser.methods import Facts, RegMean
+from merganser.methods.base import elements
 from merganser.statistics import Statistics
 from merganser.tensors import one_thread
 
@@ -125,6 +126,7 @@ def solvers(
         layer = Layer(module, "linear", f"{module}.weight", f"{module}.bias", False)
         facts.append(Facts(layer.weight, shape, layer, grams=(key,) * len(shares)))
     units, _ = method.units(facts)
+    units.sort(key=elements, reverse=True)  # as in the engine, nobody waits for a large one at the end
     threads = torch.get_num_threads()
 
     def merganser() -> dict[str, Tensor]:

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from merganser.methods.cholesky import Cholesky, cholesky_
-from merganser.tensors import ALIGNMENT, aligned_empty
+from merganser.tensors import ALIGNMENT, aligned_empty, mirror_upper
 
 #: A pivot of the equilibrated matrix below this multiple of √d·eps(float32) is rounding noise: Grams are stored so.
 _NOISE = 4.0
 #: Rows of weights in one product: fixed, so that the bytes do not depend on how a tall tensor is cut for memory.
 BLOCK = 1024
+_STRIP = 128  # rows of a triangle that are added up together
 #: With every pivot of the equilibrated matrix above this, float32 loses at most about three of its seven digits, of a
 #: correction that is small beside the weights. Otherwise the system is factored in float64.
 _SAFE = 1e-3
@@ -50,7 +51,7 @@ class GramSums:
 
     Attributes:
         reference: R, the first contributor's weights (out, in); None before the first.
-        system: Σ cᵢGᵢ (in, in).
+        system: Σ cᵢGᵢ (in, in), its lower triangle; :meth:`tensors` gives the other one meaning, too.
         right: Σ cᵢ(Wᵢ − R)Gᵢ (out, in).
         offset: Σ cᵢ(Wᵢ − R) (out, in).
         total: Σ cᵢ.
@@ -74,10 +75,14 @@ class GramSums:
             alpha: multiplier of the Gram matrix's off-diagonals (RegMean, Jin et al. 2023, section 3.3).
         """
         gram = _aligned(gram, self._settled(weights, gram))
+        first, scale = self.system is None, coefficient * alpha
         if self.system is None:
-            self.system = gram * (coefficient * alpha)
-        else:
-            self.system.add_(gram, alpha=coefficient * alpha)
+            self.system = aligned_empty(len(gram), len(gram), gram)
+        for rows, columns in _lower(len(gram)):
+            if first:
+                torch.mul(gram[rows, columns], scale, out=self.system[rows, columns])
+            else:
+                self.system[rows, columns].add_(gram[rows, columns], alpha=scale)
         if alpha != 1:
             self.system.diagonal().add_(gram.diagonal(), alpha=coefficient * (1 - alpha))
         self.add_right(weights, gram, coefficient, alpha)
@@ -95,21 +100,19 @@ class GramSums:
         self.total += coefficient
         if self.reference is None or self.right is None or self.offset is None:
             self.reference = weights.to(self.dtype).contiguous()
-            self.right = torch.zeros_like(self.reference)
+            self.right = aligned_empty(len(weights), len(gram), gram).zero_()
             self.offset = torch.zeros_like(self.reference)
         elif coefficient != 0:
-            height = min(BLOCK, len(weights))
-            difference, product = (aligned_empty(height, len(gram), gram) for _ in range(2))
+            difference = aligned_empty(min(BLOCK, len(weights)), len(gram), gram)
             for rows in blocks(len(weights)):
                 own = weights[rows].to(self.dtype)
                 delta = torch.sub(own, self.reference[rows], out=difference[: len(own)])
-                # Gᵀ is G, and half as fast again on some processors. A product of its own: BLAS may round
-                # differently where rows begin at another alignment.
-                voted = torch.mm(delta, gram.T, out=product[: len(own)])
-                self.right[rows].add_(voted, alpha=coefficient * alpha)
+                right = self.right[rows]
+                # Gᵀ is G, and half as fast again on some processors. All rows begin at one alignment: BLAS may round
+                # differently at another.
+                right.addmm_(delta, gram.T, alpha=coefficient * alpha)
                 if alpha != 1:
-                    diagonal = gram.diagonal().expand_as(delta)
-                    self.right[rows].addcmul_(delta, diagonal, value=coefficient * (1 - alpha))
+                    right.addcmul_(delta, gram.diagonal().expand_as(delta), value=coefficient * (1 - alpha))
                 self.offset[rows].add_(delta, alpha=coefficient)
 
     def _settled(self, weights: Tensor, gram: Tensor) -> torch.dtype:
@@ -159,10 +162,12 @@ class GramSums:
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """The sums by name, as they go into a file; at least one contributor must have been added."""
+        """The sums by name, as they go into a file: whole and contiguous; a contributor must have been added."""
+        if self.system is not None:
+            mirror_upper(self.system.T)
         found = {"reference": self.reference, "system": self.system, "right": self.right}
         found |= {"offset": self.offset, "total": torch.tensor([self.total], dtype=torch.float64)}
-        return {name: tensor for name, tensor in found.items() if tensor is not None}
+        return {name: tensor.contiguous() for name, tensor in found.items() if tensor is not None}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> GramSums:
@@ -185,7 +190,7 @@ class GramSums:
             raise ValueError(f"weights {list(reference.shape)} do not fit a system of {list(system.shape)}")
         if not reference.shape == right.shape == offset.shape:
             raise ValueError("the sums of weights differ in shape")
-        return cls(reference, system, right, offset, float(total), dtype)
+        return cls(reference, system, _aligned(right, dtype), offset, float(total), dtype)
 
 
 @dataclass(frozen=True)
@@ -242,6 +247,11 @@ def blocks(rows: int) -> Iterator[slice]:
     return (slice(start, start + BLOCK) for start in range(0, rows, BLOCK))
 
 
+def _lower(width: int) -> Iterator[tuple[slice, slice]]:
+    """Ranges of rows and columns that cover the lower triangle of a square matrix, and little more."""
+    return ((slice(at, at + _STRIP), slice(0, min(at + _STRIP, width))) for at in range(0, width, _STRIP))
+
+
 def _factor(system: Tensor, scale: Tensor, diagonal: Tensor) -> tuple[Cholesky, float, str | None]:
     """Cholesky factor of a system equilibrated by ``scale``, the ridge that it needed, and a note that states it.
 
@@ -268,8 +278,11 @@ def _factor(system: Tensor, scale: Tensor, diagonal: Tensor) -> tuple[Cholesky, 
 
 
 def _equilibrated(system: Tensor, scale: Tensor, diagonal: Tensor) -> Tensor:
+    """The lower triangle of an equilibrated system."""
     scale = scale.to(system.dtype)
     equilibrated = aligned_empty(len(system), len(system), system)
-    torch.mul(system, scale[:, None], out=equilibrated).mul_(scale[None, :])
+    for rows, columns in _lower(len(system)):
+        part = equilibrated[rows, columns]
+        torch.mul(system[rows, columns], scale[rows, None], out=part).mul_(scale[None, columns])
     equilibrated.diagonal().copy_(diagonal)
     return equilibrated

@@ -33,9 +33,8 @@ def contribution(method: Method, part: Part, unit: Unit, share: Share) -> Terms:
         sums = GramSums()
         method.add(unit, Origin(share, unit), sums)
         method.add(unit, share, sums)
-        if sums.system is None or sums.right is None or sums.offset is None:
-            raise RuntimeError(f"method {method.name} added nothing for {unit.names[0]}")
-        return {"system": pack_upper(sums.system), "right": sums.right, "offset": sums.offset}
+        terms = sums.tensors()
+        return {"system": pack_upper(terms["system"]), "right": terms["right"], "offset": terms["offset"]}
     if part.treatment == "copy":
         return {}
     (name,) = unit.names
