@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from merganser.tensors import ALIGNMENT, aligned_empty, byte_view
+from merganser.tensors import ALIGNMENT, aligned_empty, byte_view, mirror_upper, pack_upper, unpack_upper
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool])
@@ -29,3 +29,13 @@ def test_rows_begin_at_aligned_places(dtype: torch.dtype, columns: int) -> None:
     matrix = aligned_empty(3, columns, torch.zeros(()), dtype)
     assert matrix.shape == (3, columns) and matrix.dtype == dtype
     assert matrix.stride(1) == 1 and matrix.stride(0) * dtype.itemsize % ALIGNMENT == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("width", [1, 2, 127, 128, 1500])
+def test_a_packed_triangle_is_unpacked_to_the_symmetric_matrix(dtype: torch.dtype, width: int) -> None:
+    """Up to a width that is held in huge pages."""
+    half = torch.randn(width, width, generator=torch.Generator().manual_seed(width))
+    symmetric = (half + half.T).to(dtype)
+    assert torch.equal(unpack_upper(pack_upper(symmetric)), symmetric)
+    assert torch.equal(mirror_upper(symmetric.triu()), symmetric)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
 from collections.abc import Callable
@@ -75,6 +76,16 @@ def test_truncated(published: Path) -> None:
     for size in (0, 5, 200, len(whole) // 2, len(whole) - 1):
         published.write_bytes(whole[:size])
         refused(published, READ)
+
+
+def test_what_was_hashed_is_what_is_read(published: Path) -> None:
+    """A file that was replaced after its hash was taken is not read any more."""
+    statistics, whole = Statistics.open(published), published.read_bytes()
+    assert statistics.sha256() == hashlib.sha256(whole).hexdigest()
+    published.unlink()
+    published.write_bytes(whole)
+    with pytest.raises(UserError, match="changed while it was being read"):
+        statistics.gram(next(iter(statistics.inputs)))
 
 
 def test_a_newer_protocol(published: Path) -> None:

@@ -25,12 +25,12 @@ from merganser.merging.layout import Layout
 from merganser.merging.memory import Budget
 from merganser.merging.parents import Parent
 from merganser.merging.plan import Plan
-from merganser.merging.shares import ParentShare, is_finite
+from merganser.merging.shares import ParentShare
 from merganser.merging.step import Step
 from merganser.methods import Merged, Share, Unit, average_unit
 from merganser.methods.base import elements
 from merganser.progress import bar
-from merganser.tensors import DTYPES, is_floating, one_thread
+from merganser.tensors import DTYPES, is_finite, is_floating, one_thread
 
 #: A unit is large if the whole merge takes only this many times as long, on all threads.
 _PATIENCE = 20

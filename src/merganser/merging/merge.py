@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -225,10 +226,11 @@ def choose_device(name: str) -> str:
 
 
 def _hash(plan: Plan) -> None:
-    """Hash all weights, several tensors at once."""
-    work = [(parent.checkpoint, name) for parent in plan.parents for name in parent.checkpoint.tensors]
+    """Hash all weights and statistics, several tensors and files at once."""
+    work: list[Callable[[], str]] = [p.statistics.sha256 for p in plan.parents if p.statistics is not None]
+    work += [partial(p.checkpoint.sha256, name) for p in plan.parents for name in p.checkpoint.tensors]
     with ThreadPoolExecutor(plan.threads) as pool:
-        for _ in track(pool.map(lambda item: item[0].sha256(item[1]), work), "hashing", "tensors", len(work)):
+        for _ in track(pool.map(lambda one: one(), work), "hashing", "tensors", len(work)):
             pass
 
 

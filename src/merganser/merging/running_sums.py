@@ -13,9 +13,8 @@ import json
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
 
 import torch
 from safetensors import safe_open
@@ -29,8 +28,9 @@ from merganser.merging.parents import Parent
 from merganser.merging.plan import Plan
 from merganser.methods import GramSums, Method, Unit
 from merganser.methods.base import input_width
+from merganser.statistics import Statistics
 
-FORMAT = 2
+FORMAT = 3
 _SUFFIX = ".sums.safetensors"
 
 
@@ -43,8 +43,6 @@ class RunningSums:
     """
 
     folder: Path
-    _statistics: dict[Path, str] = field(default_factory=dict)
-    _lock: Lock = field(default_factory=Lock)
 
     def keys(
         self, method: Method, unit: Unit, parents: Sequence[Parent], own: Sequence[Sequence[int] | None]
@@ -67,7 +65,7 @@ class RunningSums:
                 for fact in unit.facts
                 if fact.layer and parent.statistics
             ]
-            grams = [self._sha256(parent), *(entry.input if entry else None for entry in entries)]
+            grams = [_hash_of(parent.statistics), *(entry.input if entry else None for entry in entries)]
             value = [
                 *common,
                 parent.contributor.coefficient,
@@ -132,15 +130,6 @@ class RunningSums:
         value = json.dumps([*unit.names, rows if rows is None else list(rows)])
         return self.folder / f"{hashlib.sha256(value.encode()).hexdigest()[:32]}{_SUFFIX}"
 
-    def _sha256(self, parent: Parent) -> str | None:
-        statistics = parent.statistics
-        if statistics is None or statistics.path is None:
-            return None
-        with self._lock:
-            if statistics.path not in self._statistics:
-                self._statistics[statistics.path] = statistics.sha256()
-            return self._statistics[statistics.path]
-
 
 def check_sums(folder: Path, plan: Plan, output: Path) -> UserError | None:
     """Why ``folder`` cannot keep the running sums of a merge into ``output``, if it cannot."""
@@ -172,6 +161,10 @@ def sums_bytes(plan: Plan) -> int:
             elements = sum(torch.Size(fact.shape).numel() for fact in step.unit.facts)
             total += 8 * (input_width(step.unit.facts[0]) ** 2 + 3 * elements)
     return total
+
+
+def _hash_of(statistics: Statistics | None) -> str | None:
+    return None if statistics is None or statistics.path is None else statistics.sha256()
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 from merganser.errors import CheckpointError
 from merganser.merging.parents import Parent
 from merganser.statistics import LayerStatistics, Statistics
+from merganser.tensors import is_finite
 
 Ranges = Mapping[str, tuple[int, int]]
 
@@ -127,11 +127,3 @@ def read_finite(parent: Parent, name: str, start: int = 0, stop: int | None = No
             mend="this checkpoint is damaged or its training diverged; use another",
         )
     return tensor
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether no number of a floating-point tensor is NaN or infinite."""
-    if tensor.element_size() == 1:
-        tensor = tensor.to(torch.float32)
-    # A sum shows it in one pass; where it overflows by itself, every number is looked at.
-    return math.isfinite(tensor.sum(dtype=torch.float32)) or bool(torch.isfinite(tensor).all())

@@ -31,6 +31,7 @@ from merganser.errors import CheckpointError, StatisticsError, UserError, raise_
 from merganser.statistics.checks import binding_problems, layout_problems, naming_problems, value_problems
 from merganser.statistics.derived import infos_of
 from merganser.statistics.forms import Form, dense, form_of
+from merganser.tensors import is_finite
 
 FILE_NAME = "merge_statistics.safetensors"
 PROTOCOL = 2  # the newest; a file is of the oldest protocol that has all of its tensors
@@ -120,6 +121,7 @@ class Statistics:
     ) -> None:
         self.header, self.tensors, self.path = header, dict(tensors), path
         self._read = read
+        self._hash: str | None = None
         self._layers: dict[str, LayerStatistics] = {}
         for layer in header.layers:
             self._layers.setdefault(layer.weight, layer)
@@ -211,14 +213,19 @@ class Statistics:
         raise_all(problems)
 
     def sha256(self) -> str:
-        """The hash of the file.
+        """The hash of the file, computed once; if the file changes after this, no tensor can be read any more.
 
         Raises:
             StatisticsError: these statistics are in memory.
         """
         if self.path is None:
             raise StatisticsError("statistics in memory have no file hash", mend="write them first")
-        return sha256_file(self.path)
+        if self._hash is None:
+            self._read(
+                min(self.tensors, key=lambda name: self.tensors[name].nbytes)
+            )  # looks at the file's state
+            self._hash = sha256_file(self.path)
+        return self._hash
 
     def check_names(self, checkpoint: Checkpoint) -> list[StatisticsError]:
         """What headers alone show of statistics of other weights; no weight is read."""
@@ -269,7 +276,7 @@ class Statistics:
             raise self._error(f"{name} cannot be read: {error.what}", error.mend or AGAIN) from None
         except OSError as error:
             raise self._error(f"{name} cannot be read: {error}") from None
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point() and not is_finite(tensor):
             raise self._error(f"{name} holds NaN or infinite numbers")
         if name.startswith("scale.") and not 0 < float(tensor) <= 1:
             raise self._error(f"{name} is {float(tensor):g}, it should be above 0 and at most 1")
