@@ -7,12 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
-from merganser.methods import METHODS, Facts, Unit, task_vectors
-from merganser.methods.task_vectors import kth_largest
+from merganser.methods import METHODS, Facts, Unit
 
 
 class Memory:
@@ -104,53 +101,3 @@ def test_task_arithmetic_equals_the_formula_and_takes_negative_coefficients() ->
         ci * (t.double() - base.double()) for ci, t in zip(c, tuned, strict=True)
     )
     torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-7)
-
-
-@settings(max_examples=80, deadline=None)
-@given(
-    st.lists(st.floats(0, 3.0000000054977558e38, width=32), min_size=1, max_size=60),
-    st.integers(1, 4),
-    st.data(),
-)
-def test_the_kth_largest_is_exact_however_the_sample_turns_out(
-    numbers: list[float], width: int, data: st.DataObject
-) -> None:
-    height = -(-len(numbers) // width)
-    numbers += [0.0] * (height * width - len(numbers))
-    k = data.draw(st.integers(1, len(numbers)))
-    first = torch.tensor(numbers, dtype=torch.float32).view(height, width)
-    both = [first, torch.ones_like(first)]
-    expected = [first.flatten().sort(descending=True).values[k - 1].item(), 1.0]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(task_vectors, "_PIECE", 7)
-        patch.setattr(task_vectors, "_SAMPLE", 6)
-        patch.setattr(task_vectors, "_PLACES", 3)
-        found = kth_largest(lambda start, stop: [t[start:stop] for t in both], height, width, k, 2)
-    assert found == expected
-    assert kth_largest(lambda start, stop: both, height, width, 0, 2) == [float("inf")] * 2
-    assert [
-        task_vectors._by_bits(lambda a, b, t=t: t[a:b], [(0, 1), (1, height)], k)  # type: ignore[misc]
-        for t in both
-    ] == expected
-
-
-def test_a_sample_too_small_to_say_anything_does_no_harm(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("_PIECE", 7), ("_SAMPLE", 6), ("_PLACES", 3)):
-        monkeypatch.setattr(task_vectors, name, value)
-    numbers = torch.arange(60.0).view(60, 1)
-    for k in range(1, 61):
-        assert kth_largest(lambda start, stop: [numbers[start:stop]], 60, 1, k, 1) == [60.0 - k]
-
-
-def test_large_tensors_are_bracketed_and_not_gone_through_twice() -> None:
-    generator = torch.Generator().manual_seed(3)
-    numbers = torch.randn(3000, 500, generator=generator).abs()
-    seen = [0]
-
-    def magnitudes(start: int, stop: int) -> list[Tensor]:
-        seen[0] += stop - start
-        return [numbers[start:stop]]
-
-    found = kth_largest(magnitudes, 3000, 500, 300_000, 1)
-    assert found == [numbers.flatten().topk(300_000).values[-1].item()]
-    assert seen[0] <= 3000 + 16 * 4 + 16
