@@ -71,7 +71,9 @@ class Between:
         self._shift = max(0, (last - first).bit_length() - _BINS.bit_length() + 1)
         self._first = first >> self._shift
         self._counts = torch.zeros((last >> self._shift) - self._first + 1, dtype=torch.int64)
-        self._mixed = torch.zeros(len(self._counts) if self._shift else 0, dtype=torch.bool)  # of several numbers
+        self._mixed = torch.zeros(
+            len(self._counts) if self._shift else 0, dtype=torch.bool
+        )  # of several numbers
 
     def count(self, numbers: Tensor) -> None:
         """Look at some more numbers."""
