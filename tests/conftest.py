@@ -23,12 +23,12 @@ VOCABULARY = 40
 #: architecture → (configuration, model class); every one that merganser promises.
 ARCHITECTURES: dict[str, tuple[Callable[..., Any], Any]] = {
     "bert": (
-        lambda **k: transformers.BertConfig(vocab_size=VOCABULARY, max_position_embeddings=32, **SMALL, **k),
+        lambda **k: transformers.BertConfig(vocab_size=VOCABULARY, max_position_embeddings=32, **(SMALL | k)),
         transformers.BertForSequenceClassification,
     ),
     "roberta": (
         lambda **k: transformers.RobertaConfig(
-            vocab_size=VOCABULARY, max_position_embeddings=36, **SMALL, **k
+            vocab_size=VOCABULARY, max_position_embeddings=36, **(SMALL | k)
         ),
         transformers.RobertaForSequenceClassification,
     ),
@@ -60,7 +60,9 @@ ARCHITECTURES: dict[str, tuple[Callable[..., Any], Any]] = {
         transformers.DebertaV2ForSequenceClassification,
     ),
     "mpnet": (
-        lambda **k: transformers.MPNetConfig(vocab_size=VOCABULARY, max_position_embeddings=36, **SMALL, **k),
+        lambda **k: transformers.MPNetConfig(
+            vocab_size=VOCABULARY, max_position_embeddings=36, **(SMALL | k)
+        ),
         transformers.MPNetForSequenceClassification,
     ),
     "t5": (
@@ -92,7 +94,7 @@ ARCHITECTURES: dict[str, tuple[Callable[..., Any], Any]] = {
     ),
     "llama": (
         lambda **k: transformers.LlamaConfig(
-            vocab_size=VOCABULARY, max_position_embeddings=32, num_key_value_heads=1, **SMALL, **k
+            vocab_size=VOCABULARY, max_position_embeddings=32, num_key_value_heads=1, **(SMALL | k)
         ),
         transformers.LlamaForCausalLM,
     ),

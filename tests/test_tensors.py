@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from merganser.tensors import ALIGNMENT, aligned_empty, byte_view, mirror_upper, pack_upper, unpack_upper
+from merganser.tensors import (
+    ALIGNMENT,
+    aligned_empty,
+    byte_view,
+    is_finite,
+    mirror_upper,
+    pack_upper,
+    unpack_upper,
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool])
@@ -39,3 +47,18 @@ def test_a_packed_triangle_is_unpacked_to_the_symmetric_matrix(dtype: torch.dtyp
     symmetric = (half + half.T).to(dtype)
     assert torch.equal(unpack_upper(pack_upper(symmetric)), symmetric)
     assert torch.equal(mirror_upper(symmetric.triu()), symmetric)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e5m2]
+)
+def test_what_is_not_finite_is_seen_wherever_it_is(dtype: torch.dtype) -> None:
+    largest = torch.finfo(dtype).max
+    numbers = [[0.0, -0.0, largest], [-largest, torch.finfo(dtype).tiny, -1.0]]
+    sound = torch.tensor(numbers, dtype=torch.float64).to(dtype)
+    assert is_finite(sound) and is_finite(sound[:0]) and is_finite(sound.T)
+    for value in (float("inf"), -float("inf"), float("nan"), -float("nan")):
+        for place in range(6):
+            broken = sound.clone()
+            broken[place // 3, place % 3] = value
+            assert not is_finite(broken), (value, place)

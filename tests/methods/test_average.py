@@ -15,11 +15,11 @@ from merganser.methods.base import average
 class Held:
     """A share of one tensor."""
 
-    stored: Tensor
+    value: Tensor
     coefficient: float = 1.0
 
-    def tensor(self, name: str) -> Tensor:
-        return self.stored.to(torch.float32) if self.stored.dtype != torch.float64 else self.stored.clone()
+    def stored(self, name: str) -> Tensor:
+        return self.value.clone()
 
 
 def neighbours(number: int, dtype: torch.dtype) -> list[Tensor]:
@@ -32,11 +32,24 @@ def neighbours(number: int, dtype: torch.dtype) -> list[Tensor]:
 
 @pytest.mark.parametrize("number", [2, 3, 4, 5, 6])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_mean_of_stored_numbers_is_rounded_as_the_exact_one(number: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("coefficient", [1.0, 0.3])
+def test_a_mean_of_stored_numbers_is_rounded_as_the_exact_one(
+    number: int, dtype: torch.dtype, coefficient: float
+) -> None:
     stored = neighbours(number, dtype)
     exact = torch.stack([one.double() for one in stored]).sum(0) / number
-    found = average("w", [Held(one) for one in stored])  # type: ignore[arg-type]
+    found = average("w", [Held(one, coefficient) for one in stored])  # type: ignore[arg-type]
     assert torch.equal(found.to(dtype), exact.to(dtype))
+
+
+@pytest.mark.parametrize("other", [torch.float32, torch.float64])
+def test_halves_and_wider_numbers_are_averaged_together(other: torch.dtype) -> None:
+    one, two = neighbours(2, torch.bfloat16)
+    three = torch.randn(20_000, generator=torch.Generator().manual_seed(9)).to(other)
+    expected = (one.double() + three.double() + two.double()) / 3
+    found = average("w", [Held(one), Held(three), Held(two)])  # type: ignore[arg-type]
+    assert found.dtype == other
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("coefficients", [(1.0, 1.0, 1.0), (0.3, 0.1, 2.5), (2.0, -1.0, 0.5)])

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from merganser.errors import CheckpointError
 from merganser.merging.parents import Parent
+from merganser.methods.base import wide
 from merganser.statistics import LayerStatistics, Statistics
 from merganser.tensors import is_finite
 
@@ -44,21 +45,25 @@ class ParentShare:
         """The contributor's weight in the merge."""
         return self.parent.contributor.coefficient
 
-    def tensor(self, name: str) -> Tensor:
-        """Its tensor in float32 or wider; checked to be finite."""
+    def stored(self, name: str) -> Tensor:
+        """Its tensor as it is stored; checked to be finite."""
         return self._picked(read_finite(self.parent, name, *self._range(name)))
+
+    def tensor(self, name: str) -> Tensor:
+        """Its tensor in float32 or wider, likewise."""
+        return wide(self.stored(name))
 
     def base(self, name: str) -> Tensor:
         """The base model's tensor, likewise."""
-        return self._picked(read_finite(self._known_base, name, *self._range(name)))
+        return wide(self._picked(read_finite(self._known_base, name, *self._range(name))))
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Some rows of its whole tensor."""
-        return self._placed(read_finite(self.parent, name, start, stop))
+        """Some rows of its whole tensor, likewise."""
+        return wide(self._placed(read_finite(self.parent, name, start, stop)))
 
     def base_rows(self, name: str, start: int, stop: int) -> Tensor:
         """The base model's rows, likewise."""
-        return self._placed(read_finite(self._known_base, name, start, stop))
+        return wide(self._placed(read_finite(self._known_base, name, start, stop)))
 
     def gram(self, weight: str) -> Tensor:
         """The Gram matrix of the inputs of the layer with this weight."""
@@ -111,7 +116,7 @@ class ParentShare:
 
 
 def read_finite(parent: Parent, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-    """Rows of a contributor's tensor by the first contributor's name, in float32 or wider, hashed on the way.
+    """Rows of a contributor's tensor by the first contributor's name, as stored, hashed on the way.
 
     Raises:
         CheckpointError: NaN or Inf in it.
@@ -119,11 +124,10 @@ def read_finite(parent: Parent, name: str, start: int = 0, stop: int | None = No
     own = parent.names[name]
     stored = parent.checkpoint.read(own, start, stop)
     parent.checkpoint.observe(own, stored, start)
-    tensor = stored if stored.dtype == torch.float64 else stored.to(torch.float32)
-    if not is_finite(tensor):
+    if not is_finite(stored):
         raise CheckpointError(
             f"tensor {own!r} holds NaN or Inf",
             where=parent.checkpoint.name,
             mend="this checkpoint is damaged or its training diverged; use another",
         )
-    return tensor
+    return stored

@@ -18,6 +18,8 @@ from torch import Tensor
 from merganser.checkpoints.layers import Layer
 from merganser.methods.sums import GramSums
 
+_HALVES = (torch.bfloat16, torch.float16)
+
 
 class Options(BaseModel):
     """Base class of a method's options: unknown keys are errors."""
@@ -64,6 +66,9 @@ class Share(Protocol):
     @property
     def coefficient(self) -> float:
         """The contributor's weight in the merge."""
+
+    def stored(self, name: str) -> Tensor:
+        """The contributor's tensor as it is stored, in on-disk orientation."""
 
     def tensor(self, name: str) -> Tensor:
         """The contributor's tensor, float32 or wider, in on-disk orientation."""
@@ -215,6 +220,11 @@ class Method:
         raise NotImplementedError
 
 
+def wide(stored: Tensor) -> Tensor:
+    """A floating-point tensor in float32, or in float64 as it is."""
+    return stored if stored.dtype == torch.float64 else stored.to(torch.float32)
+
+
 def elements(unit: Unit) -> int:
     """The numbers of all tensors of a unit."""
     return sum(prod(fact.shape) for fact in unit.facts)
@@ -235,13 +245,21 @@ def average(name: str, shares: Sequence[Share]) -> Tensor:
 
     R + Σcᵢ(θᵢ − R) / Σcᵢ with R the first contributor's, in one float32 buffer (float64 where a contributor is stored
     so): merging a model with itself returns it, rounding is in proportion to how much the contributors differ, and a
-    division at the end keeps what lies halfway between two storable numbers there.
+    division at the end keeps what lies halfway between two storable numbers there. Where all count the same, numbers
+    of 16 bits are added as they are, which is faster: float32 has room for their sum.
     """
     total = sum(share.coefficient for share in shares)
-    reference = shares[0].tensor(name)
+    first = shares[0].stored(name)
+    if first.dtype in _HALVES and len({share.coefficient for share in shares}) == 1:
+        mean = wide(first)
+        for share in shares[1:]:
+            stored = share.stored(name)
+            mean = mean.add_(stored) if stored.dtype in _HALVES else mean + wide(stored)
+        return mean.div_(len(shares))
+    reference = wide(first)
     shift: Tensor | None = None
     for share in shares[1:]:
-        tensor = share.tensor(name)
+        tensor = wide(share.stored(name))
         if tensor.dtype != reference.dtype:
             tensor, reference = tensor.to(torch.float64), reference.to(torch.float64)
             shift = None if shift is None else shift.to(torch.float64)

@@ -118,14 +118,15 @@ class RegMean(Method):
         return solve
 
     def memory(self, unit: Unit, contributors: int) -> int:
-        """Grams: as read, augmented, and the system; where alpha asks for float64, wide copies of the last two, too.
+        """Grams: as read, augmented (or else a packed triangle), the system; wide copies where alpha asks for float64.
 
         Weights: one contributor's, three sums, the merged ones.
         """
         if unit.kind == "token counts":
             return elements(unit) * (8 * contributors + 4 * 8)
-        width = input_width(unit.facts[0]) + 1
-        return width**2 * (28 if self.options.alpha > _WELL else 12) + elements(unit) * 7 * 4
+        width, with_bias = input_width(unit.facts[0]) + 1, _layers(unit)[1]
+        grams = 28 if self.options.alpha > _WELL else 12 if with_bias else 10
+        return width**2 * grams + elements(unit) * 7 * 4
 
     def _by_counts(self, unit: Unit, shares: Sequence[Share], mean: float | None) -> Merged:
         (name,) = unit.names

@@ -79,10 +79,10 @@ class Between:
         """Look at some more numbers."""
         values = numbers.cpu().numpy().reshape(-1)  # whose comparisons take an eighth of torch's time
         above_low, from_high = values > self.low, values >= self.high
-        self._above += np.count_nonzero(values > self.high)
-        self._from_high += np.count_nonzero(from_high)
-        self._above_low += np.count_nonzero(above_low)
-        self._from_low += np.count_nonzero(values >= self.low)
+        self._above += int(np.count_nonzero(values > self.high))
+        self._from_high += int(np.count_nonzero(from_high))
+        self._above_low += int(np.count_nonzero(above_low))
+        self._from_low += int(np.count_nonzero(values >= self.low))
         if self.low == self.high:
             return
         bits = torch.from_numpy(values[np.flatnonzero(above_low ^ from_high)]).view(torch.int32)

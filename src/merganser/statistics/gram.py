@@ -21,6 +21,8 @@ import torch
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
+from merganser.tensors import roomy_empty
+
 BUFFER_BYTES = 256 * 2**20  # of all buffers together
 MOST_ROWS = 8192  # of one buffer; more gains nothing
 FEWEST_ROWS = 256  # below this a buffer is not worth its copies: batches are multiplied as they come
@@ -47,9 +49,7 @@ class Gram:
         self._total = torch.zeros(width, width, device=device)
         self._sum = torch.zeros(width, dtype=torch.float64, device=device)
         on_cpu = device.type == "cpu"
-        # NumPy asks for huge pages: touching the memory for the first time costs a quarter of torch's time
-        room = np.empty((capacity, width), np.float32) if capacity and on_cpu else None
-        self._buffer = None if room is None else torch.from_numpy(room)
+        self._buffer = roomy_empty(capacity, width, self._total) if capacity and on_cpu else None
         self._filled = 0
 
     @property

@@ -87,6 +87,10 @@ class _Whole:
         """The tensor."""
         raise NotImplementedError
 
+    def stored(self, name: str) -> Tensor:
+        """The same."""
+        return self.tensor(name)
+
     def base(self, name: str) -> Tensor:
         """The base model's is the same."""
         return self.tensor(name)
