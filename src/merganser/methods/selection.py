@@ -53,6 +53,14 @@ def kth_largest(
     return [value for value in found if value is not None]
 
 
+def selection_memory(numbers: int, count: int) -> int:
+    """Estimate of the bytes that :func:`kth_largest` takes for tensors of at least so many numbers each."""
+    piece = min(numbers, _PIECE) * 4 * (count + 2)
+    return piece + (
+        9 * _BINS * count if numbers > _PIECE // 2 else 0
+    )  # a slice may be of fewer numbers than a piece
+
+
 class Between:
     """How many of some non-negative float32 numbers lie above two bounds, at them, and where between them.
 
@@ -71,9 +79,7 @@ class Between:
         self._shift = max(0, (last - first).bit_length() - _BINS.bit_length() + 1)
         self._first = first >> self._shift
         self._counts = torch.zeros((last >> self._shift) - self._first + 1, dtype=torch.int64)
-        self._mixed = torch.zeros(
-            len(self._counts) if self._shift else 0, dtype=torch.bool
-        )  # of several numbers
+        self._mixed = torch.zeros(len(self._counts), dtype=torch.bool)  # which counts are of several numbers
 
     def count(self, numbers: Tensor) -> None:
         """Look at some more numbers."""

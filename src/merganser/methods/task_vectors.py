@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from merganser.methods.base import Facts, Merged, Method, Options, Share, Unit, elements
-from merganser.methods.selection import kth_largest
+from merganser.methods.selection import kth_largest, selection_memory
 
 
 class TaskVectors(Method):
@@ -90,8 +90,8 @@ class TIES(TaskVectors):
         return lambda part, restricted: self._elect(part, restricted, thresholds)
 
     def memory(self, unit: Unit, contributors: int) -> int:
-        """Every trimmed task vector, the base, three sums and masks."""
-        return elements(unit) * 4 * (contributors + 7)
+        """Every trimmed task vector, the base, three sums and masks; or what the search for thresholds takes."""
+        return max(super().memory(unit, contributors), selection_memory(elements(unit), contributors))
 
     def _elect(self, unit: Unit, shares: Sequence[Share], thresholds: Sequence[float]) -> Merged:
         (name,) = unit.names
