@@ -6,8 +6,6 @@ import pytest
 import torch
 
 from merganser.tensors import (
-    ALIGNMENT,
-    aligned_empty,
     byte_view,
     is_finite,
     mirror_upper,
@@ -29,14 +27,6 @@ def test_the_bytes_of_a_tensor_are_seen_and_written_through(dtype: torch.dtype) 
 def test_what_does_not_lie_in_a_row_has_no_view_of_its_bytes() -> None:
     with pytest.raises(ValueError, match="contiguous"):
         byte_view(torch.zeros(3, 2).T)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("columns", [1, 16, 17, 769])
-def test_rows_begin_at_aligned_places(dtype: torch.dtype, columns: int) -> None:
-    matrix = aligned_empty(3, columns, torch.zeros(()), dtype)
-    assert matrix.shape == (3, columns) and matrix.dtype == dtype
-    assert matrix.stride(1) == 1 and matrix.stride(0) * dtype.itemsize % ALIGNMENT == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

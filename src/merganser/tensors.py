@@ -6,13 +6,13 @@ import ctypes
 import math
 import mmap
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-ALIGNMENT = 64
 _HUGE = 4 * 2**20  # bytes of two huge pages
 #: safetensors' dtype names and torch's.
 DTYPES: dict[str, torch.dtype] = {
@@ -107,22 +107,11 @@ def mirror_upper(matrix: Tensor, block: int = 128) -> Tensor:
     return matrix
 
 
-def aligned_empty(rows: int, columns: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """An uninitialised ``(rows, columns)`` matrix on the device of ``like`` and in its dtype, whose rows begin
-    :data:`ALIGNMENT` bytes apart or a multiple of it.
-
-    Matrix products of widths such as 3073 are a third faster with it than with rows that follow each other.
-    """
-    dtype = dtype or like.dtype
-    step = ALIGNMENT // dtype.itemsize
-    return roomy_empty(rows, -(-columns // step) * step, like, dtype)[:, :columns]
-
-
 def roomy_empty(rows: int, columns: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """A ``(rows, columns)`` matrix on the device of ``like`` and in its dtype, its numbers of no meaning.
 
     A large one on the CPU is in huge pages, where the system has them: with small ones, a tenth of a merge by Gram
-    matrices of width 3072 is spent on page faults. (NumPy asks for such pages, too, but not for aligned ones.)
+    matrices of width 3072 is spent on page faults.
     """
     dtype = dtype or like.dtype
     nbytes = rows * columns * dtype.itemsize
@@ -143,11 +132,18 @@ def packed_width(length: int) -> int:
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """Run torch on one thread, so that sums have one order and bytes do not depend on the machine's cores."""
+def one_thread(blas: bool = False) -> Iterator[None]:
+    """Run torch on one thread, so that sums have one order and bytes do not depend on the machine's cores.
+
+    Args:
+        blas: SciPy's BLAS as well, which is loaded for that if it is not yet.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield
+        if blas:
+            import scipy.linalg.cython_blas  # noqa: F401
+        with threadpool_limits(1, user_api="blas") if blas else nullcontext():
+            yield
     finally:
         torch.set_num_threads(before)

@@ -13,7 +13,7 @@ from merganser.checkpoints.writer import TensorSpec
 from merganser.errors import StatisticsError
 from merganser.statistics.derived import Derived, Group
 from merganser.statistics.format import Statistics, StatisticsHeader
-from merganser.tensors import aligned_empty, pack_upper
+from merganser.tensors import pack_upper, roomy_empty
 
 MOST_ROWS = 2**53  # whole numbers up to here are exact in float64
 
@@ -26,7 +26,7 @@ def augment(gram: Tensor, mean: Tensor) -> Tensor:
         mean: (d,), the mean of x.
     """
     width = gram.shape[0]
-    augmented = aligned_empty(width + 1, width + 1, gram)
+    augmented = roomy_empty(width + 1, width + 1, gram)
     augmented[:width, :width] = gram
     augmented[:width, width] = augmented[width, :width] = mean
     augmented[width, width] = 1.0
