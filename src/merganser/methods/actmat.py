@@ -62,6 +62,6 @@ class ACTMat(Method):
         return Merged({name: oriented(solution.value)}, solution.note)
 
     def memory(self, unit: Unit, contributors: int) -> int:
-        """The system, equilibrated and factored; the base, three sums of weights, the merged weights."""
+        """A Gram matrix, the system, and its factor; the base, three sums of weights, the merged weights."""
         (fact,) = unit.facts
         return input_width(fact) ** 2 * 3 * 8 + elements(unit) * (5 * 8 + 4)

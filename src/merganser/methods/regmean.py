@@ -19,7 +19,7 @@ from merganser.methods.least_squares import solve_diagonal
 from merganser.methods.sums import BLOCK, GramSums
 from merganser.statistics.algebra import augment
 
-#: Off-diagonals times this or less leave an equilibrated system with eigenvalues of at least 1 − alpha.
+#: Off-diagonals times this or less leave a system with eigenvalues of at least 1 − alpha beside its diagonal.
 _WELL = 0.95
 
 

@@ -16,12 +16,12 @@ from torch import Tensor
 from merganser.blas import add_product_, cholesky_, solve_cholesky_
 from merganser.tensors import mirror_upper, roomy_empty
 
-#: A pivot of the equilibrated matrix below this multiple of √d·eps(float32) is rounding noise: Grams are stored so.
+#: A pivot, relative to the diagonal, below this multiple of √d·eps(float32) is rounding noise: Grams are stored so.
 _NOISE = 4.0
 #: Rows of weights in one product: fixed, so that the bytes do not depend on how a tall tensor is cut for memory.
 BLOCK = 1024
 _STRIP = 128  # rows of a triangle that are added up together
-#: With every pivot of the equilibrated matrix above this, float32 loses at most about three of its seven digits, of a
+#: With every such pivot above this, float32 loses at most about three of its seven digits, of a
 #: correction that is small beside the weights. Otherwise the system is factored in float64.
 _SAFE = 1e-3
 _NARROW = 512  # inputs up to which float64 costs nothing that matters
@@ -99,8 +99,9 @@ class GramSums:
         gram = gram.to(self._settled(weights, gram)).contiguous()
         self.total += coefficient
         if self.reference is None or self.right is None or self.offset is None:
+            height, width = weights.shape
             self.reference = weights.to(self.dtype).contiguous()
-            self.right, self.offset = torch.zeros_like(self.reference), torch.zeros_like(self.reference)
+            self.right, self.offset = (roomy_empty(height, width, gram).zero_() for _ in range(2))
         elif coefficient != 0:
             difference = roomy_empty(min(BLOCK, len(weights)), len(gram), gram)
             diagonal = gram.diagonal().clone()  # contiguous: many times as fast as a column of cache misses
@@ -135,9 +136,10 @@ class GramSums:
     def factor(self, ridge: float) -> FactoredSystem:
         """The system ΣcᵢGᵢ + λI, factored once for any number of right-hand sides.
 
-        The system is equilibrated by its diagonal and factored by Cholesky. Where a pivot is no larger than the
-        rounding of Grams kept in float32, the directions below it carry no information; a ridge of that size on the
-        equilibrated diagonal sends them to the average, and the note states it.
+        Where a pivot of the Cholesky factor is, beside its entry of the diagonal, no larger than the rounding of Grams
+        kept in float32, the directions below it carry no information; a ridge of that size, relative to the diagonal,
+        sends them to the average, and the note states it. Nothing is equilibrated before: Cholesky factors are as
+        accurate without (Demmel 1989; Higham 2002, theorem 10.6).
 
         Raises:
             ValueError: nothing was added, or the summed Gram matrix is not positive semi-definite.
@@ -146,17 +148,14 @@ class GramSums:
             raise ValueError("there is no contributor to solve for")
         diagonal = self.system.diagonal().to(torch.float64)
         if not bool((diagonal > 0).any()):
-            return FactoredSystem(None, None, None, "every Gram matrix is zero: the average")
+            return FactoredSystem(None, None, "every Gram matrix is zero: the average")
         pull = torch.full_like(diagonal, float(ridge * diagonal.mean()))
         diagonal = diagonal + pull
         # An input that is always zero constrains nothing: unit diagonal and the average's right-hand side.
-        used = diagonal > 0
-        pull[~used] = 1.0
-        scale = torch.where(used, diagonal, 1.0).rsqrt()
-        factor, extra, note = _factor(self.system, scale, torch.where(used, diagonal * scale * scale, 1.0))
-        return FactoredSystem(
-            factor, scale.to(factor.dtype), (pull + extra / scale**2).to(factor.dtype), note
-        )
+        unused = diagonal <= 0
+        pull[unused] = diagonal[unused] = 1.0
+        factor, extra, note = _factor(self.system, diagonal)
+        return FactoredSystem(factor, (pull + extra * diagonal).to(factor.dtype), note)
 
     def tensors(self) -> dict[str, Tensor]:
         """The sums by name, as they go into a file: whole and contiguous; a contributor must have been added."""
@@ -192,18 +191,16 @@ class GramSums:
 
 @dataclass(frozen=True)
 class FactoredSystem:
-    """Σ cᵢGᵢ + λI, equilibrated and factored.
+    """Σ cᵢGᵢ + λI, factored.
 
     Attributes:
-        factor: L (in, in) with L Lᵀ the equilibrated system, in its lower triangle; None where every Gram matrix is
-            zero.
-        scale: (in,), what rows and columns were multiplied with; None likewise.
-        pull: (in,), how strongly each input's weights are drawn to the average: λ and what the factor needed.
+        factor: L (in, in) with L Lᵀ the system, in its lower triangle; None where every Gram matrix is zero.
+        pull: (in,), how strongly each input's weights are drawn to the average: λ and what the factor needed; None
+            likewise.
         note: what had to be done to factor it.
     """
 
     factor: Tensor | None
-    scale: Tensor | None
     pull: Tensor | None
     note: str | None
 
@@ -214,15 +211,16 @@ class FactoredSystem:
         """
         if sums.reference is None or sums.right is None or sums.offset is None:
             raise ValueError("there is no contributor to solve for")
-        if self.factor is None or self.scale is None or self.pull is None:
+        if self.factor is None or self.pull is None:
             return sums.reference + sums.offset / sums.total
-        merged, drawn = torch.empty_like(sums.reference, dtype=self.factor.dtype), bool(self.pull.any())
+        height, width = sums.reference.shape
+        merged = roomy_empty(height, width, self.factor)
+        drawn = bool(self.pull.any())
         for rows in blocks(len(merged)):
             part = merged[rows].copy_(sums.right[rows])
             if drawn:
                 part.addcmul_((sums.offset[rows] / sums.total).to(part.dtype), self.pull.expand_as(part))
-            solve_cholesky_(part.mul_(self.scale), self.factor)
-            torch.addcmul(sums.reference[rows].to(part.dtype), part, self.scale.expand_as(part), out=part)
+            solve_cholesky_(part, self.factor).add_(sums.reference[rows])
         return merged
 
 
@@ -236,8 +234,8 @@ def _lower(width: int) -> Iterator[tuple[slice, slice]]:
     return ((slice(at, at + _STRIP), slice(0, min(at + _STRIP, width))) for at in range(0, width, _STRIP))
 
 
-def _factor(system: Tensor, scale: Tensor, diagonal: Tensor) -> tuple[Tensor, float, str | None]:
-    """Cholesky factor L of a system equilibrated by ``scale``, the ridge that it needed, and a note that states it.
+def _factor(system: Tensor, diagonal: Tensor) -> tuple[Tensor, float, str | None]:
+    """Cholesky factor L of a system with this diagonal, the relative ridge that it needed, and a note that states it.
 
     Raises:
         ValueError: it is not positive semi-definite.
@@ -245,32 +243,31 @@ def _factor(system: Tensor, scale: Tensor, diagonal: Tensor) -> tuple[Tensor, fl
     width = system.shape[0]
     floor = _NOISE * width**0.5 * torch.finfo(torch.float32).eps
     if system.dtype == torch.float32:
-        factor = _equilibrated(system, scale, diagonal)
-        if cholesky_(factor) and _smallest_pivot(factor) > max(_SAFE, floor):
+        factor = _lower_copy(system, diagonal)
+        if cholesky_(factor) and _smallest_pivot(factor, diagonal) > max(_SAFE, floor):
             return factor, 0.0, None
         system = system.to(torch.float64)
-    factor = _equilibrated(system, scale, diagonal)
-    if cholesky_(factor) and _smallest_pivot(factor) > floor:
+    factor = _lower_copy(system, diagonal)
+    if cholesky_(factor) and _smallest_pivot(factor, diagonal) > floor:
         return factor, 0.0, None
     added = 0.0
     for ridge in (floor, 100 * floor):
         added += ridge
-        factor = _equilibrated(system, scale, diagonal + added)
+        factor = _lower_copy(system, diagonal * (1 + added))
         if cholesky_(factor):
-            return factor, added, f"nearly singular: ridge of {added:.1e} on the equilibrated diagonal"
+            return factor, added, f"nearly singular: ridge of {added:.1e} relative to the diagonal"
     raise ValueError("the sum of the Gram matrices is not positive semi-definite")
 
 
-def _smallest_pivot(factor: Tensor) -> float:
-    return float(factor.diagonal().min()) ** 2
+def _smallest_pivot(factor: Tensor, diagonal: Tensor) -> float:
+    """The smallest square on the factor's diagonal, relative to what was there before: at most 1."""
+    return float((factor.diagonal().to(diagonal.dtype).square() / diagonal).min())
 
 
-def _equilibrated(system: Tensor, scale: Tensor, diagonal: Tensor) -> Tensor:
-    """The lower triangle of an equilibrated system."""
-    scale = scale.to(system.dtype)
-    equilibrated = roomy_empty(len(system), len(system), system)
+def _lower_copy(system: Tensor, diagonal: Tensor) -> Tensor:
+    """A copy of a system's lower triangle, with this diagonal."""
+    copied = roomy_empty(len(system), len(system), system)
     for rows, columns in _lower(len(system)):
-        part = equilibrated[rows, columns]
-        torch.mul(system[rows, columns], scale[rows, None], out=part).mul_(scale[None, columns])
-    equilibrated.diagonal().copy_(diagonal)
-    return equilibrated
+        copied[rows, columns] = system[rows, columns]
+    copied.diagonal().copy_(diagonal)
+    return copied
