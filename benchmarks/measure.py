@@ -195,8 +195,11 @@ def machine(*packages: str) -> dict[str, Any]:
     processor = platform.processor() or platform.machine()
     memory = 0
     if Path("/proc/cpuinfo").exists():
-        models = [x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")]
-        processor = models[0].split(":", 1)[1].strip() if models else processor
+        pairs = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
+        facts = {key.strip(): value.strip() for key, _, value in pairs}
+        processor = facts.get("model name", processor)
+        if {"cpu family", "model"} <= set(facts):  # virtual machines often hide the name
+            processor += f" (family {facts['cpu family']}, model {facts['model']})"
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "processor": processor,
