@@ -1,55 +1,23 @@
-"""The zoo in a folder and behind fsspec: each model made once, whole or not at all, found by its key."""
+"""The zoo in a folder: each model made once, whole or not at all, found by its key."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import threading
-import time
-import uuid
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from merganser.errors import Problems, UserError
-from merganser.experiments.zoo import Zoo, ZooError, default_zoo
+from merganser.errors import Problems
+from merganser.experiments.zoo import Zoo, ZooError
 from merganser.experiments.zoo.keys import equal, explain, id_of
 from merganser.experiments.zoo.record import ENTRY, read_entry
-
-KEY = {"suite": "emotion", "set": "isear", "model": "tiny", "seed": 1, "training": {"epochs": 3, "lr": 0.1}}
-
-
-def make(folder: Path) -> dict[str, Any]:
-    """A model of two files."""
-    assert not list(folder.iterdir())
-    (folder / "config.json").write_text("{}")
-    (folder / "heads").mkdir()
-    (folder / "heads" / "a.safetensors").write_bytes(b"weights" * 100)
-    return {"score": 0.5}
-
-
-def never(_: Path) -> Any:
-    raise AssertionError("made again")
-
-
-def key(**more: Any) -> dict[str, Any]:
-    return {**KEY, **more}
+from zoo_examples import KEY, key, make, never
 
 
 @pytest.fixture
 def zoo(tmp_path: Path) -> Zoo:
     return Zoo(tmp_path / "zoo")
-
-
-@pytest.fixture
-def remote(tmp_path: Path) -> tuple[Zoo, Zoo]:
-    """The same place as two machines see it."""
-    url = f"memory://{uuid.uuid4().hex}/zoo"
-    return Zoo(url, cache=tmp_path / "a"), Zoo(url, cache=tmp_path / "b")
 
 
 def damage(path: Path, *, same_size: bool) -> None:
@@ -161,84 +129,6 @@ def test_what_a_maker_must_not_do(zoo: Zoo, problem: str) -> None:
     with pytest.raises(ZooError):
         zoo.build(KEY, wrong)
     assert zoo.get(KEY) is None
-
-
-MAKER = """
-import os, sys, time
-from pathlib import Path
-from merganser.experiments.zoo import Zoo
-def make(folder):
-    print("making", flush=True)
-    (folder / "half").write_text("x" * 10)
-    if sys.argv[2] == "hang":
-        time.sleep(600)
-    sys.stdin.readline()
-    (folder / "whole").write_text("y")
-    return {"maker": os.getpid()}
-zoo = Zoo(sys.argv[1])
-(zoo.work({"k": 1}) / "progress").write_text("kept")
-print("asking", flush=True)
-print(zoo.build({"k": 1}, make).facts["maker"], flush=True)
-"""
-
-
-def start(root: Path, mode: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", MAKER, str(root), mode],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def test_two_processes_make_a_model_once(zoo: Zoo) -> None:
-    first = start(zoo.root, "go")
-    assert first.stdout and [first.stdout.readline() for _ in range(2)] == ["asking\n", "making\n"]
-    second = start(zoo.root, "go")
-    assert second.stderr and "waiting for another process" in second.stderr.readline()
-    assert zoo.get({"k": 1}) is None
-    with pytest.raises(ZooError):
-        zoo.remove(zoo.id_of({"k": 1}))
-    out, _ = first.communicate("\n", timeout=60)
-    assert out == f"{first.pid}\n"
-    out, _ = second.communicate("\n", timeout=60)
-    assert out == f"asking\n{first.pid}\n"
-    entry = zoo.get({"k": 1})
-    assert entry is not None and sorted(entry.files) == ["half", "whole"]
-
-
-def test_a_killed_maker_leaves_nothing_finished_and_frees_the_waiting(zoo: Zoo) -> None:
-    first = start(zoo.root, "hang")
-    assert first.stdout and [first.stdout.readline() for _ in range(2)] == ["asking\n", "making\n"]
-    second = start(zoo.root, "go")
-    assert second.stderr and "waiting" in second.stderr.readline()
-    first.send_signal(signal.SIGKILL)
-    assert first.wait(timeout=60) == -signal.SIGKILL
-    first.communicate()
-    assert zoo.get({"k": 1}) is None and zoo.ls() == []
-    assert (zoo.root / ".work" / zoo.id_of({"k": 1}) / "progress").read_text() == "kept"
-    out, _ = second.communicate("\n", timeout=60)
-    assert out == f"asking\nmaking\n{second.pid}\n"
-    entry = zoo.get({"k": 1})
-    assert entry is not None and zoo.verify(entry) == 2
-    assert not list((zoo.root / ".partial").iterdir()) and not list((zoo.root / ".work").iterdir())
-
-
-def test_threads_make_a_model_once(tmp_path: Path) -> None:
-    made = []
-
-    def slow(folder: Path) -> Any:
-        made.append(1)
-        time.sleep(0.05)
-        return make(folder)
-
-    threads = [threading.Thread(target=lambda: Zoo(tmp_path).build(KEY, slow)) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert made == [1] and Zoo(tmp_path).get(KEY)
 
 
 # --- files beside the model
@@ -370,111 +260,3 @@ def test_a_strangers_entry_is_data(zoo: Zoo, change: dict[str, Any]) -> None:
     for data in (json.dumps({**fields, **change}), "[]", "{}", "no JSON", "[" * 100_000):
         with pytest.raises(ZooError, match="here"):
             read_entry(data.encode(), entry.id, zoo.root / entry.id, "here")
-
-
-# --- remote
-
-
-def test_a_remote_zoo_is_shared(remote: tuple[Zoo, Zoo]) -> None:
-    here, there = remote
-    assert there.get(KEY) is None and there.ls() == []
-    made = here.build(KEY, make)
-    here.attach(made, "statistics/s.bin", lambda path: path.write_bytes(b"gram") and None)
-    (listed,) = there.ls()
-    assert listed.id == made.id and not listed.path.exists() and there.size(listed) == 706
-    got = there.build(KEY, never)
-    assert got == listed and got.path != made.path
-    assert (got.path / "heads/a.safetensors").read_bytes() == (made.path / "heads/a.safetensors").read_bytes()
-    assert (got.path.parent / ENTRY).read_bytes() == (made.path.parent / ENTRY).read_bytes()
-    assert there.attach(got, "statistics/s.bin", never).read_bytes() == b"gram"
-    assert there.verify(got) == 3
-    assert there.remove(made.id[:6]) == made.id and there.ls() == here.ls() == [] and there.get(KEY) is None
-
-
-def test_found_models_of_a_remote_zoo_can_be_used(remote: tuple[Zoo, Zoo]) -> None:
-    here, there = remote
-    here.build(KEY, make)
-    (found,) = there.find(seed=1)
-    assert (found.path / "config.json").is_file()
-
-
-def test_an_interrupted_upload_is_not_there_and_is_finished_by_the_next(
-    remote: tuple[Zoo, Zoo], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    here, there = remote
-    send = here._remote.send
-
-    def stop(source: Path, name: str) -> None:
-        if name.endswith(ENTRY):
-            raise KeyboardInterrupt
-        send(source, name)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(here._remote, "send", stop)
-        here.build(KEY, make)
-    assert there.get(KEY) is None and there.ls() == []
-    with pytest.raises(ZooError, match="being uploaded"):
-        there.entry(here.id_of(KEY))
-    here.build(KEY, never)
-    assert there.build(KEY, never).facts == {"score": 0.5}
-
-
-def test_what_another_machine_uploaded_meanwhile_wins(remote: tuple[Zoo, Zoo]) -> None:
-    here, there = remote
-
-    def slow(folder: Path) -> Any:
-        there.build(KEY, make)
-        make(folder)
-        (folder / "config.json").write_text('{"mine": 1}')
-        return {"score": 0.1}
-
-    entry = here.build(KEY, slow)
-    assert entry.facts == {"score": 0.5} and (entry.path / "config.json").read_text() == "{}"
-    assert here.get(KEY) == entry and here.verify(entry) == 2
-
-
-def test_a_damaged_remote_file_is_named_and_not_kept(remote: tuple[Zoo, Zoo]) -> None:
-    import fsspec
-
-    here, there = remote
-    made = here.build(KEY, make)
-    system, root = fsspec.url_to_fs(here.url)
-    name = f"{root}/{made.id}/model/heads/a.safetensors"
-    data = system.cat(name)
-    for wrong in (data[:-1] + b"X", data[:-1], data + b"X"):
-        system.pipe(name, wrong)
-        with pytest.raises(ZooError, match=r"heads/a\.safetensors: damaged"):
-            there.get(KEY)
-        with pytest.raises(ZooError, match=r"heads/a\.safetensors: damaged"):
-            there.verify(there.entry(made.id))
-        assert not (there.root / made.id).exists()
-    system.rm(name)
-    with pytest.raises(ZooError, match=r"heads/a\.safetensors: damaged: absent"):
-        there.get(KEY)
-    system.pipe(name, data)
-    assert there.get(KEY) is not None
-
-
-def test_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert Zoo(f"file://{tmp_path}/z").root == tmp_path / "z" == Zoo(str(tmp_path / "z")).root
-    for variable, value, expected in (
-        ("HOME", str(tmp_path), tmp_path / ".cache/merganser/zoo"),
-        ("XDG_CACHE_HOME", str(tmp_path / "c"), tmp_path / "c/merganser/zoo"),
-        ("MERGANSER_ZOO", "s3://bucket/zoo", "s3://bucket/zoo"),
-    ):
-        if variable == "HOME":
-            monkeypatch.delenv("MERGANSER_ZOO", raising=False)
-            monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-        monkeypatch.setenv(variable, value)
-        assert default_zoo() == str(expected)
-    one, two = (Zoo(f"memory://{name}", cache=tmp_path) for name in "ab")
-    assert one.root != two.root and one.root.parent == tmp_path
-    with pytest.raises(UserError, match="to mend"):
-        Zoo("no-such-protocol://x", cache=tmp_path).get(KEY)
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_zoo_that_cannot_be_written(tmp_path: Path) -> None:
-    tmp_path.chmod(0o500)
-    with pytest.raises(ZooError, match="cannot be written"):
-        Zoo(tmp_path / "zoo").build(KEY, never)

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from merganser.methods.least_squares import solve_diagonal, solve_gram, weighted_average
+from merganser.methods.least_squares import solve_diagonal, weighted_average
+from merganser.methods.sums import GramSums, Solution
 
 SEEDS = st.integers(0, 10_000)
 
@@ -22,6 +23,13 @@ def problem(seed: int, n: int = 3, out: int = 4, width: int = 5, samples: int = 
 
 def tensors(arrays):  # type: ignore[no-untyped-def]
     return [torch.from_numpy(np.asarray(a)) for a in arrays]
+
+
+def solve_gram(weights, coefficients, grams, ridge: float) -> Solution:  # type: ignore[no-untyped-def]
+    sums = GramSums()
+    for one, coefficient, gram in zip(weights, coefficients, grams, strict=True):
+        sums.add(one, gram, coefficient)
+    return sums.solve(ridge)
 
 
 @given(SEEDS)

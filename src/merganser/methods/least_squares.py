@@ -1,18 +1,19 @@
-"""The one solver: a merge is a weighted least-squares problem, θ* = argmin Σᵢ cᵢ‖θ − θᵢ‖²_Mᵢ + λ‖θ − θ̄‖².
+"""A merge is a weighted least-squares problem, θ* = argmin Σᵢ cᵢ‖θ − θᵢ‖²_Mᵢ + λ‖θ − θ̄‖²; here with diagonal metrics.
 
-Every solution is written as the weighted average θ̄ = Σcᵢθᵢ/Σcᵢ plus a correction computed from the differences
-θᵢ − θ̄. So the ridge λ pulls toward the average and never toward zero, merging a model with itself returns it, and
-what rounding does is in proportion to how much the contributors differ.
+:mod:`merganser.methods.sums` solves it for Gram matrices. Every solution is written as the weighted average
+θ̄ = Σcᵢθᵢ/Σcᵢ plus a correction computed from the differences θᵢ − θ̄. So the ridge λ pulls toward the average and never
+toward zero, merging a model with itself returns it, and what rounding does is in proportion to how much the
+contributors differ.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from merganser.methods.sums import GramSums, Solution
+from merganser.methods.sums import Solution
 
 
 def weighted_average(tensors: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:
@@ -56,25 +57,3 @@ def solve_diagonal(
         correction += scaled * (tensor.to(torch.float64) - average)
     weight = weight + ridge * (weight.mean() if mean is None else mean)
     return Solution(average + torch.where(weight > 0, correction / weight.clamp_min(1e-300), 0.0))
-
-
-def solve_gram(
-    tensors: Sequence[Tensor], coefficients: Sequence[float], grams: Iterable[Tensor], ridge: float
-) -> Solution:
-    """RegMean's solution (Jin et al. 2023, eq. 2) with a ridge: W̄ + (Σcᵢ(Wᵢ − W̄)Gᵢ)(ΣcᵢGᵢ + λI)⁻¹.
-
-    See :meth:`GramSums.solve` for λ and for what happens to a nearly singular system.
-
-    Args:
-        tensors: n weights, (out, in).
-        coefficients: n non-negative numbers, not all zero.
-        grams: n symmetric positive semi-definite matrices, (in, in); taken one at a time.
-        ridge: pull toward the average, relative to the mean of the diagonal.
-
-    Raises:
-        ValueError: the summed Gram matrix is not positive semi-definite.
-    """
-    sums = GramSums()
-    for tensor, coefficient, gram in zip(tensors, coefficients, grams, strict=True):
-        sums.add(tensor, gram, coefficient)
-    return sums.solve(ridge)
