@@ -65,7 +65,7 @@ def test_the_average_of_adapters_is_a_full_checkpoint(
     assert verify(out).parents == 2 and reproduce(out) == []
     entries = json.loads((out / "provenance.json").read_text())["parents"]
     assert [entry["name"] for entry in entries] == ["adapter-0", "adapter-1"]
-    assert entries[0]["manifest_sha256"] == open_checkpoint(folders[0]).manifest_sha256()
+    assert entries[0]["manifest_blake3"] == open_checkpoint(folders[0]).manifest_hash("blake3")
 
 
 @pytest.mark.parametrize("architecture", TARGETS)

@@ -20,6 +20,7 @@ from conftest import ARCHITECTURES, VOCABULARY
 from merganser.checkpoints import open_checkpoint, sha256_file
 from merganser.errors import CheckpointError, UserError
 from merganser.merging import Contributor, merge, reproduce, verify
+from merganser.merging.digests import file_digest
 
 
 def files_of(folder: Path) -> dict[str, str]:
@@ -90,7 +91,7 @@ def test_the_card_and_the_provenance(family, tmp_path: Path) -> None:
     found = json.loads((out / "provenance.json").read_text())
     assert found["recipe"]["method"] == "regmean" and "Gram" in found["method_chosen_because"]
     assert [p["coefficient"] for p in found["parents"]] == [1, 3]
-    assert found["parents"][0]["manifest_sha256"] == open_checkpoint(models[0]).manifest_sha256()
+    assert found["parents"][0]["manifest_blake3"] == open_checkpoint(models[0]).manifest_hash("blake3")
     assert found["parents"][1]["statistics"]["sha256"] == sha256_file(
         models[1] / "merge_statistics.safetensors"
     )
@@ -99,8 +100,8 @@ def test_the_card_and_the_provenance(family, tmp_path: Path) -> None:
     assert found["tensors"]["bert.encoder.layer.0.output.dense.weight"]["method"] == "regmean"
     assert found["tensors"]["bert.embeddings.LayerNorm.weight"]["reason"] == "not a linear map"
     merged = open_checkpoint(out)
-    assert {n: e["sha256"] for n, e in found["tensors"].items()} == {
-        n: merged.sha256(n) for n in merged.tensors
+    assert {n: e["blake3"] for n, e in found["tensors"].items()} == {
+        n: merged.hash(n, "blake3") for n in merged.tensors
     }
 
 
@@ -122,6 +123,33 @@ def test_verify_and_reproduce(family, tmp_path: Path) -> None:
     save_file(parent, models[1] / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match="other weights than were merged"):
         reproduce(out)
+
+
+def test_provenance_of_format_1_is_still_checked(family, tmp_path: Path) -> None:
+    """It had sha256 everywhere."""
+    _, models = family("bert", 2)
+    out = merge(models, tmp_path / "out", method="simple")
+    found = json.loads((out / "provenance.json").read_text())
+    assert found["format"] == 2 and found["files"]["model.safetensors"].startswith("blake3:")
+    found["format"] = 1
+    found["files"]["model.safetensors"] = file_digest(out / "model.safetensors", "tensors:")
+    for entry, model in zip(found["parents"], models, strict=True):
+        del entry["manifest_blake3"]
+        entry["manifest_sha256"] = open_checkpoint(model).manifest_sha256()
+    merged = open_checkpoint(out)
+    found["tensors"] = {
+        name: {"sha256": merged.sha256(name), **{k: v for k, v in entry.items() if k != "blake3"}}
+        for name, entry in found["tensors"].items()
+    }
+    (out / "provenance.json").write_text(json.dumps(found))
+    assert verify(out).parents == 2 and reproduce(out) == []
+    found["parents"][0]["manifest_sha256"] = "0" * 64
+    (out / "provenance.json").write_text(json.dumps(found))
+    with pytest.raises(UserError, match="other weights than were merged: sha256"):
+        verify(out)
+    (out / "model.safetensors").write_bytes((models[0] / "model.safetensors").read_bytes())
+    with pytest.raises(UserError, match="changed after the merge: its hash is tensors:"):
+        verify(out)
 
 
 HEADS = {"id2label": {0: "sad", 1: "glad", 2: "mad"}, "label2id": {"sad": 0, "glad": 1, "mad": 2}}

@@ -3,14 +3,14 @@
 from merganser.checkpoints.adapters import AdapterCheckpoint, home_of
 from merganser.checkpoints.header import TensorInfo
 from merganser.checkpoints.opening import open_checkpoint
-from merganser.checkpoints.reader import Checkpoint, sha256_file, sha256_tensor
+from merganser.checkpoints.reader import Checkpoint, hash_tensor, sha256_file
 
 __all__ = [
     "AdapterCheckpoint",
     "Checkpoint",
     "TensorInfo",
+    "hash_tensor",
     "home_of",
     "open_checkpoint",
     "sha256_file",
-    "sha256_tensor",
 ]

@@ -8,7 +8,6 @@ the rows that are asked for, and a tensor's hash is made of the hashes of its pa
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from merganser.checkpoints.header import TensorInfo
-from merganser.checkpoints.reader import Checkpoint, TensorHash
+from merganser.checkpoints.reader import HASHES, Checkpoint
 from merganser.tensors import DTYPES
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -134,45 +133,34 @@ class AdapterCheckpoint(Checkpoint):
         known = self.base.hashes
         for name in self.tensors:
             if self._own.get(name) in known:
-                self.sha256(name)
-        return self._hashes
+                self.hash(name, "blake3")
+        return self._hashes["blake3"]
 
-    def sha256(self, name: str, tensor: Tensor | None = None) -> str:
+    def hash(self, name: str, kind: str, tensor: Tensor | None = None) -> str:
         """The hash of a tensor's parts (base, whole tensor, factors, scale); of a tensor that is not changed, its own.
 
         The sum is never made for it, and ``tensor`` saves reading only where the adapter changes nothing.
         """
-        if name not in self._hashes:
+        known = self._hashes[kind]
+        if name not in known:
             change = self.changes.get(name)
             if change is None:
-                self._hashes[name] = self._sha256_of_base(self._own[name], tensor)
+                known[name] = self.base.hash(self._own[name], kind, tensor)
             else:
-                self._hashes[name] = self._sha256_of_parts(name, change)
-        return self._hashes[name]
+                known[name] = self._hash_of_parts(name, change, kind)
+        return known[name]
 
-    def _sha256_of_parts(self, name: str, change: Change) -> str:
+    def _hash_of_parts(self, name: str, change: Change, kind: str) -> str:
         parts: dict[str, object] = {
-            role: self.adapter.sha256(part)
+            role: self.adapter.hash(part, kind)
             for role in ("whole", "a", "b", "vector")
             if (part := getattr(change, role))
         }
         if change.whole is None:
-            parts["base"] = self._sha256_of_base(self._own[name])
+            parts["base"] = self.base.hash(self._own[name], kind)
         parts |= {"scale": change.scale, "transposed": change.transposed}
         text = json.dumps(parts, sort_keys=True)
-        return hashlib.sha256(f"low-rank change\n{text}\n".encode()).hexdigest()
-
-    def _sha256_of_base(self, own: str, tensor: Tensor | None = None) -> str:
-        """The hash of the base's tensor, kept there; several adapters may ask at once, from threads of their own."""
-        if own not in self.base.hashes:
-            info = self.base.tensors[own]
-            running = TensorHash(info.dtype, info.shape)
-            if tensor is not None:
-                running.update(tensor)
-            for start, stop in self.base.pieces(own) if tensor is None else ():
-                running.update(self.base.read(own, start, stop))
-            self.base.hashes[own] = running.hexdigest()
-        return self.base.hashes[own]
+        return HASHES[kind](f"low-rank change\n{text}\n".encode()).hexdigest()
 
     def _infos(self) -> dict[str, TensorInfo]:
         infos = {name: replace(self.base.tensors[own], name=name) for name, own in self._own.items()}

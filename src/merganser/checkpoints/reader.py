@@ -11,14 +11,26 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from blake3 import blake3
 from torch import Tensor
 
 from merganser.checkpoints.header import TensorInfo
 from merganser.errors import CheckpointError
 from merganser.tensors import DTYPES, byte_view
+
+
+class Digest(Protocol):
+    """A hash being computed."""
+
+    def update(self, data: memoryview, /) -> object:
+        """More bytes."""
+
+    def hexdigest(self) -> str:
+        """The hash, in hexadecimal."""
+
 
 #: What does not travel from a parent to a merge: weights in any format, statistics, cards, training state.
 _NOT_SIDE_FILES = (
@@ -27,6 +39,9 @@ _NOT_SIDE_FILES = (
     "README.md", "provenance.json", "trainer_state.json", "all_results.json", "train_results.json",
     "eval_results.json", "rng_state*", ".*",
 )  # fmt: skip
+#: Statistics and ledgers know weights by sha256. Provenance has blake3, of all that is read and written while merging:
+#: sha256 was half of an average's work.
+HASHES: dict[str, Callable[[bytes], Digest]] = {"sha256": hashlib.sha256, "blake3": blake3}
 PIECE = 16 * 2**20  # bytes that are read at once where a whole tensor is not needed
 _NOT_SIDE_FOLDERS = ("checkpoint-*", "runs", "onnx", "openvino", "heads", ".*", "__pycache__")
 
@@ -53,7 +68,7 @@ class Checkpoint:
     ) -> None:
         self.name, self.path, self.tensors, self.revision = name, path, dict(tensors), revision
         self._fetch = fetch
-        self._hashes: dict[str, str] = {}
+        self._hashes: dict[str, dict[str, str]] = {kind: {} for kind in HASHES}
         self._hashing: dict[str, TensorHash] = {}
         self._stamps: dict[str, tuple[int, int, int]] = {}
         self._descriptors: dict[str, tuple[int, Path]] = {}
@@ -106,41 +121,60 @@ class Checkpoint:
         if self._fetch is None and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._descriptor(info.file)[0], info.offset, info.nbytes, os.POSIX_FADV_WILLNEED)
 
+    def hash(self, name: str, kind: str, tensor: Tensor | None = None) -> str:
+        """The hash of a tensor: dtype, shape and bytes. Computed once; ``tensor``, the whole, saves reading it.
+
+        Args:
+            name: of the tensor.
+            kind: one of :data:`HASHES`.
+            tensor: the whole, if it is at hand.
+        """
+        known = self._hashes[kind]
+        if name not in known:
+            info = self.tensors[name]
+            running = TensorHash(info.dtype, info.shape, kind)
+            if tensor is not None:
+                running.update(tensor)
+            for start, stop in self.pieces(name) if tensor is None else ():
+                running.update(self.read(name, start, stop))
+            known[name] = running.hexdigest()
+        return known[name]
+
     def sha256(self, name: str, tensor: Tensor | None = None) -> str:
-        """The hash of a tensor: dtype, shape and bytes. Computed once; ``tensor``, the whole, saves reading it."""
-        if tensor is not None:
-            self.observe(name, tensor)
-        elif name not in self._hashes:
-            for start, stop in self.pieces(name):
-                self.observe(name, self.read(name, start, stop), start)
-        return self._hashes[name]
+        """The hash that statistics and ledgers know a tensor by."""
+        return self.hash(name, "sha256", tensor)
 
     def observe(self, name: str, tensor: Tensor, start: int = 0) -> None:
-        """Hash tensor ``name`` on the way: what was just read of it, from row ``start``.
+        """Hash tensor ``name`` on the way, by blake3: what was just read of it, from row ``start``.
 
         Rows count when they come in order from the first on; anything else is passed over.
         """
-        if name in self._hashes:
+        if name in self.hashes:
             return
         info = self.tensors[name]
         if start == 0:
-            self._hashing[name] = TensorHash(info.dtype, info.shape)
+            self._hashing[name] = TensorHash(info.dtype, info.shape, "blake3")
         running = self._hashing.get(name)
         if running is None or running.rows != start:
             return
         running.update(tensor)
         if running.complete:
-            self._hashes[name] = running.hexdigest()
+            self.hashes[name] = running.hexdigest()
             self._hashing.pop(name, None)
 
     @property
     def hashes(self) -> dict[str, str]:
-        """The tensors' hashes that are known by now; may be added to by whoever read the same files elsewhere."""
-        return self._hashes
+        """The tensors' blake3 hashes that are known by now; may be added to by who read the same files elsewhere."""
+        return self._hashes["blake3"]
+
+    def manifest_hash(self, kind: str) -> str:
+        """The hash over every tensor's name and hash: equal for equal weights, however they are sharded."""
+        lines = "".join(f"{name} {self.hash(name, kind)}\n" for name in sorted(self.tensors))
+        return HASHES[kind](lines.encode()).hexdigest()
 
     def manifest_sha256(self) -> str:
-        """The hash over every tensor's name and hash: equal for equal weights, however they are sharded."""
-        return manifest_sha256({name: self.sha256(name) for name in self.tensors})
+        """The hash that statistics and ledgers know these weights by."""
+        return self.manifest_hash("sha256")
 
     def side_files(self) -> list[str]:
         """Everything that is not weights: tokenizer, configuration, sentence-transformers modules; relative."""
@@ -210,11 +244,12 @@ class TensorHash:
     Args:
         dtype: safetensors dtype name.
         shape: of the whole tensor.
+        kind: one of :data:`HASHES`.
     """
 
-    def __init__(self, dtype: str, shape: Sequence[int]) -> None:
+    def __init__(self, dtype: str, shape: Sequence[int], kind: str) -> None:
         self.rows, self._left = 0, DTYPES[dtype].itemsize * math.prod(shape)
-        self._digest = tensor_sha256(dtype, shape)
+        self._digest = begin_hash(dtype, shape, kind)
 
     def update(self, piece: Tensor) -> None:
         """The next rows, in storage dtype."""
@@ -234,22 +269,16 @@ class TensorHash:
         return self._digest.hexdigest()
 
 
-def tensor_sha256(dtype: str, shape: Sequence[int]) -> hashlib._Hash:
+def begin_hash(dtype: str, shape: Sequence[int], kind: str) -> Digest:
     """The beginning of a tensor's hash: its bytes are to follow."""
-    return hashlib.sha256(f"{dtype} {list(shape)}\n".encode())
+    return HASHES[kind](f"{dtype} {list(shape)}\n".encode())
 
 
-def sha256_tensor(tensor: Tensor, dtype: str) -> str:
+def hash_tensor(tensor: Tensor, dtype: str, kind: str) -> str:
     """The hash of a tensor's dtype name, shape and bytes, in hexadecimal."""
-    whole = TensorHash(dtype, tensor.shape)
+    whole = TensorHash(dtype, tensor.shape, kind)
     whole.update(tensor)
     return whole.hexdigest()
-
-
-def manifest_sha256(hashes: Mapping[str, str]) -> str:
-    """The hash over names and tensor hashes, in the order of the names."""
-    lines = "".join(f"{name} {hashes[name]}\n" for name in sorted(hashes))
-    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def sha256_file(path: Path) -> str:

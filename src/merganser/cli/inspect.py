@@ -36,7 +36,7 @@ def inspect_command(path: str, as_json: bool, validate: bool) -> None:
 
 def _checkpoint(reference: str) -> dict[str, Any]:
     from merganser.checkpoints import home_of, open_checkpoint
-    from merganser.merging.provenance import FILE_NAME, read_provenance
+    from merganser.merging.provenance import FILE_NAME, manifest_of, read_provenance
     from merganser.statistics import FILE_NAME as STATISTICS
 
     checkpoint = open_checkpoint(reference)
@@ -69,8 +69,10 @@ def _checkpoint(reference: str) -> dict[str, Any]:
     if (checkpoint.path / FILE_NAME).is_file():
         provenance = read_provenance(checkpoint.path)
         found["merged_by"] = provenance["recipe"]["method"]
-        columns = ["contributor", "coefficient", "sha256 of its weights"]
-        rows = [[p["model"], f"{p['coefficient']:g}", p["manifest_sha256"]] for p in provenance["parents"]]
+        columns = ["contributor", "coefficient", "hash of its weights"]
+        rows = [
+            [p["model"], f"{p['coefficient']:g}", ":".join(manifest_of(p))] for p in provenance["parents"]
+        ]
         tables["contributors"] = (columns, rows)
         counts: dict[tuple[str, str], int] = {}
         for entry in provenance["tensors"].values():

@@ -21,7 +21,7 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
-from merganser.checkpoints import AdapterCheckpoint, home_of, sha256_tensor
+from merganser.checkpoints import AdapterCheckpoint, hash_tensor, home_of
 from merganser.checkpoints.adapters import CONFIG, WEIGHTS
 from merganser.checkpoints.layers import Layer, empty_model, layers_of, map_parameters
 from merganser.checkpoints.writer import check_output, new_folder
@@ -280,7 +280,9 @@ class _Writer:
         dtype = self.plan.recipe.dtype or "F32"
         stored = tensor.to(DTYPES[dtype]).contiguous().clone()
         self.adapter.tensors[f"{PREFIX}{name}"] = stored
-        self.adapter.outcomes[f"{PREFIX}{name}"] = replace(outcome, sha256=sha256_tensor(stored, dtype))
+        self.adapter.outcomes[f"{PREFIX}{name}"] = replace(
+            outcome, blake3=hash_tensor(stored, dtype, "blake3")
+        )
 
     def finish(self) -> _Adapter:
         """The adapter when every unit was added: modules complete, names as PEFT has them.

@@ -42,7 +42,7 @@ Slice = tuple[dict[str, int], Merged]
 class Outcome:
     """What became of one merged tensor: its hash, the method really used, and why it was not the plan's."""
 
-    sha256: str
+    blake3: str
     method: str
     reason: str | None
     note: str | None
@@ -219,7 +219,7 @@ class Execution:
         self, step: Step, specs: Sequence[TensorSpec], writer: SafetensorsWriter, progress: tqdm[None]
     ) -> None:
         """Merge a unit and write its tensors, or those of ``specs``."""
-        hashes = {spec.name: TensorHash(spec.dtype, spec.shape) for spec in specs}
+        hashes = {spec.name: TensorHash(spec.dtype, spec.shape, "blake3") for spec in specs}
         notes: dict[str, None] = {}
         try:
             for firsts, merged in run_slices(self.plan, step):
@@ -265,7 +265,7 @@ class Execution:
         checkpoint = parent.checkpoint
         for name in names:
             info = checkpoint.tensors[name]
-            running = TensorHash(info.dtype, info.shape)
+            running = TensorHash(info.dtype, info.shape, "blake3")
             for start, stop in checkpoint.pieces(name):
                 tensor = checkpoint.read(name, start, stop)
                 checkpoint.observe(name, tensor, start)

@@ -24,7 +24,7 @@ from merganser.merging.plan import Plan
 from merganser.merging.recipe import Recipe, make_recipe
 
 FILE_NAME = "provenance.json"
-FORMAT = 1
+FORMAT = 2  # 1 had sha256 where this one has blake3
 _LOADED = (".safetensors", ".bin", ".json", ".py")  # files that change what from_pretrained loads
 
 
@@ -124,7 +124,7 @@ def check_files(folder: Path, provenance: Mapping[str, Any]) -> list[UserError]:
         elif (found := file_digest(folder / file, recorded[file])) != recorded[file]:
             problems.append(
                 CheckpointError(
-                    f"{file} was changed after the merge: sha256 {found}, recorded {recorded[file]}",
+                    f"{file} was changed after the merge: its hash is {found}, recorded {recorded[file]}",
                     where=folder,
                     mend="merge again, or restore the file",
                 )
@@ -157,10 +157,11 @@ def check_parents(provenance: Mapping[str, Any], folder: Path) -> tuple[list[Use
         except UserError as error:
             absent.append(f"{entry['model']} ({error.what})")
             continue
-        if (found := checkpoint.manifest_sha256()) != entry["manifest_sha256"]:
+        kind, recorded = manifest_of(entry)
+        if (found := checkpoint.manifest_hash(kind)) != recorded:
             problems.append(
                 CheckpointError(
-                    f"other weights than were merged: sha256 {found}, recorded {entry['manifest_sha256']}",
+                    f"other weights than were merged: {kind} {found}, recorded {recorded}",
                     where=entry["model"],
                     mend="give the revision that was merged",
                 )
@@ -179,6 +180,12 @@ def library_versions() -> dict[str, str]:
     return found
 
 
+def manifest_of(entry: Mapping[str, Any]) -> tuple[str, str]:
+    """The kind of a recorded parent's hash, and the hash: sha256 of ledgers and of format 1, else blake3."""
+    kind = "blake3" if "manifest_blake3" in entry else "sha256"
+    return kind, str(entry[f"manifest_{kind}"])
+
+
 def _pinned(entry: Mapping[str, Any]) -> str:
     if "+" in str(entry["revision"]):  # an adapter on its base: the whole reference
         return str(entry["revision"])
@@ -193,7 +200,7 @@ def describe_parent(parent: Parent, uses_statistics: bool) -> dict[str, Any]:
         "name": parent.title,
         "revision": parent.checkpoint.revision,
         "coefficient": parent.contributor.coefficient,
-        "manifest_sha256": parent.checkpoint.manifest_sha256(),
+        "manifest_blake3": parent.checkpoint.manifest_hash("blake3"),
         "statistics": statistics
         and {
             "sha256": statistics.sha256(),

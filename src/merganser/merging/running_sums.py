@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from merganser.checkpoints import sha256_tensor
+from merganser.checkpoints import hash_tensor
 from merganser.checkpoints.writer import free_bytes
 from merganser.errors import CheckpointError, UserError
 from merganser.merging.parents import Parent
@@ -168,5 +168,5 @@ def _hash_of(statistics: Statistics | None) -> str | None:
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:
-    hashes = [[name, sha256_tensor(tensors[name], "F64")] for name in sorted(tensors)]
+    hashes = [[name, hash_tensor(tensors[name], "F64", "sha256")] for name in sorted(tensors)]
     return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import yaml
 
-from merganser.checkpoints import sha256_tensor
+from merganser.checkpoints import hash_tensor
 from merganser.checkpoints.writer import SafetensorsWriter, TensorSpec, check_output, free_bytes, new_folder
 from merganser.errors import RecipeError, UserError, raise_all
 from merganser.merging import provenance
@@ -93,7 +93,7 @@ def solve(
                         )
                     file, name = layout.places[spec.name]
                     writer.write(file, name, stored)
-                    return sha256_tensor(stored, spec.dtype)
+                    return hash_tensor(stored, spec.dtype, "blake3")
 
                 outcomes = _Solving(record, method, sums, reference, plan, write).run(threads)
             (work / "README.md").write_text(_card(record, method, outcomes), encoding="utf-8")
@@ -154,8 +154,8 @@ class _Solving:
         self.outcomes[name] = _outcome(digest, "copy", reason, None)
 
 
-def _outcome(sha256: str, method: str, reason: str | None, note: str | None) -> dict[str, Any]:
-    return {"sha256": sha256, "method": method, "reason": reason, "note": note}
+def _outcome(blake3: str, method: str, reason: str | None, note: str | None) -> dict[str, Any]:
+    return {"blake3": blake3, "method": method, "reason": reason, "note": note}
 
 
 def _method(record: Record, options: Mapping[str, Any]) -> Method:

@@ -19,7 +19,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from merganser.checkpoints import Checkpoint, sha256_tensor
+from merganser.checkpoints import Checkpoint, hash_tensor
 from merganser.checkpoints.header import read_infos
 from merganser.checkpoints.writer import SafetensorsWriter, TensorSpec, free_bytes, sync
 from merganser.errors import UserError
@@ -138,7 +138,7 @@ def write_sums(
                     for half, tensor in zip(HALVES, pair, strict=True):
                         name = f"{number}.{term}.{half}"
                         writer.write(file, name, tensor)
-                        hashes[name] = sha256_tensor(tensor, "F64")
+                        hashes[name] = hash_tensor(tensor, "F64", "sha256")
                         written += tensor.nbytes
                 return written
 
@@ -231,7 +231,7 @@ class Sums:
         if self.checkpoint is None:
             raise RuntimeError("there are no sums yet")
         tensor = self.checkpoint.read(name)
-        if sha256_tensor(tensor, "F64") != self.record.sums[name]:
+        if hash_tensor(tensor, "F64", "sha256") != self.record.sums[name]:
             raise LedgerError(
                 f"the sums are damaged: {term} of {', '.join(self.record.parts[number].names)} "
                 "does not have its recorded hash",
