@@ -18,6 +18,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def main() -> int:
         runs = measure.take_turns(
             {variant: measure.command(line, outputs / variant) for variant, line in commands.items()},
             rounds,
-            lambda: measure.warm([base, *models]),
+            partial(measure.warm, [base, *models] if name == "ties" else models, outputs),
         )
         checked = check(name, outputs, list(runs), models, base)
         good &= all(found["unexplained"] == 0 for v, found in checked.items() if v == "merganser")

@@ -95,7 +95,7 @@ def main() -> int:
                 for name, command in commands(outputs, models, options.alpha).items()
             },
             options.rounds,
-            lambda: measure.warm(models),
+            lambda: measure.warm(models, outputs),
         )
         same = {name: load_file(folders[name] / "model.safetensors") for name in runs if name != WITH_BIASES}
         errors = judge(load(models, inputs), inputs, options.alpha, same)
