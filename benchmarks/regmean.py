@@ -132,7 +132,7 @@ def solvers(
     def merganser() -> dict[str, Tensor]:
         """As the engine does: as many units at once as torch has threads, each on one thread."""
         found: dict[str, Tensor] = {}
-        with one_thread(blas=True), ThreadPoolExecutor(threads) as pool:
+        with one_thread(), ThreadPoolExecutor(threads) as pool:
             for merged in pool.map(lambda unit: method.merge(unit, shares), units):
                 found.update({name: tensor.float() for name, tensor in merged.tensors.items()})
         return found

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from threadpoolctl import threadpool_info
 
+from merganser import blas
 from merganser.blas import add_product_, cholesky_, solve_cholesky_
 from merganser.tensors import one_thread
 
@@ -109,12 +112,30 @@ def test_what_is_not_positive_definite_has_no_factor(place: int) -> None:
     assert not cholesky_(broken)
 
 
-def test_one_thread_holds_for_scipys_library_too() -> None:
-    def threads() -> set[int]:
-        return {found["num_threads"] for found in threadpool_info() if "scipy" in found["filepath"]}
+def test_it_is_apart_from_other_libraries() -> None:
+    """One thread, whatever the others have; nothing of it stays in the environment, and SciPy is not needed."""
+    code = (
+        "import json, os, sys, numpy, torch\n"
+        "from threadpoolctl import threadpool_info\n"
+        "import merganser.blas as blas\n"
+        "pools = lambda: {found['filepath']: found['num_threads'] for found in threadpool_info()}\n"
+        "environment, before = dict(os.environ), pools()\n"
+        "assert blas.cholesky_(torch.eye(300))\n"
+        "assert dict(os.environ) == environment and 'scipy' not in sys.modules\n"
+        "print(json.dumps([before, pools()]))\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    before, after = json.loads(run.stdout)
+    (own,) = set(after) - set(before)
+    assert "scipy_openblas32" in own and after.pop(own) == 1
+    assert before and after == before
 
-    with one_thread(blas=True):
-        assert threads() == {1}
+
+def test_without_the_library_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blas, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match="pip install scipy-openblas32"):
+        blas._loaded.__wrapped__()
 
 
 def test_threads_side_by_side_get_the_bytes_of_one() -> None:
@@ -126,6 +147,6 @@ def test_threads_side_by_side_get_the_bytes_of_one() -> None:
         assert cholesky_(factor)
         return solve_cholesky_(add_product_(rights[number].clone(), rights[number], factor), factor)
 
-    with one_thread(blas=True), ThreadPoolExecutor(4) as pool:
+    with one_thread(), ThreadPoolExecutor(4) as pool:
         together = list(pool.map(solve, range(8)))
         assert all(torch.equal(found, solve(number)) for number, found in enumerate(together))

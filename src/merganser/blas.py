@@ -1,8 +1,9 @@
 """Products, Cholesky factors and triangular systems, in place, without copies and without holding the interpreter.
 
-On the CPU by the BLAS and LAPACK that SciPy publishes for Cython (OpenBLAS in its wheels): on Zen 4 products and
-triangular systems take four fifths of the time of torch's (MKL). They are called through ctypes, since SciPy's own
-wrappers keep other threads from running. Elsewhere by torch.
+On the CPU by an OpenBLAS of merganser's own (the package ``scipy-openblas32``), called through ctypes: on Zen 4,
+products take four fifths of the time of torch's (MKL), triangular systems half. It is apart from those that NumPy and
+SciPy bring: it runs every call on the thread that makes it, with one choice of kernels, so that bytes depend neither on
+what else a program has loaded nor on how many cores there are. Elsewhere by torch.
 
 BLAS reads columns first, so a matrix here, read rows first, is its transpose there. It is given addresses, so what it
 would read or write is checked before.
@@ -11,8 +12,12 @@ would read or write is checked before.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+import os
+import re
+import threading
 from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +27,8 @@ _NUMBERS: dict[torch.dtype, tuple[str, Any]] = {
     torch.float32: ("s", ctypes.c_float),
     torch.float64: ("d", ctypes.c_double),
 }
+_SUFFIXES = (".so", ".dylib", ".dll")
+_LOADING = threading.Lock()
 
 
 def add_product_(out: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
@@ -45,7 +52,7 @@ def add_product_(out: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -
         return out.addmm_(left, right, alpha=scale)
     if m and n and k:
         matrices = (*_matrix(right), *_matrix(left), _number(out, 1.0), *_matrix(out))
-        _call("blas", "gemm", out, b"N", b"N", n, m, k, _number(out, scale), *matrices)
+        _call("gemm", out, b"N", b"N", n, m, k, _number(out, scale), *matrices)
     return out
 
 
@@ -64,7 +71,7 @@ def cholesky_(matrix: Tensor) -> bool:
     _check(matrix, (len(matrix), len(matrix)))
     if matrix.device.type == "cpu":
         failed = ctypes.c_int()
-        _call("lapack", "potrf", matrix, b"U", len(matrix), *_matrix(matrix), failed)
+        _call("potrf", matrix, b"U", len(matrix), *_matrix(matrix), failed)
         done = not failed.value
     else:
         factor, info = torch.linalg.cholesky_ex(matrix)
@@ -93,7 +100,7 @@ def solve_cholesky_(right: Tensor, lower: Tensor) -> Tensor:
     if rows and width:
         for transposed in (b"T", b"N"):
             matrices = (_number(right, 1.0), *_matrix(lower), *_matrix(right))
-            _call("blas", "trsm", right, b"L", b"U", transposed, b"N", width, rows, *matrices)
+            _call("trsm", right, b"L", b"U", transposed, b"N", width, rows, *matrices)
     return right
 
 
@@ -118,24 +125,48 @@ def _number(like: Tensor, value: float) -> Any:
     return _NUMBERS[like.dtype][1](value)
 
 
-def _call(library: str, routine: str, like: Tensor, *arguments: Any) -> None:
+def _call(routine: str, like: Tensor, *arguments: Any) -> None:
     """Call a routine in the precision of ``like``; Fortran takes every argument by its address."""
-    function = _function(library, _NUMBERS[like.dtype][0] + routine)
+    function = _library()[f"scipy_{_NUMBERS[like.dtype][0]}{routine}_"]
     held = [ctypes.c_int(argument) if isinstance(argument, int) else argument for argument in arguments]
     function(*(arg if isinstance(arg, (bytes, ctypes.c_void_p)) else ctypes.byref(arg) for arg in held))
 
 
-@cache
-def _function(library: str, name: str) -> Callable[..., None]:
-    """A routine of ``scipy.linalg.cython_blas`` or ``cython_lapack``, from the table meant for compiled code."""
-    from scipy.linalg import cython_blas, cython_lapack
+def _library() -> ctypes.CDLL:
+    with _LOADING:
+        return _loaded()
 
-    capsule = {"blas": cython_blas, "lapack": cython_lapack}[library].__pyx_capi__[name]
-    signature = ctypes.pythonapi.PyCapsule_GetName
-    signature.restype, signature.argtypes = ctypes.c_char_p, [ctypes.py_object]
-    address = ctypes.pythonapi.PyCapsule_GetPointer
-    address.restype, address.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
-    meaning = signature(capsule)
-    if b"int *" not in meaning:
-        raise RuntimeError(f"SciPy's {name} counts in other integers than of 32 bits: {meaning.decode()}")
-    return ctypes.CFUNCTYPE(None)(address(capsule, meaning))
+
+@cache
+def _loaded() -> ctypes.CDLL:
+    """The library, loaded without importing its package, which would offer it to SciPy."""
+    package = find_spec("scipy_openblas32")
+    if package is None or package.origin is None:
+        raise ModuleNotFoundError("no OpenBLAS: pip install scipy-openblas32", name="scipy_openblas32")
+    files = [f for f in (Path(package.origin).parent / "lib").iterdir() if f.suffix in _SUFFIXES]
+    wanted = {"OPENBLAS_NUM_THREADS": "1"}
+    if _zen() and "OPENBLAS_CORETYPE" not in os.environ:
+        # On Zen 4 it would take kernels for AVX-512, which that processor does in two halves: triangular systems take
+        # half as long again.
+        wanted["OPENBLAS_CORETYPE"] = "ZEN"
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)  # read while the library is loaded, by it alone
+    try:
+        library = ctypes.CDLL(str(min(files)))
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+    library.scipy_openblas_set_num_threads(1)
+    return library
+
+
+def _zen() -> bool:
+    """Whether the processor is a Zen 3 or Zen 4 (family 25)."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:  # another system
+        return False
+    return "AuthenticAMD" in text and re.search(r"^cpu family\s*: 25$", text, re.MULTILINE) is not None

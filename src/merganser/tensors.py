@@ -6,11 +6,10 @@ import ctypes
 import math
 import mmap
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import torch
-from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 _HUGE = 4 * 2**20  # bytes of two huge pages
@@ -132,18 +131,11 @@ def packed_width(length: int) -> int:
 
 
 @contextmanager
-def one_thread(blas: bool = False) -> Iterator[None]:
-    """Run torch on one thread, so that sums have one order and bytes do not depend on the machine's cores.
-
-    Args:
-        blas: SciPy's BLAS as well, which is loaded for that if it is not yet.
-    """
+def one_thread() -> Iterator[None]:
+    """Run torch on one thread, so that sums have one order and bytes do not depend on the machine's cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        if blas:
-            import scipy.linalg.cython_blas  # noqa: F401
-        with threadpool_limits(1, user_api="blas") if blas else nullcontext():
-            yield
+        yield
     finally:
         torch.set_num_threads(before)

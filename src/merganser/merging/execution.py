@@ -167,11 +167,8 @@ class Execution:
         total = sum(spec.nbytes for specs in wanted.values() for spec in specs)
         budget = Budget(self.plan.budget)
         futures: list[Future[None]] = []
-        sums = any(
-            self.plan.method.additive(step.unit) for step in steps if step.method == self.plan.method.name
-        )
         with (
-            one_thread(blas=sums),
+            one_thread(),
             SafetensorsWriter(self.folder, wanted) as writer,
             bar(total, "merging", "B", scale=True) as progress,
             ThreadPoolExecutor(self.plan.threads) as pool,

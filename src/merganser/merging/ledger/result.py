@@ -117,7 +117,7 @@ class _Solving:
         solved = {name for part in self.record.parts for name in part.names}
         rest = [name for name in self.specs if name not in solved]
         with (
-            one_thread(blas=True),
+            one_thread(),
             bar(len(self.record.parts), "solving") as progress,
             ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool,
         ):

@@ -126,7 +126,7 @@ def write_sums(
     hashes: dict[str, str] = {}
     try:
         with (
-            one_thread(blas=True),
+            one_thread(),
             SafetensorsWriter(folder, {file: wanted}) as writer,
             bar(sum(spec.nbytes for spec in wanted), "sums", "B", scale=True) as progress,
             ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool,
