@@ -13,6 +13,7 @@ Errors are those of the linear layers' weights, ‖W − W*‖/‖W*‖ with W* 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import sys
@@ -64,7 +65,8 @@ class InMemory:
 def main() -> int:
     """Measure and write the tables."""
     options = _options()
-    keep_freed()  # as the command does
+    keep_freed()  # as the command does, which also has the collector of garbage leave imported modules alone
+    gc.freeze()
     encoder = Encoder(layers=options.layers)
     models = encoder_family(options.scratch, encoder, options.contributors)
     inputs = {f"{module}.weight": key for module, (key, _) in encoder.linear().items()}
