@@ -1,7 +1,7 @@
 """Products, Cholesky factors and triangular systems, in place, without copies and without holding the interpreter.
 
 On the CPU by an OpenBLAS of merganser's own (the package ``scipy-openblas32``), called through ctypes: on Zen 4,
-products take four fifths of the time of torch's (MKL), triangular systems half. It is apart from those that NumPy and
+products take four fifths of the time of torch's (MKL). It is apart from those that NumPy and
 SciPy bring: it runs every call on the thread that makes it, with one choice of kernels, so that bytes depend neither on
 what else a program has loaded nor on how many cores there are. Elsewhere by torch.
 
@@ -147,7 +147,7 @@ def _loaded() -> ctypes.CDLL:
     wanted = {"OPENBLAS_NUM_THREADS": "1"}
     if _zen() and "OPENBLAS_CORETYPE" not in os.environ:
         # On Zen 4 it would take kernels for AVX-512, which that processor does in two halves: triangular systems take
-        # half as long again.
+        # up to half as long again.
         wanted["OPENBLAS_CORETYPE"] = "ZEN"
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)  # read while the library is loaded, by it alone

@@ -106,20 +106,19 @@ def mirror_upper(matrix: Tensor, block: int = 128) -> Tensor:
     return matrix
 
 
-def roomy_empty(rows: int, columns: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def roomy_empty(rows: int, columns: int, like: Tensor) -> Tensor:
     """A ``(rows, columns)`` matrix on the device of ``like`` and in its dtype, its numbers of no meaning.
 
     A large one on the CPU is in huge pages, where the system has them: with small ones, a tenth of a merge by Gram
     matrices of width 3072 is spent on page faults.
     """
-    dtype = dtype or like.dtype
-    nbytes = rows * columns * dtype.itemsize
+    nbytes = rows * columns * like.itemsize
     if like.device.type != "cpu" or nbytes < _HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return like.new_empty(rows, columns, dtype=dtype)
+        return like.new_empty(rows, columns)
     memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError):  # a system without
         memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype).view(rows, columns)
+    return torch.frombuffer(memory, dtype=like.dtype).view(rows, columns)
 
 
 def packed_width(length: int) -> int:

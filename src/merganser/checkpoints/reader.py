@@ -25,7 +25,7 @@ from merganser.tensors import DTYPES, byte_view
 class Digest(Protocol):
     """A hash being computed."""
 
-    def update(self, data: memoryview, /) -> object:
+    def update(self, data: bytes | memoryview, /) -> object:
         """More bytes."""
 
     def hexdigest(self) -> str:

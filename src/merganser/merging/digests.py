@@ -64,7 +64,7 @@ def _hash(stream: BinaryIO, info: TensorInfo, kind: str) -> str:
     digest, left = begin_hash(info.dtype, info.shape, kind), info.nbytes
     stream.seek(info.offset)
     while left and (data := stream.read(min(left, PIECE))):
-        digest.update(memoryview(data))
+        digest.update(data)
         left -= len(data)
     return digest.hexdigest()
 

@@ -21,8 +21,8 @@ _NOISE = 4.0
 #: Rows of weights in one product: fixed, so that the bytes do not depend on how a tall tensor is cut for memory.
 BLOCK = 1024
 _STRIP = 128  # rows of a triangle that are added up together
-#: With every such pivot above this, float32 loses at most about three of its seven digits, of a
-#: correction that is small beside the weights. Otherwise the system is factored in float64.
+#: With every such pivot above this, float32 loses at most about three of its seven digits, of a correction that is
+#: small beside the weights. Otherwise the system is factored in float64.
 _SAFE = 1e-3
 _NARROW = 512  # inputs up to which float64 costs nothing that matters
 
