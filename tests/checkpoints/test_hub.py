@@ -165,6 +165,25 @@ def test_nested_modules_are_there_from_the_start(hub: Hub, tmp_path: Path) -> No
     assert found.stdout.strip() == "True", found.stderr
 
 
+def test_pickles_alone_are_named_and_fetched_where_they_are_allowed(hub: Hub, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    tensors = load_file(hub.folder / "model.safetensors")
+    torch.save(tensors, hub.folder / "pytorch_model.bin")
+    (hub.folder / "model.safetensors").unlink()
+    said = (
+        "from merganser.checkpoints import open_checkpoint\nfrom merganser.errors import CheckpointError\n"
+        "try:\n    open_checkpoint('org/model')\nexcept CheckpointError as error:\n    print(error)\n"
+    )
+    refused = run(said, hub, tmp_path / "cache")
+    assert "pickled" in refused.stdout and "--allow-pickle" in refused.stdout, refused.stderr
+    assert not any(entry[1].endswith("pytorch_model.bin") and entry[0] == "GET" for entry in hub.log)
+    allowed = OPEN.replace("@main')", "@main', allow_pickle=True)") + "print(len(c.tensors), c.revision)"
+    for offline in ("0", "1"):
+        found = run(allowed, hub, tmp_path / "cache", HF_HUB_OFFLINE=offline)
+        assert found.stdout.split() == [str(len(tensors)), COMMIT], found.stderr
+
+
 def test_an_adapter_s_header_comes_first_and_its_base_may_be_elsewhere(
     hub: Hub, save_model, tmp_path: Path
 ) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import make_model
-from merganser.checkpoints import open_checkpoint
+from merganser.checkpoints import PickledWeights, open_checkpoint
 from merganser.errors import CheckpointError
 
 
@@ -135,6 +137,29 @@ def test_pickles_need_the_flag_and_run_no_code(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot be read as plain tensors"):
         open_checkpoint(tmp_path, allow_pickle=True)
     assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_the_conversion_that_is_offered_for_pickles_works(tmp_path: Path, sharded: bool) -> None:
+    """Also with tensors that share storage or are transposed, which safetensors alone refuses."""
+    shared = torch.arange(6.0).reshape(2, 3)
+    shards = [{"a": shared, "tied": shared}, {"turned": shared.T, "step": 3}]
+    if sharded:
+        names = [f"pytorch_model-0000{n}-of-00002.bin" for n in (1, 2)]
+        for name, shard in zip(names, shards, strict=True):
+            torch.save(shard, tmp_path / name)
+        weights = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weights}))
+    else:
+        torch.save(shards[0] | shards[1], tmp_path / "pytorch_model.bin")
+    with pytest.raises(PickledWeights) as caught:
+        open_checkpoint(tmp_path)
+    command = caught.value.mend.partition("python -c ")[2]
+    assert command.startswith('"') and command.endswith('"')
+    subprocess.run([sys.executable, "-c", command[1:-1]], cwd=tmp_path, check=True)
+    opened = open_checkpoint(tmp_path)
+    assert set(opened.tensors) == {"a", "tied", "turned"}
+    assert torch.equal(opened.read("turned"), shared.T) and torch.equal(opened.read("tied"), shared)
 
 
 def test_a_file_that_changes_is_noticed(tmp_path: Path) -> None:

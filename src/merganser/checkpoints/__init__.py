@@ -2,12 +2,13 @@
 
 from merganser.checkpoints.adapters import AdapterCheckpoint, home_of
 from merganser.checkpoints.header import TensorInfo
-from merganser.checkpoints.opening import open_checkpoint
+from merganser.checkpoints.opening import PickledWeights, open_checkpoint
 from merganser.checkpoints.reader import Checkpoint, hash_tensor, sha256_file
 
 __all__ = [
     "AdapterCheckpoint",
     "Checkpoint",
+    "PickledWeights",
     "TensorInfo",
     "hash_tensor",
     "home_of",

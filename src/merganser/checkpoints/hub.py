@@ -15,6 +15,7 @@ from merganser.checkpoints.reader import Checkpoint
 from merganser.errors import CheckpointError
 
 _WEIGHTS = ["*.safetensors"]
+_PICKLES = "pytorch_model*.bin"
 _UNWANTED = [
     "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.ot", "*.gguf", "*.pkl", "onnx/*", "openvino/*",
     "checkpoint-*/*",
@@ -22,8 +23,10 @@ _UNWANTED = [
 _STATISTICS = "merge_statistics.safetensors"  # small beside the weights, and needed to plan
 
 
-def open_hub(name: str, repo: str, revision: str | None) -> Checkpoint:
+def open_hub(name: str, repo: str, revision: str | None, *, allow_pickle: bool = False) -> Checkpoint:
     """Open ``repo`` at ``revision``: its configuration and headers now, its weights on ``fetch()``.
+
+    Weights that are published as pickles alone have no header, and are downloaded at once where they are allowed.
 
     Raises:
         CheckpointError: the repository is not there, or not cached while offline.
@@ -32,7 +35,7 @@ def open_hub(name: str, repo: str, revision: str | None) -> Checkpoint:
     from huggingface_hub import constants
     from huggingface_hub.errors import EntryNotFoundError, NotASafetensorsRepoError
 
-    from merganser.checkpoints.opening import local_tensors
+    from merganser.checkpoints.opening import local_tensors, pickled
 
     def snapshot(revision: str | None, **options: Any) -> Path:
         return Path(huggingface_hub.snapshot_download(repo, revision=revision, **options))
@@ -40,7 +43,8 @@ def open_hub(name: str, repo: str, revision: str | None) -> Checkpoint:
     try:
         if constants.HF_HUB_OFFLINE:
             folder = snapshot(revision, local_files_only=True, ignore_patterns=_UNWANTED)
-            return Checkpoint(name, folder, local_tensors(folder), revision=folder.name)
+            tensors = local_tensors(folder, allow_pickle=allow_pickle)
+            return Checkpoint(name, folder, tensors, revision=folder.name)
         # By the name that was given, so that the cache remembers what it stands for; from then on by its commit.
         folder = snapshot(revision, ignore_patterns=_WEIGHTS + _UNWANTED)
         commit = folder.name
@@ -50,6 +54,11 @@ def open_hub(name: str, repo: str, revision: str | None) -> Checkpoint:
         try:
             headers = huggingface_hub.get_safetensors_metadata(repo, revision=commit).files_metadata
         except NotASafetensorsRepoError:
+            if any(Path(f).match(_PICKLES) for f in huggingface_hub.list_repo_files(repo, revision=commit)):
+                if not allow_pickle:
+                    raise pickled(name, "pytorch_model") from None
+                folder = snapshot(commit, ignore_patterns=[p for p in _UNWANTED if p != "*.bin"])
+                return Checkpoint(name, folder, local_tensors(folder, allow_pickle=True), revision=commit)
             if not (folder / adapters.CONFIG).is_file():
                 raise
             file = adapters.WEIGHTS
@@ -65,7 +74,7 @@ def open_hub(name: str, repo: str, revision: str | None) -> Checkpoint:
             mend=f"check the name and the network, or download it where there is one (hf download {repo}) "
             "and give the folder",
         ) from None
-    tensors: dict[str, TensorInfo] = {}
+    tensors = {}
     for file, parsed in headers.items():
         header = {
             key: {"dtype": t.dtype, "shape": t.shape, "data_offsets": t.data_offsets}

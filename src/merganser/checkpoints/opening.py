@@ -15,6 +15,10 @@ from merganser.checkpoints.header import TensorInfo, read_infos
 from merganser.checkpoints.reader import Checkpoint, read_json
 from merganser.errors import CheckpointError, raise_all
 
+class PickledWeights(CheckpointError):
+    """Weights that are there as pickles alone, and may not be read."""
+
+
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -119,7 +123,7 @@ def _open_files(name: str, allow_pickle: bool) -> Checkpoint:
         )
     from merganser.checkpoints.hub import open_hub
 
-    return open_hub(name, match["repo"], match["revision"])
+    return open_hub(name, match["repo"], match["revision"], allow_pickle=allow_pickle)
 
 
 def local_tensors(folder: Path, *, allow_pickle: bool = False) -> dict[str, TensorInfo]:
@@ -159,7 +163,7 @@ def _main_tensors(folder: Path, allow_pickle: bool) -> list[TensorInfo]:
         return _sharded(folder)
     if any((folder / pickle).is_file() for pickle in _PICKLES):
         if not allow_pickle:
-            raise _pickled(folder, "pytorch_model.bin")
+            raise pickled(folder, "pytorch_model")
         index = read_json(folder / "pytorch_model.bin.index.json")
         return _from_pickle(
             folder, sorted(set(index["weight_map"].values())) if index else ["pytorch_model.bin"]
@@ -168,7 +172,7 @@ def _main_tensors(folder: Path, allow_pickle: bool) -> list[TensorInfo]:
         return read_infos(folder / adapters.WEIGHTS, adapters.WEIGHTS)
     if (folder / adapters.PICKLED).is_file():
         if not allow_pickle:
-            raise _pickled(folder, adapters.PICKLED)
+            raise pickled(folder, Path(adapters.PICKLED).stem)
         return _from_pickle(folder, [adapters.PICKLED], adapters.WEIGHTS)
     if (folder / adapters.CONFIG).is_file():
         raise CheckpointError(
@@ -218,11 +222,25 @@ def _sharded(folder: Path) -> list[TensorInfo]:
 _CONVERTED: list[tempfile.TemporaryDirectory[str]] = []  # alive until the process ends
 
 
-def _pickled(folder: Path, file: str) -> CheckpointError:
-    return CheckpointError(
-        f"the weights are pickled ({file}), and a pickle from a stranger can run code",
-        where=folder,
-        mend="convert them to safetensors, or add --allow-pickle (read with weights_only=True)",
+def pickled(place: str | Path, stem: str) -> CheckpointError:
+    """The error for weights that are there as pickles alone, with a command that converts them.
+
+    Args:
+        place: the folder, or a name on the Hub.
+        stem: ``pytorch_model`` or ``adapter_model``: what their files' names begin with.
+    """
+    target = "model" if stem == "pytorch_model" else stem
+    convert = (
+        "import glob, torch; from safetensors.torch import save_file; save_file({n: t.contiguous().clone() "
+        f"for f in glob.glob('{stem}*.bin') for n, t in torch.load(f, map_location='cpu', "
+        "weights_only=True).items() if torch.is_tensor(t)}, "
+        f"'{target}.safetensors', {{'format': 'pt'}})"
+    )
+    return PickledWeights(
+        f"the weights are pickled ({stem}.bin), and a pickle from a stranger can run code",
+        where=place,
+        mend="add --allow-pickle (from Python: allow_pickle=True; read with weights_only=True), or write them as "
+        f'safetensors, in a copy of the folder: python -c "{convert}"',
     )
 
 
