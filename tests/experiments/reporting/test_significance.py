@@ -25,13 +25,22 @@ def test_p_is_the_share_of_sign_assignments_as_extreme(seed: int) -> None:
     assert found.exact
     assert found.p == pytest.approx(brute_force(differences))
     assert (found.n, found.difference) == (len(differences), pytest.approx(np.mean(differences)))
-    assert found.above + found.below == found.n
+    assert (found.above, found.below) == (
+        sum(d >= 0.05 for d in differences),
+        sum(d <= -0.05 for d in differences),
+    )
+    assert found.tied == sum(abs(d) < 0.05 for d in differences)
 
 
 def test_ties_and_zeros_count() -> None:
     for differences in ([1.0, 1.0, 1.0, -1.0], [0.0, 0.0, 2.0, 1.0], [0.1, 0.2, -0.3]):
         assert sign_flip(differences).p == pytest.approx(brute_force(differences))
     assert sign_flip([0.0, 0.0]).p == 1.0
+    found = sign_flip([1e-7, -0.02, 0.0, 0.04, 2.0])
+    assert found.p == pytest.approx(brute_force([1e-7, -0.02, 0.0, 0.04, 2.0])), (
+        "what is tied counts as it is"
+    )
+    assert (found.n, found.above, found.below, found.tied) == (5, 1, 0, 4)
 
 
 def test_five_of_five_cannot_be_below_a_sixteenth() -> None:
@@ -61,3 +70,4 @@ def test_holm() -> None:
 def test_markers_go_by_the_adjusted_value() -> None:
     kept = {"n": 9, "difference": 1.0, "above": 9, "below": 0, "p": 0.001, "exact": True}
     assert [Paired(**kept, adjusted=p).marker for p in (0.005, 0.03, 0.05)] == ["**", "*", ""]
+    assert not Paired(**{**kept, "difference": 0.04}, adjusted=0.001).marker

@@ -293,6 +293,42 @@ def test_the_newest_of_two_rows_of_a_cell_counts(examples: ModuleType) -> None:
     assert old["cell"] in section.notices[0]
 
 
+def test_an_individual_model_that_is_scored_again_on_fewer_tests_displaces_nothing(
+    examples: ModuleType,
+) -> None:
+    """An experiment with some of the contributors scores the same models on fewer tests, later."""
+    rows = examples.greedy(seeds=(1,))
+    full = next(r for r in rows if r["kind"] == "individual")
+    name = full["contributors"][0]
+
+    def later(tests: list[str], weights: str | None, **changes: Any) -> Row:
+        origin = {**full["provenance"]["contributors"][0], "weights": weights}
+        provenance = {**full["provenance"], "finished": "2027-01-01T00:00:00Z", "contributors": [origin]}
+        scores = {test: {**full["scores"][test], **changes} for test in tests}
+        return {**full, "cell": "0" * 16, "scores": scores, "provenance": provenance}
+
+    def kept(row: Row) -> tuple[str, list[str]]:
+        (grid,), old = make_grids([ResultRow.model_validate(r) for r in [*rows, row]])
+        (one,) = [r for r in grid.rows if r.kind == "individual" and r.contributors == (name,)]
+        return one.cell, [r.cell for r in old]
+
+    weights = full["provenance"]["contributors"][0]["weights"]
+    every = list(full["scores"])
+    assert kept(later([name], weights)) == (full["cell"], [])
+    assert kept(later(every, weights)) == (full["cell"], [])
+    superseded = ("0" * 16, [full["cell"]])
+    assert kept(later([name], "another model")) == superseded
+    assert kept(later([name], weights, value=0.123)) == superseded, "the same test says something else"
+    for row in rows:
+        for origin in row["provenance"]["contributors"]:
+            origin["weights"] = None
+    assert kept(later([name], None)) == superseded, "nobody knows whether it is the same model"
+    merge = next(r for r in rows if r["kind"] == "merge")
+    again = {**merge, "cell": "0" * 16, "scores": dict(list(merge["scores"].items())[:1])}
+    again["provenance"] = {**merge["provenance"], "finished": "2027-01-01T00:00:00Z"}
+    assert kept(again) == (full["cell"], [merge["cell"]]), "of merges the newest counts, always"
+
+
 def test_searched_methods_are_told_apart_and_their_coefficients_listed(examples: ModuleType) -> None:
     rows = examples.glue_pairs(seeds=(1,))
     (grid,) = grids_of(rows)

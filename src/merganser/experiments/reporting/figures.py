@@ -29,13 +29,16 @@ from merganser.experiments.reporting.svg import (
     Figure,
     draw,
 )
-from merganser.experiments.reporting.tables import DOMAIN_TITLES, Cell, compare, find_method, signed
+from merganser.experiments.reporting.tables import DOMAIN_TITLES, Cell, compare, find_method
+from merganser.experiments.reporting.ties import RULE, Tally, and_tied, sign, signed, tally
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 #: At most so many maps of pairs.
 MOST_MAPS = 4
+#: Sign of a difference → its colour.
+_TINTS = {1: UP, 0: MUTED, -1: DOWN}
 
 
 def grid_figures(grid: Grid, against: str, prefix: str) -> list[Figure]:
@@ -210,7 +213,7 @@ def scatter(grid: Grid, against: str, prefix: str) -> Figure | None:
             points[domain] = [(values[reference][u].points, values[other][u].points) for u in both]
     if not points:
         return None
-    counts = {domain: _above(pairs) for domain, pairs in points.items()}
+    counts = {domain: tally(y - x for x, y in pairs) for domain, pairs in points.items()}
 
     def paint(wide: bool) -> Canvas:
         count = len(points)
@@ -224,30 +227,27 @@ def scatter(grid: Grid, against: str, prefix: str) -> Figure | None:
         return canvas
 
     told = "; ".join(
-        f"{DOMAIN_TITLES[d].lower()}: {above} of {len(points[d])} above, {below} below"
-        for d, (above, below) in counts.items()
+        f"{DOMAIN_TITLES[d].lower()}: {of.above} of {len(points[d])} above, {of.below} below{and_tied(of.tied)}"
+        for d, of in counts.items()
     )
-    alt = f"Scatter plot of {other.title} against {reference.title}, {told} the diagonal"
+    alt = f"Scatter plot of {other.title} against {reference.title} and the diagonal, {told}"
     wide, narrow = draw(f"{prefix}-scatter", alt, paint)
     return Figure(
         key="scatter",
         title=f"{other.title} against {reference.title}",
         caption=f"A point is one pair and seed: {_metric(grid)} of {reference.title} across, of {other.title} up. "
-        f"Above the diagonal {other.title} is better; the numbers in the corners count the points on each side.",
+        f"Above the diagonal {other.title} is better; the numbers in the corners count the points on each side "
+        f"and those tied ({RULE}).",
         wide=wide,
         narrow=narrow,
     )
-
-
-def _above(pairs: Sequence[tuple[float, float]]) -> tuple[int, int]:
-    return sum(y > x for x, y in pairs), sum(y < x for x, y in pairs)
 
 
 def _scatter(
     ax: Axes,
     pairs: Sequence[tuple[float, float]],
     domain: Domain,
-    counts: tuple[int, int],
+    counts: Tally,
     look: Mapping[str, Any],
 ) -> None:
     flat = [value for pair in pairs for value in pair]
@@ -270,9 +270,9 @@ def _scatter(
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_locator(MaxNLocator(5, integer=True))
     ax.set_title(DOMAIN_TITLES[domain], loc="left", fontsize=9.5, color=MUTED)
-    above, below = counts
-    ax.text(0.03, 0.97, f"{above} above", transform=ax.transAxes, va="top", color=INK, fontsize=9)
-    ax.text(0.97, 0.03, f"{below} below", transform=ax.transAxes, ha="right", color=INK, fontsize=9)
+    above = f"{counts.above} above{and_tied(counts.tied)}"
+    ax.text(0.03, 0.97, above, transform=ax.transAxes, va="top", color=INK, fontsize=9)
+    ax.text(0.97, 0.03, f"{counts.below} below", transform=ax.transAxes, ha="right", color=INK, fontsize=9)
     _quiet(ax)
 
 
@@ -280,8 +280,7 @@ def pair_map(grid: Grid, against: str, prefix: str) -> Figure | None:
     """Contributors × contributors: a merge's score less the reference's, mean over seeds."""
     reference = find_method(grid, against)
     others = [method for method in grid.merges if method != reference][-MOST_MAPS:]
-    names = grid.contributors
-    if reference is None or not others or len(names) < 3:
+    if reference is None or not others or len(grid.contributors) < 3:
         return None
     values = {domain: grid.by_domain(domain, grid.units) for domain in grid.domains}
     maps = {
@@ -301,14 +300,14 @@ def pair_map(grid: Grid, against: str, prefix: str) -> Figure | None:
         for ax in axes[len(others) :]:
             ax.set_axis_off()
         for ax, (method, of_method) in zip(axes, maps.items(), strict=False):
-            _map(ax, names, of_method, most)
+            _map(ax, grid, of_method, most)
             title = f"{method.title} − {reference.title}"
             ax.set_title(title, loc="left", fontsize=9.5, color=MUTED)
         return canvas
 
     told = "; ".join(
         f"{method.title}, {DOMAIN_TITLES[domain].lower()}: "
-        + ", ".join(f"{a} and {b} {signed(x)}" for (a, b), x in found.items())
+        + ", ".join(f"{grid.show(a)} and {grid.show(b)} {signed(x)}" for (a, b), x in found.items())
         for method, of_method in maps.items()
         for domain, found in of_method.items()
     )
@@ -322,7 +321,8 @@ def pair_map(grid: Grid, against: str, prefix: str) -> Figure | None:
         key="map",
         title="Pair by pair",
         caption=f"Difference to {reference.title} in points, mean over seeds, for every pair of contributors: {where}. "
-        "The tint grows with the difference: blue and + where the method is better, orange and − where it is worse.",
+        "The tint grows with the difference: blue and + where the method is better, orange and − where it is worse, "
+        f"grey and 0.0 where they are tied ({RULE}).",
         wide=wide,
         narrow=narrow,
     )
@@ -339,11 +339,10 @@ def _differences(grid: Grid, base: Values, own: Values) -> dict[tuple[str, str],
     return {pair: sum(all_) / len(all_) for pair, all_ in found.items()}
 
 
-def _map(
-    ax: Axes, names: Sequence[str], maps: Mapping[Domain, Mapping[tuple[str, str], float]], most: float
-) -> None:
-    count = len(names)
-    place = {name: index for index, name in enumerate(names)}
+def _map(ax: Axes, grid: Grid, maps: Mapping[Domain, Mapping[tuple[str, str], float]], most: float) -> None:
+    count = len(grid.contributors)
+    place = {name: index for index, name in enumerate(grid.contributors)}
+    names = [grid.show(name) for name in grid.contributors]
     for index, (_, found) in enumerate(sorted(maps.items())):
         for (second, first), value in found.items():
             row, column = (place[second], place[first]) if index == 0 else (place[first], place[second])
@@ -352,7 +351,7 @@ def _map(
                     (column - 0.48, row - 0.48),
                     0.96,
                     0.96,
-                    facecolor=UP if value >= 0 else DOWN,
+                    facecolor=_TINTS[sign(value)],
                     alpha=round(0.06 + 0.54 * abs(value) / most, 3),
                     linewidth=0,
                 )

@@ -9,7 +9,9 @@ out-of-domain test by the mean over all of the unit's contributors.
 from __future__ import annotations
 
 import math
+import re
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -165,10 +167,43 @@ class Grid:
             )
         )
 
+    @cached_property
+    def sets(self) -> dict[str, str]:
+        """Contributor → its data set, where the rows agree on one.
+
+        A contributor that no row gives a set for has that of its individual row's only in-domain test.
+        """
+        said: dict[str, set[str]] = {}
+        tested: dict[str, set[str]] = {}
+        for row in self.rows:
+            for name, own in zip(row.contributors, row.sets, strict=False):
+                if own:
+                    said.setdefault(name, set()).add(own)
+            inside = [_bare(test) for test, score in row.scores.items() if score.domain == "in"]
+            if row.kind == "individual" and len(inside) == 1:
+                tested.setdefault(row.contributors[0], set()).add(inside[0])
+        return {name: next(iter(found)) for name, found in {**tested, **said}.items() if len(found) == 1}
+
+    @cached_property
+    def _claims(self) -> Counter[str]:
+        """How many contributors a data set would stand for."""
+        return Counter(self.sets.get(name, name) for name in self.contributors)
+
+    def show(self, contributor: str) -> str:
+        """A contributor as people are to read it: by its data set, where that is known.
+
+        With several contributors of one data set the name follows in brackets. A part such as ``rte/1`` has the set
+        in its name already.
+        """
+        own = self.sets.get(contributor)
+        if own is None or own in (contributor, _stem(contributor)):
+            return contributor
+        return own if self._claims[own] == 1 else f"{own} ({contributor})"
+
     def label(self, contributors: Iterable[str]) -> str:
         """Contributors as tables name them."""
         place = {name: index for index, name in enumerate(self.contributors)}
-        return " + ".join(sorted(contributors, key=lambda name: place[name]))
+        return " + ".join(map(self.show, sorted(contributors, key=lambda name: place[name])))
 
     @cached_property
     def orders(self) -> dict[tuple[str, ...], tuple[int, ...]]:
@@ -198,11 +233,14 @@ class Grid:
         return found
 
     def tests(self, domain: Domain, units: Sequence[Unit] | None = None) -> tuple[str, ...]:
-        """The tests of a domain: those named after contributors in their order, then by name."""
+        """The tests of a domain: those of the contributors' data sets in their order, then by name."""
         chosen = self.units if units is None else units
         names = {name for unit in chosen for name, own in self._tests[unit].items() if own == domain}
-        place = {_stem(name): index for index, name in reversed(list(enumerate(self.contributors)))}
-        return tuple(sorted(names, key=lambda name: (place.get(_stem(name), len(place)), name)))
+        place: dict[str, int] = {}
+        for name in self.contributors:
+            for own in (self.sets[name],) if name in self.sets else (name, _stem(name)):
+                place.setdefault(own, len(place))
+        return tuple(sorted(names, key=lambda name: (place.get(_bare(name), len(place)), name)))
 
     @property
     def domains(self) -> tuple[Domain, ...]:
@@ -329,9 +367,14 @@ def mean_of(values: Sequence[Value]) -> Value:
     return Value(statistics.fmean(value.points for value in values), tuple(cells))
 
 
-def _stem(test: str) -> str:
-    """The data set of a test or contributor: ``isear[test]`` → ``isear``, ``rte/1`` → ``rte``."""
-    return test.partition("[")[0].partition("/")[0]
+def _bare(test: str) -> str:
+    """The data set of a test: ``isear[test]`` → ``isear``."""
+    return re.sub(r"(?<=.)\[\w+\]$", "", test)
+
+
+def _stem(contributor: str) -> str:
+    """What a part is part of: ``rte/1`` → ``rte``; any other name as it is."""
+    return contributor.rpartition("/")[0] or contributor
 
 
 def common_units(values: Mapping[Method, Values]) -> tuple[frozenset[Unit], frozenset[Method]]:
@@ -352,7 +395,11 @@ def common_units(values: Mapping[Method, Values]) -> tuple[frozenset[Unit], froz
 
 
 def make_grids(rows: Sequence[ResultRow]) -> tuple[list[Grid], list[ResultRow]]:
-    """Grids of one experiment's rows, and the rows that a later one of the same cell supersedes."""
+    """Grids of one experiment's rows, and the rows that a later one of the same cell supersedes.
+
+    A later row of an individual model that says nothing new is left out without being one of these: an experiment
+    with fewer contributors scores the same models on fewer tests.
+    """
     newest: dict[tuple[object, ...], ResultRow] = {}
     old = []
     for row in sorted(rows, key=lambda row: (row.provenance.finished, row.cell)):
@@ -368,6 +415,8 @@ def make_grids(rows: Sequence[ResultRow]) -> tuple[list[Grid], list[ResultRow]]:
             unit_of(row),
         )
         if key in newest:
+            if _repeats(newest[key], row):
+                continue
             old.append(newest[key])
         newest[key] = row
     groups: dict[tuple[str, str, str], list[ResultRow]] = {}
@@ -378,3 +427,19 @@ def make_grids(rows: Sequence[ResultRow]) -> tuple[list[Grid], list[ResultRow]]:
     return [
         Grid(groups[key][0].experiment, groups[key][0].suite, *key, tuple(groups[key])) for key in keys
     ], old
+
+
+def _repeats(older: ResultRow, row: ResultRow) -> bool:
+    """Whether a row is of the same individual model as an older one that has all of its scores."""
+    weights = _weights(row)
+    return (
+        row.kind == "individual"
+        and bool(weights)
+        and weights == _weights(older)
+        and row.scores.items() <= older.scores.items()
+    )
+
+
+def _weights(row: ResultRow) -> list[str]:
+    """The hashes of the weights of a row's contributors, as far as they are known."""
+    return [origin.weights for origin in row.provenance.contributors if origin.weights]

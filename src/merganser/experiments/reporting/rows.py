@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -72,7 +72,8 @@ class Chosen(_Part):
 
 
 class Origin(_Part):
-    """Where a contributor came from; ``score`` is its own on development data."""
+    """Where a contributor came from; ``score`` is its own on development data, ``examples`` counts its training
+    examples."""
 
     name: str
     zoo: str | None = None
@@ -80,6 +81,7 @@ class Origin(_Part):
     weights: str | None = None
     statistics: str | None = None
     score: Number = None
+    examples: int | None = None
 
 
 class Provenance(_Part):
@@ -96,7 +98,11 @@ class Provenance(_Part):
 
 
 class ResultRow(_Part):
-    """One cell of an experiment's grid."""
+    """One cell of an experiment's grid.
+
+    ``contributors`` are their names, which units and other rows know them by; ``sets`` are their data sets, in the same
+    order. Rows of older writers have none.
+    """
 
     format: Literal[1]
     cell: str = Field(min_length=1)
@@ -108,6 +114,7 @@ class ResultRow(_Part):
     method: str
     title: str
     contributors: tuple[str, ...] = Field(min_length=1)
+    sets: tuple[str, ...] = ()
     seed: int
     heads: Heads = "same"
     scores: dict[str, Score]
@@ -158,6 +165,12 @@ def read_rows(path: Path) -> tuple[ResultRow, ...]:
             "or a .json or .jsonl file of rows",
         )
     return tuple(rows[key] for key in sorted(rows))
+
+
+def render_rows(rows: Iterable[ResultRow]) -> str:
+    """Rows as JSON, a line each, with the fields that they were read with."""
+    lines = (row.model_dump(mode="json", exclude_unset=True) for row in rows)
+    return "".join(f"{json.dumps(line, ensure_ascii=False, sort_keys=True)}\n" for line in lines)
 
 
 def _values(path: Path) -> Iterator[tuple[str, Any]]:
@@ -227,6 +240,12 @@ def _parse(value: Any, where: str) -> ResultRow:
             where=where,
             mend="delete the file and run the experiment again: only missing cells are computed",
         ) from error
+    if row.sets and len(row.sets) != len(row.contributors):
+        raise DataError(
+            f"there are {len(row.contributors)} contributors, but {len(row.sets)} sets",
+            where=where,
+            mend="delete the file and run the experiment again",
+        )
     if row.chosen and row.chosen.best >= len(row.chosen.candidates):
         raise DataError(
             f"chosen.best is {row.chosen.best}, but there are {len(row.chosen.candidates)} candidates",

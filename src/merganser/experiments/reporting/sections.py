@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from merganser.errors import RecipeError, did_you_mean
-from merganser.experiments.reporting.grid import EVERY, HEADS, Grid, Method, make_grids, unit_of
+from merganser.experiments.reporting.grid import EVERY, HEADS, Grid, make_grids, unit_of
 from merganser.experiments.reporting.rows import Origin, ResultRow
 from merganser.experiments.reporting.significance import EXACT, SAMPLES
 from merganser.experiments.reporting.tables import Cell, Line, Table, find_method, grid_tables
+from merganser.experiments.reporting.ties import RULE
 
 LAYOUTS = {
     "pairs": "every pair of models is merged",
@@ -36,6 +37,11 @@ class Block:
     tables: tuple[Table, ...]
     chosen: Table | None
 
+    @property
+    def every_table(self) -> tuple[Table, ...]:
+        """The tables with that of the chosen coefficients, where there is one, at the end."""
+        return (*self.tables, *([self.chosen] if self.chosen else []))
+
 
 @dataclass(frozen=True)
 class Hash:
@@ -58,6 +64,7 @@ class Contributor:
     name: str
     seed: int | None
     score: str
+    examples: str
     hashes: tuple[Hash, ...]
 
 
@@ -171,7 +178,7 @@ def _block(grid: Grid, against: str, key: str) -> Block:
     if grid.layout == "greedy":
         for order, seeds in grid.orders.items():
             told = f"seeds {', '.join(map(str, seeds))}: " if len(grid.orders) > 1 else ""
-            orders.append(told + " → ".join(order))
+            orders.append(told + " → ".join(map(grid.show, order)))
     return Block(
         key=key,
         title=f"{grid.model}, {HEADS[grid.heads]}",
@@ -188,7 +195,7 @@ def _facts(grids: Sequence[Grid], rows: Sequence[ResultRow]) -> tuple[tuple[str,
         method.title: method for grid in grids for method in sorted(grid.methods, key=lambda m: m.rank)
     }
     titles = [method.title for method in sorted(methods.values(), key=lambda m: m.rank)]
-    contributors = dict.fromkeys(name for grid in grids for name in grid.contributors)
+    contributors = dict.fromkeys(grid.show(name) for grid in grids for name in grid.contributors)
     tests = {name: score for row in rows for name, score in row.scores.items()}
     counted = [f"{len(tests)} test {_plural(len(tests), 'set')}"]
     if {score.domain for score in tests.values()} == {"in", "out"}:
@@ -217,7 +224,10 @@ def _facts(grids: Sequence[Grid], rows: Sequence[ResultRow]) -> tuple[tuple[str,
 def _how(grids: Sequence[Grid]) -> tuple[str, ...]:
     kinds = {method.kind for grid in grids for method in grid.methods}
     several = max((len(grid.seeds) for grid in grids), default=0) > 1
-    told = ["Scores are × 100, higher is better. Bold: the best merge; underlined: the second best."]
+    told = [
+        "Scores are × 100, higher is better. Bold: the best merge and those tied with it "
+        f"({RULE}, a difference that prints as 0.0); underlined: the second best after them, with its ties."
+    ]
     if several:
         told.append(
             "A number is the mean over seeds of each seed’s average, ± their standard deviation (n − 1)."
@@ -265,7 +275,7 @@ def _chosen(grid: Grid) -> Table | None:
         span = f"{100 * min(known):.1f} – {100 * max(known):.1f}" if known else "–"
         weights = zip(row.contributors, best.coefficients, strict=False)
         cells = (
-            Cell(text=" + ".join(f"{weight:.2g} {name}" for name, weight in weights)),
+            Cell(text=" + ".join(f"{weight:.2g} {grid.show(name)}" for name, weight in weights)),
             Cell(text=str(row.seed)),
             Cell(value=None if best.dev is None else 100 * best.dev, cells=(row.cell,), n=1, seeds=1),
             Cell(text=span),
@@ -300,7 +310,7 @@ def _traces(grids: Sequence[Grid]) -> Iterable[Trace]:
             return grid.method(row).rank, unit_of(row).seed, [place[c] for c in row.contributors], row.cell
 
         for row in sorted(grid.rows, key=order):
-            yield _trace(row, grid.method(row), settings, versions, unlike)
+            yield _trace(row, grid, settings, versions, unlike)
 
 
 def _data(rows: Iterable[ResultRow]) -> tuple[Hash, ...]:
@@ -310,9 +320,10 @@ def _data(rows: Iterable[ResultRow]) -> tuple[Hash, ...]:
 
 
 def _trace(
-    row: ResultRow, method: Method, settings: dict[str, str], versions: dict[str, str], unlike: frozenset[str]
+    row: ResultRow, grid: Grid, settings: dict[str, str], versions: dict[str, str], unlike: frozenset[str]
 ) -> Trace:
-    origin = row.provenance
+    method, origin = grid.method(row), row.provenance
+    joint = "+".join(row.contributors)  # the name of a model that was trained on the data of them all
     by_name = {known.name: known for known in origin.contributors}
     contributors = []
     others = [known.name for known in origin.contributors if known.name not in row.contributors]
@@ -321,9 +332,10 @@ def _trace(
         named = (("zoo", known.zoo), ("weights", known.weights), ("statistics", known.statistics))
         contributors.append(
             Contributor(
-                name=name,
+                name=grid.label(row.contributors) if name == joint else grid.show(name),
                 seed=known.seed,
                 score="" if known.score is None else f"{100 * known.score:.1f}",
+                examples="" if known.examples is None else _counted(known.examples, "training example"),
                 hashes=tuple(Hash(label, full) for label, full in named if full),
             )
         )
@@ -331,7 +343,7 @@ def _trace(
     data = [Hash(name, full) for name, full in sorted(origin.data.items()) if full and name in unlike]
     return Trace(
         cell=row.cell,
-        method=method.title + (f" ({row.contributors[0]})" if row.kind == "individual" else ""),
+        method=method.title + (f" ({grid.show(row.contributors[0])})" if row.kind == "individual" else ""),
         heads=row.heads,
         model=row.model,
         seed=row.seed,
@@ -390,6 +402,10 @@ def duration(seconds: float) -> str:
 def anchor(text: str) -> str:
     """Text as a fragment identifier."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "section"
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {_plural(count, noun)}"
 
 
 def _plural(count: int, noun: str) -> str:

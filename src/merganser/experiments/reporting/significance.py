@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from merganser.experiments.reporting.ties import sign, tally
+
 #: Up to this many differences other than zero all assignments are counted.
 EXACT = 18
 SAMPLES = 100_000
@@ -22,7 +24,8 @@ MARKERS = (("**", 0.01), ("*", 0.05))
 
 @dataclass(frozen=True)
 class Paired:
-    """A comparison over ``n`` units: their mean difference, how many are above and below zero, and p."""
+    """A comparison over ``n`` units: their mean difference, how many are above and below zero (the others are tied),
+    and p."""
 
     n: int
     difference: float
@@ -33,16 +36,25 @@ class Paired:
     adjusted: float = 1.0
 
     @property
+    def tied(self) -> int:
+        """How many units are neither above nor below."""
+        return self.n - self.above - self.below
+
+    @property
     def marker(self) -> str:
-        """``**``, ``*`` or nothing, by the adjusted p-value."""
+        """``**``, ``*`` or nothing, by the adjusted p-value; nothing where the mean is a tie, however regular."""
+        if not sign(self.difference):
+            return ""
         return next((marker for marker, level in MARKERS if self.adjusted < level), "")
 
 
 def sign_flip(differences: Sequence[float]) -> Paired:
     """The two-sided paired sign-flip test of a mean of zero.
 
+    The test takes the differences as they are: one that counts as a tie has next to no weight in their sum.
+
     Args:
-        differences: one number a unit, at least one.
+        differences: one number of points a unit, at least one.
     """
     values = np.asarray(differences, np.float64)
     nonzero = values[values != 0]
@@ -60,11 +72,12 @@ def sign_flip(differences: Sequence[float]) -> Paired:
             signs = generator.integers(0, 2, (10_000, len(nonzero)), np.int8) * 2.0 - 1.0
             hits += int((np.abs(signs @ nonzero) >= floor).sum())
         p = (hits + 1) / (SAMPLES + 1)
+    counts = tally(differences)
     return Paired(
         n=len(values),
         difference=float(values.mean()),
-        above=int((values > 0).sum()),
-        below=int((values < 0).sum()),
+        above=counts.above,
+        below=counts.below,
         p=p,
         exact=exact,
     )

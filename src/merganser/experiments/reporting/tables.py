@@ -1,7 +1,7 @@
 """Tables of a grid, as values: what the page, the Markdown, the CSV and the terminal all show.
 
 Means are over seeds of the per-seed averages, the deviation (n − 1) is over those same averages. The best merge of a
-line or column is marked, and the second best; comparators are never marked.
+line or column is marked, and the second best, each with those tied with it; comparators are never marked.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from merganser.experiments.reporting.grid import Grid, Method, Unit, Value, Values, common_units
 from merganser.experiments.reporting.rows import Domain
 from merganser.experiments.reporting.significance import Paired, holm, sign_flip
+from merganser.experiments.reporting.ties import RULE, and_tied, leaders, signed
 
 DOMAIN_TITLES: dict[Domain, str] = {"in": "In-domain", "out": "Out-of-domain"}
 
@@ -42,6 +43,11 @@ class Cell:
         if self.text is not None:
             return self.text
         return "–" if self.value is None else f"{self.value:.1f}"
+
+    @property
+    def counted(self) -> bool:
+        """Whether the number has to say over how many units it is."""
+        return self.partial and self.value is not None
 
     @property
     def deviation(self) -> str:
@@ -124,16 +130,20 @@ def _first(item: tuple[Unit, Value]) -> Unit:
 
 
 def _marked(cells: Mapping[Method, Cell]) -> dict[Method, Cell]:
-    shown = {
-        method: round(cell.value, 9)
+    ranked = _ranked(cells)
+    best = leaders(ranked) if len(ranked) > 1 else []
+    rest = {method: value for method, value in ranked.items() if method not in best}
+    second = leaders(rest) if best else []
+    marks = {**dict.fromkeys(best, "best"), **dict.fromkeys(second, "second")}
+    return {method: replace(cell, mark=marks.get(method, "")) for method, cell in cells.items()}
+
+
+def _ranked(cells: Mapping[Method, Cell]) -> dict[Method, float]:
+    """The numbers of the merges that can be the best."""
+    return {
+        method: cell.value
         for method, cell in cells.items()
         if method.kind == "merge" and not cell.partial and cell.value is not None
-    }
-    ranks = sorted(set(shown.values()), reverse=True)
-    names = dict(zip(ranks, ("best", "second"), strict=False)) if len(shown) > 1 else {}
-    return {
-        method: replace(cell, mark=names.get(shown[method], "") if method in shown else "")
-        for method, cell in cells.items()
     }
 
 
@@ -173,7 +183,7 @@ def _significance(
     for (column, method), paired in found.items():
         cells = (
             Cell(value=paired.difference, text=signed(paired.difference)),
-            Cell(text=f"{paired.above} / {paired.below}"),
+            Cell(text=f"{paired.above} / {paired.below}{and_tied(paired.tied)}"),
             Cell(value=paired.n, text=str(paired.n)),
             Cell(value=paired.p, text=_p(paired.p)),
             Cell(value=paired.adjusted, text=_p(paired.adjusted), stars=paired.marker),
@@ -185,15 +195,11 @@ def _significance(
         corner="Method",
         columns=("Difference", "Above / below", "n", "p", "p, Holm"),
         lines=tuple(lines),
-        caption=f"Mean difference in points over {what}, how many are above and below {reference.title}, and p of a "
-        f"two-sided paired sign-flip test, plain and adjusted by Holm over the whole table ({len(found)} p). "
-        "* p < 0.05, ** p < 0.01.",
+        caption=f"Mean difference in points over {what}, how many are above and below {reference.title} or tied with "
+        f"it ({RULE}), and p of a two-sided paired sign-flip test of the differences as they are, plain and adjusted "
+        f"by Holm over the whole table ({len(found)} p). "
+        "* p < 0.05, ** p < 0.01, where the mean difference is no tie.",
     )
-
-
-def signed(value: float) -> str:
-    """A difference with its sign; zero, once rounded, has none."""
-    return "0.0" if abs(value) < 0.05 else f"{value:+.1f}".replace("-", "−")
 
 
 def _p(value: float) -> str:
@@ -252,7 +258,8 @@ def _pairs(grid: Grid, against: str) -> list[Table]:
             columns=tuple(names),
             lines=_by_methods(grid, columns),
             caption="Average over pairs, mean ± deviation over seeds. A merge wins the pairs on which its mean over "
-            f"seeds is the highest of all merges; ties count for each.{starred}",
+            f"seeds is the highest of all merges; a pair whose best merges are tied ({RULE}) is won by none, and "
+            f"counts as tied for each of these.{starred}",
             main=True,
         ),
         _significance(grid, titled, against, "pairs and seeds"),
@@ -282,24 +289,24 @@ def _pairs(grid: Grid, against: str) -> list[Table]:
 
 
 def _wins(grid: Grid, values: Mapping[Method, Values]) -> dict[Method, Cell]:
-    """How many pairs (or sets of contributors) each merge wins, by its mean over seeds."""
-    counts = dict.fromkeys(grid.merges, 0)
+    """How many pairs (or sets of contributors) each merge wins, by its mean over seeds, and on how many it is tied
+    for the best."""
+    won, tied = dict.fromkeys(grid.merges, 0), dict.fromkeys(grid.merges, 0)
     total = 0
     for group in dict.fromkeys(unit.contributors for unit in grid.units):
         of_group = {
             method: {u: v for u, v in values[method].items() if u.contributors == group}
             for method in grid.merges
         }
-        cells = compare(of_group)
-        if sum(cell.value is not None and not cell.partial for cell in cells.values()) > 1:
+        ranked = _ranked(compare(of_group))
+        if len(ranked) > 1:
             total += 1
-            for method, cell in cells.items():
-                counts[method] += cell.mark == "best"
-    return (
-        {method: Cell(value=count, text=f"{count} of {total}") for method, count in counts.items()}
-        if total
-        else {}
-    )
+            best = leaders(ranked)
+            for method in best:
+                (won if len(best) == 1 else tied)[method] += 1
+    if not total:
+        return {}
+    return {m: Cell(value=won[m], text=f"{won[m]} of {total}{and_tied(tied[m])}") for m in grid.merges}
 
 
 def _greedy(grid: Grid, against: str) -> list[Table]:

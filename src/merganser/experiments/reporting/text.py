@@ -11,7 +11,8 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table as RichTable
 
-from merganser.experiments.reporting.sections import Block, Section
+from merganser.experiments.reporting.grid import Grid
+from merganser.experiments.reporting.sections import Section
 from merganser.experiments.reporting.tables import Cell, Table
 
 CSV_COLUMNS = (
@@ -34,10 +35,6 @@ CSV_COLUMNS = (
 )
 
 
-def _tables(block: Block) -> tuple[Table, ...]:
-    return (*block.tables, *([block.chosen] if block.chosen else []))
-
-
 def render_markdown(sections: Sequence[Section]) -> str:
     """All tables as GitHub Markdown: best merge bold, second best in italics."""
     parts = []
@@ -50,7 +47,7 @@ def render_markdown(sections: Sequence[Section]) -> str:
             parts.append(f"## {_md(block.title)}")
             parts.extend(f"> {_md(notice)}" for notice in block.notices)
             parts.extend(f"Order: {_md(order)}" for order in block.orders)
-            for table in _tables(block):
+            for table in block.every_table:
                 parts.append(f"### {_md(table.title)}")
                 parts.append(_markdown(table))
                 if table.caption:
@@ -77,13 +74,9 @@ def _md_cell(cell: Cell) -> str:
     more = [
         _md(cell.stars),
         cell.deviation and f" {cell.deviation}",
-        f" (n={cell.n})" if _counted(cell) else "",
+        f" (n={cell.n})" if cell.counted else "",
     ]
     return shown + "".join(filter(None, more))
-
-
-def _counted(cell: Cell) -> bool:
-    return cell.partial and cell.value is not None
 
 
 def _md(text: str) -> str:
@@ -99,13 +92,12 @@ def render_csv(sections: Sequence[Section]) -> str:
     writer.writerow(CSV_COLUMNS)
     for section in sections:
         for block in section.blocks:
-            for table in _tables(block):
-                writer.writerows(_csv_rows(section, block, table))
+            for table in block.every_table:
+                writer.writerows(_csv_rows(section, block.grid, table))
     return stream.getvalue()
 
 
-def _csv_rows(section: Section, block: Block, table: Table) -> Iterator[list[object]]:
-    grid = block.grid
+def _csv_rows(section: Section, grid: Grid, table: Table) -> Iterator[list[object]]:
     for line in table.lines:
         for column, cell in zip(table.columns, line.cells, strict=True):
             if cell.value is None and cell.text is None:
@@ -123,7 +115,7 @@ def _csv_rows(section: Section, block: Block, table: Table) -> Iterator[list[obj
                 "" if cell.std is None else repr(cell.std),
                 cell.n or "",
                 cell.seeds or "",
-                "yes" if _counted(cell) else "",
+                "yes" if cell.counted else "",
                 cell.mark,
                 cell.text or "",
                 " ".join(cell.cells),
@@ -164,4 +156,4 @@ def _rich_cell(cell: Cell) -> str:
     style = {"best": "bold", "second": "underline"}.get(cell.mark)
     shown = f"[{style}]{shown}[/{style}]" if style else shown
     more = cell.stars + (f" {cell.deviation}" if cell.deviation else "")
-    return shown + more + (f" n={cell.n}" if _counted(cell) else "")
+    return shown + more + (f" n={cell.n}" if cell.counted else "")
