@@ -17,9 +17,10 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
     "-o",
     "--output",
     type=_FILE,
-    help="A .html, .md, .csv or .jsonl file.  [default: report.html beside the results]",
+    help="A .html, .md, .tex, .csv or .jsonl file.  [default: report.html beside the results]",
 )
 @click.option("--markdown", type=_FILE, metavar="FILE", help="Write the tables as Markdown, too.")
+@click.option("--latex", type=_FILE, metavar="FILE", help="Write the tables as LaTeX (booktabs), too.")
 @click.option("--csv", "table", type=_FILE, metavar="FILE", help="Write the numbers as CSV, too: one a line.")
 @click.option("--rows", type=_FILE, metavar="FILE.jsonl", help="Write the result rows as one file, too.")
 @click.option(
@@ -33,6 +34,7 @@ def report_command(
     results: Path,
     output: Path | None,
     markdown: Path | None,
+    latex: Path | None,
     table: Path | None,
     rows: Path | None,
     against: str,
@@ -42,6 +44,7 @@ def report_command(
     \b
     merganser report results -o report.html
     merganser report results/emotion-pairwise --markdown tables.md --csv numbers.csv
+    merganser report results/emotion-pairwise -o tables.tex
     """
     from rich.console import Console
 
@@ -50,7 +53,7 @@ def report_command(
     if output is None:
         output = (results.parent if results.is_file() else results) / "report.html"
     outputs: dict[Form, Path] = {form_of(output): output}
-    for form, path in (("markdown", markdown), ("csv", table), ("rows", rows)):
+    for form, path in (("markdown", markdown), ("latex", latex), ("csv", table), ("rows", rows)):
         if path is not None:
             if form in outputs:
                 raise click.UsageError(f"-o and --{form} both name a file for {form}; give one of them")

@@ -232,7 +232,7 @@ def test_where_the_report_goes_by_default_and_by_ending(
         report_command, [str(folder), "-o", str(tmp_path / "t.md")], catch_exceptions=False
     )
     assert done.stdout.splitlines()[-1] == str(tmp_path / "t.md")
-    with pytest.raises(UserError, match=r"\.html, \.md, \.csv or \.jsonl"):
+    with pytest.raises(UserError, match=r"\.html, \.md, \.tex, \.csv or \.jsonl"):
         CliRunner().invoke(report_command, [str(folder), "-o", "x.pdf"], catch_exceptions=False)
     with pytest.raises(DataError, match="no such file"):
         CliRunner().invoke(report_command, [str(tmp_path / "absent")], catch_exceptions=False)

@@ -5,23 +5,24 @@ merganser report RESULTS -o report.html
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
 
 from merganser.errors import UserError
 from merganser.experiments.report import write_text
+from merganser.experiments.reporting.latex import render_latex
 from merganser.experiments.reporting.page import render_page
-from merganser.experiments.reporting.rows import ResultRow, read_rows
+from merganser.experiments.reporting.rows import ResultRow, read_rows, render_rows
 from merganser.experiments.reporting.sections import Section, make_sections
 from merganser.experiments.reporting.text import render_csv, render_markdown, terminal_tables
 
-Form = Literal["html", "markdown", "csv", "rows"]
+Form = Literal["html", "markdown", "latex", "csv", "rows"]
 _FORMS: dict[str, Form] = {
     ".html": "html",
     ".htm": "html",
     ".md": "markdown",
+    ".tex": "latex",
     ".csv": "csv",
     ".jsonl": "rows",
 }
@@ -33,8 +34,10 @@ __all__ = [
     "make_sections",
     "read_rows",
     "render_csv",
+    "render_latex",
     "render_markdown",
     "render_page",
+    "render_rows",
     "terminal_tables",
     "write_report",
 ]
@@ -44,7 +47,7 @@ def form_of(path: Path) -> Form:
     """What to write into a file, by its ending.
 
     Raises:
-        UserError: the ending is none of .html, .md, .csv and .jsonl.
+        UserError: the ending is none of .html, .md, .tex, .csv and .jsonl.
     """
     try:
         return _FORMS[path.suffix.lower()]
@@ -52,7 +55,7 @@ def form_of(path: Path) -> Form:
         raise UserError(
             f"a report is no {path.suffix or 'file without an ending'!r}",
             where=path,
-            mend="end the name in .html, .md, .csv or .jsonl (the rows themselves)",
+            mend="end the name in .html, .md, .tex, .csv or .jsonl (the rows themselves)",
         ) from None
 
 
@@ -76,16 +79,14 @@ def write_report(
     """
     rows = read_rows(results)
     sections = make_sections(rows, against)
-    texts = {}
-    if "html" in outputs:
-        texts["html"] = render_page(sections, against)
-    if "markdown" in outputs:
-        texts["markdown"] = render_markdown(sections)
-    if "csv" in outputs:
-        texts["csv"] = render_csv(sections)
-    if "rows" in outputs:
-        lines = (json.dumps(row.model_dump(mode="json"), ensure_ascii=False, sort_keys=True) for row in rows)
-        texts["rows"] = "".join(f"{line}\n" for line in lines)
+    renderers: dict[Form, Callable[[], str]] = {
+        "html": lambda: render_page(sections, against),
+        "markdown": lambda: render_markdown(sections),
+        "latex": lambda: render_latex(sections),
+        "csv": lambda: render_csv(sections),
+        "rows": lambda: render_rows(rows),
+    }
+    texts = {form: renderers[form]() for form in outputs}
     written = []
     for form, path in outputs.items():
         try:
