@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import own_home as own_home  # before all that reads the environment when it is imported
+
+# isort: split
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ray_cluster import cluster as cluster
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-
 import pytest
 import torch
 import transformers
+
+from ray_cluster import cluster as cluster
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 VOCABULARY = 40

@@ -9,6 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from glue_cache import save_glue_cache
 from merganser.errors import DataError, UserError
 from merganser.tasks.data import read_rows
 
@@ -175,17 +176,31 @@ def test_folders_of_the_datasets_library(tmp_path: Path) -> None:
     assert "cannot be loaded" in message(tmp_path / "one")
 
 
-def test_a_data_set_that_is_not_here_while_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def datasets_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """An empty cache of the datasets library, which is offline."""
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+def test_a_data_set_that_is_not_here_while_offline(datasets_cache: Path) -> None:
     found = message("glue:sst2")
     assert found.startswith(
         "glue:sst2: no such file or folder, and data set 'glue:sst2' is not on this machine"
     )
     assert "offline mode is set" in found
     assert "datasets.load_dataset('glue', 'sst2').save_to_disk('glue-sst2')" in found
-    assert str(datasets.config.HF_DATASETS_CACHE) in found
+    assert str(datasets_cache) in found
+
+
+def test_a_data_set_of_the_cache_while_offline(datasets_cache: Path) -> None:
+    rows = [{"sentence": "good", "label": 1}, {"sentence": "bad", "label": 0}]
+    save_glue_cache(datasets_cache, "sst2", {"train": rows[:1], "validation": rows})
+    assert list(read_rows("glue:sst2", split="validation")) == rows
+    assert "'cola'" in message("glue:cola")
 
 
 def test_real_corpora_are_readable(resources: Path) -> None:
