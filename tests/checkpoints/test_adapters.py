@@ -425,7 +425,7 @@ def test_quantised_and_resized_bases_are_refused(save_model: Save, tmp_path: Pat
 def test_equals_peft_s_own_merge(
     save_model: Save, tmp_path: Path, architecture: str, settings: dict[str, Any]
 ) -> None:
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="peft is not installed: pip install 'merganser[test]'")
     base = save_model("base", architecture)
     model_class = ARCHITECTURES[architecture][1]
     config = peft.LoraConfig(r=3, lora_alpha=7, **settings)

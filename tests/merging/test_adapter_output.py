@@ -205,7 +205,7 @@ def test_statistics_of_other_weights_are_not_used(family, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("architecture", ["bert", "gpt2", "llama"])
 def test_peft_reads_what_we_write(family, tmp_path: Path, architecture: str) -> None:
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="peft is not installed: pip install 'merganser[test]'")
     base, models = family(architecture, 2)
     out = adapter_of(tmp_path / "out", 4, models, method="regmean", base=str(base))
     model = ARCHITECTURES[architecture][1].from_pretrained(base)
