@@ -5,13 +5,17 @@ OUT    ?= demo-out
 JOBS   ?= 2
 BIN    := $(VENV)/bin
 
-.PHONY: demo test lint format clean
+.PHONY: demo test experiments-tiny lint format clean
 
 demo: $(VENV)/.ready
 	$(BIN)/merganser demo -o $(OUT) $(DEMO)
 
 test: $(VENV)/.ready
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) $(TESTS)
+
+# Every named configuration of experiments/ from end to end, with tiny models of the true architectures.
+experiments-tiny: $(VENV)/.ready
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) -m experiments tests/lab/test_named_configurations.py
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from merganser.checkpoints import adapters
-from merganser.checkpoints.header import TensorInfo, tensor_infos
+from merganser.checkpoints.header import tensor_infos
 from merganser.checkpoints.reader import Checkpoint
 from merganser.errors import CheckpointError
 

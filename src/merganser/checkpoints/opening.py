@@ -15,6 +15,7 @@ from merganser.checkpoints.header import TensorInfo, read_infos
 from merganser.checkpoints.reader import Checkpoint, read_json
 from merganser.errors import CheckpointError, raise_all
 
+
 class PickledWeights(CheckpointError):
     """Weights that are there as pickles alone, and may not be read."""
 

@@ -3,29 +3,41 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+import textwrap
+from collections import Counter
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import click
 
 from merganser.cli.common import make_cluster, print_table, quiet_libraries, warn
+from merganser.errors import UserError, raise_all
+
+if TYPE_CHECKING:
+    from merganser.experiments.grid.planning import Plan, Planned
 
 _LISTS = {"--templates", "--filter-model"}
+_CONFIGS = {
+    "--config",
+    "--configs",
+    "--config-file",
+    "--config-files",
+}  # the original's word before the files
 
 
 class _ListOptions(click.Command):
     """``--templates a=1 b=2`` and ``--filter-model a b`` take every word up to the next option or YAML file."""
 
     def parse_args(self, context: click.Context, arguments: list[str]) -> list[str]:
-        """Spread the lists, and accept the original's spelling (``--config``, ``--filter_model``)."""
+        """Spread the lists, and accept the original's spelling (``--config_files``, ``--filter_model``)."""
         spread: list[str] = []
         current = ""
         for word in arguments:
             if word.startswith("--"):
-                option = (
-                    "--" + word[2:].split("=")[0].replace("_", "-") + word[2:][len(word[2:].split("=")[0]) :]
-                )
+                name, equals, value = word.partition("=")
+                option = name.replace("_", "-") + equals + value
                 current = option if option in _LISTS else ""
-                if option not in _LISTS and option != "--config":
+                if option not in _LISTS | _CONFIGS:
                     spread.append(option)
             elif current and not word.endswith((".yaml", ".yml")):
                 spread += [current, word]
@@ -36,52 +48,89 @@ class _ListOptions(click.Command):
 
 
 @click.command("experiment", cls=_ListOptions)
-@click.argument("configs", nargs=-1, required=True, metavar="CONFIG.yaml…")
+@click.argument("configs", nargs=-1, metavar="CONFIG…")
 @click.option("--templates", multiple=True, metavar="NAME=VALUE…", help="Values of {name} in the files.")
 @click.option("--filter-model", multiple=True, metavar="NAME…", help="Keep these contributors only.")
 @click.option("--results", default="results", show_default=True, help="Folder of the results.")
-@click.option("--zoo", help="Folder or URL of the zoo.  [default: $MERGANSER_ZOO or ~/.cache/merganser/zoo]")
+@click.option(
+    "--zoo",
+    help="Folder or URL of the zoo.  [default: local_zoo_dir of the files, $MERGANSER_ZOO or ~/.cache/merganser/zoo]",
+)
+@click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), help="[default: auto, a GPU where there is one]"
+)
+@click.option(
+    "--allow-pickle",
+    is_flag=True,
+    help="Accept models that are published as pickles (read with weights_only).",
+)
 @click.option("--engine", type=click.Choice(["serial", "ray"]), default="serial", show_default=True)
 @click.option("--ray-address", help="Of a running cluster.  [default: $RAY_ADDRESS or auto]")
-@click.option("--dry-run", is_flag=True, help="List the models and cells and what is cached; do nothing.")
-@click.option("--json", "as_json", is_flag=True, help="With --dry-run: as JSON.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Check every input, show what is there, what is left and how long it takes.",
+)
+@click.option("--json", "as_json", is_flag=True, help="With --dry-run or --list: as JSON.")
+@click.option("--list", "listing", is_flag=True, help="Name the experiments that come with merganser.")
 def experiment_command(
     configs: tuple[str, ...],
     templates: tuple[str, ...],
     filter_model: tuple[str, ...],
     results: str,
     zoo: str | None,
+    device: str | None,
+    allow_pickle: bool,
     engine: str,
     ray_address: str | None,
     dry_run: bool,
     as_json: bool,
+    listing: bool,
 ) -> None:
     """Run every cell of a grid: models are taken from the zoo or trained, then merged, compared and scored.
 
-    Several files are merged left to right. Killed at any point, the same command goes on.
+    \b
+    merganser experiment --list
+    merganser experiment emotion-pairwise-roberta-base --templates resources=my-corpora --dry-run
+    merganser experiment defaults.yaml datasets/emotion.yaml mine.yaml --filter-model model0 model1
+
+    CONFIG is a YAML file, or the name of one that comes with merganser. Several are merged left to right. Killed at
+    any point, the same command goes on.
     """
+    from merganser.experiments.grid.loading import load_config, named_configurations
+
+    if listing:
+        _show_names(named_configurations(), as_json)
+        return
+    if not configs:
+        raise click.UsageError("Missing argument 'CONFIG…': a YAML file or a name of --list.")
     quiet_libraries()
-    from merganser.experiments.grid.loading import load_config
-    from merganser.experiments.grid.run import plan_experiment, run_experiment
+    from merganser.experiments.grid.run import run_experiment
     from merganser.experiments.zoo import default_zoo
 
     config = load_config(configs, templates=_pairs(templates), keep=filter_model)
-    for remark in config.remarks():
-        warn(remark)
-    place = zoo or str(default_zoo())
+    if device is not None:
+        config = config.model_copy(
+            update={"resources": config.resources.model_copy(update={"device": device})}
+        )
+    place = zoo or config.local_zoo_dir or str(default_zoo())
     if dry_run:
-        _show_plan(config.name, plan_experiment(config, results=results, zoo=place), as_json)
+        from merganser.experiments.grid.planning import plan_experiment
+
+        _show_plan(
+            config.name,
+            plan_experiment(config, results=results, zoo=place, allow_pickle=allow_pickle),
+            as_json,
+        )
         return
-    done = run_experiment(
-        config, results=results, zoo=place, engine=make_cluster(engine, ray_address, "experiment")
-    )
+    cluster = make_cluster(engine, ray_address, "experiment")
+    done = run_experiment(config, results=results, zoo=place, engine=cluster, allow_pickle=allow_pickle)
     for failure in done.failures:
-        warn(f"{failure.job}: {failure.error}")
+        more = f"\n    left out for it: {failure.cells} cells" if failure.cells else ""
+        warn(f"{failure.job}: {failure.error}{more}")
     warn(f"{done.done} cells done, {done.cells} in all; next: merganser report {done.folder}")
     click.echo(str(done.folder))
     if done.failures:
-        from merganser.errors import UserError
-
         raise UserError(
             f"{len(done.failures)} jobs could not be done; finished cells are kept",
             where=config.name,
@@ -99,18 +148,69 @@ def _pairs(templates: tuple[str, ...]) -> dict[str, str]:
     return found
 
 
-def _show_plan(name: str, lines: list[Any], as_json: bool) -> None:
+def _show_names(names: Mapping[str, str], as_json: bool) -> None:
+    """Whole experiments with what they are, then the parts that the original's command line combines."""
     if as_json:
-        found = [
-            {"what": line.what, "description": line.description, "cached": line.cached} for line in lines
-        ]
-        click.echo(json.dumps({"experiment": name, "plan": found}, indent=1, ensure_ascii=False))
+        click.echo(json.dumps(names, indent=1, ensure_ascii=False))
         return
-    rows = [[line.what, line.description, "cached" if line.cached else "to do"] for line in lines]
-    print_table(name, ["what", "description", "state"], rows)
-    models = [line for line in lines if line.what == "model"]
-    cells = [line for line in lines if line.what != "model"]
-    click.echo(
-        f"{len(models)} models ({sum(not m.cached for m in models)} to train), "
-        f"{len(cells)} cells ({sum(not c.cached for c in cells)} to do)"
+    whole = {name: text for name, text in names.items() if text}
+    width = max(map(len, whole))
+    for name, text in whole.items():
+        click.echo(textwrap.fill(f"{name:{width}}  {text}", 100, subsequent_indent=" " * (width + 2)))
+    parts = [f"{name}.yaml" for name, text in names.items() if not text]
+    click.echo("\nParts, to be combined from left to right (defaults, a data set, an experiment):")
+    click.echo(textwrap.fill(", ".join(parts), 100, break_on_hyphens=False, break_long_words=False))
+
+
+def _show_plan(name: str, plan: Plan, as_json: bool) -> None:
+    """A line a group, or as JSON every single one; mistakes come last and make the exit status 2."""
+    groups: dict[str, list[Planned]] = {}
+    for line in plan.lines:
+        groups.setdefault(line.group, []).append(line)
+    for remark in plan.remarks:
+        warn(remark)
+    if as_json:
+        made = ("multi-task models", "gram matrices", "fisher information")
+        summary = {group: [len(lines), sum(line.cached for line in lines)] for group, lines in groups.items()}
+        values = {
+            "experiment": name,
+            "plan": [_fields(line) for line in plan.lines if line.what not in made],
+            "also": [_fields(line) for line in plan.lines if line.what in made],
+            "summary": {group: {"all": n, "cached": c} for group, (n, c) in summary.items()},
+            "estimate": {"seconds": plan.estimate.seconds, "reason": plan.estimate.reason},
+            "problems": [str(problem) for problem in plan.problems],
+        }
+        click.echo(json.dumps(values, indent=1, ensure_ascii=False))
+    else:
+        rows = []
+        for group, lines in groups.items():
+            left = [line for line in lines if not line.cached]
+            verbs = Counter(line.verb for line in left)
+            told = ", ".join(f"{count} {verb}" for verb, count in verbs.items())
+            rows.append([group, str(len(lines)), str(len(lines) - len(left)), told])
+        print_table(name, ["what", "all", "there", "left"], rows)
+        click.echo(_told(plan))
+    raise_all(plan.problems)
+
+
+def _fields(line: Planned) -> dict[str, object]:
+    state = "cached" if line.cached else line.verb
+    return {"what": line.what, "description": line.description, "cached": line.cached, "state": state}
+
+
+def _told(plan: Plan) -> str:
+    """The plan in one sentence, with the time that it takes."""
+    made = ("model", "multi-task models", "gram matrices", "fisher information")
+    models = [line for line in plan.lines if line.what in made[:2]]
+    cells = [line for line in plan.lines if line.what not in made]
+    train = sum(line.verb == "to train" and not line.cached for line in models)
+    seconds, reason = plan.estimate.seconds, plan.estimate.reason
+    if seconds is None:
+        long = f"how long it takes cannot be said: {reason}"
+    else:
+        about = f"{seconds / 3600:.1f} h" if seconds >= 360 else f"{seconds / 60:.0f} min"
+        long = f"about {about} in one process on this machine ({reason})"
+    return (
+        f"{len(models)} models ({train} to train), {len(cells)} cells "
+        f"({sum(not cell.cached for cell in cells)} to do); {long}"
     )

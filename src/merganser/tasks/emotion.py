@@ -124,6 +124,8 @@ class EmotionCorpora(Suite):
     """The folder of corpora that every emotion suite reads: ``<root>/<set>/{train,dev,test}.jsonl``."""
 
     layout: ClassVar[str] = "\n".join(f"        {{set}}/{split}.jsonl" for split in SPLITS)
+    #: Of the published corpora: all splits in one file, which is not read.
+    whole: ClassVar[str] = "full.jsonl"
 
     def sets(self) -> tuple[str, ...]:
         """The folders that hold at least one split."""
@@ -152,11 +154,27 @@ class EmotionCorpora(Suite):
         path = self.root / set_name / f"{split}.jsonl"
         if not path.is_file():
             raise DataError(
-                f"data set {set_name!r} has no split {split!r}",
+                f"data set {set_name!r} has no split {split!r}"
+                + (f" ({self.whole} is not read)" if (path.parent / self.whole).is_file() else ""),
                 where=path,
                 mend=f"put the file there; expected files:\n{self.layout.format(set=set_name)}",
             )
         return path
+
+    def missing(self, *names: str) -> DataError:
+        """As of every suite; folders with nothing but the file of all splits are named as such."""
+        error = super().missing(*names)
+        whole = [name for name in names if ((self.root or Path()) / name / self.whole).is_file()]
+        if not whole:
+            return error
+        what = f"{error.what}; {', '.join(f'{name}/{self.whole}' for name in whole)} is there and is not read"
+        mend = f'cut it by its records\' "split"; {error.mend}'
+        return DataError(what, where=error.where, mend=mend)
+
+    def remarks(self, set_name: str) -> list[str]:
+        """That the file of all splits is not read, where there is one."""
+        path = (self.root or Path()) / set_name / self.whole
+        return [f"{path} is ignored: the splits are files of their own"] if path.is_file() else []
 
     def read(self, set_name: str, split: str) -> Rows:
         """The rows of a data set; ``all`` is its three splits one after the other."""
@@ -184,6 +202,7 @@ class Emotion(EmotionCorpora):
     threshold: float = 0.5
 
     name: ClassVar[str] = "emotion"
+    scoring: ClassVar[frozenset[str]] = frozenset({"threshold", "threshold_on"})
 
     def __post_init__(self) -> None:
         MultiLabel(self.threshold, self.threshold_on)  # refuses what it does not know

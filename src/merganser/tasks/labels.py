@@ -89,7 +89,9 @@ def spread(scores: np.ndarray, own: LabelSpace, space: LabelSpace) -> np.ndarray
         return scores
     wide = np.full((len(scores), len(space)), np.nan, scores.dtype)
     for column, name in enumerate(own.names):
-        wide[:, space.find(name)] = scores[:, column]
+        place = space.find(name)
+        if place != UNKNOWN:  # a label that the space does not have has no column
+            wide[:, place] = scores[:, column]
     return wide
 
 

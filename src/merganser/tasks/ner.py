@@ -23,7 +23,7 @@ from merganser.tasks.token_classification import TokenClassification
 LABELS = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC", "B-ORG", "I-ORG")
 
 _KINDS = {kind: kind for kind in ("PER", "LOC", "ORG")} | {"PERSON": "PER"}
-_GENRES = "onto-"
+_GENRES, _TWITTER = "onto-", "twitter"
 _ONTONOTES = {TRAIN: "train", DEV: "development", TEST: "test"}
 _CONLL_2003 = {TRAIN: "eng.train", DEV: "eng.testa", TEST: "eng.testb"}
 
@@ -39,6 +39,8 @@ class NER(Suite):
     Files, for a data set ``x`` in the folder: ``x/{train,dev,test}.conll`` (word, tag and anything, or
     CoNLL-2003's four columns), ``x/{eng.train,eng.testa,eng.testb}`` (CoNLL-2003 under its own names),
     ``x/{train,dev,test}.json`` or ``.jsonl`` (an object a line, with ``tokens`` and ``labels`` or ``tags``).
+    The data set ``twitter`` may have its published names,
+    ``annotated.twitter-ner-20-21-tweet-{train,dev,test}-withcleaned.json``, in its folder or beside it.
     The data set ``onto-bc`` is ``onto.{train,development,test}.bc.ner``, in the folder or its subfolder
     ``ontonotes``.
 
@@ -53,7 +55,8 @@ class NER(Suite):
     name: ClassVar[str] = "ner"
     layout: ClassVar[str] = (
         "{set}/{{train,dev,test}}.conll, {set}/{{train,dev,test}}.json, {set}/{{eng.train,eng.testa,"
-        "eng.testb}}, or for a set onto-<genre> onto.{{train,development,test}}.<genre>.ner"
+        "eng.testb}}, or for a set onto-<genre> onto.{{train,development,test}}.<genre>.ner, or for the set twitter "
+        "annotated.twitter-ner-20-21-tweet-{{train,dev,test}}-withcleaned.json"
     )
 
     def sets(self) -> tuple[str, ...]:
@@ -65,6 +68,8 @@ class NER(Suite):
             for folder in self.root.iterdir()
             if folder.is_dir() and any(self._file(folder.name, split) for split in SPLITS)
         }
+        if any(self._file(_TWITTER, split) for split in SPLITS):
+            names.add(_TWITTER)
         for split in _ONTONOTES.values():
             for folder in self._ontonotes():
                 for path in folder.glob(f"onto.{split}.*.ner"):
@@ -110,6 +115,9 @@ class NER(Suite):
             (folder / f"{split}.json", _read_objects),
             (folder / f"{split}.jsonl", _read_objects),
         ]
+        if set_name == _TWITTER:
+            name = f"annotated.twitter-ner-20-21-tweet-{split}-withcleaned.json"
+            choices += [(place / name, _read_objects) for place in (folder, folder.parent)]
         if set_name.startswith(_GENRES):
             name = f"onto.{_ONTONOTES[split]}.{set_name.removeprefix(_GENRES)}.ner"
             choices += [(place / name, _read_conll) for place in self._ontonotes()]

@@ -36,6 +36,8 @@ class Suite(ABC):
     name: ClassVar[str]
     #: What the folder must look like, for messages; ``{set}`` stands for a data set's name.
     layout: ClassVar[str]
+    #: Options that change how outputs are judged, and neither the rows nor what a model is trained on.
+    scoring: ClassVar[frozenset[str]] = frozenset()
 
     @abstractmethod
     def sets(self) -> tuple[str, ...]:
@@ -73,6 +75,10 @@ class Suite(ABC):
         """
         return None
 
+    def remarks(self, set_name: str) -> list[str]:
+        """What a reader of a data set should know, such as files that are there and not read."""
+        return []
+
     def check(self, set_name: str, split: str) -> None:
         """Refuse a data set or split that cannot be read.
 
@@ -86,13 +92,17 @@ class Suite(ABC):
                 f"there is no split {split!r}", where=set_name, mend=did_you_mean(split, (*SPLITS, ALL))
             )
 
-    def missing(self, set_name: str) -> DataError:
-        """The error for a data set that is not there: what is expected, and what is there instead."""
+    def missing(self, *names: str) -> DataError:
+        """The error for data sets that are not there: what is expected, and what is there instead."""
         there = ", ".join(self.sets()) if self.root is not None and self.root.is_dir() else "no such folder"
+        listed = ", ".join(map(repr, names))
+        none = f"there is no data set {listed}" if len(names) == 1 else f"there are no data sets {listed}"
+        like = "" if len(names) == 1 else f", {names[0]} for one"
         return DataError(
-            f"there is no data set {set_name!r} of the suite {self.name} (found: {there or 'nothing'})",
+            f"{none} of the suite {self.name} (found: {there or 'nothing'})",
             where=self.root,
-            mend=f"put it there; expected files:\n{self.layout.format(set=set_name)}",
+            mend=f"put {'it' if len(names) == 1 else 'them'} there; expected files{like}:\n"
+            f"{self.layout.format(set=names[0])}",
         )
 
 

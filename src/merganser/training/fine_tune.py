@@ -66,6 +66,8 @@ def train(
     columns: GivenColumns = None,
     head_seed: int | None = None,
     work: str | Path | None = None,
+    device: str = "auto",
+    allow_pickle: bool = False,
     overwrite: bool = False,
     on_step: OnStep | None = None,
 ) -> Trained:
@@ -90,6 +92,8 @@ def train(
         head_seed: of a new head; by default ``seed``.
         work: a folder for checkpoints after each epoch, from which the same training, killed, goes on to the
             same weights. What it holds of another training is removed; it is removed at the end.
+        device: ``cpu``, ``cuda``, or ``auto`` for a GPU where there is one.
+        allow_pickle: accept a base whose weights are pickled (read with ``weights_only``).
         overwrite: replace an existing output.
         on_step: called with (steps done, steps in all); without it there is a progress bar on standard error.
 
@@ -112,6 +116,7 @@ def train(
             metric=metric,
             columns=columns,
             check=partial(_save_tokenizer, temporary),
+            allow_pickle=allow_pickle,
         )
         start, drawn = prepared.start, seed if head_seed is None else head_seed
         scratch, resume = temporary / _SCRATCH, None
@@ -119,7 +124,7 @@ def train(
             scratch = Path(work)
             key = fingerprint([(start, rows, dev)], settings, (seed, drawn, metric, str(columns)))
             resume = take_up(scratch, key)
-        model = load_start(start, drawn, resume)
+        model = load_start(start, drawn, resume, allow_pickle=allow_pickle)
         saved_cache = _use_cache(model)
         run = Run(
             name=output.name,
@@ -132,6 +137,7 @@ def train(
             whole=work is not None,
             resume=resume,
             loss=prepared.loss,
+            device=device,
             on_step=on_step,
         )
         ran = run_trainer(run, model, Examples(prepared.features), prepared.collate)

@@ -58,7 +58,9 @@ class Start:
     tokenizer: Any
 
 
-def open_start(base: str | Path, task: Task, labels: Sequence[str] = ()) -> Start:
+def open_start(
+    base: str | Path, task: Task, labels: Sequence[str] = (), *, allow_pickle: bool = False
+) -> Start:
     """Find out, from the headers alone, what a training of ``task`` starts from.
 
     Args:
@@ -66,6 +68,7 @@ def open_start(base: str | Path, task: Task, labels: Sequence[str] = ()) -> Star
         task: see :mod:`merganser.tasks`.
         labels: the head's outputs in order. A base that has the task's head and these labels keeps its head;
             no labels mean those of the base's own head.
+        allow_pickle: accept a base whose weights are pickled (read with ``weights_only``).
 
     Raises:
         CheckpointError: the base cannot be used.
@@ -76,7 +79,7 @@ def open_start(base: str | Path, task: Task, labels: Sequence[str] = ()) -> Star
         raise UserError(
             f"{task.name} has nothing to learn", where="task", mend="choose a task with labels or targets"
         )
-    opened = open_model(base)
+    opened = open_model(base, allow_pickle=allow_pickle)
     config = dict(opened.config)
     if task.problem not in PROBLEM_TYPES:
         task.check_head(opened)
@@ -107,7 +110,7 @@ def _check_labels(labels: Sequence[str], task: Task) -> None:
         )
 
 
-def load_start(start: Start, seed: int, folder: Path | None = None) -> Any:
+def load_start(start: Start, seed: int, folder: Path | None = None, *, allow_pickle: bool = False) -> Any:
     """The model in float32, a new head drawn from ``seed``; the global random state is seeded.
 
     The draws depend on the architecture and the labels only, not on what head the base had before.
@@ -116,6 +119,7 @@ def load_start(start: Start, seed: int, folder: Path | None = None) -> Any:
         start: what :func:`open_start` returned.
         seed: of what is not in the base.
         folder: load this checkpoint of an earlier training instead of the base.
+        allow_pickle: accept a base whose weights are pickled.
 
     Raises:
         CheckpointError: weights that do not fit the architecture.
@@ -124,7 +128,9 @@ def load_start(start: Start, seed: int, folder: Path | None = None) -> Any:
     task, opened = start.task, start.opened
     if task.problem not in PROBLEM_TYPES:
         source = opened if folder is None else open_model(folder)
-        return load_model(source, task.model_class(source.config), complete=task.complete)
+        return load_model(
+            source, task.model_class(source.config), complete=task.complete, allow_pickle=allow_pickle
+        )
     opened.checkpoint.fetch()
     place = opened.root / opened.subfolder if folder is None else folder
     try:
@@ -133,7 +139,8 @@ def load_start(start: Start, seed: int, folder: Path | None = None) -> Any:
             config.id2label = dict(enumerate(start.labels))
             config.label2id = {name: index for index, name in enumerate(start.labels)}
             config.problem_type = start.config["problem_type"]
-            model = _load_head(start, config, place, keep=start.keeps_head or folder is not None)
+            keep = start.keeps_head or folder is not None
+            model = _load_head(start, config, place, keep=keep, allow_pickle=allow_pickle)
     except CheckpointError:
         raise
     except Exception as error:  # whatever damaged weights or a stranger's configuration provoke
@@ -146,7 +153,7 @@ def load_start(start: Start, seed: int, folder: Path | None = None) -> Any:
     return model
 
 
-def _load_head(start: Start, config: Any, place: Path, *, keep: bool) -> nn.Module:
+def _load_head(start: Start, config: Any, place: Path, *, keep: bool, allow_pickle: bool) -> nn.Module:
     """The architecture with the task's head; where it is not to be kept, the base's own head is left out."""
     auto_class = start.task.model_class(start.config)
     checkpoint = start.opened.checkpoint
@@ -166,6 +173,6 @@ def _load_head(start: Start, config: Any, place: Path, *, keep: bool) -> nn.Modu
         dtype=torch.float32,
         local_files_only=True,
         trust_remote_code=False,
-        use_safetensors=True,
+        use_safetensors=None if allow_pickle else True,
     )
     return loaded

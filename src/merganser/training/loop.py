@@ -42,6 +42,7 @@ class Run:
         whole: keep in ``scratch`` after each epoch all that a killed run needs to go on.
         resume: such a checkpoint to go on from.
         loss: instead of the model's own.
+        device: ``cpu``, ``cuda``, or ``auto`` for a GPU where there is one.
         on_step: instead of a progress bar.
     """
 
@@ -55,6 +56,7 @@ class Run:
     whole: bool = False
     resume: Path | None = None
     loss: Loss | None = None
+    device: str = "auto"
     on_step: OnStep | None = None
 
 
@@ -133,10 +135,11 @@ def run_trainer(
         max_steps=settings.max_steps or -1,
         learning_rate=settings.learning_rate,
         lr_scheduler_type=settings.schedule,
-        warmup_steps=settings.warmup,
+        warmup_steps=_warmup(settings, len(examples)),  # type: ignore[arg-type]
         weight_decay=settings.weight_decay,
         per_device_train_batch_size=settings.batch_size,
         seed=run.seed,
+        use_cpu=run.device == "cpu",
         train_sampling_strategy="group_by_length" if settings.batching == "by-length" else "random",
         eval_strategy="no" if run.score is None else "epoch",
         save_strategy="epoch" if run.whole else "best" if best else "no",
@@ -168,6 +171,12 @@ def run_trainer(
         trainer.train(resume_from_checkpoint=None if run.resume is None else str(run.resume.absolute()))
     model.to("cpu")
     return _ran(run, trainer.state.log_history, trainer.state.best_global_step if best else None)
+
+
+def _warmup(settings: TrainingSettings, examples: int) -> float:
+    """The share of the steps that warms up; none where all of them would, and no step were left to fall."""
+    steps = settings.max_steps or math.ceil(math.ceil(examples / settings.batch_size) * settings.epochs)
+    return settings.warmup if math.ceil(steps * settings.warmup) < steps else 0
 
 
 def _finished(run: Run, best: bool) -> Ran | None:

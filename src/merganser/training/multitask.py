@@ -89,6 +89,8 @@ def train_multitask(
     head_seed: int | None = None,
     starts: Mapping[str, str | Path] | None = None,
     work: str | Path | None = None,
+    device: str = "auto",
+    allow_pickle: bool = False,
     overwrite: bool = False,
     on_step: OnStep | None = None,
 ) -> TrainedParts:
@@ -107,6 +109,8 @@ def train_multitask(
         starts: for each part a model folder to start from instead of ``base``: their encoders are the same
             and their heads are kept, as in a merge that left the heads apart.
         work: a folder for checkpoints after each epoch, see :func:`merganser.training.train`.
+        device: ``cpu``, ``cuda``, or ``auto`` for a GPU where there is one.
+        allow_pickle: accept a base whose weights are pickled (read with ``weights_only``).
         overwrite: replace an existing output.
         on_step: called with (steps done, steps in all); without it there is a progress bar on standard error.
 
@@ -132,6 +136,7 @@ def train_multitask(
                 metric=part.metric,
                 columns=part.columns,
                 check=partial(_save_tokenizer, temporary if shared else temporary / part.name),
+                allow_pickle=allow_pickle,
             )
             for part, source in zip(parts, sources, strict=True)
         ]
@@ -159,12 +164,12 @@ def train_multitask(
             resume = take_up(scratch, key)
         network: nn.Module
         if shared:
-            model = load_start(prepared[0].start, drawn, resume)
+            model = load_start(prepared[0].start, drawn, resume, allow_pickle=allow_pickle)
             network, models, names = model, [model] * len(parts), [""]
         else:
             names = [part.name for part in parts]
             models = [
-                load_start(item.start, drawn, resume and resume / name)
+                load_start(item.start, drawn, resume and resume / name, allow_pickle=allow_pickle)
                 for item, name in zip(prepared, names, strict=True)
             ]
             _share_encoder(models, names, same=bool(starts))
@@ -180,6 +185,7 @@ def train_multitask(
             save=partial(_save, models[: len(names)], caches, names),
             score=partial(_score, prepared, models, settings) if scored else None,
             loss=_shared_loss(prepared, settings) if shared else None,
+            device=device,
             on_step=on_step,
         )
         data: ConcatDataset[dict[str, Any]] = ConcatDataset(

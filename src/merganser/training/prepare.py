@@ -97,6 +97,7 @@ def prepare(
     metric: str | None = None,
     columns: GivenColumns = None,
     check: Callable[[Start], None] | None = None,
+    allow_pickle: bool = False,
 ) -> Prepared:
     """Check and tokenise the data of a task.
 
@@ -110,13 +111,14 @@ def prepare(
         metric: what counts on them; by default the task's key metric.
         columns: what is not given is found by its usual name.
         check: called before anything is tokenised (tokenising may change the tokenizer's state).
+        allow_pickle: accept a base whose weights are pickled.
 
     Raises:
         UserError: any mistake in the base, the labels, the data or the settings.
     """
     if not len(rows):
         raise DataError("there are no rows to train on", where=rows.source, mend="give at least one row")
-    start = open_start(base, task, labels)
+    start = open_start(base, task, labels, allow_pickle=allow_pickle)
     space, given = task.space(start.config), Columns.of(columns)
     found = task.columns(rows, given)
     references = task.references(rows, found, space)

@@ -7,15 +7,19 @@ defaults("bert", "glue").model_copy(update={"epochs": 1})
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from merganser.errors import UserError
+from merganser.errors import UserError, did_you_mean, raise_all
 
 Schedule = Literal["linear", "polynomial"]
 Reweight = Literal["none", "sqrt-inverse"]
 Batching = Literal["shuffled", "by-length"]
+
+#: Where transformers' polynomial schedule ends; it takes no rate that is not above it.
+POLYNOMIAL_END = 1e-7
 
 
 class TrainingSettings(BaseModel):
@@ -51,19 +55,59 @@ class TrainingSettings(BaseModel):
     best_epoch: bool = False
     batching: Batching = "shuffled"
 
+    @model_validator(mode="after")
+    def _falls(self) -> TrainingSettings:
+        if self.schedule == "polynomial" and self.learning_rate <= POLYNOMIAL_END:
+            raise ValueError(
+                f"the polynomial schedule falls to {POLYNOMIAL_END:g}, so that a learning_rate of "
+                f"{self.learning_rate:g} cannot fall: give a higher one, or schedule: linear"
+            )
+        return self
 
-def make_settings(**values: Any) -> TrainingSettings:
+
+def make_settings(where: str = "training", /, **values: Any) -> TrainingSettings:
     """Settings from what a user gave.
 
+    Args:
+        where: the place of the values in a configuration, for messages.
+        values: hyper-parameters by name.
+
     Raises:
-        UserError: an unknown name, or a value that is out of its range.
+        UserError: unknown names and values out of their range, all at once.
     """
     try:
         return TrainingSettings(**values)
     except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"]) or "training settings"
-        raise UserError(f"{name}: {first['msg']}", where=name, mend="give another value") from None
+        problems: list[UserError] = []
+        for entry in error.errors():
+            name = ".".join(str(part) for part in entry["loc"])
+            what, mend = entry["msg"].removeprefix("Value error, "), "give another value"
+            if entry["type"] == "extra_forbidden":
+                what, mend = (
+                    "there is no such hyper-parameter",
+                    did_you_mean(name, TrainingSettings.model_fields),
+                )
+            problems.append(UserError(f"{name}: {what}" if name else what, where=where, mend=mend))
+        raise_all(problems)
+        raise  # not reached
+
+
+def with_changes(
+    settings: TrainingSettings, *layers: Mapping[str, Any], where: str = "training"
+) -> TrainingSettings:
+    """Settings with a user's changes, each layer over those before it.
+
+    Epochs that a layer names beat a ``max_steps`` of what lies below it, such as the published one.
+
+    Raises:
+        UserError: see :func:`make_settings`.
+    """
+    values = settings.model_dump()
+    for layer in layers:
+        if layer.get("epochs") is not None:
+            values["max_steps"] = None
+        values.update(layer)
+    return make_settings(where, **values)
 
 
 _LONG = {"epochs": 20, "schedule": "polynomial", "warmup": 0.06, "best_epoch": True}

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from merganser.errors import RecipeError, UserError
+from merganser.experiments.grid.cells import expand
 from merganser.experiments.grid.loading import fill, load_config, merge_values, number_of
 
 WHOLE: dict[str, Any] = {
@@ -79,6 +80,56 @@ def test_a_template_without_a_value_names_key_and_template(tmp_path):
     assert "seeds[0]" in said and "did you mean 'sead'" in said and "one.yaml" in said
 
 
+def test_a_template_that_no_file_uses_is_an_error_with_the_nearest_name(tmp_path):
+    path = write(tmp_path, "one.yaml", {**WHOLE, "templates": {"resources": "r", "seed": 1}})
+    assert load_config([path], templates={"seed": "2"}).seeds == (2,)
+    with pytest.raises(UserError, match=r"(?s)resource=.* changes nothing.*did you mean 'resources'"):
+        load_config([path], templates={"resource": "x"})
+    fixed = write(tmp_path, "two.yaml", {**WHOLE, "seeds": [1, 2], "templates": {"resources": "r"}})
+    with pytest.raises(UserError, match=r"(?s)seed=.* changes nothing.*Valid: resources"):
+        load_config([fixed], templates={"seed": "1"})
+
+
+def test_a_template_s_value_may_name_another_template(tmp_path):
+    values = {**WHOLE, "seeds": [1], "templates": {"resources": "{home}/r", "home": "here"}}
+    path = write(tmp_path, "one.yaml", values)
+    assert load_config([path]).suite.root == "here/r/emotion_splits"
+    assert load_config([path], templates={"home": "there"}).suite.root == "there/r/emotion_splits"
+
+
+def test_contributors_of_a_later_file_replace_those_of_an_earlier_one(tmp_path):
+    one = write(tmp_path, "one.yaml", {**WHOLE, "seeds": [1], "templates": {"resources": "r"}})
+    mapping = write(
+        tmp_path, "two.yaml", {"contributors": {"mine": {"set": "smile"}, "model0": {"set": "tec"}}}
+    )
+    listed = write(tmp_path, "three.yaml", {"contributors": ["smile", "tec"]})
+    assert list(load_config([one, mapping]).contributors) == ["mine", "model0"]
+    assert load_config([one, mapping]).set_of("model0") == "tec"
+    assert list(load_config([one, listed]).contributors) == ["smile", "tec"]
+    assert list(load_config([listed, one]).contributors) == ["model0", "model1"]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("yes", "yes"), ("no", "no"), ("maybe", "maybe"), ("'no'", "no")]
+)
+def test_yes_and_no_of_the_zoo_need_no_quotes(tmp_path, text, value):
+    path = write(tmp_path, "one.yaml", {**WHOLE, "seeds": [1], "templates": {"resources": "r"}})
+    own = write(tmp_path, "own.yaml", f"default_model_args: {{load_from_zoo: {text}}}\n")
+    config = load_config([path, own])
+    assert {args.load_from_zoo for args in config.contributors.values()} == {value}
+
+
+def test_a_filtered_contributor_keeps_its_seeds(tmp_path):
+    """PAPER: model i is trained from seed ((g + i − 2) mod n) + 1, i counted among all models."""
+    people = {f"model{n}": {"set": f"set{n}"} for n in range(5)}
+    values = {**WHOLE, "contributors": people, "heads": ["different"], "seeds": [1, 2, 3, 4, 5]}
+    path = write(tmp_path, "one.yaml", {**values, "templates": {"resources": "r"}})
+    whole = {cell for cell in expand(load_config([path])) if cell.kind == "merge"}
+    for keep in (["model1", "model3"], ["model3", "model1"]):
+        some = [cell for cell in expand(load_config([path], keep=keep)) if cell.kind == "merge"]
+        assert len(some) == 5 and set(some) <= whole
+
+
 def test_filter_keeps_contributors_in_the_given_order_and_refuses_unknown_ones(tmp_path):
     path = write(tmp_path, "one.yaml", {**WHOLE, "seeds": [1], "templates": {"resources": "r"}})
     config = load_config([path], keep=["model1", "model0"])
@@ -112,6 +163,16 @@ def test_contributors_inherit_default_model_args(tmp_path):
         ({"methods": ["simple", "simple"]}, "two methods are called 'simple'"),
         ({"layout": "greedy", "order": ["model0"]}, "order must name every contributor"),
         ({"heads": ["different"]}, "at least two seeds"),
+        (
+            {"heads": "separate", "comparators": ["ensemble"]},
+            "ensemble averages outputs of one task.*individual",
+        ),
+        ({"heads": ["same", "separate"], "comparators": ["ensemble"]}, "leave ensemble out of comparators"),
+        (
+            {"heads": "separate", "tests": {"out_of_domain": ["ssec"]}},
+            "no head is made for tests.out_of_domain",
+        ),
+        ({"heads": "separate", "layout": "partitions"}, "share its labels"),
         ({"seeds": [1, 1]}, "a seed is given twice"),
         ({"contributors": {"model0": {"sets": "x"}, "model1": {}}}, "unknown key 'contributors.model0.sets'"),
         ({"pretrained": {"model": "m"}}, "pretrained.title' is missing"),

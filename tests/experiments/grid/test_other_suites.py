@@ -102,7 +102,7 @@ def test_ones_own_files_with_different_labels(tmp_path: Path, save_ready: Callab
 
 def test_the_real_corpora_are_read_as_the_small_configurations_say(resources: Path) -> None:
     from merganser.experiments.grid.loading import load_config
-    from merganser.experiments.grid.run import plan_experiment
+    from merganser.experiments.grid.planning import plan_experiment
 
     folder = Path(__file__).parents[3] / "experiments" / "small"
     for path in (path for path in sorted(folder.glob("*.yaml")) if "layout:" in path.read_text()):

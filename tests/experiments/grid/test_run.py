@@ -16,7 +16,8 @@ from merganser.errors import DataError, UserError
 from merganser.experiments.grid.cells import expand
 from merganser.experiments.grid.config import ExperimentConfig
 from merganser.experiments.grid.models import Models
-from merganser.experiments.grid.run import plan_experiment, run_experiment
+from merganser.experiments.grid.planning import plan_experiment
+from merganser.experiments.grid.run import run_experiment
 from merganser.experiments.zoo import Zoo
 from merganser.tasks.models import load_model, load_tokenizer, open_model
 
@@ -200,7 +201,7 @@ def test_a_results_folder_of_another_version_is_left_alone(tmp_path: Path, trial
 
 def test_rows_of_pairs_do_not_overwrite_each_other(trial: Trial, tmp_path: Path) -> None:
     """Mistake 7, second half: every cell has a name of its own."""
-    from merganser.experiments.grid.run import cell_id
+    from merganser.experiments.grid.identity import cell_id
 
     config = trial(heads=["same", "different"], layout="pairs")
     models = Models(config, Zoo(tmp_path / "zoo"))

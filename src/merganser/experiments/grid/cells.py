@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from typing import Any, Literal
 
-from merganser.experiments.grid.config import ExperimentConfig, Heads, MethodConfig
+from merganser.experiments.grid.config import ExperimentConfig, Heads
 
 Kind = Literal["merge", "individual", "ensemble", "multitask"]
 TITLES: dict[str, str] = {"individual": "Individual", "ensemble": "Ensemble", "multitask": "Multi-task"}
@@ -96,15 +96,14 @@ def expand(config: ExperimentConfig, order: Sequence[str] | None = None) -> list
     """
     if config.order != "computed":
         order = config.order
-    names = list(config.contributors)
     cells: list[Cell] = []
     for heads in config.heads:
         for seed in config.seeds:
             specs = {
-                name: ModelSpec(name, config.set_of(name), generator_seed(i, seed, config.seeds, heads))
-                for i, name in enumerate(names)
+                name: ModelSpec(name, config.set_of(name), generator_seed(place, seed, config.seeds, heads))
+                for name, place in config.ordered.items()
             }
-            for group in _groups(config, specs, list(order or names), seed):
+            for group in _groups(config, specs, list(order or specs), seed):
                 cells += _cells(config, group, heads, seed)
     return list(dict.fromkeys(cells))
 
@@ -148,15 +147,10 @@ def _cells(config: ExperimentConfig, group: tuple[ModelSpec, ...], heads: Heads,
         yield Cell("merge", method.key, group, heads, seed)
 
 
-def method_of(config: ExperimentConfig, key: str) -> MethodConfig:
-    """The method of a merge cell."""
-    return next(method for method in config.methods if method.key == key)
-
-
 def title_of(config: ExperimentConfig, cell: Cell) -> str:
     """What tables call the cell's line."""
     if cell.kind != "merge":
         return TITLES[cell.kind]
-    method = method_of(config, cell.method)
+    method = config.method(cell.method)
     suffix = "".join([", searched" if method.search else "", ", fine-tuned" if method.finetune else ""])
     return method.title or METHOD_TITLES.get(method.method, method.method) + suffix

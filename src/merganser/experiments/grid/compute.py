@@ -16,9 +16,9 @@ import transformers
 
 from merganser.checkpoints import open_checkpoint
 from merganser.errors import UserError
-from merganser.experiments.grid.cells import Cell, ModelSpec, method_of, title_of
+from merganser.experiments.grid.cells import Cell, ModelSpec, title_of
 from merganser.experiments.grid.config import ExperimentConfig, MethodConfig
-from merganser.experiments.grid.models import Models, base_sha256, folder_name
+from merganser.experiments.grid.models import Models, folder_name
 from merganser.experiments.grid.search import candidates
 from merganser.experiments.zoo import Entry
 from merganser.merging import Contributor, merge
@@ -61,10 +61,10 @@ def compute(models: Models, cell: Cell, cell_id: str, sums: Path | None = None) 
         found = [_ensemble(models, cell, entries, name, split) for name, split, _ in tests]
     elif cell.kind == "multitask":
         entries = [models.multitask(cell)]
-        found = [models.prediction(entries[0], *test[:2], _head_of(models, cell, test[0])) for test in tests]
+        found = [models.prediction(entries[0], *test[:2], _head_of(cell, test[0])) for test in tests]
     else:
-        method = method_of(models.config, cell.method)
-        used = METHOD_STATISTICS.get(method.method, "")
+        method = models.config.method(cell.method)
+        used = statistics_of(models.config, cell)
         found, chosen, tensors = _merged(models, cell, method, tests, sums)
     scores = {
         name: {"domain": domain, **score(models, name, split, prediction, cell.contributors)}
@@ -86,13 +86,14 @@ def compute(models: Models, cell: Cell, cell_id: str, sums: Path | None = None) 
         "method": cell.method,
         "title": title_of(models.config, cell),
         "contributors": [spec.name for spec in cell.contributors],
+        "sets": [spec.set for spec in cell.contributors],
         "seed": cell.seed,
         "heads": cell.heads,
         "scores": scores,
         "average": average,
         "chosen": chosen,
         "provenance": {
-            "base": base_sha256(models.config.pretrained.model),
+            "base": models.base if cell.kind == "multitask" or _trained(models, cell) else None,
             "contributors": _provenance(models, cell, entries, used),
             "data": {f"{name}[{split}]": models.data.digest(name, split) for name, split, _ in tests},
             "tensors": tensors,
@@ -116,13 +117,18 @@ METHOD_STATISTICS = {
 }
 
 
+def statistics_of(config: ExperimentConfig, cell: Cell) -> str:
+    """The kind of statistics that a cell wants of each contributor; empty for none."""
+    return METHOD_STATISTICS.get(config.method(cell.method).method, "") if cell.kind == "merge" else ""
+
+
 def scored_on(config: ExperimentConfig, cell: Cell) -> list[Test]:
     """What a cell is scored on: its contributors' tests, the out-of-domain sets, and for a single model also
     the other contributors' tests where it has their labels."""
     own = list(dict.fromkeys(spec.set for spec in cell.contributors))
     tests: list[Test] = [(name, TEST, IN) for name in own]
     tests += [(name, config.tests.out_split, OUT) for name in config.tests.out_of_domain if name not in own]
-    if cell.kind == "individual" and config.layout in ("greedy", "all") and "separate" not in config.heads:
+    if cell.kind == "individual" and config.layout in ("greedy", "all") and cell.heads != "separate":
         others = dict.fromkeys(config.set_of(name) for name in config.contributors)
         tests += [(name, TEST, OTHER) for name in others if name not in own]
     return tests
@@ -168,9 +174,14 @@ def _ensemble(models: Models, cell: Cell, entries: Sequence[Entry], set_name: st
     return Prediction(joint, max(p.truncated for p in parts), min(p.max_length for p in parts))
 
 
-def _head_of(models: Models, cell: Cell, set_name: str) -> str:
+def _trained(models: Models, cell: Cell) -> bool:
+    """Whether any contributor of a cell was made from the pretrained model rather than given."""
+    return any(models.args(spec).checkpoint is None for spec in cell.contributors)
+
+
+def _head_of(cell: Cell, set_name: str) -> str:
     """The sub-folder of a multi-task model that answers for a data set."""
-    if "separate" not in models.config.heads:
+    if cell.heads != "separate":
         return ""
     return folder_name(next(spec.name for spec in cell.contributors if spec.set == set_name))
 
@@ -210,7 +221,7 @@ def merge_cell(
     sums: Path | None = None,
 ) -> Path:
     """Merge a cell's contributors into ``output``."""
-    wanted = METHOD_STATISTICS.get(method.method)
+    wanted = statistics_of(models.config, cell)
     people = [
         Contributor(
             model=str(models.model(spec).path),
@@ -233,6 +244,8 @@ def merge_cell(
         options=method.options,
         overwrite=True,
         sums=sums if method.method == "regmean" and method.search is None else None,
+        device=models.device,
+        allow_pickle=models.allow_pickle,
         **separate,
     )
 
@@ -281,8 +294,6 @@ def _finetuned(
     """Train the merged model a little on a sample of every contributor's training data."""
     assert method.finetune is not None
     shared = cell.heads != "separate"
-    changes = {**models.settings().model_dump(), "best_epoch": False, **method.finetune.training}
-    settings = type(models.settings()).model_validate(changes)
     parts = [
         models.part(spec, sample(models.rows(spec), method.finetune.examples, cell.seed))
         for spec in cell.contributors
@@ -294,9 +305,10 @@ def _finetuned(
         parts,
         shared=shared,
         output=output,
-        settings=settings,
+        settings=models.tuned(method.finetune),
         seed=cell.seed,
         starts=None if shared else starts,
+        device=models.config.resources.device,
     )
     if shared:
         return {spec.set: str(output) for spec in cell.contributors}
@@ -321,19 +333,21 @@ def _provenance(models: Models, cell: Cell, entries: Sequence[Entry], used: str)
     if cell.kind == "multitask":
         entry = entries[0]
         named = "+".join(spec.name for spec in cell.contributors)
-        return [_facts_of(entry, named, cell.seed, None)]
+        examples = sum(len(models.rows(spec)) for spec in cell.contributors)
+        return [_facts_of(entry, named, cell.seed, None, examples)]
     return [
         _facts_of(
             entry,
             spec.name,
             spec.seed,
             Statistics.open(models.statistics(spec, used)).sha256() if used else None,
+            len(models.rows(spec)),
         )
         for spec, entry in zip(cell.contributors, entries, strict=True)
     ]
 
 
-def _facts_of(entry: Entry, name: str, seed: int, statistics: str | None) -> dict[str, Any]:
+def _facts_of(entry: Entry, name: str, seed: int, statistics: str | None, examples: int) -> dict[str, Any]:
     return {
         "name": name,
         "zoo": entry.id,
@@ -341,6 +355,7 @@ def _facts_of(entry: Entry, name: str, seed: int, statistics: str | None) -> dic
         "weights": entry.facts.get("weights"),
         "statistics": statistics,
         "score": entry.facts.get("score"),
+        "examples": examples,
     }
 
 

@@ -33,7 +33,11 @@ class SuiteConfig(_Frozen):
     """Which data: a suite, where it lies, and how much of it."""
 
     name: str = Field(description=f"one of {', '.join(SUITES)}")
-    root: str | None = Field(default=None, description="the folder that holds the data sets")
+    root: str | None = Field(
+        default=None,
+        description="the folder that holds the data sets; 'hub' or null: through the datasets library, where the "
+        "suite can (GLUE)",
+    )
     options: dict[str, Any] = Field(default_factory=dict, description="of the suite")
     limits: Limits = Limits()
     sample_seed: int = Field(
@@ -47,11 +51,16 @@ class SuiteConfig(_Frozen):
             raise ValueError(f"unknown suite {name!r}. {did_you_mean(name, SUITES)}")
         return name
 
+    @field_validator("root")
+    @classmethod
+    def _hub(cls, root: str | None) -> str | None:
+        return None if root == "hub" else root
+
 
 class Pretrained(_Frozen):
     """The model that every contributor starts from."""
 
-    model: str = Field(description="a folder or org/name@revision")
+    model: str = Field(description="a folder, org/name@revision, or the name of a folder in resources_dir")
     title: str = Field(description="what tables call it")
     architecture: str | None = Field(
         default=None,
@@ -82,11 +91,25 @@ class ModelArgs(_Frozen):
         default=None, description="a fine-tuned model to take instead of training one"
     )
     load_from_zoo: Literal["maybe", "yes", "no"] = Field(
-        default="maybe", description="maybe: train if absent; yes: fail if absent; no: pass over zoo_filter"
+        default="maybe",
+        description="maybe: train where the zoo has none; yes: fail where it has none; no: train anew, once for these "
+        "results",
     )
     zoo_filter: dict[str, Any] = Field(
-        default_factory=dict, description="take the zoo's model of this data set with these entries"
+        default_factory=dict,
+        description="take the zoo's newest model of this base, data set and seed with these entries in its key",
     )
+    place: int | None = Field(
+        default=None,
+        ge=0,
+        description="its number among all contributors, from 0, which its seed depends on; --filter-model keeps it",
+    )
+
+    @field_validator("load_from_zoo", mode="before")
+    @classmethod
+    def _unquoted(cls, value: Any) -> Any:
+        """YAML reads an unquoted yes or no as a boolean."""
+        return {True: "yes", False: "no"}[value] if isinstance(value, bool) else value
 
 
 class Search(_Frozen):
@@ -158,6 +181,10 @@ class Partitions(_Frozen):
 class Resources(_Frozen):
     """What an engine reserves for each job."""
 
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto",
+        description="of training, statistics, merges and predictions; auto: a GPU where there is one",
+    )
     cpus: float = Field(default=1, gt=0)
     gpus: float = Field(default=0, ge=0)
     memory: str | None = Field(
@@ -186,6 +213,10 @@ class ExperimentConfig(_Frozen):
     description: str = ""
     suite: SuiteConfig
     pretrained: Pretrained
+    resources_dir: str | None = Field(
+        default=None, description="a folder in which pretrained models are looked for by their names"
+    )
+    local_zoo_dir: str | None = Field(default=None, description="the zoo, where --zoo names none")
     training: dict[str, Any] = Field(
         default_factory=dict, description="hyper-parameters that differ from the published ones"
     )
@@ -236,7 +267,24 @@ class ExperimentConfig(_Frozen):
             raise ValueError("a seed is given twice")
         if "different" in self.heads and len(self.seeds) < 2:
             raise ValueError("different heads are those of other seeds: give at least two seeds")
+        if "separate" in self.heads:
+            self._check_separate()
         return self
+
+    def _check_separate(self) -> None:
+        """Refuse what has no meaning where each contributor's task has a head of its own."""
+        if "ensemble" in self.comparators:
+            raise ValueError(
+                "an ensemble averages outputs of one task, and with heads: separate each contributor has a task of its "
+                "own: leave ensemble out of comparators (individual scores each model by its own head)"
+            )
+        if self.tests.out_of_domain:
+            raise ValueError(
+                "with heads: separate no head is made for tests.out_of_domain: leave these tests out, or give "
+                "heads: same"
+            )
+        if self.layout == "partitions":
+            raise ValueError("the parts of one data set share its labels: give heads: same")
 
     def remarks(self) -> list[str]:
         """What is allowed and may not be meant."""
@@ -251,6 +299,19 @@ class ExperimentConfig(_Frozen):
     def set_of(self, contributor: str) -> str:
         """The data set of a contributor."""
         return self.contributors[contributor].set or contributor
+
+    @property
+    def ordered(self) -> dict[str, int]:
+        """Contributors in the configuration's order, whatever order a filter names them in, with their places."""
+        places = {
+            name: number if args.place is None else args.place
+            for number, (name, args) in enumerate(self.contributors.items())
+        }
+        return dict(sorted(places.items(), key=lambda item: item[1]))
+
+    def method(self, key: str) -> MethodConfig:
+        """The method of a merge cell."""
+        return next(method for method in self.methods if method.key == key)
 
 
 def _inherit(defaults: dict[str, Any], given: Any) -> Any:
@@ -311,11 +372,20 @@ def _fields(place: tuple[int | str, ...]) -> list[str]:
 
 
 def localised(config: ExperimentConfig) -> ExperimentConfig:
-    """The configuration with absolute paths, for workers that stand in another folder."""
+    """The configuration with absolute paths, for workers that stand in another folder.
+
+    A pretrained model that is no folder is looked for in ``resources_dir`` by its name, with and without its
+    organisation: ``FacebookAI/roberta-base`` may be ``<resources_dir>/roberta-base``.
+    """
     suite, pretrained = config.suite, config.pretrained
     if suite.root is not None:
         suite = suite.model_copy(update={"root": str(Path(suite.root).expanduser().resolve())})
-    pretrained = pretrained.model_copy(update={"model": _absolute(pretrained.model)})
+    model = pretrained.model
+    if config.resources_dir is not None and not Path(model).expanduser().is_dir():
+        names = dict.fromkeys((model.partition("@")[0], Path(model.partition("@")[0]).name))
+        places = [Path(config.resources_dir).expanduser() / name for name in names]
+        model = next((str(place) for place in places if (place / "config.json").is_file()), model)
+    pretrained = pretrained.model_copy(update={"model": _absolute(model)})
     people = {
         name: args.model_copy(update={"checkpoint": args.checkpoint and _absolute(args.checkpoint)})
         for name, args in config.contributors.items()

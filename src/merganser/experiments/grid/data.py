@@ -29,6 +29,9 @@ class Data:
     def __init__(self, config: SuiteConfig) -> None:
         self.config = config
         self.suite: Suite = with_options(SUITES[config.name], config.root, config.options)
+        #: What models are trained by: options that only change the scores do not change the models.
+        kept = {name: value for name, value in config.options.items() if name not in self.suite.scoring}
+        self.training_suite: Suite = with_options(SUITES[config.name], config.root, kept)
         self._rows: dict[tuple[str, str], Rows] = {}
         self._digests: dict[tuple[str, str], str] = {}
 
@@ -52,8 +55,8 @@ class Data:
         return self._digests[set_name, split]
 
     def part(self, set_name: str, index: int, seed: int, partitions: Partitions) -> Rows:
-        """One part of a data set's training rows (PAPER: non-IID partition)."""
-        rows = self.suite.read(set_name, TRAIN)
+        """One part of a data set's training rows (PAPER: non-IID partition), of those that the limit leaves."""
+        rows = self.rows(set_name, TRAIN)
         task = self.suite.task(set_name)
         space = LabelSpace(self.suite.labels(set_name))
         truth = task.references(rows, task.columns(rows, Columns()), space)

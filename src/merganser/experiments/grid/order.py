@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,24 +19,34 @@ FILE_NAME = "order.json"
 
 def recorded_order(models: Models, folder: Path) -> list[str] | None:
     """The order that was computed before from the same models; None where there is none."""
-    try:
-        found = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))
-        return list(found["order"]) if found["models"] == _addresses(models) else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    wanted = _addresses(models)
+    return next((found["order"] for found in _recorded(folder).values() if found["models"] == wanted), None)
+
+
+def _recorded(folder: Path) -> dict[Path, dict[str, Any]]:
+    """The orders of this experiment's runs, which may be of some contributors only."""
+    found = {}
+    for path in sorted(folder.glob("order*.json")):
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            found[path] = {"order": list(values["order"]), "models": list(values["models"])}
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return found
 
 
 def _addresses(models: Models) -> list[str]:
     """Where the zoo keeps the models that an order is computed from."""
-    return sorted(models.zoo.id_of(models.key(spec)) for spec in models_of(expand(models.config)))
+    return sorted(models.address(spec) for spec in models_of(expand(models.config)))
 
 
 def compute_order(models: Models, folder: Path) -> list[str]:
     """The order of a greedy merge: by each individual model's mean score on the *other* contributors' development
-    data, over all seeds, the best first. No reported test is looked at. Written to ``order.json``.
+    data, over all seeds, the best first. No reported test is looked at. Written to ``order.json``, or beside it where
+    that is the order of other contributors.
     """
     config = models.config
-    names = list(config.contributors)
+    names = list(config.ordered)
     means: dict[str, float] = {}
     specs = models_of(expand(config))
     for name in names:
@@ -51,6 +62,8 @@ def compute_order(models: Models, folder: Path) -> list[str]:
     order = sorted(names, key=lambda name: (-means[name], name))
     by = "mean key score on the other contributors' development data"
     found = {"order": order, "by": by, "scores": means, "models": _addresses(models)}
-    text = json.dumps(found, indent=1) + "\n"
-    write_text(folder / FILE_NAME, text)
+    others = _recorded(folder).get(folder / FILE_NAME)
+    alike = others is None or set(others["order"]) == set(order)
+    name = FILE_NAME if alike else f"order-{models.zoo.id_of({'of': sorted(order)})[:8]}.json"
+    write_text(folder / name, json.dumps(found, indent=1) + "\n")
     return order

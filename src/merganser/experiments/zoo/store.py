@@ -246,6 +246,12 @@ class Zoo:
                 self._remote.send(_beside(path), f"{entry.id}/{name}{RECORD}")
         return path
 
+    def has(self, entry: Entry, name: str) -> bool:
+        """Whether a file beside the model is here, or where the zoo is; nothing is made or fetched."""
+        if self._folder.read(f"{entry.id}/{name}{RECORD}") is not None:
+            return True
+        return self._remote is not None and self._remote.read(f"{entry.id}/{name}{RECORD}") is not None
+
     def _attached(self, identity: str, name: str) -> FileRecord | None:
         """The record of a file beside the model that is here, compared by size."""
         path = self.root / identity / name
