@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -19,8 +21,6 @@ if TYPE_CHECKING:
 _ZOO = click.option(
     "--zoo", "url", help="Folder or URL of the zoo.  [default: $MERGANSER_ZOO or ~/.cache/merganser/zoo]"
 )
-#: Parts of a key that have a column of their own.
-_COLUMNS = ("suite", "set", "model", "seed")
 
 
 @click.group("zoo")
@@ -89,29 +89,24 @@ def _count_statistics(files: dict[str, int]) -> int:
 
 
 def _print(zoo: Zoo, entries: Sequence[Entry]) -> None:
-    from merganser.experiments.zoo.keys import flatten, show
+    from merganser.cli.zoo_listing import print_listing
 
-    leaves = [flatten(entry.key) for entry in entries]
-    columns = [name for name in _COLUMNS if any(name in leaf for leaf in leaves)]
-    models = {leaf.get("model") for leaf in leaves}
-    title = str(models.pop()) if len(entries) > 1 and len(models) == 1 and "model" in columns else ""
-    if title:  # the same everywhere: a heading, not a column
-        columns.remove("model")
     digits = _digits([entry.id for entry in entries])
-    rows = []
-    for entry, leaf in zip(entries, leaves, strict=True):
-        files = zoo.files(entry)
-        rows.append(
-            [
-                entry.id[:digits],
-                *(show(leaf[name]) if name in leaf else "" for name in columns),
-                "" if entry.score is None else f"{100 * entry.score:.1f}",
-                human_bytes(sum(files.values())),
-                str(_count_statistics(files)),
-                _age(entry.created),
-            ]
-        )
-    print_table(title, ["id", *columns, "score", "size", "stats", "age"], rows)
+    files = [zoo.files(entry) for entry in entries]
+    facts = {
+        "score": ["" if entry.score is None else f"{100 * entry.score:.1f}" for entry in entries],
+        "size": [human_bytes(sum(sizes.values())) for sizes in files],
+        "stats": [str(_count_statistics(sizes)) for sizes in files],
+        "age": [_age(entry.created) for entry in entries],
+    }
+    print_listing([entry.key for entry in entries], [entry.id[:digits] for entry in entries], facts, _width())
+
+
+def _width() -> int:
+    """Of the terminal, or what $COLUMNS says; 80 where the output goes elsewhere."""
+    if "COLUMNS" in os.environ or sys.stdout.isatty():
+        return shutil.get_terminal_size().columns
+    return 80
 
 
 def _digits(identities: Sequence[str]) -> int:
