@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from merganser.experiments.grid.planning import Plan, Planned
 
 _LISTS = {"--templates", "--filter-model"}
+MADE = ("multi-task models", "gram matrices", "fisher information")  # what is made beside models and cells
 _CONFIGS = {
     "--config",
     "--configs",
@@ -170,12 +171,11 @@ def _show_plan(name: str, plan: Plan, as_json: bool) -> None:
     for remark in plan.remarks:
         warn(remark)
     if as_json:
-        made = ("multi-task models", "gram matrices", "fisher information")
         summary = {group: [len(lines), sum(line.cached for line in lines)] for group, lines in groups.items()}
         values = {
             "experiment": name,
-            "plan": [_fields(line) for line in plan.lines if line.what not in made],
-            "also": [_fields(line) for line in plan.lines if line.what in made],
+            "plan": [_fields(line) for line in plan.lines if line.what not in MADE],
+            "also": [_fields(line) for line in plan.lines if line.what in MADE],
             "summary": {group: {"all": n, "cached": c} for group, (n, c) in summary.items()},
             "estimate": {"seconds": plan.estimate.seconds, "reason": plan.estimate.reason},
             "problems": [str(problem) for problem in plan.problems],
@@ -200,17 +200,16 @@ def _fields(line: Planned) -> dict[str, object]:
 
 def _told(plan: Plan) -> str:
     """The plan in one sentence, with the time that it takes."""
-    made = ("model", "multi-task models", "gram matrices", "fisher information")
-    models = [line for line in plan.lines if line.what in made[:2]]
-    cells = [line for line in plan.lines if line.what not in made]
-    train = sum(line.verb == "to train" and not line.cached for line in models)
+    from merganser.experiments.reporting.sections import duration
+
+    counted = []
+    for what, noun in (("model", "models"), ("multi-task models", "multi-task models")):
+        lines = [line for line in plan.lines if line.what == what]
+        train = sum(line.verb == "to train" and not line.cached for line in lines)
+        counted += [f"{len(lines)} {noun} ({train} to train)"] if lines else []
+    cells = [line for line in plan.lines if line.what not in ("model", *MADE)]
+    counted.append(f"{len(cells)} cells ({sum(not cell.cached for cell in cells)} to do)")
     seconds, reason = plan.estimate.seconds, plan.estimate.reason
     if seconds is None:
-        long = f"how long it takes cannot be said: {reason}"
-    else:
-        about = f"{seconds / 3600:.1f} h" if seconds >= 360 else f"{seconds / 60:.0f} min"
-        long = f"about {about} in one process on this machine ({reason})"
-    return (
-        f"{len(models)} models ({train} to train), {len(cells)} cells "
-        f"({sum(not cell.cached for cell in cells)} to do); {long}"
-    )
+        return f"{', '.join(counted)}; how long it takes cannot be said: {reason}"
+    return f"{', '.join(counted)}; about {duration(seconds)} in one process on this machine ({reason})"

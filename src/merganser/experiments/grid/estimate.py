@@ -67,13 +67,13 @@ def estimate(models: Models, needs: Sequence[Need], cells: Sequence[Cell]) -> Es
     """
     if not needs and not cells:
         return Estimate(0.0, "everything is there")
+    tokens = _Tokens(models)
     try:
-        rates = _calibrate(models)
+        rates = _calibrate(models, tokens.limit(_TOKENS))
     except (
         Exception
-    ) as error:  # an architecture that cannot be built from its configuration alone, or is too large
+    ) as error:  # an architecture that its configuration alone does not build, or too large a one
         return Estimate(None, f"the model could not be timed ({type(error).__name__}: {error})")
-    tokens = _Tokens(models)
     parts = {"training": 0.0, "statistics": 0.0, "scoring": 0.0}
     for need in needs:
         if need.what == "multitask":
@@ -97,11 +97,11 @@ def estimate(models: Models, needs: Sequence[Need], cells: Sequence[Cell]) -> Es
     return Estimate(sum(parts.values()), told)
 
 
-def _calibrate(models: Models) -> _Rates:
+def _calibrate(models: Models, length: int) -> _Rates:
     """Seconds a token, of the second pass of a small batch: the first one warms up."""
     network = _network(models)
     device = torch.device(models.device)
-    ids = torch.full((_EXAMPLES, _TOKENS), 5, device=device)
+    ids = torch.full((_EXAMPLES, length), 5, device=device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     config: Any = network.config
     if config.is_encoder_decoder:
@@ -176,14 +176,17 @@ class _Tokens:
         self.tokenizer = load_tokenizer(self.opened)
         self._lengths: dict[str, float] = {}
 
+    def limit(self, asked: int, pairs: bool = False) -> int:
+        """A length that the model takes, at most the asked one."""
+        return choose_length(asked, self.opened.config, self.tokenizer, pairs=pairs)
+
     def length(self, set_name: str) -> float:
         """The mean number of tokens of a data set's texts, cut as in training; padding aside."""
         if set_name not in self._lengths:
             suite = self.models.data.suite
             rows, task = self.models.data.rows(set_name, DEV), suite.task(set_name)
             columns = task.columns(rows, Columns())
-            asked, pairs = self.models.settings().max_length, columns.text_pair is not None
-            length = choose_length(asked, self.opened.config, self.tokenizer, pairs=pairs)
+            length = self.limit(self.models.settings().max_length, columns.text_pair is not None)
             few = selected(rows, range(min(_TEXTS, len(rows))))
             encoded = task.encode(few, self.tokenizer, self.opened.config, columns, length)
             self._lengths[set_name] = sum(len(one.input_ids) for one in encoded.features) / len(few)
