@@ -212,4 +212,5 @@ def _told(plan: Plan) -> str:
     seconds, reason = plan.estimate.seconds, plan.estimate.reason
     if seconds is None:
         return f"{', '.join(counted)}; how long it takes cannot be said: {reason}"
-    return f"{', '.join(counted)}; about {duration(seconds)} in one process on this machine ({reason})"
+    long = duration(seconds) if seconds < 100 * 3600 else f"{seconds / 86400:.0f} days"
+    return f"{', '.join(counted)}; about {long} in one process on this machine ({reason})"

@@ -73,14 +73,13 @@ def _unreadable(error: Exception, where: str) -> DataError:
 
 def _read_jsonl(path: Path) -> Numbered:
     for number, line in enumerate(_text_lines(path), 1):
-        if not line.strip():
+        if line.isspace():
             continue
-        where = f"{path}:{number}"
         try:
             value = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise _unreadable(error, where) from None
-        yield number, _object(value, where)
+            raise _unreadable(error, f"{path}:{number}") from None
+        yield number, value if isinstance(value, dict) else _object(value, f"{path}:{number}")
 
 
 def _read_json(path: Path) -> Numbered:

@@ -7,6 +7,7 @@ Glue().read("mnli", "test")                             glue:mnli[validation_mat
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import ClassVar
 
 import numpy as np
@@ -105,12 +106,14 @@ class Glue(Suite):
             )
 
     def _file(self, set_name: str, split: str) -> Rows:
-        """A file of the release, its integer labels named."""
+        """A file of the release, its integer labels named; train files are read once for train and dev."""
         if self.root is not None:
-            rows = read_rows(self.root / set_name, split=split)
+            folder = self.root / set_name
+            stats = [path.stat() for path in sorted(folder.iterdir())] if folder.is_dir() else []
+            rows = _read(str(folder), split, tuple((s.st_size, s.st_mtime_ns) for s in stats))
         else:
             try:
-                rows = read_rows(f"glue:{set_name}", split=split)
+                rows = _read(f"glue:{set_name}", split, ())
             except DataError as error:
                 raise DataError(
                     error.what,
@@ -134,3 +137,9 @@ class Glue(Suite):
             )
         order = np.random.default_rng(self.dev_seed).permutation(len(train)).tolist()
         return selected(train, sorted(order[:size] if split == DEV else order[size:]))
+
+
+@lru_cache(maxsize=2)
+def _read(source: str, split: str, state: tuple[tuple[int, int], ...]) -> Rows:
+    """A file as it is while ``state``, the sizes and times of change of its folder's files, stays the same."""
+    return read_rows(source, split=split)

@@ -85,10 +85,12 @@ def digest(rows: Rows) -> str:
     """The sha256 of the rows' content, whatever file they came from."""
     hashed = hashlib.sha256()
     for row in rows:
-        hashed.update(json.dumps(row, sort_keys=True, ensure_ascii=False, default=_plain).encode())
-        hashed.update(b"\n")
+        hashed.update(f"{_CANONICAL.encode(row)}\n".encode())
     return hashed.hexdigest()
 
 
 def _plain(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else str(value)
+
+
+_CANONICAL = json.JSONEncoder(sort_keys=True, ensure_ascii=False, default=_plain)

@@ -33,6 +33,7 @@ from merganser.training.settings import TrainingSettings
 
 _EXAMPLES, _TOKENS = 2, 64  # of the batch that is timed
 _TEXTS = 64  # of a data set, to see how long they are
+_PASSES, _SECONDS = 4, 1.5  # how many are timed at most, and when no more are begun
 _MOST_PARAMETERS = 2_000_000_000  # a larger model is not built to be timed
 
 
@@ -98,7 +99,7 @@ def estimate(models: Models, needs: Sequence[Need], cells: Sequence[Cell]) -> Es
 
 
 def _calibrate(models: Models, length: int) -> _Rates:
-    """Seconds a token, of the second pass of a small batch: the first one warms up."""
+    """Seconds a token, the least of a few passes of a small batch: other programs only make them slower."""
     network = _network(models)
     device = torch.device(models.device)
     ids = torch.full((_EXAMPLES, length), 5, device=device)
@@ -117,8 +118,10 @@ def _calibrate(models: Models, length: int) -> _Rates:
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    timed(False)
-    forwards, both = timed(False), timed(True)
+    passes: list[tuple[float, float]] = []
+    while len(passes) < _PASSES and sum(map(sum, passes)) < _SECONDS:
+        passes.append((timed(False), timed(True)))
+    forwards, both = map(min, zip(*passes, strict=True))
     return _Rates(forwards / ids.numel(), max(both - forwards, forwards) / ids.numel())
 
 
@@ -132,7 +135,10 @@ def _network(models: Models) -> nn.Module:
     with no_init_weights():
         network: nn.Module = getattr(transformers, task.model_class(opened.config)).from_config(config)
     parameters = list(network.parameters())
-    memory = torch.full((max(p.numel() for p in parameters),), 0.01, device=models.device)
+    most = max(parameter.numel() for parameter in parameters)
+    memory = 0.05 * torch.randn(
+        most, device=models.device
+    )  # of equal numbers, or of zeros, others are denormal
     for parameter in parameters:
         parameter.data = memory[: parameter.numel()].view(parameter.shape)
     return network.to(models.device).eval()
