@@ -118,6 +118,14 @@ def test_label_space_of_a_configuration() -> None:
         LabelSpace.of({"id2label": {"0": "a", "999999999999": "b"}})
 
 
+def test_what_a_space_does_not_have_gets_no_column() -> None:
+    """cola's outputs say nothing of mrpc's labels; once they stood in the last one's column."""
+    own, space = LabelSpace(("unacceptable", "acceptable")), LabelSpace(("not_equivalent", "equivalent"))
+    assert np.isnan(spread(np.array([[1.0, 2.0]]), own, space)).all()
+    wide = spread(np.array([[1.0, 2.0]]), LabelSpace(("b", "c")), LabelSpace(("a", "b")))
+    assert np.isnan(wide[0, 0]) and wide[0, 1] == 1
+
+
 def test_union_and_spread() -> None:
     one, other = LabelSpace(("a", "b")), LabelSpace(("b", "c"))
     both = union([one, other])

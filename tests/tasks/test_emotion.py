@@ -206,6 +206,24 @@ def test_a_number_too_large_for_a_float_is_a_number(tmp_path: Path) -> None:
     assert Emotion(tmp_path).read("made", "train")[0]["labels"]["joy"] == 1
 
 
+def test_the_file_of_all_splits_is_not_read_and_that_is_said(tmp_path: Path) -> None:
+    write_set(tmp_path, "both", train=[record(joy=1)])
+    write_split(tmp_path, "both", "full", [record(anger=1)] * 9)
+    write_split(tmp_path, "only", "full", [record(joy=1)])
+    suite = Emotion(tmp_path)
+    assert (
+        suite.sets() == ("both",) and suite.votes("both") == ("joy",) and len(suite.read("both", "all")) == 3
+    )
+    (remark,) = suite.remarks("both")
+    assert "both/full.jsonl is ignored" in remark
+    assert suite.remarks("only") and not Emotion(tmp_path / "elsewhere").remarks("both")
+    with pytest.raises(DataError, match=r"(?s)only/full.jsonl is there and is not read.*split"):
+        suite.read("only", "train")
+    (tmp_path / "both" / "dev.jsonl").unlink()
+    with pytest.raises(DataError, match=r"no split 'dev' \(full.jsonl is not read\)"):
+        suite.read("both", "dev")
+
+
 @pytest.mark.parametrize("lines", [[], ["", "  "]])
 def test_empty_splits_are_an_error(tmp_path: Path, lines: list[str]) -> None:
     write_set(tmp_path, dev=lines)

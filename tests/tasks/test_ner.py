@@ -258,3 +258,18 @@ def test_real_corpora(resources: Path) -> None:
             assert all(len(row["tokens"]) == len(row["tags"]) for row in rows)
             begun = sum(tag.startswith("B-") for row in rows for tag in row["tags"])
             assert sum(len(spans(row["tags"])) for row in rows) == begun > 0
+
+
+@pytest.mark.parametrize("folder", ["twitter", "."])
+def test_twitter_under_its_published_names(tmp_path: Path, folder: str) -> None:
+    for split in ("train", "dev", "test"):
+        line = json.dumps({"tokens": ["Anna", split], "labels": ["B-PER", "O"]})
+        write(tmp_path / folder / f"annotated.twitter-ner-20-21-tweet-{split}-withcleaned.json", line + "\n")
+    suite = NER(tmp_path)
+    assert suite.sets() == ("twitter",)
+    for split in ("train", "dev", "test"):
+        assert list(suite.read("twitter", split)) == [{"tokens": ["Anna", split], "tags": ["B-PER", "O"]}]
+    assert len(suite.read("twitter", "all")) == 3
+    assert "annotated.twitter-ner-20-21-tweet-{train,dev,test}-withcleaned.json" in str(
+        suite.missing("other")
+    )

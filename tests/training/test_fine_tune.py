@@ -1,6 +1,7 @@
 """Training for every kind of task: it learns, keeps what it must, saves the best epoch, repeats itself."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -277,6 +278,18 @@ def test_max_steps_override_epochs_and_the_schedules_differ(
         assert steps == [(step, 5) for step in range(1, 6)]
         found.append((tmp_path / schedule / "model.safetensors").read_bytes())
     assert found[0] != found[1]
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(1, 0.06), (2, 0.9), (1, 0)])
+def test_so_few_steps_that_all_would_warm_up(
+    steps: int, warmup: float, sentiment: Rows, save_ready, tmp_path: Path, quick
+) -> None:
+    """transformers divides by the steps that are left after the warm-up."""
+    update = {"max_steps": steps, "schedule": "polynomial", "warmup": warmup}
+    base, settings = save_ready("base", "bert"), quick.model_copy(update=update)
+    task = TASKS["text-classification"]
+    done = train(base, task, sentiment, labels=LABELS, output=tmp_path / "out", settings=settings)
+    assert math.isfinite(done.loss)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from merganser.errors import UserError
-from merganser.training.settings import PUBLISHED, TrainingSettings, defaults, make_settings
+from merganser.training.settings import PUBLISHED, TrainingSettings, defaults, make_settings, with_changes
 
 LONG = {"epochs": 20, "schedule": "polynomial", "warmup": 0.06, "best_epoch": True}
 TABLE = {
@@ -65,6 +65,37 @@ def test_refusals_name_the_setting(values: dict) -> None:
     (name,) = values
     with pytest.raises(UserError, match=name):
         make_settings(**values)
+
+
+def test_several_refusals_come_at_once_with_the_nearest_name() -> None:
+    with pytest.raises(
+        UserError, match=r"(?s)2 problems.*epochs.*learning_rat: .*did you mean 'learning_rate'"
+    ):
+        make_settings(epochs="x", learning_rat=1)
+
+
+@pytest.mark.parametrize("rate", [1e-7, 1e-9])
+def test_a_polynomial_schedule_needs_a_rate_above_its_end(rate: float) -> None:
+    """transformers refuses it, too, but only after data and model have been loaded."""
+    with pytest.raises(UserError, match=r"polynomial schedule falls to 1e-07.*linear"):
+        make_settings(schedule="polynomial", learning_rate=rate)
+    assert make_settings(schedule="linear", learning_rate=rate).learning_rate == rate
+    assert make_settings(schedule="polynomial", learning_rate=1.1e-7)
+
+
+def test_epochs_of_a_user_beat_a_published_number_of_steps() -> None:
+    published = defaults("t5", "emotion-t5")
+    assert published.max_steps == 50_000
+    assert with_changes(published, {"epochs": 2}).max_steps is None
+    assert with_changes(published, {"learning_rate": 1e-3}).max_steps == 50_000
+    assert with_changes(published, {"epochs": 2}, {"max_steps": 7}).max_steps == 7
+    assert with_changes(published, {"max_steps": 7}, {"epochs": 2}).max_steps is None
+    both = with_changes(
+        published, {"epochs": 2, "max_steps": 7}
+    )  # in one place, as everywhere: steps override
+    assert (both.epochs, both.max_steps) == (2, 7)
+    with pytest.raises(UserError, match="here: epoch: there is no such"):
+        with_changes(published, {"epoch": 2}, where="here")
 
 
 def test_settings_do_not_change() -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from merganser.errors import UserError
-from merganser.experiments.grid.cells import ModelSpec
-from merganser.experiments.grid.config import ExperimentConfig
+from merganser.experiments.grid.cells import ModelSpec, expand
+from merganser.experiments.grid.config import ExperimentConfig, localised
+from merganser.experiments.grid.identity import cell_id
 from merganser.experiments.grid.models import Models
 from merganser.experiments.grid.run import run_experiment
 from merganser.experiments.zoo import Zoo
@@ -32,8 +33,18 @@ def test_a_filter_takes_the_zoos_model_of_other_settings(tmp_path: Path, trial: 
     config = trial(contributors={"one": args, "two": {}, "three": {}})
     assert Models(config, zoo).model(spec).id == longer.id
     nothing = trial(contributors={"one": {**args, "zoo_filter": {"training.epochs": 9}}, "two": {}})
-    with pytest.raises(UserError, match=r"(?s)no model of one.*training\.epochs"):
+    with pytest.raises(UserError, match=r"(?s)no model of one.*nothing has training\.epochs=9.*there is.*3"):
         Models(nothing, zoo).model(spec)
+    own = Models(trial(), zoo).model(
+        spec
+    )  # the one of these settings is there now, and is not what was asked for
+    with pytest.raises(UserError, match="no model of one"):
+        Models(nothing, zoo).model(spec)
+    maybe = trial(contributors={"one": {"zoo_filter": {"training.epochs": 9}}, "two": {}})
+    assert Models(maybe, zoo).model(spec).id == own.id
+    misspelt = trial(contributors={"one": {**args, "zoo_filter": {"training.epoch": 3}}, "two": {}})
+    with pytest.raises(UserError, match=r"(?s)no key has the name.*did you mean 'training\.epochs'"):
+        Models(misspelt, zoo).model(spec)
 
 
 def test_hyper_parameters_are_the_published_ones_with_the_configurations_changes(
@@ -66,3 +77,30 @@ def test_a_model_of_ones_own_with_another_label_space(
     done = run_experiment(config, results=tmp_path / "r", zoo=tmp_path / "zoo")
     assert [failure.job for failure in done.failures] == ["simple: one + two (seed 1, same heads)"]
     assert "label" in done.failures[0].error
+
+
+def test_multi_task_training_is_the_same_whatever_seeds_the_single_models_have(
+    tmp_path: Path, trial: Trial
+) -> None:
+    config = trial(heads=["same", "different"], comparators=["multitask"], seeds=[1, 2])
+    models = Models(config, Zoo(tmp_path / "zoo"))
+    cells = [cell for cell in expand(config) if cell.kind == "multitask"]
+    assert len(cells) == 12
+    assert len({models.zoo.id_of(models.multitask_key(cell)) for cell in cells}) == 6
+    assert len({cell_id(models, cell) for cell in cells}) == 12
+
+
+def test_a_base_is_found_by_its_name_in_the_resources(tmp_path: Path, trial: Trial) -> None:
+    usual = trial()
+    resources = tmp_path / "resources"
+    (resources / "org").mkdir(parents=True)
+    for place in (resources / "roberta-base", resources / "org" / "other"):
+        place.symlink_to(usual.pretrained.model)
+    for name, found in (("FacebookAI/roberta-base@main", "roberta-base"), ("org/other", "org/other")):
+        pretrained = {**usual.pretrained.model_dump(), "model": name}
+        config = trial(pretrained=pretrained, resources_dir=str(resources))
+        assert localised(config).pretrained.model == str((resources / found).resolve())
+    absent = trial(
+        pretrained={**usual.pretrained.model_dump(), "model": "org/none"}, resources_dir=str(resources)
+    )
+    assert localised(absent).pretrained.model == "org/none"
