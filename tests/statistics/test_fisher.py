@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,43 +12,12 @@ import transformers
 from torch import Tensor, nn
 
 from conftest import ARCHITECTURES
+from fisher_oracle import LogLikelihoods, brute_force, build
 from merganser.checkpoints import open_checkpoint
 from merganser.checkpoints.layers import map_parameters
 from merganser.errors import DataError, StatisticsError
-from merganser.statistics import Statistics, collect_statistics, scores
-from statistics_examples import Example, alone, batched, make_examples
-
-LogLikelihoods = Callable[[Tensor, Example], Iterator[tuple[float, Tensor]]]
-
-
-def build(tmp_path: Path, architecture: str, model_class: Any, **config: Any) -> tuple[Any, Any]:
-    torch.manual_seed(0)
-    model = model_class(ARCHITECTURES[architecture][0](**config)).eval()
-    with torch.no_grad():  # as initialised, all predictions are uniform
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    model.save_pretrained(tmp_path)
-    return model, open_checkpoint(tmp_path)
-
-
-def brute_force(model: nn.Module, examples: list[Example], outcomes: LogLikelihoods) -> dict[str, Tensor]:
-    """mean over examples of Σ_y p(y|x) (∂ log p(y|x)/∂θ)², by parameter name, float64."""
-    model = model.double()
-    total = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
-    for example in examples:
-        batch = alone(model, example)
-        labels = batch.pop("labels", None)
-        if model.config.is_encoder_decoder:
-            batch["labels"] = labels
-        for probability, log_likelihood in outcomes(model(**batch).logits[0], example):
-            model.zero_grad()
-            log_likelihood.backward(retain_graph=True)
-            for name, parameter in model.named_parameters():
-                if parameter.grad is not None:
-                    total[name] += probability * parameter.grad**2
-    model.zero_grad()
-    model.float()
-    return {name: value / len(examples) for name, value in total.items()}
+from merganser.statistics import Statistics, collect_statistics, fisher, per_example, scores
+from statistics_examples import Example, batched, make_examples
 
 
 def check(
@@ -110,6 +79,59 @@ def test_expected_sums_over_all_classes(
     model, checkpoint = build(tmp_path, architecture, model_class, num_labels=3, **config)
     header = check(model, checkpoint, make_examples(model, 6), softmax, "expected")
     assert fast != any("one example at a time" in note for note in header.notes)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "model_class", "labels"),
+    [
+        ("deberta-v2", transformers.DebertaV2ForSequenceClassification, 3),
+        ("mpnet", transformers.MPNetForTokenClassification, 3),
+        ("t5", transformers.T5ForConditionalGeneration, None),  # relative positions, one embedding for all
+        ("gpt2", transformers.GPT2LMHeadModel, None),  # tied to its embedding
+        ("bert", transformers.BertForMaskedLM, None),  # a bias that is used without its layer
+    ],
+)
+def test_side_by_side(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, model_class: Any, labels: int | None
+) -> None:
+    """What a GPU is given instead of one example after the other, here on the CPU; two examples at once."""
+    monkeypatch.setattr(fisher, "ON_CPU", fisher.ELSEWHERE)
+    model, checkpoint = build(
+        tmp_path, architecture, model_class, **({"num_labels": labels} if labels else {})
+    )
+    monkeypatch.setattr(per_example, "COPIES_BYTES", 8 * sum(p.numel() for p in model.parameters()))
+    examples = make_examples(model, 7)
+    for number, example in enumerate(examples):
+        example["input_ids"] = (example["input_ids"] * 5)[: 6 + number % 2]
+        example["input_ids"][2] = model.config.pad_token_id or 0  # a token of the text, and no padding
+        if architecture == "mpnet":
+            example["labels"] = [(t + number) % 4 - 1 if t else 0 for t in range(6 + number % 2)]
+            example["labels"] = [-100 if label < 0 else label for label in example["labels"]]
+        elif architecture in ("gpt2", "bert"):
+            example["labels"] = example["input_ids"]
+        elif architecture == "deberta-v2":
+            example["labels"] = number % 3
+
+    def likelihood(logits: Tensor, example: Example) -> Iterator[tuple[float, Tensor]]:
+        log_p, y = torch.log_softmax(logits, -1), example["labels"]
+        if isinstance(y, int):
+            yield 1.0, log_p[y]
+        elif architecture == "gpt2":
+            yield 1.0, sum(log_p[t, y[t + 1]] for t in range(len(y) - 1))
+        else:
+            yield 1.0, sum(log_p[t, label] for t, label in enumerate(y) if label >= 0)
+
+    sizes = []
+    add = per_example.SideBySide.add
+
+    def counted(self: Any, rows: Any, *rest: Any) -> None:
+        sizes.append(len(rows["input_ids"]))
+        add(self, rows, *rest)
+
+    monkeypatch.setattr(per_example.SideBySide, "add", counted)
+    header = check(model, checkpoint, examples, likelihood, "empirical", 7)
+    assert not any("one example at a time" in note for note in header.notes)
+    assert max(sizes) == 2
 
 
 @pytest.mark.parametrize(("kind", "outcomes"), [("empirical", true_label), ("predicted", most_probable)])

@@ -13,6 +13,7 @@ from merganser.checkpoints.writer import TensorSpec
 from merganser.errors import StatisticsError
 from merganser.statistics.derived import Derived, Group
 from merganser.statistics.format import Statistics, StatisticsHeader
+from merganser.statistics.scores import FISHER_OF_ANNOTATED
 from merganser.tensors import pack_upper, roomy_empty
 
 MOST_ROWS = 2**53  # whole numbers up to here are exact in float64
@@ -84,10 +85,20 @@ def add(parts: Sequence[Statistics]) -> tuple[StatisticsHeader, Mapping[str, Ten
             "tokens": sum(h.tokens for h in headers),
             "fisher_examples": sum(examples),
             "label": "; ".join(dict.fromkeys(h.label for h in headers if h.label)),
-            "notes": tuple(dict.fromkeys(note for h in headers for note in h.notes)),
+            "notes": _notes(headers),
         }
     )
     return header, Derived(list(groups.values()))
+
+
+def _notes(headers: Sequence[StatisticsHeader]) -> tuple[str, ...]:
+    """The notes of all parts; that Fisher information has a mask is said of those parts of which it is true."""
+    notes = dict.fromkeys(note for header in headers for note in header.notes)
+    masked = sum(FISHER_OF_ANNOTATED in header.notes for header in headers)
+    if 0 < masked < len(headers):
+        del notes[FISHER_OF_ANNOTATED]
+        notes[f"{FISHER_OF_ANNOTATED} in {masked} of the {len(headers)} files that were added"] = None
+    return tuple(notes)
 
 
 def weigh(statistics: Statistics, factor: float) -> tuple[StatisticsHeader, Mapping[str, Tensor]]:

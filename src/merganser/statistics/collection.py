@@ -21,12 +21,10 @@ from merganser.statistics.gram import Workers
 from merganser.statistics.inputs import Wiring, discover
 from merganser.statistics.masks import batch_masks, describe_masking
 from merganser.statistics.observer import Observer
-from merganser.statistics.pieces import by_length
+from merganser.statistics.pieces import Batch, by_length, take_rows
 from merganser.statistics.sampling import Sampling, describe_sampling
-from merganser.statistics.scores import Problem
+from merganser.statistics.scores import Problem, annotated_examples, describe_left_out
 from merganser.tensors import pack_upper
-
-Batch = dict[str, Any]
 
 
 def collect_statistics(
@@ -45,8 +43,8 @@ def collect_statistics(
     """Collect what merging needs to know about the data, on which ``model`` was trained.
 
     The model runs in eval mode without dropout, and is left as it was. Padding never enters: see
-    :mod:`merganser.statistics.masks`. The same model and batches give the same bytes on any number of
-    threads.
+    :mod:`merganser.statistics.masks`. Nor do examples that have labels of which none is annotated: no loss knew
+    them. The same model and batches give the same bytes on any number of threads.
 
     Args:
         model: loaded from ``checkpoint``; its architecture is transformers' own.
@@ -64,7 +62,7 @@ def collect_statistics(
         header and tensors for :func:`merganser.statistics.write_statistics`.
 
     Raises:
-        DataError: no batches, or batches that cannot be used.
+        DataError: no batches, batches that cannot be used, or labels of which none is annotated.
         StatisticsError: the model's layers cannot be observed, or its activations or gradients are not
             finite.
     """
@@ -128,11 +126,16 @@ class Collector:
             fisher_examples: Fisher information from so many first examples; None: from all; 0: none.
             advance: told of each batch how many examples it had.
         """
-        stream = iter(batches)
+        annotated = _Annotated(batches, self._model, self._device, self._problem, advance)
+        stream = iter(annotated)
         first = next(stream, None)
+        if first is None and annotated.left_out:
+            raise DataError(
+                f"none of the {annotated.left_out} examples has an annotated label",
+                mend="annotate a label, or leave the labels out of the batches",
+            )
         if first is None:
             raise DataError("there are no examples", mend="give data with at least one example")
-        first = _moved(first, self._device)
         wanted = self._fisher if fisher_examples != 0 else None
         examples = tokens = 0
         with torch.no_grad():
@@ -145,7 +148,7 @@ class Collector:
             information = (
                 FisherCollector(self._model, names, wanted, self._workers, self._problem) if wanted else None
             )
-            for batch in chain([first], (_moved(batch, self._device) for batch in stream)):
+            for batch in chain([first], stream):
                 masks = batch_masks(batch, self._model)
                 if observer is not None:
                     pieces = (
@@ -162,6 +165,8 @@ class Collector:
                 examples += masks.examples
                 tokens += masks.real
                 advance(masks.examples)
+            if annotated.left_out:
+                notes.append(describe_left_out(annotated.left_out))
             tensors: dict[str, Tensor] = {}
             entries: list[LayerStatistics] = []
             if observer is not None and self._wiring is not None:
@@ -223,6 +228,39 @@ class Collector:
             return []
         sampled = [describe_sampling(self._wiring.widths, self._sampling)] if self._sampling else []
         return [*self._wiring.notes, *sampled]
+
+
+class _Annotated:
+    """Batches on the model's device, without the examples that have labels of which none is annotated.
+
+    Attributes:
+        left_out: how many examples were left out so far.
+    """
+
+    def __init__(
+        self,
+        batches: Iterable[Batch],
+        model: nn.Module,
+        device: torch.device,
+        problem: Problem | None,
+        advance: Callable[[int], object],
+    ) -> None:
+        self._batches, self._model, self._device = batches, model, device
+        self._problem, self._advance = problem, advance
+        self.left_out = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        for given in self._batches:
+            batch = _moved(given, self._device)
+            kept = annotated_examples(batch, self._model, self._problem)
+            if kept is None or bool(kept.all()):
+                yield batch
+                continue
+            absent = int((~kept).sum())
+            self.left_out += absent
+            self._advance(absent)
+            if bool(kept.any()):
+                yield take_rows(batch, len(kept), kept)
 
 
 def inputs_device(model: nn.Module) -> torch.device:

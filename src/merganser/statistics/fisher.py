@@ -1,16 +1,18 @@
 """Per-example diagonal Fisher information, exact for each parameter: squared per example, then averaged.
 
-Two engines give the same numbers. :func:`one_by_one` runs an example at a time through autograd and works
-for any model. :class:`Separable` runs a batch at once and takes each layer's per-example gradients from its
-input and its output's gradient, without any of them for two layers at a time; it needs every parameter to
-belong to one plain layer that is called once for each example, as in most encoders. Whether it applies is
-tried out on the first examples, against the other engine.
+Three engines give the same numbers. :class:`~merganser.statistics.per_example.OneByOne` runs an example at a time
+through autograd and works for any model. :class:`~merganser.statistics.separable.Separable` runs a batch at once and
+takes each layer's per-example gradients from its input and its output's gradient, without any of them for two
+layers at a time; it needs every parameter to belong to one plain layer that is called once for each example, as in
+most encoders. :class:`~merganser.statistics.per_example.SideBySide` runs a few examples at once through any model that
+``torch.func`` can vectorise (DeBERTa, MPNet, T5, tied heads), on a GPU, which one example leaves idle. A CPU spends its
+time on the gradients of all parameters for each example, and gains nothing. Which one applies is tried out on the first
+examples, against :class:`~merganser.statistics.per_example.OneByOne`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Mapping
 from functools import partial
 
 import torch
@@ -20,17 +22,18 @@ from merganser.errors import StatisticsError
 from merganser.statistics.format import FisherKind
 from merganser.statistics.gram import Workers
 from merganser.statistics.inputs import probe
-from merganser.statistics.masks import batch_masks, model_inputs
-from merganser.statistics.pieces import Batch, by_length, take_rows, trimmed
-from merganser.statistics.scores import SAMPLES, Problem, cotangents, scored
+from merganser.statistics.masks import batch_masks
+from merganser.statistics.per_example import Engine, OneByOne, SideBySide, Squares
+from merganser.statistics.pieces import Batch, take_rows
+from merganser.statistics.scores import Problem, cotangents, describe_scores, scored
 from merganser.statistics.separable import NotSeparable, Separable
 
-MOST_TOKENS = 1024  # padded, whose activations one thread holds at once
 AGREEMENT = 2e-3  # of a tensor's largest value, between the engines
 ROUNDING = 1e-5  # of the largest gradient of all: what is smaller may be rounding
 MOST_LANES, LANE_BYTES = 4, 2**30  # sums that are kept apart, and their memory in all
-
-Squares = dict[str, Tensor]
+#: Engines faster than going one by one, in the order in which they are tried.
+ON_CPU = (Separable,)
+ELSEWHERE = (Separable, SideBySide)
 
 
 class FisherCollector:
@@ -63,13 +66,13 @@ class FisherCollector:
             if name in names and parameter.is_floating_point()
         }
         size = 4 * sum(parameter.numel() for parameter in self._parameters.values())
-        on_cpu = all(parameter.device.type == "cpu" for parameter in self._parameters.values())
-        lanes = max(1, min(MOST_LANES, LANE_BYTES // max(size, 1))) if on_cpu else 1
+        self._on_cpu = all(parameter.device.type == "cpu" for parameter in self._parameters.values())
+        lanes = max(1, min(MOST_LANES, LANE_BYTES // max(size, 1))) if self._on_cpu else 1
         self._lanes = [_zeros(self._parameters) for _ in range(lanes)]
         self._waiting: list[Batch] = []
         self._dealt = 0
-        self._separable: Separable | None = None
-        self._tried = self._sampled = False
+        self._engine: Engine | None = None
+        self._said: set[str] = set()
         self.examples = 0
         self.notes: list[str] = []
 
@@ -80,18 +83,14 @@ class FisherCollector:
             DataError: labels are missing or outside the model's label space.
             StatisticsError: the model has no logits, or the kind has no meaning for the problem.
         """
-        if not self._tried:
-            self._try(batch)
+        if self._engine is None:
+            self._engine = self._choose(batch)
         size = batch_masks(batch, self._model).examples
         stop = size if limit is None else min(size, limit)
-        if self._separable:
-            self._waiting += by_length(take_rows(batch, size, slice(stop)), self._model, MOST_TOKENS)
-        else:
-            rows = (take_rows(batch, size, slice(row, row + 1)) for row in range(stop))
-            self._waiting += [trimmed(row, self._model) for row in rows]
+        self._waiting += self._engine.pieces(take_rows(batch, size, slice(stop)))
         self.examples += stop
         if len(self._waiting) >= 4 * len(self._lanes):
-            self._run()
+            self._run(self._engine)
         return stop
 
     def result(self) -> Squares:
@@ -100,7 +99,8 @@ class FisherCollector:
         Raises:
             StatisticsError: a gradient was infinite or NaN, naming the parameter.
         """
-        self._run()
+        if self._engine is not None:
+            self._run(self._engine)
         total, *others = self._lanes
         for name, values in total.items():
             for lane in others:
@@ -111,13 +111,10 @@ class FisherCollector:
                     f"the gradient of {name} is infinite or NaN",
                     mend="check the model on these examples; weights in half precision may overflow",
                 )
-        if self._sampled:
-            self.notes.append(
-                f"Fisher information over sequences: {SAMPLES} sampled label sequences an example"
-            )
+        self.notes += sorted(self._said)
         return {name: values.cpu() for name, values in total.items()}
 
-    def _run(self) -> None:
+    def _run(self, engine: Engine) -> None:
         """Add what waits, each piece in the lane whose turn it is."""
         waiting, self._waiting = self._waiting, []
         lanes = len(self._lanes)
@@ -128,106 +125,58 @@ class FisherCollector:
 
         def task(hand: list[Batch], lane: Squares) -> None:
             for rows in hand:
-                self._squares_of(rows, self._separable, lane)
+                engine.add(rows, partial(self._vectors, rows), lane)
 
         tasks = [partial(task, hand, lane) for hand, lane in zip(hands, self._lanes, strict=True)]
-        with self._ready(self._separable):
+        with engine.attached():
             if lanes > 1:
                 self._workers.run(tasks)
             else:
                 tasks[0]()
 
-    def _try(self, batch: Batch) -> None:
-        """Compare the engines on a few examples, and take the faster one only if it gives the same."""
-        self._tried = True
+    def _choose(self, batch: Batch) -> Engine:
+        """The first engine that gives on a few examples what going one by one gives."""
         few = probe(batch, self._model)
-        ours, theirs = _zeros(self._parameters), _zeros(self._parameters)
-        try:
-            candidate = Separable(self._model, self._parameters)
-            with self._ready(candidate):
-                self._squares_of(few, candidate, ours)
-        except (NotSeparable, RuntimeError, TypeError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            self.notes.append(f"Fisher information one example at a time: {reason}")
-            return
-        size = batch_masks(few, self._model).examples
-        with self._ready(None):
-            for row in range(size):
-                self._squares_of(take_rows(few, size, slice(row, row + 1)), None, theirs)
-        # gradients that are zero but for rounding (biases of keys in attention) agree only beside others
-        rounding = ROUNDING**2 * max(float(exact.max()) for exact in theirs.values())
-        for name, exact in theirs.items():
-            if not float((ours[name] - exact).abs().max()) <= AGREEMENT * float(exact.max()) + rounding:
-                self.notes.append(
-                    f"Fisher information one example at a time: batched gradients of {name} differ"
-                )
-                return
-        self._separable = candidate
+        slow = OneByOne(self._model, self._parameters)
+        exact: Squares | None = None
+        reasons = []
+        for make in ON_CPU if self._on_cpu else ELSEWHERE:
+            try:
+                engine: Engine = make(self._model, self._parameters)
+                # whole for Separable: no size of a probe is the same as another, so that no layer's shape is misread
+                found = self._squares(engine, [few] if make is Separable else engine.pieces(few))
+            except (NotSeparable, RuntimeError, TypeError, ValueError) as error:
+                reasons.append(str(error).splitlines()[0] if str(error) else type(error).__name__)
+                continue
+            exact = self._squares(slow, slow.pieces(few)) if exact is None else exact
+            wrong = _difference(found, exact)
+            if wrong is None:
+                return engine
+            reasons.append(f"batched gradients of {wrong} differ")
+        self.notes.append(f"Fisher information one example at a time: {'; '.join(reasons)}")
+        return slow
 
-    @contextmanager
-    def _ready(self, engine: Separable | None) -> Iterator[None]:
-        """The model prepared for an engine, on any number of threads."""
-        wanted = set() if engine else set(map(id, self._parameters.values()))
-        with gradients_of(self._model, wanted), engine.attached() if engine else nullcontext():
-            yield
+    def _squares(self, engine: Engine, pieces: list[Batch]) -> Squares:
+        squares = _zeros(self._parameters)
+        with engine.attached():
+            for rows in pieces:
+                engine.add(rows, partial(self._vectors, rows), squares)
+        return squares
 
-    def _squares_of(self, rows: Batch, engine: Separable | None, squares: Squares) -> None:
-        def vectors(logits: Tensor) -> Iterator[Tensor]:
-            outputs = scored(logits, rows, self._model, self._kind, self._problem)
-            self._sampled |= self._kind == "expected" and outputs.where is not None
-            return cotangents(outputs, self._kind)
-
-        if engine is not None:
-            engine.add(rows, forward, vectors, squares)
-        else:
-            one_by_one(self._model, rows, self._parameters, vectors, squares)
+    def _vectors(self, rows: Batch, logits: Tensor) -> Iterator[Tensor]:
+        outputs = scored(logits, rows, self._model, self._kind, self._problem)
+        self._said.update(describe_scores(outputs, self._kind))
+        return cotangents(outputs, self._kind)
 
 
-def one_by_one(
-    model: nn.Module,
-    example: Batch,
-    parameters: Mapping[str, nn.Parameter],
-    vectors: Callable[[Tensor], Iterator[Tensor]],
-    squares: Squares,
-) -> None:
-    """Add the squared gradients of a batch of one example, one backward pass for each vector."""
-    wanted = list(parameters.values())
-    with torch.enable_grad():
-        logits = forward(model, example)
-    for vector in vectors(logits):
-        found = torch.autograd.grad(logits, wanted, vector, retain_graph=True, allow_unused=True)
-        for name, gradient in zip(parameters, found, strict=True):
-            if gradient is not None:
-                gradient = gradient.to(torch.float32)
-                squares[name].addcmul_(gradient, gradient)
-
-
-def forward(model: nn.Module, batch: Batch) -> Tensor:
-    """The model's logits.
-
-    Raises:
-        StatisticsError: the model has no logits.
-    """
-    logits = getattr(model(**model_inputs(batch, model)), "logits", None)
-    if not isinstance(logits, Tensor):
-        raise StatisticsError(
-            f"Fisher information needs a model with a head: {type(model).__name__} has no logits",
-            mend="name the task (--task), or collect without --fisher",
-        )
-    return logits
-
-
-@contextmanager
-def gradients_of(model: nn.Module, wanted: set[int]) -> Iterator[None]:
-    """Let only the parameters with these ids require gradients, while the context lasts."""
-    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        for parameter, _ in before:
-            parameter.requires_grad_(id(parameter) in wanted)
-        yield
-    finally:
-        for parameter, required in before:
-            parameter.requires_grad_(required)
+def _difference(found: Squares, exact: Squares) -> str | None:
+    """The first tensor in which an engine does not agree with going one by one."""
+    # gradients that are zero but for rounding (biases of keys in attention) agree only beside others
+    rounding = ROUNDING**2 * max(float(values.max()) for values in exact.values())
+    for name, values in exact.items():
+        if not float((found[name] - values).abs().max()) <= AGREEMENT * float(values.max()) + rounding:
+            return name
+    return None
 
 
 def _zeros(parameters: Mapping[str, nn.Parameter]) -> Squares:

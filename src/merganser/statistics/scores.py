@@ -8,9 +8,13 @@ and s(y) = ∂ log p(y|x)/∂ logits it is the diagonal of Jᵀ C J with C = E_y
 problem               C for ``expected``                  s for ``empirical`` (``predicted``: y = argmax)
 ====================  ==================================  =============================================
 classification        diag(p) − p pᵀ                      onehot(y) − p
-multi_label           diag(p (1 − p))                     y − p; 0 for labels that are not annotated
+multi_label           diag(p (1 − p))                     y − p
 regression            identity (Gaussian, variance 1)     y − f
 ====================  ==================================  =============================================
+
+p(y|x) is over the labels that are annotated, as the loss is: an output whose label is not annotated for an example
+(:func:`annotated`) has a row and a column of zeros in C, and 0 in s. Otherwise outputs that were never trained, whose
+p is near ½, would hold most of the information.
 
 Any factor L with L Lᵀ = C gives it exactly, as the sum of (Jᵀ L_k)² over columns k: one backward pass a
 column, one fewer than there are classes. Over sequences (token classification, language models) log p(y|x)
@@ -35,7 +39,10 @@ from merganser.statistics.masks import IGNORED, BatchMasks, batch_masks
 
 Problem = Literal["classification", "multi_label", "regression", "tokens", "next_token", "sequence"]
 PROBLEMS: tuple[str, ...] = get_args(Problem)
+SEQUENCES = ("tokens", "next_token", "sequence")  # problems with a label for each token
 SAMPLES = 4  # label sequences drawn for each example, where the expectation is not computed exactly
+FISHER_OF_ANNOTATED = "Fisher information counts only the labels that are annotated"
+FISHER_OF_ALL = "Fisher information counts every output: no labels were read that say which are annotated"
 
 _CONFIGURED: dict[str, Problem] = {
     "single_label_classification": "classification",
@@ -52,14 +59,15 @@ class Scored:
         logits: (B, C), or (B, T, C) for sequences; detached.
         problem: how labels are distributed given logits.
         labels: (B,), (B, C) or (B, T), aligned with the logits; None if not given.
-        where: (B, T), the tokens that are scored; None for one output an example.
-        seeds: one an example.
+        annotated: bool, what enters the information: examples (B,) in classification, outputs (B, C) in multi-label
+            and regression, tokens (B, T) in sequences. Without labels everything but padding.
+        seeds: one an example, for sequences.
     """
 
     logits: Tensor
     problem: Problem
     labels: Tensor | None
-    where: Tensor | None
+    annotated: Tensor
     seeds: tuple[int, ...]
 
 
@@ -80,17 +88,57 @@ def scored(
             "Fisher information of the predictions is zero for regression: y − f(x) is 0 at y = f(x)",
             mend="use expected or empirical",
         )
-    where = None
-    if problem in ("tokens", "next_token", "sequence"):
-        labels, where = _align(problem, labels, batch, masks)
+    if problem in SEQUENCES:
+        labels, known = _align(problem, labels, batch, masks)
+    else:
+        labels = None if labels is None else _shaped(problem, labels, logits)
+        shape = logits.shape[:1] if problem == "classification" else logits.shape
+        known = annotated(labels, problem) if labels is not None else logits.new_ones(shape, dtype=torch.bool)
     if kind == "empirical":
-        _check_labels(labels, problem, logits, where)
-    seeds = _seeds(batch, masks) if problem in ("tokens", "next_token", "sequence") else ()
-    return Scored(logits.detach(), problem, labels, where, seeds)
+        _check_labels(labels, problem, logits, known)
+    seeds = _seeds(batch, masks) if problem in SEQUENCES else ()
+    return Scored(logits.detach(), problem, labels, known, seeds)
+
+
+def annotated(labels: Tensor, problem: Problem | None) -> Tensor:
+    """Which labels are annotated: bool, in the labels' shape.
+
+    Not annotated is what the losses leave out: NaN and negative numbers in multi-label, NaN in regression, -100 in
+    all else.
+    """
+    if problem == "regression":
+        return torch.isfinite(labels)
+    if problem == "multi_label":
+        return torch.isfinite(labels) & (labels >= 0)
+    return labels != IGNORED
+
+
+def annotated_examples(batch: Mapping[str, Any], model: nn.Module, problem: Problem | None) -> Tensor | None:
+    """Which examples of a batch have an annotated label: bool (B,). None: there are no labels, so all count."""
+    labels = batch.get("labels")
+    if labels is None:
+        return None
+    known = annotated(labels, problem or _labelled_problem(labels, model))
+    return known.reshape(known.shape[0], -1).any(1)
+
+
+def describe_left_out(examples: int) -> str:
+    """The note of examples without an annotated label, for the header."""
+    return f"left out, without an annotated label: {examples} example{'s' if examples > 1 else ''}"
+
+
+def describe_scores(outputs: Scored, kind: FisherKind) -> Iterator[str]:
+    """What a reader of the Fisher information should know, for the header."""
+    if kind == "expected" and outputs.problem in SEQUENCES:
+        yield f"Fisher information over sequences: {SAMPLES} sampled label sequences an example"
+    if outputs.problem == "multi_label":
+        yield FISHER_OF_ANNOTATED if outputs.labels is not None else FISHER_OF_ALL
 
 
 def cotangents(outputs: Scored, kind: FisherKind) -> Iterator[Tensor]:
     """Vectors v, shaped like the logits: Σ_v (Jᵀv)² of each example is its diagonal Fisher information."""
+    if not bool(outputs.annotated.any()):
+        return
     if kind == "expected":
         yield from _expected(outputs)
     else:
@@ -98,19 +146,20 @@ def cotangents(outputs: Scored, kind: FisherKind) -> Iterator[Tensor]:
 
 
 def _expected(outputs: Scored) -> Iterator[Tensor]:
-    logits = outputs.logits
-    if outputs.where is not None:
+    logits, known = outputs.logits, outputs.annotated
+    if outputs.problem in SEQUENCES:
         for labels in _samples(outputs):
             yield _score(outputs, labels) / SAMPLES**0.5
     elif outputs.problem == "classification":
         for column in softmax_factor(logits):
-            yield column.to(logits.dtype)
+            yield column.to(logits.dtype) * known.unsqueeze(-1)
     else:
         p = torch.sigmoid(logits.double())
         deviation = (p * (1 - p)).sqrt() if outputs.problem == "multi_label" else torch.ones_like(p)
-        for label in range(logits.shape[-1]):
+        deviation = (deviation * known).to(logits.dtype)
+        for label in known.any(0).nonzero().flatten().tolist():
             v = torch.zeros_like(logits)
-            v[:, label] = deviation[:, label].to(logits.dtype)
+            v[:, label] = deviation[:, label]
             yield v
 
 
@@ -135,15 +184,12 @@ def softmax_factor(logits: Tensor) -> Tensor:
 
 def _score(outputs: Scored, labels: Tensor | None) -> Tensor:
     """∂ log p(labels)/∂ logits of each example."""
-    logits = outputs.logits
+    logits, known = outputs.logits, outputs.annotated
     if labels is None:  # _check_labels has refused this already
         raise DataError("the batches have no labels")
-    if outputs.problem == "regression":
-        return labels.reshape(logits.shape).to(logits.dtype) - logits
-    if outputs.problem == "multi_label":
-        known = torch.isfinite(labels.to(torch.float64)) & (labels >= 0)
-        return torch.where(known, labels.to(logits.dtype) - torch.sigmoid(logits), torch.zeros_like(logits))
-    known = labels != IGNORED if outputs.where is None else outputs.where
+    if outputs.problem in ("regression", "multi_label"):
+        mean = torch.sigmoid(logits) if outputs.problem == "multi_label" else logits
+        return torch.where(known, labels.to(logits.dtype) - mean, torch.zeros_like(logits))
     chosen = torch.where(known, labels, torch.zeros_like(labels))
     score = -torch.softmax(logits, -1)
     score.scatter_add_(-1, chosen.unsqueeze(-1), torch.ones_like(score[..., :1]))
@@ -157,9 +203,7 @@ def _argmax(outputs: Scored) -> Tensor:
 
 
 def _samples(outputs: Scored) -> list[Tensor]:
-    logits, where = outputs.logits, outputs.where
-    if where is None:
-        raise ValueError("only sequences are sampled")
+    logits, where = outputs.logits, outputs.annotated
     drawn = torch.zeros(SAMPLES, *where.shape, dtype=torch.int64, device=logits.device)
     for example, seed in enumerate(outputs.seeds):
         generator = torch.Generator().manual_seed(seed)
@@ -171,9 +215,8 @@ def _samples(outputs: Scored) -> list[Tensor]:
 
 
 def _problem(logits: Tensor, labels: Tensor | None, model: nn.Module) -> Problem:
-    config = getattr(model, "config", None)
     if logits.ndim == 3:
-        if getattr(config, "is_encoder_decoder", False):
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             return "sequence"
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -185,13 +228,25 @@ def _problem(logits: Tensor, labels: Tensor | None, model: nn.Module) -> Problem
             f"{list(logits.shape)}",
             mend="collect without --fisher",
         )
-    configured = _CONFIGURED.get(str(getattr(config, "problem_type", None)))
+    configured = _configured(model)
     if configured:
         return configured
     if logits.shape[1] == 1:
         return "regression"
     floating = labels is not None and labels.ndim == 2 and labels.is_floating_point()
     return "multi_label" if floating else "classification"
+
+
+def _configured(model: nn.Module) -> Problem | None:
+    return _CONFIGURED.get(str(getattr(getattr(model, "config", None), "problem_type", None)))
+
+
+def _labelled_problem(labels: Tensor, model: nn.Module) -> Problem | None:
+    """The problem as configuration or labels tell it, without logits; None: one in which labels are integers."""
+    configured = _configured(model)
+    if configured or not labels.is_floating_point():
+        return configured
+    return "multi_label" if labels.ndim == 2 and labels.shape[1] > 1 else "regression"
 
 
 def _align(
@@ -208,11 +263,22 @@ def _align(
         follows[:, :-1] = where[:, 1:]
         where = where & follows
     if labels is not None:
-        where = where & (labels != IGNORED)
+        where = where & annotated(labels, problem)
     return labels, where
 
 
-def _check_labels(labels: Tensor | None, problem: Problem, logits: Tensor, where: Tensor | None) -> None:
+def _shaped(problem: Problem, labels: Tensor, logits: Tensor) -> Tensor:
+    """Labels in the shape that belongs to logits (B, C): one an example in classification, else one an output."""
+    shape = logits.shape[:1] if problem == "classification" else logits.shape
+    if labels.numel() != shape.numel():
+        raise DataError(
+            f"labels of shape {list(labels.shape)} do not fit outputs of shape {list(logits.shape)} ({problem})",
+            mend="give one label for each example, or for each output of each example, as the problem has them",
+        )
+    return labels.reshape(shape)
+
+
+def _check_labels(labels: Tensor | None, problem: Problem, logits: Tensor, known: Tensor) -> None:
     if labels is None:
         raise DataError(
             "empirical Fisher information needs labels, and the batches have none",
@@ -220,10 +286,10 @@ def _check_labels(labels: Tensor | None, problem: Problem, logits: Tensor, where
         )
     if problem in ("multi_label", "regression"):
         return
-    known = labels[where] if where is not None else labels[labels != IGNORED]
+    given = labels[known]
     classes = logits.shape[-1]
-    if known.numel() and (int(known.min()) < 0 or int(known.max()) >= classes):
-        wrong = int(known.max()) if int(known.max()) >= classes else int(known.min())
+    if given.numel() and (int(given.min()) < 0 or int(given.max()) >= classes):
+        wrong = int(given.max()) if int(given.max()) >= classes else int(given.min())
         raise DataError(
             f"label {wrong} lies outside the model's label space 0 … {classes - 1}",
             mend="use a model with this label, or correct the labels",

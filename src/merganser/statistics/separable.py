@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -21,8 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from merganser.checkpoints.layers import kind_of
+from merganser.statistics.per_example import Squares, Vectors, forward, gradients_of
+from merganser.statistics.pieces import Batch, by_length
 
-Squares = dict[str, Tensor]
+MOST_TOKENS = 1024  # padded, whose activations one thread of the CPU holds at once
+#: The same on a GPU, where a pass should have thousands of rows to do; in a 24-layer encoder of width 1024 a token has
+#: about 1.7 MB of activations, so that these are 14 GB, and 5 GB in a 12-layer one of width 768.
+DEVICE_TOKENS = 8192
+PRODUCT_BYTES = 2**30  # of the gradients of a weight for several examples, off the CPU
 
 
 class NotSeparable(Exception):
@@ -69,33 +75,33 @@ class Separable:
             self._layers[layer] = module
             self._names[layer] = {key: names[id(p)] for key, p in own.items()}
 
+    def pieces(self, batch: Batch) -> list[Batch]:
+        """Examples of similar length, not too many for memory."""
+        on_cpu = next(self._model.parameters()).device.type == "cpu"
+        return by_length(batch, self._model, MOST_TOKENS if on_cpu else DEVICE_TOKENS)
+
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """The hooks, for any number of threads. The model's parameters should not require gradients."""
+        """The hooks, for any number of threads; the model's parameters require no gradients."""
         with ExitStack() as hooks:
+            hooks.enter_context(gradients_of(self._model, set()))
             for layer, module in self._layers.items():
                 if isinstance(module, nn.Embedding):
                     hooks.callback(module.register_forward_pre_hook(self._before).remove)
                 hooks.callback(module.register_forward_hook(partial(self._after, layer)).remove)
             yield
 
-    def add(
-        self,
-        batch: dict[str, Any],
-        forward: Callable[[nn.Module, dict[str, Any]], Tensor],
-        vectors: Callable[[Tensor], Iterator[Tensor]],
-        squares: Squares,
-    ) -> None:
-        """Add the squared gradients of each example of a batch, one backward pass for each vector.
+    def add(self, rows: Batch, vectors: Vectors, squares: Squares) -> None:
+        """Add the squared gradients of each example of a piece, one backward pass for each vector.
 
         Raises:
             NotSeparable: a layer is called more than once, or on inputs that are not one for each example.
         """
-        self._now.size = next(v.shape[0] for v in batch.values() if isinstance(v, Tensor) and v.ndim)
+        self._now.size = next(v.shape[0] for v in rows.values() if isinstance(v, Tensor) and v.ndim)
         calls: list[_Call] = []
         self._now.calls = calls
         with torch.enable_grad():
-            logits = forward(self._model, batch)
+            logits = forward(self._model, rows)
         outputs = [call.output for call in calls]
         for vector in vectors(logits):
             found = torch.autograd.grad(logits, outputs, vector, retain_graph=True, allow_unused=True)
@@ -141,8 +147,14 @@ class Separable:
 
 def _products(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Add Σ_i (left_iᵀ right_i)² for left (B, T, m) and right (B, T, n) to ``total`` (m, n)."""
+    left, right = left.to(torch.float32), right.to(torch.float32)
+    if total.device.type != "cpu":  # many examples in one launch
+        most = max(1, PRODUCT_BYTES // (4 * total.numel()))
+        for x, y in zip(left.split(most), right.split(most), strict=True):
+            total += torch.bmm(x.mT, y).square_().sum(0)
+        return
     product = torch.empty_like(total)
-    for x, y in zip(left.to(torch.float32), right.to(torch.float32), strict=True):
+    for x, y in zip(left, right, strict=True):
         torch.mm(x.T, y, out=product)
         total.addcmul_(product, product)
 
