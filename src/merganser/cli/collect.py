@@ -36,7 +36,7 @@ def _sample(_: click.Context, __: click.Parameter, value: str | None) -> float |
 )
 @click.option("--fisher-examples", type=click.IntRange(1), help="Fisher information from so many examples.")
 @click.option("--no-grams", is_flag=True, help="Fisher information alone.")
-@click.option("--ignore-labels", is_flag=True, help="Do not check the labels; Gram matrices need none.")
+@click.option("--ignore-labels", is_flag=True, help="Do not read the labels; Gram matrices need none.")
 @click.option(
     "--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Examples in a batch."
 )

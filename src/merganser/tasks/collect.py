@@ -21,11 +21,12 @@ from merganser.progress import bar
 from merganser.statistics import FILE_NAME, FisherKind, Statistics, write_statistics
 from merganser.statistics.collection import Collector
 from merganser.statistics.sampling import Sampling
+from merganser.statistics.scores import describe_left_out
 from merganser.statistics.stopping import check_tolerance
 from merganser.statistics.storage import compress, parse_storage
 from merganser.tasks import task_for
 from merganser.tasks.base import Task
-from merganser.tasks.collecting.examples import Examples, encode, find_columns
+from merganser.tasks.collecting.examples import Examples, annotated_rows, encode, find_columns
 from merganser.tasks.collecting.loading import choose_placement, placed_model
 from merganser.tasks.collecting.remote import make_jobs, run_jobs
 from merganser.tasks.collecting.shards import SHARD_EXAMPLES, Stop, added, collect_shard, fixed_shards
@@ -86,7 +87,8 @@ def collect(
         limit: use at most this many rows, the first ones.
         batch_size: examples in a batch. It changes speed, and no number beyond rounding.
         max_length: tokens at which a text is cut; by default 128, and never more than the model takes.
-        use_labels: check the labels where there are some. Gram matrices need none.
+        use_labels: read the labels where there are some. They are checked, and a row without any annotated one is
+            left out of all statistics. Gram matrices need none.
         until_converged: stop when the estimated relative error of the Gram matrices is at most this, see
             :mod:`merganser.statistics.stopping`; None: use all examples.
         sample_tokens: wide inputs keep a seeded sample of their tokens, see
@@ -142,6 +144,7 @@ def collect(
     if opened is None or rows is None or target is None or chosen is None or placement is None:
         raise RuntimeError("a step failed without an error")
     found, references = find_columns(rows, chosen, opened, Columns.of(columns), kind, use_labels)
+    numbers = annotated_rows(rows, chosen, references, kind)
     examples = encode(
         rows,
         chosen,
@@ -150,8 +153,11 @@ def collect(
         found,
         references if kind is not None else None,
         max_length,
+        numbers,
     )
     sampling, notes = _sampling(sample_tokens, examples, seed)
+    if len(numbers) < len(rows):
+        notes.append(describe_left_out(len(rows) - len(numbers)))
     stop = None if until_converged is None else Stop(until_converged, seed, shard_examples, fisher_examples)
     shards = fixed_shards(len(examples), shard_examples, fisher_examples, grams=grams)
     wanted: dict[str, Any] = {"grams": grams, "fisher": kind, "sampling": sampling, "label": label}
@@ -239,7 +245,7 @@ def _check_elsewhere(until_converged: float | None, device: str, max_memory: str
     problems = []
     if until_converged is not None:
         problems.append(("--until-converged", "it is decided after each shard, so shards cannot run at once"))
-    if device != "cpu":
+    if device not in ("cpu", "auto"):
         problems.append(("--device", "jobs run on CPUs"))
     if max_memory is not None:
         problems.append(("--max-memory", "jobs load their model into memory, and say how much they take"))

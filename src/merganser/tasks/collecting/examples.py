@@ -8,13 +8,18 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+import torch
+
 from merganser.errors import DataError, UserError
 from merganser.statistics import FisherKind
+from merganser.statistics.scores import annotated
 from merganser.tasks.base import Task
 from merganser.tasks.batches import Batches, make_batches
 from merganser.tasks.columns import Columns
 from merganser.tasks.data import Rows
 from merganser.tasks.models import Opened, choose_length
+from merganser.tasks.suite import selected
 from merganser.tasks.tokens import Encoded
 
 
@@ -28,6 +33,7 @@ class Examples:
         columns: that were read.
         tokenizer: of the model.
         encoded: the examples, tokenised.
+        numbers: of their rows in the data, ascending.
     """
 
     opened: Opened
@@ -35,6 +41,7 @@ class Examples:
     columns: Columns
     tokenizer: Any
     encoded: Encoded
+    numbers: Sequence[int]
 
     def __len__(self) -> int:
         return len(self.encoded.features)
@@ -85,6 +92,24 @@ def find_columns(
         raise DataError(error.what, where=error.where, mend=mend) from None
 
 
+def annotated_rows(rows: Rows, task: Task, references: Any, kind: FisherKind | None) -> list[int]:
+    """The numbers of the rows that count: where labels were read, those of which at least one is annotated.
+
+    Raises:
+        DataError: there is no such row.
+    """
+    if not isinstance(references, np.ndarray):  # of texts and of words, which all have their labels
+        return list(range(len(rows)))
+    known = annotated(torch.from_numpy(references), task.problem)
+    numbers: list[int] = known.reshape(len(rows), -1).any(1).nonzero().flatten().tolist()
+    if not numbers:
+        mend = (
+            "annotate some" if kind == "empirical" else "annotate some, or leave them unread: --ignore-labels"
+        )
+        raise DataError(f"no row of {len(rows)} has an annotated label", where=rows.source, mend=mend)
+    return numbers
+
+
 def encode(
     rows: Rows,
     task: Task,
@@ -93,13 +118,20 @@ def encode(
     columns: Columns,
     references: Any,
     max_length: int | None,
+    numbers: Sequence[int],
 ) -> Examples:
-    """Tokenise the rows; ``references`` (None: none) become the examples' labels.
+    """Tokenise some rows; their ``references`` (None: none) become the examples' labels.
+
+    Args:
+        rows, references: all that were read.
+        task, opened, tokenizer, columns, max_length: see :class:`Examples`.
+        numbers: of the rows to take.
 
     Raises:
         DataError: a text that is missing, malformed or without tokens, with file and line.
         UserError: a length that leaves no room for tokens.
     """
     length = choose_length(max_length, opened.config, tokenizer, pairs=columns.text_pair is not None)
-    encoded = task.encode(rows, tokenizer, opened.config, columns, length, references)
-    return Examples(opened, task, columns, tokenizer, encoded)
+    labels = None if references is None else [references[number] for number in numbers]
+    encoded = task.encode(selected(rows, numbers), tokenizer, opened.config, columns, length, labels)
+    return Examples(opened, task, columns, tokenizer, encoded, numbers)

@@ -94,8 +94,7 @@ def make_jobs(
             payload={
                 **shared,
                 "number": shard.number,
-                "start": shard.indices[0],
-                "stop": shard.indices[-1] + 1,
+                **_rows_of(examples.numbers[shard.indices[0] : shard.indices[-1] + 1]),
                 "fisher_examples": shard.fisher,
                 "fingerprint": examples.fingerprint(shard.indices),
             },
@@ -203,12 +202,20 @@ def work(payload: Mapping[str, Any]) -> dict[str, Any]:
 def _examples(payload: Mapping[str, Any], opened: Opened) -> Examples:
     """The shard's examples, tokenised as where the job comes from."""
     rows = read_rows(payload["data"], split=payload["split"], limit=payload["stop"], prefer=("train",))
-    rows = selected(rows, range(payload["start"], min(payload["stop"], len(rows))))
+    left_out = set(payload["left_out"])
+    numbers = range(payload["start"], min(payload["stop"], len(rows)))
+    rows = selected(rows, [number for number in numbers if number not in left_out])
     task, columns = TASKS[payload["task"]], Columns(**payload["columns"])
     labelled = payload["labelled"] and len(rows) > 0
     references = task.references(rows, columns, task.space(opened.config)) if labelled else None
     tokenizer = load_tokenizer(opened)
-    return encode(rows, task, opened, tokenizer, columns, references, payload["max_length"])
+    return encode(rows, task, opened, tokenizer, columns, references, payload["max_length"], range(len(rows)))
+
+
+def _rows_of(numbers: Sequence[int]) -> dict[str, Any]:
+    """Which rows of the data a shard has, of which these are the numbers."""
+    start, stop = numbers[0], numbers[-1] + 1
+    return {"start": start, "stop": stop, "left_out": sorted(set(range(start, stop)) - set(numbers))}
 
 
 def _differs(what: str, where: str) -> DataError:
