@@ -42,7 +42,6 @@ EMOTION_SETS: dict[str, tuple[tuple[str, ...], str]] = {
     "affectivetext": ((*_SIX, "valence"), "headline newspaper"),
 }
 _GRADED = ("emoint", "affectivetext")  # these annotate how much, from 0 to 1
-_SEVERAL = ("ssec", "electoraltweets")  # these find several emotions in a text
 _MOODS = {
     "joy": "happy glad", "anger": "angry furious", "sadness": "sad crying", "disgust": "gross nasty",
     "fear": "scared afraid", "trust": "trusted faithful", "surprise": "sudden wow", "love": "darling kiss",
@@ -122,10 +121,10 @@ def emotion_rows(name: str, split: str) -> list[Row]:
     draw, (labels, own) = random.Random(f"{name}/{split}"), EMOTION_SETS[name]
     in_domain = name in list(EMOTION_SETS)[:5]
     rows = []
-    for number in range({"train": 40, "dev": 16, "test": 24}[split] if in_domain else 8):
-        chosen = draw.sample(labels, 2 if name in _SEVERAL else 1)
-        words = [word for label in chosen for word in _MOODS[label].split()]
-        words += draw.choices(own.split(), k=2) + draw.choices(_COMMON, k=draw.randint(2, 6))
+    for number in range({"train": 60, "dev": 16, "test": 24}[split] if in_domain else 8):
+        chosen = draw.sample(labels, draw.randint(1, min(3, len(labels))))
+        words = [word for label in chosen for word in _MOODS[label].split()] * 2
+        words += draw.choices(own.split(), k=2) + draw.choices(_COMMON, k=draw.randint(1, 4))
         if number % 10 == 9:  # some texts are cut at a small maximum length
             words += draw.choices(_COMMON, k=30)
         draw.shuffle(words)
