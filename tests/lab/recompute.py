@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -325,14 +326,20 @@ class Contributor:
     known: np.ndarray | None
 
 
-def merged(contributors: Sequence[Contributor], method: str, **options: Any) -> State:
-    """Every parameter of a merge; a row of a multi-label head is merged from those that have trained it alone."""
+def merged(
+    contributors: Sequence[Contributor], method: str, *, head_averaged: bool = False, **options: Any
+) -> State:
+    """Every parameter of a merge; a row of a multi-label head is merged from those that have trained it alone.
+
+    With ``head_averaged`` such a row is their average (PAPER.md), whatever merges the rest.
+    """
     rule = {"simple": _simple, "fisher": _fisher, "regmean": _regmean}[method]
     whole = rule(contributors, **options)
     if all(one.known is None for one in contributors):
         return whole
     voters_of = [tuple(one for one in contributors if one.known[row]) for row in range(len(LABELS))]
-    of_voters = {voters: rule(voters, **options) for voters in set(voters_of) if voters}
+    for_head = _simple if head_averaged else partial(rule, **options)
+    of_voters = {voters: for_head(voters) for voters in set(voters_of) if voters}
     for row, voters in enumerate(voters_of):
         for name in whole:
             if voters and name.startswith("classifier.out_proj."):

@@ -89,6 +89,14 @@ def test_emotion(model: str) -> None:
         assert config.seeds == (1, 2, 3, 4, 5) and config.tests.out_split == "all"
         assert [m.method for m in config.methods] == ["simple", "fisher", "regmean"]
         assert config.methods[2].options["alpha"] == 0.1
+        head = {"roberta-base": ("classifier.out_proj.*",), "deberta-v3-large": ("classifier.*",)}.get(
+            model, ()
+        )
+        assert [m.exclude for m in config.methods] == [
+            (),
+            (),
+            head,
+        ]  # PAPER: the row of a label is the average
         assert config.statistics.examples == config.statistics.fisher_examples == 1000 * 16
         assert (config.pretrained.architecture, config.suite.name) in PUBLISHED
     assert pairwise.heads == (("same",) if "t5" in model else ("same", "different"))

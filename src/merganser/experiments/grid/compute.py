@@ -242,6 +242,7 @@ def merge_cell(
         method=method.method,
         base=models.config.pretrained.model if needs_base else None,
         options=method.options,
+        exclude=method.exclude,
         overwrite=True,
         sums=sums if method.method == "regmean" and method.search is None else None,
         device=models.device,

@@ -134,6 +134,10 @@ class MethodConfig(_Frozen):
         default="", description="what tables call it; must differ between entries of one method"
     )
     options: dict[str, Any] = Field(default_factory=dict)
+    exclude: tuple[str, ...] = Field(
+        default=(),
+        description="name patterns of tensors that are averaged instead, among those who vote on a row",
+    )
     search: Search | None = None
     finetune: Finetune | None = None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -34,6 +35,8 @@ from merganser.training.settings import TrainingSettings, defaults, with_changes
 
 #: What statistics are: a new number collects them again. 2: Fisher information of annotated labels alone.
 STATISTICS = 2
+
+logger = logging.getLogger(__name__)
 
 
 class Models:
@@ -216,6 +219,11 @@ class Models:
                 allow_pickle=self.allow_pickle,
             )
             _lift(folder)
+            if done.best_epoch is not None and len(done.dev_scores) > 1 == len(set(done.dev_scores)):
+                logger.warning(
+                    "%s (seed %s): every epoch scores %.3f on development data, so the first is kept",
+                    spec.name, spec.seed, done.dev_scores[0],
+                )  # fmt: skip
             return _facts(done.dev_scores, done.best_epoch, folder)
 
         return self.zoo.build(key, make)
