@@ -33,8 +33,9 @@ from grams import encoder_family
 from measure import PROGRAM
 from merganser.checkpoints.layers import Layer
 from merganser.merging.memory import keep_freed
-from merganser.methods import Facts, RegMean
+from merganser.methods import METHODS, Facts
 from merganser.methods.base import elements
+from merganser.methods.regmean import RegMeanOptions
 from merganser.statistics import Statistics
 from merganser.tensors import one_thread
 
@@ -48,6 +49,7 @@ class InMemory:
     weights: Mapping[str, Tensor]
     grams: Mapping[str, Tensor]
     inputs: Mapping[str, str]
+    number: int = 0
     coefficient: float = 1.0
 
     def tensor(self, name: str) -> Tensor:
@@ -122,7 +124,7 @@ def solvers(
 ) -> dict[str, Callable[[], dict[str, Tensor]]]:
     """The solvers by variant; each returns the merged weights."""
     weights, grams = [share.weights for share in shares], [share.grams for share in shares]
-    method = RegMean(RegMean.Options(alpha=alpha, augment_bias=False))
+    method = METHODS["regmean"].configured(RegMeanOptions(alpha=alpha, augment_bias=False))
     facts = []
     for module, (key, shape) in encoder.linear().items():
         layer = Layer(module, "linear", f"{module}.weight", f"{module}.bias", False)

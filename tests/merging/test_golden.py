@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from conftest import ARCHITECTURES
 from merganser.merging import merge
 
+_TIED = "tied: one tensor serves several layers"
+
 
 def weights_of(folder: Path) -> dict[str, np.ndarray]:
     return {n: t.double().numpy() for n, t in load_file(folder / "model.safetensors").items()}
@@ -130,6 +132,7 @@ def test_regmean_diagonal_is_alpha_zero_and_both_differ_from_full(family, tmp_pa
 
 @pytest.mark.parametrize("architecture", ["bert", "gpt2"])
 def test_actmat(family, tmp_path: Path, architecture: str) -> None:
+    """Linear layers by ΔᵀΔ, biases by ‖Δ‖², rows of embeddings by each row's own; the rest is the average."""
     base, models = family(architecture, 3, statistics=False)
     ridge, c = 0.05, [1.0, 2.0, 1.0]
     out = merge(
@@ -137,19 +140,37 @@ def test_actmat(family, tmp_path: Path, architecture: str) -> None:
     )
     origin, parents, merged = weights_of(base), [weights_of(m) for m in models], weights_of(out)
     used = json.loads((out / "provenance.json").read_text())["tensors"]
-    treated = [name for name, entry in used.items() if entry["method"] == "actmat"]
-    assert len(treated) >= 8 and not any(
-        "embeddings" in n or "wte" in n or n.endswith("bias") for n in treated
-    )
-    for name in treated:
-        turn = (lambda a: a.T) if architecture == "gpt2" else (lambda a: a)
+    checked = dict.fromkeys(("linear", "bias", "embedding", "average"), 0)
+    for name, entry in used.items():
+        embedding = any(word in name for word in ("embeddings.weight", "wte", "wpe"))
+        norm = any(word in name for word in ("LayerNorm", "ln_"))
+        linear = not embedding and not norm and origin[name].ndim == 2
+        turn = (lambda a: a.T) if architecture == "gpt2" and linear and "score" not in name else (lambda a: a)
         w = [turn(p[name]) for p in parents]
         average = sum(ci * wi for ci, wi in zip(c, w, strict=True)) / sum(c)
-        grams = [(wi - turn(origin[name])).T @ (wi - turn(origin[name])) for wi in w]
+        if entry["method"] == "average":
+            assert (norm, entry["reason"]) in ((True, "not a linear map"), (False, _TIED)), name
+            close(merged[name], average)
+            checked["average"] += 1
+            continue
+        deltas = [wi - turn(origin[name]) for wi in w]
+        if not linear:
+            costs = [
+                np.sum(delta**2, axis=1, keepdims=True) if embedding else np.sum(delta**2) for delta in deltas
+            ]
+            total = sum(ci * m for ci, m in zip(c, costs, strict=True))
+            lam = ridge * np.mean(total)
+            top = sum(ci * m * wi for ci, m, wi in zip(c, costs, w, strict=True)) + lam * average
+            close(merged[name], top / (total + lam))
+            checked["embedding" if embedding else "bias"] += 1
+            continue
+        checked["linear"] += 1
+        grams = [delta.T @ delta for delta in deltas]
         total = sum(ci * g for ci, g in zip(c, grams, strict=True))
         lam = ridge * np.trace(total) / len(total)
         top = sum(ci * wi @ g for ci, wi, g in zip(c, w, grams, strict=True)) + lam * average
         close(turn(merged[name]), top @ np.linalg.inv(total + lam * np.eye(len(total))))
+    assert min(checked.values()) >= 1 and checked["linear"] >= 8
 
 
 def test_fisher(family, tmp_path: Path) -> None:

@@ -105,6 +105,22 @@ def test_other_methods_of_sums(family: Family, tmp_path: Path, method: str, stat
     assert distance(solved(folder, tmp_path / "out"), weights(plain)) < 1e-6
 
 
+@pytest.mark.parametrize("architecture", ["bert", "gpt2"])
+def test_sums_of_actmat_need_no_statistics(family: Family, tmp_path: Path, architecture: str) -> None:
+    base, models = family(architecture, 3, statistics=False)
+    c = [1.0, 2.0, 0.5]
+    folder = fill(tmp_path / "sums", base, models, c, method="actmat")
+    out = ledger.solve(folder, tmp_path / "out", dtype="F64")
+    plain = merge(models, tmp_path / "plain", method="actmat", base=base, coefficients=c, dtype="F64")
+    average = merge(models, tmp_path / "average", method="simple", coefficients=c, dtype="F64")
+    assert distance(weights(out), weights(plain)) < 1e-6
+    assert distance(weights(average), weights(plain)) > 1e-3  # the test can fail
+    used, wanted = (json.loads((f / "provenance.json").read_text())["tensors"] for f in (out, plain))
+    assert {n: (o["method"], o["reason"]) for n, o in used.items()} == {
+        n: (o["method"], o["reason"]) for n, o in wanted.items()
+    }
+
+
 def test_the_result_is_a_model(family: Family, tmp_path: Path) -> None:
     from transformers import AutoModelForSequenceClassification
 

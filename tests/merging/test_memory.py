@@ -26,7 +26,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Slices of a few rows, so that tiny tensors are cut."""
     monkeypatch.setattr(cutting, "SLICE", 48)
     monkeypatch.setattr(sums, "BLOCK", 5)
-    monkeypatch.setattr("merganser.methods.regmean.BLOCK", 5)
+    monkeypatch.setattr("merganser.methods.least_squares.BLOCK", 5)
+    monkeypatch.setattr("merganser.methods.least_squares.ROWS", 5)
 
 
 def plan_of(models: list[Path], base: Path, method: str, **settings):  # type: ignore[no-untyped-def]
@@ -56,16 +57,20 @@ def test_slices_change_no_byte(family, tmp_path: Path, small: None, method: str,
     assert first == second
 
 
-def test_cut_linear_layers_have_the_bytes_of_whole_ones(family, tmp_path: Path, small: None) -> None:
-    """RegMean in as little memory as it can: systems are factored once, right-hand sides come in blocks of rows."""
+@pytest.mark.parametrize("method", ["regmean", "actmat", "fisher"])
+@pytest.mark.parametrize("architecture", ["bert", "t5"])
+def test_what_only_memory_cuts_has_the_bytes_of_the_whole(
+    family, tmp_path: Path, small: None, method: str, architecture: str
+) -> None:
+    """As little memory as can be: systems are factored once, right-hand sides come in blocks of rows."""
     from merganser.merging import execution
     from merganser.merging.plan import Plan
 
-    base, models = family("bert", 3)
-    plan: Plan = plan_of(models, base, "regmean")
+    base, models = family(architecture, 3, fisher="expected")
+    plan: Plan = plan_of(models, base, method)
     cut = 0
     for step in plan.steps:
-        if step.unit.kind != "gram":
+        if step.method != method or cutting.min_slice_rows(step, plan.method) in (None, 1):
             continue
         whole = execution.run_step(plan, step).tensors
         pieces: dict[str, list[torch.Tensor]] = {name: [] for name in step.unit.names}

@@ -45,7 +45,9 @@ def test_a_real_encoder_merges_and_still_embeds(encoder: Path, tmp_path: Path) -
     ):
         assert (out / name).read_bytes() == (encoder / name).read_bytes()
     used = json.loads((out / "provenance.json").read_text())["tensors"]
-    assert sum(entry["method"] == "actmat" for entry in used.values()) == 37  # 6 layers × 6, and the pooler
+    assert (
+        sum(entry["method"] == "actmat" for entry in used.values()) == 77
+    )  # 6 layers × 6, the pooler, biases; 3 embeddings
     assert used["embeddings.position_ids"]["method"] == "copy"
     from sentence_transformers import SentenceTransformer
 

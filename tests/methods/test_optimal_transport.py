@@ -320,8 +320,6 @@ def test_without_pot_the_command_is_said_before_any_work(
     monkeypatch.setitem(sys.modules, "ot", None)
     with pytest.raises(RecipeError, match="pip install POT"):
         merge([save_model("one")] * 2, tmp_path / "out", method="ot")
-    with pytest.raises(RecipeError, match="pip install POT"):
-        match(torch.ones(2, 2), torch.ones(2, 2))
 
 
 def test_the_bytes_do_not_depend_on_threads(tmp_path: Path) -> None:

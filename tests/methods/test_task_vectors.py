@@ -16,7 +16,7 @@ class Memory:
     """A share of tensors in memory, in pieces of a few rows."""
 
     def __init__(self, tensor: Tensor, base: Tensor, coefficient: float) -> None:
-        self.coefficient, self._tensor, self._base = coefficient, tensor, base
+        self.number, self.coefficient, self._tensor, self._base = 0, coefficient, tensor, base
 
     def tensor(self, name: str) -> Tensor:
         return self._tensor.clone()
@@ -37,7 +37,7 @@ def merged(
     chosen = METHODS[method]
     unit = Unit(("w",), method, (Facts("w", tuple(base.shape), in_base=True),))
     shares = [Memory(tensor, base, one) for tensor, one in zip(tuned, c, strict=True)]
-    return chosen(chosen.Options(**options)).merge(unit, shares).tensors["w"]  # type: ignore[arg-type]
+    return chosen.configured(chosen.options_type(**options)).merge(unit, shares).tensors["w"]  # type: ignore[arg-type]
 
 
 def oracle_of_ties(

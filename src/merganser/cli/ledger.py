@@ -49,7 +49,7 @@ def ledger_command() -> None:
 @ledger_command.command("init")
 @_FOLDER
 @click.option("--base", required=True, metavar="MODEL", help="The pre-trained model that all start from.")
-@click.option("--method", default="regmean", show_default=True, help="regmean, fisher, simple.")
+@click.option("--method", default="regmean", show_default=True, help="regmean, fisher, simple, actmat.")
 @click.option("--alpha", type=float, help="RegMean: multiplier of the Gram matrices' off-diagonals.")
 @click.option("--ridge", type=float, help="Pull toward the weighted average; solve can choose another.")
 @click.option("--option", "pairs", multiple=True, metavar="KEY=VALUE", help="Any other option of the method.")

@@ -145,7 +145,7 @@ def _base(plan: Plan, rank: int) -> Parent:
     if base is None:
         raise RuntimeError("no base and no problem")
     base.checkpoint.fetch()
-    if not plan.method.needs_statistics:  # the plan then has not checked them
+    if not plan.method.needs.statistics:  # the plan then has not checked them
         for parent in plan.parents:
             if parent.statistics is not None:
                 problems += parent.statistics.check_names(parent.checkpoint)

@@ -32,7 +32,7 @@ def model_card(plan: Plan, layout: Layout, outcomes: Mapping[str, Outcome]) -> s
     options = ", ".join(f"{key} {value}" for key, value in plan.recipe.options.items()) or "no options"
     rows = "\n".join(
         f"| {source} | {parent.contributor.coefficient:g} | "
-        f"{parent.statistics.header.examples if parent.statistics and plan.method.needs_statistics else '–'} |"
+        f"{parent.statistics.header.examples if parent.statistics and plan.method.needs.statistics else '–'} |"
         for source, parent in zip(sources, plan.parents, strict=True)
     )
     used = Counter((o.method, o.reason if o.method != "kept separate" else None) for o in outcomes.values())

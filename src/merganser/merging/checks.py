@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
@@ -114,15 +115,31 @@ def check_unmatched(
 def check_needs(
     method: Method, recipe: Recipe, parents: Sequence[Parent], base: Parent | None, problems: list[UserError]
 ) -> None:
-    """The method has what it needs: base model, statistics of these tensors, coefficients with a meaning."""
-    if method.needs_base and recipe.base is None and base is None:
+    """The method has what it needs: a package, base model, statistics of these tensors, coefficients with a meaning."""
+    if method.needs.package and importlib.util.find_spec(method.needs.package[0]) is None:
+        problems.append(
+            RecipeError(
+                f"method {method.name!r} needs {method.needs.package[1]}, which is not installed",
+                where="method",
+                mend=f"pip install {method.needs.package[1]}",
+            )
+        )
+    if method.needs.models is not None and len(parents) != method.needs.models:
+        problems.append(
+            RecipeError(
+                f"method {method.name!r} merges exactly {method.needs.models} models, {len(parents)} are given",
+                where="contributors",
+                mend=f"give {method.needs.models} models, or choose another method",
+            )
+        )
+    if method.needs.base and recipe.base is None and base is None:
         problems.append(
             RecipeError(
                 f"method {method.name!r} needs the pre-trained model that the contributors started from",
                 mend="add --base MODEL",
             )
         )
-    if method.needs_base and base is not None and not base.names:
+    if method.needs.base and base is not None and not base.names:
         problems.append(
             CheckpointError(
                 "holds none of the contributors' tensors",
@@ -131,7 +148,7 @@ def check_needs(
             )
         )
     for parent in parents:
-        if parent.contributor.coefficient < 0 and not method.signed:
+        if parent.contributor.coefficient < 0 and not method.needs.signed:
             problems.append(
                 RecipeError(
                     f"{parent.title}: the coefficient {parent.contributor.coefficient} is negative, "
@@ -139,7 +156,7 @@ def check_needs(
                     mend="use a coefficient of at least 0",
                 )
             )
-        if not method.needs_statistics:
+        if not method.needs.statistics:
             continue
         if parent.statistics is None:
             problems.append(
@@ -147,7 +164,7 @@ def check_needs(
                     f"{parent.title} has no statistics, and method {method.name!r} needs them",
                     where=parent.checkpoint.name,
                     mend=f"merganser collect {parent.contributor.model} --data …"
-                    + (" --fisher" if method.name == "fisher" else ""),
+                    + (" --fisher" if method.needs.statistics == "fisher" else ""),
                 )
             )
         else:

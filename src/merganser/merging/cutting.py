@@ -52,7 +52,7 @@ def fit(
             problems.append(
                 RecipeError(
                     f"{step.unit.names[0]!r} needs {(step.nbytes + resident) / 1e9:.2f} GB at once"
-                    + ("" if grain(step, method) else " and cannot be cut into rows"),
+                    + ("" if min_slice_rows(step, method) else " and cannot be cut into rows"),
                     where=f"max_memory: {(max_memory or 0) / 1e9:.2f} GB",
                     mend="allow more memory, or exclude this tensor (--exclude), which averages it",
                 )
@@ -68,7 +68,7 @@ def busiest(steps: Sequence[Step], threads: int) -> int:
 
 def _cut(step: Step, method: Method, contributors: int, room: int | None) -> Step:
     whole = replace(step, nbytes=step_bytes(step, method, contributors))
-    least = grain(step, method)
+    least = min_slice_rows(step, method)
     if least is None:
         return whole
     height = step.unit.height()
@@ -86,11 +86,11 @@ def _cut(step: Step, method: Method, contributors: int, room: int | None) -> Ste
     return cut
 
 
-def grain(step: Step, method: Method) -> int | None:
+def min_slice_rows(step: Step, method: Method) -> int | None:
     """The fewest rows that can be merged apart; None where only the whole can."""
     if step.rows is not None or step.method == "copy" or not step.unit.height():
         return None
-    return 1 if step.method == "average" else method.grain(step.unit)
+    return 1 if step.method == "average" else method.min_slice_rows(step.unit)
 
 
 def step_bytes(step: Step, method: Method, contributors: int) -> int:

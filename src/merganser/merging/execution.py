@@ -25,7 +25,7 @@ from merganser.merging.layout import Layout
 from merganser.merging.memory import Budget
 from merganser.merging.parents import Parent
 from merganser.merging.plan import Plan
-from merganser.merging.shares import ParentShare
+from merganser.merging.shares import ParentShare, Ranges
 from merganser.merging.step import Step
 from merganser.methods import Merged, Share, Unit, average_unit
 from merganser.methods.base import elements
@@ -52,16 +52,18 @@ def run_step(plan: Plan, step: Step) -> Merged:
     """Merge one unit as a whole; float tensors come back in float32 or wider."""
     if step.method == "copy":
         return _copy(plan, step)
-    device = plan.torch_device
     if step.rows is None:
-        shares = [ParentShare(parent, plan.base, device=device) for parent in plan.parents]
-        return _merge(plan, step, shares)
+        return _merge(plan, step.unit, step, _shares(plan))
     pieces: dict[str, Tensor] = {}
     notes = []
     for rows, owners in step.rows.groups():
         shares = [
             ParentShare(
-                plan.parents[i], plan.base, rows=[step.rows.own[i][row] for row in rows], device=device
+                plan.parents[i],
+                plan.base,
+                number=i,
+                rows=[step.rows.own[i][row] for row in rows],
+                device=plan.torch_device,
             )
             for i in owners
         ]
@@ -71,7 +73,7 @@ def run_step(plan: Plan, step: Step) -> Merged:
                 f"rows of {step.unit.names[0]!r} belong to {owned} alone, whose coefficients sum to zero",
                 mend="give at least one of them another coefficient",
             )
-        merged = _merge(plan, step, shares, rows)
+        merged = _merge(plan, step.unit.only(rows), step, shares, rows)
         notes.append(merged.note)
         for name, tensor in merged.tensors.items():
             whole = pieces.setdefault(name, tensor.new_empty(step.rows.size, *tensor.shape[1:]))
@@ -86,14 +88,21 @@ def run_slices(plan: Plan, step: Step) -> Iterator[Slice]:
         merged = run_step(plan, step)
         yield dict.fromkeys(merged.tensors, 0), merged
         return
-    device, unit = plan.torch_device, step.unit
+    unit = step.unit
     merge: Callable[[Unit, Sequence[Share]], Merged] = average_unit
     if step.method != "average":
-        merge = plan.method.prepare(unit, [ParentShare(p, plan.base, device=device) for p in plan.parents])
+        merge = plan.method.prepare(unit, _shares(plan))
     for start in range(0, unit.height(), step.slice_rows):
         part, ranges = unit.cut(start, start + step.slice_rows)
-        shares = [ParentShare(p, plan.base, ranges=ranges, device=device) for p in plan.parents]
-        yield {name: first for name, (first, _) in ranges.items()}, merge(part, shares)
+        yield {name: first for name, (first, _) in ranges.items()}, merge(part, _shares(plan, ranges))
+
+
+def _shares(plan: Plan, ranges: Ranges | None = None) -> list[ParentShare]:
+    """Every contributor's, of these rows of each tensor; of all by default."""
+    return [
+        ParentShare(parent, plan.base, number=number, ranges=ranges, device=plan.torch_device)
+        for number, parent in enumerate(plan.parents)
+    ]
 
 
 def longest_first(steps: Sequence[Step], threads: int) -> list[Step]:
@@ -104,21 +113,22 @@ def longest_first(steps: Sequence[Step], threads: int) -> list[Step]:
 
 
 def _merge(
-    plan: Plan, step: Step, shares: Sequence[ParentShare], rows: Sequence[int] | None = None
+    plan: Plan, unit: Unit, step: Step, shares: Sequence[ParentShare], rows: Sequence[int] | None = None
 ) -> Merged:
+    """Merge a step's unit, or the part of it that is in these rows of the result."""
     if step.method == "average":
-        return average_unit(step.unit, shares)
-    if plan.kept is None or not plan.method.additive(step.unit):
-        return plan.method.merge(step.unit, shares)
+        return average_unit(unit, shares)
+    if plan.kept is None or not plan.method.additive(unit):
+        return plan.method.merge(unit, shares)
     parents, own = [share.parent for share in shares], [share.own for share in shares]
     keys = plan.kept.keys(plan.method, step.unit, parents, own)
     found, done = plan.kept.load(step.unit, rows, keys)
     sums = plan.method.new_sums() if found is None else found
     for share in shares[done:]:
-        plan.method.add(step.unit, share, sums)
+        plan.method.add(unit, share, sums)
     if done < len(shares):
         plan.kept.save(step.unit, rows, keys, sums)
-    return plan.method.solve(step.unit, sums)
+    return plan.method.solve(unit, sums)
 
 
 def _copy(plan: Plan, step: Step) -> Merged:

@@ -199,7 +199,7 @@ def prepare(
     raise_all(problems)
     for parent in [*plan.parents, *([plan.base] if plan.base else [])]:
         parent.checkpoint.fetch()
-    if plan.method.needs_statistics:
+    if plan.method.needs.statistics:
         _hash(plan)
         for parent in plan.parents:
             if parent.statistics is not None:

@@ -24,13 +24,13 @@ from merganser.merging.checks import (
     match_shapes,
     matches,
 )
-from merganser.merging.cutting import OWN_BYTES, SMALL, busiest, fit, grain
+from merganser.merging.cutting import OWN_BYTES, SMALL, busiest, fit, min_slice_rows
 from merganser.merging.memory import anonymous_bytes
 from merganser.merging.parents import Parent, open_base, open_parents
 from merganser.merging.recipe import Recipe, method_options
 from merganser.merging.rows import LabelPlan, Rows, match_labels
 from merganser.merging.step import Step
-from merganser.methods import METHODS, Facts, Method, Unit
+from merganser.methods import METHODS, Facts, Method, Unit, choose
 from merganser.tensors import DTYPE_NAMES, DTYPES, is_floating
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ class Plan:
         """Size of everything that is read: weights of contributors and base, and their statistics."""
         weights = sum(info.nbytes for p in self.parents for info in p.checkpoint.tensors.values())
         base = sum(info.nbytes for info in self.base.checkpoint.tensors.values()) if self.base else 0
-        published = [p.statistics for p in self.parents if p.statistics and self.method.needs_statistics]
+        published = [p.statistics for p in self.parents if p.statistics and self.method.needs.statistics]
         return weights + base + sum(info.nbytes for one in published for info in one.tensors.values())
 
     @property
@@ -119,7 +119,7 @@ class Plan:
         whole = [
             (step.unit.names[0], step.nbytes)
             for step in self.steps
-            if grain(step, self.method) is None and step.nbytes > SMALL
+            if min_slice_rows(step, self.method) is None and step.nbytes > SMALL
         ]
         return sorted(whole, key=lambda entry: -entry[1])
 
@@ -164,7 +164,7 @@ def make_plan(
     check_unmatched(parents, separate, problems)
 
     method_name, choice = choose_method(recipe, parents, base)
-    method = METHODS[method_name](method_options(recipe, method_name))
+    method = METHODS[method_name].configured(method_options(recipe, method_name))
     check_needs(method, recipe, parents, base, problems)
     raise_all(problems)
 
@@ -180,14 +180,14 @@ def make_plan(
         )
     resident = anonymous_bytes() + OWN_BYTES
     steps, budget = fit(steps, method, len(parents), threads, resident, max_memory)
-    if recipe.base is not None and not method.needs_base:
+    if recipe.base is not None and not method.needs.base:
         notes.append(f"method {method.name} makes no use of the base model")
     outputs = tuple(_spec(name, recipe, parents, rows) for name in merged_names)
     resolved = recipe.model_copy(update={"method": method.name, "options": method.options.model_dump()})
     longest = [sum(info.shape[0] for info in p.checkpoint.tensors.values() if info.shape) for p in parents]
     vocabulary_from = longest.index(max(longest)) if recipe.vocabulary == "largest" else 0
     return Plan(
-        resolved, choice, method, tuple(parents), base if method.needs_base else None, tuple(steps), outputs,
+        resolved, choice, method, tuple(parents), base if method.needs.base else None, tuple(steps), outputs,
         separate, labels, vocabulary_from, tuple(notes), threads, budget, resident, device, max_memory,
     )  # fmt: skip
 
@@ -197,14 +197,13 @@ def choose_method(recipe: Recipe, parents: Sequence[Parent], base: Parent | None
     if recipe.method != "auto":
         return recipe.method, None
     statistics = [parent.statistics for parent in parents]
+    published = set()
     if all(s is not None and any(layer.input for layer in s.header.layers) for s in statistics):
-        return "regmean", "every contributor publishes Gram matrices"
+        published.add("gram")
     if all(s is not None and s.header.fisher for s in statistics):
-        return "fisher", "every contributor publishes Fisher information"
+        published.add("fisher")
     missing = ", ".join(p.title for p in parents if p.statistics is None) or "some contributors"
-    if base is not None:
-        return "actmat", f"the base model is known, and {missing} publish no statistics"
-    return "simple", f"{missing} publish no statistics and no base model is given"
+    return choose(published, base is not None, missing)
 
 
 def make_steps(
@@ -233,11 +232,11 @@ def _unit_rows(unit: Unit, rows: dict[str, Rows]) -> Rows | None:
 
 def _layers(method: Method, parents: Sequence[Parent], notes: list[str]) -> dict[str, Layer]:
     """The first contributor's layers by weight, from its statistics or from its configuration."""
-    if method.needs_statistics and parents[0].statistics is not None:
+    if method.needs.statistics and parents[0].statistics is not None:
         described = [
             Layer(x.module, x.kind, x.weight, x.bias, x.tied) for x in parents[0].statistics.header.layers
         ]
-    elif method.needs_layers:
+    elif method.needs.layers:
         described = describe_layers(parents[0].checkpoint)
     else:
         return {}

@@ -39,7 +39,9 @@ def make_provenance(
         "format": FORMAT,
         "recipe": plan.recipe.model_dump(mode="json"),
         "method_chosen_because": plan.choice,
-        "parents": [describe_parent(parent, plan.method.needs_statistics) for parent in plan.parents],
+        "parents": [
+            describe_parent(parent, plan.method.needs.statistics is not None) for parent in plan.parents
+        ],
         "base": describe_parent(plan.base, False) if plan.base else None,
         "notes": list(plan.notes),
         "tensors": {name: asdict(outcome) for name, outcome in outcomes.items()},

@@ -143,7 +143,7 @@ def method_options(recipe: Recipe, method: str, where: str = "recipe") -> Any:
     Raises:
         RecipeError: an option that the method does not have, or a value that it cannot take.
     """
-    options = METHODS[method].Options
+    options = METHODS[method].options_type
     try:
         return options.model_validate(recipe.options)
     except ValidationError as error:

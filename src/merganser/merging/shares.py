@@ -22,6 +22,7 @@ class ParentShare:
     Args:
         parent: the contributor.
         base: the base model, where there is one.
+        number: which contributor it is, from 0.
         rows: the rows of its own tensors that are meant, all by default.
         ranges: by the first contributor's names, the range of rows of each tensor that is meant; all by default.
         device: where tensors are put.
@@ -32,11 +33,12 @@ class ParentShare:
         parent: Parent,
         base: Parent | None,
         *,
+        number: int = 0,
         rows: Sequence[int] | None = None,
         ranges: Ranges | None = None,
         device: torch.device | None = None,
     ) -> None:
-        self.parent, self.own = parent, rows
+        self.parent, self.number, self.own = parent, number, rows
         self._base, self._ranges, self._device = base, ranges or {}, device
         self._rows = None if rows is None else torch.tensor(rows)
 
@@ -58,12 +60,12 @@ class ParentShare:
         return wide(self._picked(read_finite(self._known_base, name, *self._range(name))))
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Some rows of its whole tensor, likewise."""
-        return wide(self._placed(read_finite(self.parent, name, start, stop)))
+        """Some of these rows, likewise."""
+        return wide(self._some_rows(self.parent, name, start, stop))
 
     def base_rows(self, name: str, start: int, stop: int) -> Tensor:
         """The base model's rows, likewise."""
-        return wide(self._placed(read_finite(self._known_base, name, start, stop)))
+        return wide(self._some_rows(self._known_base, name, start, stop))
 
     def gram(self, weight: str) -> Tensor:
         """The Gram matrix of the inputs of the layer with this weight."""
@@ -107,6 +109,12 @@ class ParentShare:
 
     def _range(self, name: str) -> tuple[int, int | None]:
         return self._ranges.get(name, (0, None))
+
+    def _some_rows(self, parent: Parent, name: str, start: int, stop: int) -> Tensor:
+        if self._rows is not None:
+            return self._placed(read_finite(parent, name)[self._rows[start:stop]])
+        first, _ = self._range(name)
+        return self._placed(read_finite(parent, name, first + start, first + stop))
 
     def _picked(self, tensor: Tensor) -> Tensor:
         return self._placed(tensor if self._rows is None else tensor[self._rows])

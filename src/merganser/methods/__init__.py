@@ -2,29 +2,61 @@
 
 from __future__ import annotations
 
-from merganser.methods.actmat import ACTMat
-from merganser.methods.base import Facts, Merged, Method, Options, Share, Unit, average, average_unit
-from merganser.methods.fisher import Fisher
-from merganser.methods.optimal_transport import OptimalTransport
-from merganser.methods.regmean import RegMean
-from merganser.methods.simple import Simple
-from merganser.methods.sums import GramSums
-from merganser.methods.task_vectors import TIES, TaskArithmetic
+from collections.abc import Collection
 
-METHODS: dict[str, type[Method]] = {
+from merganser.methods.actmat import ACTMAT
+from merganser.methods.base import Facts, Merged, Method, Needs, Options, Share, Unit, average, average_unit
+from merganser.methods.fisher import FISHER
+from merganser.methods.least_squares import Diagonal, Gram, Identity, LeastSquares
+from merganser.methods.optimal_transport import OPTIMAL_TRANSPORT
+from merganser.methods.regmean import REGMEAN
+from merganser.methods.simple import SIMPLE
+from merganser.methods.sums import GramSums
+from merganser.methods.task_vectors import TASK_ARITHMETIC, TIES
+
+METHODS: dict[str, Method] = {
     method.name: method
-    for method in (Simple, Fisher, RegMean, ACTMat, OptimalTransport, TaskArithmetic, TIES)
+    for method in (SIMPLE, FISHER, REGMEAN, ACTMAT, OPTIMAL_TRANSPORT, TASK_ARITHMETIC, TIES)
 }
+
+#: Methods whose merge is a function of sums over contributors, so that each can be added without the others.
+SUMMED: dict[str, LeastSquares] = {
+    name: method
+    for name, method in METHODS.items()
+    if isinstance(method, LeastSquares)
+    and all(rule.form in (Identity, Diagonal, Gram) for rule in method.rules.values())
+}
+
+
+def choose(published: Collection[str], base: bool, missing: str) -> tuple[str, str]:
+    """The best method for what there is, and why.
+
+    Args:
+        published: the statistics that every contributor publishes, of "gram" and "fisher".
+        base: whether the base model is known.
+        missing: the names of those who publish none.
+    """
+    for method in (REGMEAN, FISHER):
+        if method.needs.statistics in published:
+            what = "Gram matrices" if method is REGMEAN else "Fisher information"
+            return method.name, f"every contributor publishes {what}"
+    if base:
+        return ACTMAT.name, f"the base model is known, and {missing} publish no statistics"
+    return SIMPLE.name, f"{missing} publish no statistics and no base model is given"
+
 
 __all__ = [
     "METHODS",
+    "SUMMED",
     "Facts",
     "GramSums",
     "Merged",
     "Method",
+    "Needs",
     "Options",
     "Share",
     "Unit",
     "average",
     "average_unit",
+    "choose",
 ]

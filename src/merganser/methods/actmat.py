@@ -1,67 +1,79 @@
 """ACTMat: Gram matrices estimated from how far fine-tuning moved the weights (arXiv 2604.01329).
 
 The rows of Δᵢ = Wᵢ − W₀ are sums of layer inputs weighted by error signals, so ΔᵢᵀΔᵢ stands in for the Gram matrix.
-Only the base model is needed: no data, no statistics.
+Only the base model is needed: no data, no statistics. Beyond the paper, the same estimate of an input that is always 1
+is ‖Δbᵢ‖² for a bias, and that of one-hot inputs is the diagonal of ‖Δ row‖² for an embedding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from merganser.methods.base import Facts, Merged, Method, Options, Share, Unit, elements, input_width, turned
-from merganser.methods.sums import GramSums
+from merganser.methods.base import Facts, Needs, Options, Share, Unit, input_width, transposed
+from merganser.methods.least_squares import Diagonal, Gram, LeastSquares, Rule
+from merganser.methods.sums import BLOCK
 
 
 class ACTMatOptions(Options):
-    """Options of :class:`ACTMat`."""
+    """Options of :data:`ACTMAT`."""
 
     ridge: float = Field(0.01, ge=0, description="pull toward the average, relative to tr(G)/d")
 
 
-class ACTMat(Method):
-    """RegMean's solution with Gᵢ = ΔᵢᵀΔᵢ; biases, norms and embeddings are averaged."""
+def _treat(fact: Facts, options: ACTMatOptions) -> str:
+    layer = fact.layer or fact.bias_of
+    if layer is None:
+        return "not a linear map"
+    if fact.layer and layer.tied:
+        return "tied: one tensor serves several layers"
+    if not fact.in_base:
+        return "not in the base model"
+    if fact.layer is None:
+        return "bias change"
+    return "row changes" if layer.kind == "embedding" else "estimated gram"
 
-    name = "actmat"
-    summary = "least squares on estimated inputs; needs the base model"
-    Options = ACTMatOptions
-    needs_base = True
-    needs_layers = True
 
-    def units(self, facts: Sequence[Facts]) -> tuple[list[Unit], dict[str, str]]:
-        """The weight of every linear layer that the base model holds too."""
-        units, reasons = [], {}
-        for fact in facts:
-            if fact.layer is None or fact.layer.kind == "embedding":
-                reasons[fact.name] = "bias" if fact.bias_of else "not a linear layer"
-            elif fact.layer.tied:
-                reasons[fact.name] = "tied: one tensor serves several layers"
-            elif not fact.in_base:
-                reasons[fact.name] = "not in the base model"
-            else:
-                units.append(Unit((fact.name,), "estimated gram", (fact,)))
-        return units, reasons
+def _gram(unit: Unit, share: Share, options: ACTMatOptions) -> Gram:
+    width = input_width(unit.facts[0])
+    gram = torch.zeros(width, width, dtype=torch.float64, device=share.rows(unit.names[0], 0, 1).device)
+    for part in _changes(unit, share):
+        if transposed(unit.facts[0]):
+            part = part.T
+        gram.addmm_(part.T, part)
+    return Gram(gram)
 
-    def merge(self, unit: Unit, shares: Sequence[Share]) -> Merged:
-        """One factorisation a weight."""
-        (name,), (fact,) = unit.names, unit.facts
 
-        def oriented(tensor: Tensor) -> Tensor:
-            return tensor.T if turned(fact) else tensor
+def _changes(unit: Unit, share: Share) -> Iterator[Tensor]:
+    """Δ in float64, in blocks of rows; as a whole where inputs lie along the rows."""
+    (name,), (fact,) = unit.names, unit.facts
+    step = fact.shape[0] if transposed(fact) else BLOCK
+    for start in range(0, fact.shape[0], step):
+        stop = min(start + step, fact.shape[0])
+        yield share.rows(name, start, stop).to(torch.float64) - share.base_rows(name, start, stop)
 
-        base = oriented(shares[0].base(name)).to(torch.float64)
-        sums = GramSums()
-        for share in shares:
-            weight = oriented(share.tensor(name))
-            delta = weight.to(torch.float64) - base
-            sums.add(weight, delta.T @ delta, share.coefficient)
-        solution = sums.solve(self.options.ridge)
-        return Merged({name: oriented(solution.value)}, solution.note)
 
-    def memory(self, unit: Unit, contributors: int) -> int:
-        """A Gram matrix, the system, and its factor; the base, three sums of weights, the merged weights."""
-        (fact,) = unit.facts
-        return input_width(fact) ** 2 * 3 * 8 + elements(unit) * (5 * 8 + 4)
+def _rows(unit: Unit, share: Share, options: ACTMatOptions) -> Diagonal:
+    return Diagonal(torch.cat([part.square().sum(1, keepdim=True) for part in _changes(unit, share)]))
+
+
+def _bias(unit: Unit, share: Share, options: ACTMatOptions) -> Diagonal:
+    return Diagonal(torch.cat([part.square() for part in _changes(unit, share)]).sum(0, keepdim=True))
+
+
+ACTMAT = LeastSquares(
+    name="actmat",
+    title="ACTMat",
+    summary="least squares on estimated inputs; needs the base model",
+    needs=Needs(base=True, layers=True),
+    options=ACTMatOptions.model_validate({}),
+    treat=_treat,
+    rules={
+        "estimated gram": Rule(Gram, _gram, local=False),
+        "row changes": Rule(Diagonal, _rows),
+        "bias change": Rule(Diagonal, _bias, local=False),
+    },
+)

@@ -1,15 +1,17 @@
-"""What a merging method is: a choice of metric for each tensor, as a function of tensors.
+"""What a merging method is, as a function of tensors: what it needs, which tensors it treats, and how.
 
-A method is one file with one subclass of :class:`Method` and one line in ``merganser.methods.METHODS``. It sees no
-file and no configuration: what it may ask for is a :class:`Share` per contributor.
+A method is one file that makes an instance of a shape (elementwise, matrix, least squares), and one line in
+``merganser.methods.METHODS``. It sees no file and no configuration: what it may ask for is a :class:`Share` per
+contributor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Any, ClassVar, Protocol
+from typing import Any, Literal, Protocol, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -42,6 +44,7 @@ class Facts:
         in_base: whether the base model holds the tensor, in the same shape.
         heads: how many attention heads the model's layers have, where its configuration says so.
         alone: contributors vote on different rows of it, so that it shares a unit with no other layer.
+        rows: which rows of the whole tensor these are; None: all.
     """
 
     name: str
@@ -54,6 +57,7 @@ class Facts:
     in_base: bool = False
     heads: int | None = None
     alone: bool = False
+    rows: Sequence[int] | None = None
 
 
 class Share(Protocol):
@@ -62,6 +66,10 @@ class Share(Protocol):
     Shares that are restricted to some rows (labels that only some contributors know, a slice of a tall tensor) answer
     with those rows alone.
     """
+
+    @property
+    def number(self) -> int:
+        """Which contributor it is, from 0."""
 
     @property
     def coefficient(self) -> float:
@@ -77,7 +85,7 @@ class Share(Protocol):
         """The base model's tensor, likewise."""
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Some rows of the whole tensor, whatever the share is restricted to."""
+        """Some rows of :meth:`tensor`, without the others."""
 
     def base_rows(self, name: str, start: int, stop: int) -> Tensor:
         """The base model's rows, likewise."""
@@ -139,8 +147,14 @@ class Unit:
             low, high = max(start, first), min(stop, last)
             if low < high:
                 ranges[fact.name] = (low - first, high - first)
-                facts.append(replace(fact, shape=(high - low, *fact.shape[1:])))
+                own = range(low - first, high - first)
+                facts.append(replace(fact, shape=(len(own), *fact.shape[1:]), rows=own))
         return Unit(tuple(ranges), self.kind, tuple(facts)), ranges
+
+    def only(self, rows: Sequence[int]) -> Unit:
+        """The part of the unit that lies in these rows of each of its tensors."""
+        facts = (replace(fact, shape=(len(rows), *fact.shape[1:]), rows=rows) for fact in self.facts)
+        return replace(self, facts=tuple(facts))
 
 
 @dataclass(frozen=True)
@@ -151,31 +165,63 @@ class Merged:
     note: str | None = None
 
 
-class Method:
-    """A family of merges. Subclasses set the class attributes and implement :meth:`units` and :meth:`merge`."""
+@dataclass(frozen=True)
+class Needs:
+    """What a method needs of a merge, so that a plan can refuse before any work.
 
-    name: ClassVar[str]
-    summary: ClassVar[str]
-    Options: ClassVar[type[Options]] = Options
-    needs_statistics: ClassVar[bool] = False
-    needs_base: ClassVar[bool] = False
-    needs_layers: ClassVar[bool] = False
-    signed: ClassVar[bool] = False  # whether negative coefficients make sense
+    Attributes:
+        base: the pre-trained model.
+        statistics: every contributor's Gram matrices or Fisher information; None where it reads no statistics.
+        layers: which tensors are weights of linear layers; statistics say it anyway.
+        models: exactly so many contributors; None: any number.
+        signed: negative coefficients have a meaning.
+        package: a package beyond those of merganser, as (name to import, name to install).
+    """
 
-    options: Any  # an instance of the class's Options
+    base: bool = False
+    statistics: Literal["gram", "fisher"] | None = None
+    layers: bool = False
+    models: int | None = None
+    signed: bool = False
+    package: tuple[str, str] | None = None
 
-    def __init__(self, options: BaseModel | None = None) -> None:
-        self.options = self.Options() if options is None else options
 
+@dataclass(frozen=True, kw_only=True)
+class Method(ABC):
+    """A merging method with its options. Most are an instance of one of the three shapes.
+
+    Attributes:
+        name: in recipes and commands.
+        title: in tables and figures.
+        summary: one line for people who choose.
+        needs: what the plan has to check.
+        options: of this merge; an instance of the class of the method's options.
+    """
+
+    name: str
+    title: str
+    summary: str
+    needs: Needs = field(default_factory=Needs)
+    options: Any = field(default_factory=Options)
+
+    @property
+    def options_type(self) -> type[Options]:
+        """The class of the method's options."""
+        return type(self.options)
+
+    def configured(self, options: Options) -> Self:
+        """The same method with other options."""
+        return replace(self, options=options)
+
+    @abstractmethod
     def units(self, facts: Sequence[Facts]) -> tuple[list[Unit], dict[str, str]]:
         """Which of the given tensors the method treats, grouped; and for each other one, why it does not."""
-        raise NotImplementedError
 
+    @abstractmethod
     def merge(self, unit: Unit, shares: Sequence[Share]) -> Merged:
         """Merge one unit. Pure: reads only the shares, decides only by the options."""
-        raise NotImplementedError
 
-    def grain(self, unit: Unit) -> int | None:
+    def min_slice_rows(self, unit: Unit) -> int | None:
         """The fewest stacked rows of the unit that can be merged apart; None where only the whole can.
 
         1 where slices cost nothing. Anything larger costs something (see :meth:`prepare`), and is cut, into multiples
@@ -209,7 +255,7 @@ class Method:
 
     def new_sums(self) -> GramSums:
         """Sums of no contributor."""
-        return GramSums()
+        raise NotImplementedError
 
     def add(self, unit: Unit, share: Share, sums: GramSums) -> None:
         """Count one more contributor of an additive unit."""
@@ -218,6 +264,15 @@ class Method:
     def solve(self, unit: Unit, sums: GramSums) -> Merged:
         """The merge of the contributors counted so far; ``sums`` stay as they are."""
         raise NotImplementedError
+
+
+def separately(
+    facts: Sequence[Facts], treat: Callable[[Facts], str], kinds: Collection[str]
+) -> tuple[list[Unit], dict[str, str]]:
+    """A unit for each tensor that ``treat`` gives one of the kinds; anything else it says is the reason why not."""
+    said = {fact.name: treat(fact) for fact in facts}
+    units = [Unit((fact.name,), said[fact.name], (fact,)) for fact in facts if said[fact.name] in kinds]
+    return units, {name: reason for name, reason in said.items() if reason not in kinds}
 
 
 def wide(stored: Tensor) -> Tensor:
@@ -230,14 +285,14 @@ def elements(unit: Unit) -> int:
     return sum(prod(fact.shape) for fact in unit.facts)
 
 
-def turned(fact: Facts) -> bool:
+def transposed(fact: Facts) -> bool:
     """Whether a layer's weight lies on disk as (in, out)."""
     return fact.layer is not None and fact.layer.kind == "conv1d"
 
 
 def input_width(fact: Facts) -> int:
     """The number of inputs of a layer, by the shape of its weight."""
-    return fact.shape[0] if turned(fact) else fact.shape[-1]
+    return fact.shape[0] if transposed(fact) else fact.shape[-1]
 
 
 def average(name: str, shares: Sequence[Share]) -> Tensor:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from pydantic import Field
 
-from merganser.methods.base import Facts, Merged, Method, Options, Share, Unit, elements
-from merganser.methods.least_squares import solve_diagonal
+from merganser.methods.base import Facts, Needs, Options, Share, Unit
+from merganser.methods.least_squares import Diagonal, LeastSquares, Rule
 
 
 class FisherOptions(Options):
-    """Options of :class:`Fisher`."""
+    """Options of :data:`FISHER`."""
 
     ridge: float = Field(
         1e-6,
@@ -20,35 +18,20 @@ class FisherOptions(Options):
     )
 
 
-class Fisher(Method):
-    """θ = Σcᵢfᵢθᵢ / Σcᵢfᵢ elementwise; the average where no contributor has information."""
+def _treat(fact: Facts, options: FisherOptions) -> str:
+    return "fisher" if fact.fishers and all(fact.fishers) else "no Fisher information in the statistics"
 
-    name = "fisher"
-    summary = "weighted by diagonal Fisher information; needs statistics collected with --fisher"
-    Options = FisherOptions
-    needs_statistics = True
 
-    def units(self, facts: Sequence[Facts]) -> tuple[list[Unit], dict[str, str]]:
-        """Every tensor whose Fisher information all contributors publish."""
-        units, reasons = [], {}
-        for fact in facts:
-            if fact.fishers and all(fact.fishers):
-                units.append(Unit((fact.name,), "fisher", (fact,)))
-            else:
-                reasons[fact.name] = "no Fisher information in the statistics"
-        return units, reasons
+def _metric(unit: Unit, share: Share, options: FisherOptions) -> Diagonal:
+    return Diagonal(share.fisher(unit.names[0]))
 
-    def merge(self, unit: Unit, shares: Sequence[Share]) -> Merged:
-        """The elementwise solution."""
-        (name,) = unit.names
-        solution = solve_diagonal(
-            [share.tensor(name) for share in shares],
-            [share.coefficient for share in shares],
-            [share.fisher(name) for share in shares],
-            self.options.ridge,
-        )
-        return Merged({name: solution.value}, solution.note)
 
-    def memory(self, unit: Unit, contributors: int) -> int:
-        """Weights and information of every contributor, and the solver's three sums."""
-        return elements(unit) * (8 * contributors + 3 * 8 + 8)
+FISHER = LeastSquares(
+    name="fisher",
+    title="Fisher",
+    summary="weighted by diagonal Fisher information; needs statistics collected with --fisher",
+    needs=Needs(statistics="fisher"),
+    options=FisherOptions.model_validate({}),
+    treat=_treat,
+    rules={"fisher": Rule(Diagonal, _metric)},
+)

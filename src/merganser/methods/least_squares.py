@@ -1,19 +1,309 @@
-"""A merge is a weighted least-squares problem, θ* = argmin Σᵢ cᵢ‖θ − θᵢ‖²_Mᵢ + λ‖θ − θ̄‖²; here with diagonal metrics.
+"""Least squares: θ* = argmin Σᵢ cᵢ‖θ − θᵢ‖²_Mᵢ + λ‖θ − θ̄‖², the second shape of method: it *is* its metrics Mᵢ.
 
-:mod:`merganser.methods.sums` solves it for Gram matrices. Every solution is written as the weighted average
-θ̄ = Σcᵢθᵢ/Σcᵢ plus a correction computed from the differences θᵢ − θ̄. So the ridge λ pulls toward the average and never
-toward zero, merging a model with itself returns it, and what rounding does is in proportion to how much the
-contributors differ.
+Every solution is written as the weighted average θ̄ = Σcᵢθᵢ/Σcᵢ plus a correction computed from differences of the θᵢ.
+So the ridge λ pulls toward the average and never toward zero, merging a model with itself returns it, and what
+rounding does is in proportion to how much the contributors differ.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from merganser.methods.sums import Solution
+from merganser.checkpoints.layers import Layer
+from merganser.methods.base import (
+    Facts,
+    Merged,
+    Method,
+    Share,
+    Unit,
+    average_unit,
+    elements,
+    input_width,
+    separately,
+    transposed,
+)  # fmt: skip
+from merganser.methods.sums import BLOCK, GramSums, Solution
+
+#: Off-diagonals times this or less leave a system with eigenvalues of at least 1 − alpha beside its diagonal.
+_WELL = 0.95
+#: Rows of a slice where the whole metric has to be known first, so that slices cost something.
+ROWS = 64
+_TOLERANCE, _STEPS = 1e-10, 2000  # of conjugate gradients, relative to the right-hand side
+
+
+class Metric(ABC):
+    """What a contributor's errors in one parameter cost: ‖Δ‖²_M = ⟨Δ, M(Δ)⟩, M linear, symmetric, not negative."""
+
+    @abstractmethod
+    def apply(self, difference: Tensor) -> Tensor:
+        """M(Δ) in float64, for Δ shaped like the parameter; a weight is (out, in)."""
+
+
+class Identity(Metric):
+    """Every number costs the same: the weighted average."""
+
+    def apply(self, difference: Tensor) -> Tensor:
+        """Δ."""
+        return difference
+
+
+@dataclass(frozen=True)
+class Diagonal(Metric):
+    """Each number has its own cost.
+
+    Attributes:
+        values: non-negative, broadcastable to the parameter.
+    """
+
+    values: Tensor
+
+    def apply(self, difference: Tensor) -> Tensor:
+        """m ⊙ Δ."""
+        return difference * self.values.to(torch.float64)
+
+
+@dataclass(frozen=True)
+class Gram(Metric):
+    """Each output costs what its error does on the layer's inputs.
+
+    Attributes:
+        matrix: (in, in), symmetric positive semi-definite.
+    """
+
+    matrix: Tensor
+
+    def apply(self, difference: Tensor) -> Tensor:
+        """ΔG."""
+        return difference @ self.matrix.to(torch.float64)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How some tensors get their metric.
+
+    Attributes:
+        form: the class of the metric; what it is not known of (slices, sums) the solver does by :meth:`Metric.apply`.
+        metric: of a unit and one contributor's share of it, and the options.
+        local: whether the metric of some rows is told by these rows alone, or by none.
+    """
+
+    form: type[Metric]
+    metric: Callable[[Unit, Share, Any], Metric]
+    local: bool = True
+
+
+def _one_by_one(units: list[Unit], by_name: Mapping[str, Facts], options: Any) -> list[Unit]:
+    return units
+
+
+def _unshrunk(options: Any) -> float:
+    return 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeastSquares(Method):
+    """A method that is a choice of metrics. An option ``ridge`` is λ, relative to the mean of the summed metric.
+
+    Attributes:
+        treat: the rule of a tensor, by its name in ``rules``, or the reason why there is none.
+        rules: by the kind of unit.
+        join: makes one unit of several whose tensors share a factorisation.
+        alpha: the multiplier of the off-diagonals of Gram matrices.
+    """
+
+    treat: Callable[[Facts, Any], str]
+    rules: Mapping[str, Rule] = field(default_factory=dict)
+    join: Callable[[list[Unit], Mapping[str, Facts], Any], list[Unit]] = _one_by_one
+    alpha: Callable[[Any], float] = _unshrunk
+
+    @property
+    def ridge(self) -> float:
+        """λ, relative to the mean of the summed metric."""
+        return float(getattr(self.options, "ridge", 0.0))
+
+    def form(self, unit: Unit) -> type[Metric]:
+        """The class of a unit's metrics."""
+        return self.rules[unit.kind].form
+
+    def metric(self, unit: Unit, share: Share) -> Metric:
+        """A contributor's."""
+        return self.rules[unit.kind].metric(unit, share, self.options)
+
+    def units(self, facts: Sequence[Facts]) -> tuple[list[Unit], dict[str, str]]:
+        """Those that ``treat`` has a rule for, and what joins them."""
+        units, reasons = separately(facts, lambda fact: self.treat(fact, self.options), self.rules)
+        units = self.join(units, {fact.name: fact for fact in facts}, self.options)
+        treated = {name for unit in units for name in unit.names}
+        return units, {name: reason for name, reason in reasons.items() if name not in treated}
+
+    def merge(self, unit: Unit, shares: Sequence[Share]) -> Merged:
+        """Sums of Gram matrices, diagonals elementwise, and anything else by conjugate gradients."""
+        form = self.form(unit)
+        if form is Identity:
+            return average_unit(unit, shares)
+        if form is Gram:
+            sums = self.new_sums()
+            for share in shares:
+                self.add(unit, share, sums)
+            return self.solve(unit, sums)
+        if form is Diagonal:
+            return self._elementwise(unit, shares, None)
+        (name,), (fact,) = unit.names, unit.facts
+        solution = solve_iteratively(
+            [oriented(share.tensor(name), fact) for share in shares],
+            [share.coefficient for share in shares],
+            [self.metric(unit, share) for share in shares],
+            self.ridge,
+        )
+        return Merged({name: oriented(solution.value, fact)}, solution.note)
+
+    def min_slice_rows(self, unit: Unit) -> int | None:
+        """Rows where the metric is diagonal, and output rows of linear layers, at the price of preparing the whole."""
+        form, local = self.form(unit), self.rules[unit.kind].local
+        if form is Identity:
+            return 1
+        if form is Diagonal:
+            return None if not local else ROWS if self.ridge else 1
+        return BLOCK if form is Gram and not any(transposed(fact) for fact in unit.facts) else None
+
+    def prepare(self, unit: Unit, shares: Sequence[Share]) -> Callable[[Unit, Sequence[Share]], Merged]:
+        """Factor the system of Gram matrices once; each slice is a right-hand side of its own. Sum up diagonals."""
+        form = self.form(unit)
+        if form is Diagonal:
+            mean = 0.0
+            if self.ridge:
+                metrics = (self.diagonal(unit, share) for share in shares)
+                mean = float(summed_diagonal(metrics, [share.coefficient for share in shares]).mean())
+            return lambda part, restricted: self._elementwise(part, restricted, mean)
+        if form is not Gram:
+            return self.merge
+        local, alpha = self.rules[unit.kind].local, self.alpha(self.options)
+        kept: dict[int, Tensor] = {}
+        whole = self.new_sums()
+        for share in shares:
+            gram = self._gram(unit, share)
+            if not local:
+                kept[share.number] = gram
+            stored = share.rows(unit.names[0], 0, 1).dtype
+            whole.add(gram.new_empty(0, gram.shape[0], dtype=stored), gram, share.coefficient, alpha)
+        factored = whole.factor(self.ridge)
+
+        def solve(part: Unit, restricted: Sequence[Share]) -> Merged:
+            sums = GramSums(dtype=whole.dtype)  # that of the system, whatever the slice
+            for share in restricted:
+                gram = self._gram(part, share) if local else kept[share.number]
+                sums.add_right(stacked(part, share), gram, share.coefficient, alpha)
+            return Merged(_unstacked(factored.solve(sums), part), factored.note)
+
+        return solve
+
+    def memory(self, unit: Unit, contributors: int) -> int:
+        """By the form of the metric.
+
+        Grams: as read, augmented (or else a packed triangle), the system; wide copies where alpha asks for float64;
+        those of all contributors where slices cannot tell them. Weights: one contributor's, three sums, the merged
+        ones. Diagonals: weights and metric of every contributor, and the solver's three sums.
+        """
+        form, width = self.form(unit), input_width(unit.facts[0]) + 1
+        if form is Identity:
+            return elements(unit) * 4 * 4
+        if form is Diagonal:
+            return elements(unit) * (8 * contributors + 4 * 8)
+        if form is Gram:
+            grams = 28 if self.alpha(self.options) > _WELL else 12 if layers_of(unit)[1] else 10
+            if self.rules[unit.kind].local:
+                return width**2 * grams + elements(unit) * 7 * 4
+            kept = 8 * contributors if unit.facts[0].rows is not None else 0
+            return width**2 * (grams + kept) + elements(unit) * 11 * 4
+        height = elements(unit) // max(width - 1, 1)
+        return (elements(unit) + width**2 + height**2) * 8 * contributors + elements(unit) * 8 * 8
+
+    def additive(self, unit: Unit) -> bool:
+        """Linear layers with Gram matrices are."""
+        return self.form(unit) is Gram
+
+    def new_sums(self) -> GramSums:
+        """In float32 where alpha keeps the system far from singular."""
+        return GramSums(dtype=None if self.alpha(self.options) <= _WELL else torch.float64)
+
+    def add(self, unit: Unit, share: Share, sums: GramSums) -> None:
+        """Count a contributor: its weights stacked, its Gram matrix once."""
+        weights = stacked(unit, share)
+        sums.add(weights, self._gram(unit, share), share.coefficient, self.alpha(self.options))
+
+    def solve(self, unit: Unit, sums: GramSums) -> Merged:
+        """One factorisation for all layers that share the input."""
+        solution = sums.solve(self.ridge)
+        return Merged(_unstacked(solution.value, unit), solution.note)
+
+    def _gram(self, unit: Unit, share: Share) -> Tensor:
+        metric = self.metric(unit, share)
+        if not isinstance(metric, Gram):
+            raise TypeError(f"method {self.name!r} promised a Gram matrix of {unit.names[0]}")
+        return metric.matrix
+
+    def diagonal(self, unit: Unit, share: Share) -> Tensor:
+        """A contributor's metric where it is diagonal, broadcastable to the tensor."""
+        metric = self.metric(unit, share)
+        if not isinstance(metric, Diagonal):
+            raise TypeError(f"method {self.name!r} promised a diagonal metric of {unit.names[0]}")
+        return metric.values
+
+    def _elementwise(self, unit: Unit, shares: Sequence[Share], mean: float | None) -> Merged:
+        (name,) = unit.names
+        solution = solve_diagonal(
+            [share.tensor(name) for share in shares],
+            [share.coefficient for share in shares],
+            [self.diagonal(unit, share) for share in shares],
+            self.ridge,
+            mean,
+        )
+        return Merged({name: solution.value}, solution.note)
+
+
+def layers_of(unit: Unit) -> tuple[list[Layer], bool]:
+    """The layers of a unit, and whether their biases are in it."""
+    layers = [fact.layer for fact in unit.facts if fact.layer]
+    return layers, len(unit.names) > len(layers)
+
+
+def oriented(tensor: Tensor, fact: Facts) -> Tensor:
+    """A weight as (out, in) from its orientation on disk, and back."""
+    return tensor.T if transposed(fact) else tensor
+
+
+def stacked(unit: Unit, share: Share) -> Tensor:
+    """The weights (out, in) of layers that share an input, on top of each other; the bias as one more column."""
+    pieces = []
+    _, with_bias = layers_of(unit)
+    for fact in unit.facts:
+        if fact.layer is None:
+            continue
+        weight = oriented(share.tensor(fact.name), fact)
+        if with_bias and fact.layer.bias:
+            weight = torch.cat([weight, share.tensor(fact.layer.bias)[:, None]], dim=1)
+        pieces.append(weight)
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def _unstacked(weights: Tensor, unit: Unit) -> dict[str, Tensor]:
+    """The inverse of :func:`stacked`, by on-disk name and in on-disk orientation."""
+    _, with_bias = layers_of(unit)
+    facts = [fact for fact in unit.facts if fact.layer]
+    heights = [fact.shape[1 if transposed(fact) else 0] for fact in facts]
+    tensors = {}
+    for weight, fact in zip(weights.split(heights), facts, strict=True):
+        if with_bias and fact.layer and fact.layer.bias:
+            tensors[fact.layer.bias] = weight[:, -1]
+            weight = weight[:, :-1]
+        tensors[fact.name] = oriented(weight, fact)
+    return tensors
 
 
 def weighted_average(tensors: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:
@@ -49,11 +339,73 @@ def solve_diagonal(
         mean: that mean, where these are some rows only of a larger tensor.
     """
     average = weighted_average(tensors, coefficients)
-    weight = torch.zeros((), dtype=torch.float64)
+    weight = summed_diagonal(metrics, coefficients)
     correction = torch.zeros_like(average)
     for tensor, coefficient, metric in zip(tensors, coefficients, metrics, strict=True):
         scaled = metric.to(torch.float64) * coefficient
-        weight = weight + scaled
         correction += scaled * (tensor.to(torch.float64) - average)
     weight = weight + ridge * (weight.mean() if mean is None else mean)
     return Solution(average + torch.where(weight > 0, correction / weight.clamp_min(1e-300), 0.0))
+
+
+def summed_diagonal(metrics: Iterable[Tensor], coefficients: Sequence[float]) -> Tensor:
+    """Σcᵢmᵢ in float64."""
+    weight = torch.zeros((), dtype=torch.float64)
+    for metric, coefficient in zip(metrics, coefficients, strict=True):
+        weight = weight + metric.to(torch.float64) * coefficient
+    return weight
+
+
+def solve_iteratively(
+    tensors: Sequence[Tensor], coefficients: Sequence[float], metrics: Sequence[Metric], ridge: float
+) -> Solution:
+    """Solution for metrics of any form, by conjugate gradients (Hestenes & Stiefel 1952) in float64.
+
+    θ̄ + X with Σcᵢ Mᵢ(X) + λX = Σcᵢ Mᵢ(θᵢ − θ̄), λ = ridge · the mean of the summed metric's diagonal, which is
+    estimated by one random vector of signs (Hutchinson 1990), always the same.
+
+    Args:
+        tensors: n tensors of one shape.
+        coefficients: n non-negative numbers, not all zero.
+        metrics: n of them.
+        ridge: pull toward the average.
+
+    Raises:
+        ValueError: the metrics are not positive semi-definite.
+    """
+    average = weighted_average(tensors, coefficients)
+    pull = 0.0
+
+    def system(direction: Tensor) -> Tensor:
+        total = direction * pull
+        for coefficient, metric in zip(coefficients, metrics, strict=True):
+            total.add_(metric.apply(direction), alpha=coefficient)
+        return total
+
+    if ridge:
+        generator = torch.Generator().manual_seed(0)
+        signs = torch.randint(0, 2, average.shape, generator=generator, dtype=torch.float64).to(
+            average.device
+        )
+        signs = signs * 2 - 1
+        pull = ridge * float((signs * system(signs)).mean())
+    residual = torch.zeros_like(average)
+    for tensor, coefficient, metric in zip(tensors, coefficients, metrics, strict=True):
+        residual.add_(metric.apply(tensor.to(torch.float64) - average), alpha=coefficient)
+    solution, direction = torch.zeros_like(average), residual.clone()
+    first = left = float(residual.square().sum())
+    steps = 0
+    while left > _TOLERANCE**2 * first and steps < _STEPS:
+        image = system(direction)
+        curvature = float((direction * image).sum())
+        if curvature <= 0:
+            raise ValueError("the sum of the metrics is not positive semi-definite")
+        solution.add_(direction, alpha=left / curvature)
+        residual.sub_(image, alpha=left / curvature)
+        before, left = left, float(residual.square().sum())
+        direction.mul_(left / before).add_(residual)
+        steps += 1
+    note = None
+    if left > _TOLERANCE**2 * first:
+        note = f"stopped after {steps} steps with a residual of {(left / first) ** 0.5:.0e}"
+    return Solution(average + solution, note)

@@ -10,7 +10,6 @@ computes what it did, and are then averaged. The residual stream keeps its order
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +18,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from merganser.errors import RecipeError
-from merganser.methods.base import Facts, Merged, Method, Options, Share, Unit, elements
+from merganser.methods.base import Facts, Merged, Method, Needs, Options, Share, Unit, elements, transposed
 
 
 @dataclass(frozen=True)
@@ -91,27 +89,17 @@ BLOCKS = (
 
 
 class OptimalTransportOptions(Options):
-    """Options of :class:`OptimalTransport`."""
+    """Options of :data:`OPTIMAL_TRANSPORT`."""
 
     heads: bool = Field(True, description="match attention heads, too")
 
 
+@dataclass(frozen=True, kw_only=True)
 class OptimalTransport(Method):
-    """Average of matched hidden units and heads; see the module."""
-
-    name = "ot"
-    summary = "average of hidden units and attention heads matched by optimal transport; needs POT"
-    Options = OptimalTransportOptions
-    needs_layers = True
+    """Average of matched hidden units and heads; see the module. It has no shape of others: its units are blocks."""
 
     def units(self, facts: Sequence[Facts]) -> tuple[list[Unit], dict[str, str]]:
-        """The blocks of :data:`BLOCKS`, each one unit.
-
-        Raises:
-            RecipeError: POT is not installed.
-        """
-        if importlib.util.find_spec("ot") is None:
-            raise _absent()
+        """The blocks of :data:`BLOCKS`, each one unit."""
         by_name = {fact.name: fact for fact in facts}
         units: list[Unit] = []
         reasons: dict[str, str] = {}
@@ -219,10 +207,9 @@ def place_of(fact: Facts, unit: Unit) -> Place:
     """Where the units are: along the outputs of the first layers, along the inputs of the last."""
     if fact.layer is None:
         return Place(0, _fused(unit))
-    turned = fact.layer.kind == "conv1d"
     if fact.name == unit.names[-1]:
-        return Place(0 if turned else 1, 1)
-    return Place(1 if turned else 0, _fused(unit))
+        return Place(0 if transposed(fact) else 1, 1)
+    return Place(1 if transposed(fact) else 0, _fused(unit))
 
 
 def unit_count(unit: Unit) -> int:
@@ -233,8 +220,8 @@ def unit_count(unit: Unit) -> int:
 
 def split(tensor: Tensor, place: Place, count: int) -> Tensor:
     """A tensor with its units in front, (units, fused, width, rest); :func:`join` is the inverse."""
-    turned = tensor.movedim(place.axis, 0)
-    return turned.reshape(place.fused, count, -1, *turned.shape[1:]).transpose(0, 1)
+    front = tensor.movedim(place.axis, 0)
+    return front.reshape(place.fused, count, -1, *front.shape[1:]).transpose(0, 1)
 
 
 def join(parts: Tensor, place: Place) -> Tensor:
@@ -253,13 +240,9 @@ def match(reference: Tensor, features: Tensor) -> Tensor:
         (units,) a permutation.
 
     Raises:
-        RecipeError: POT is not installed.
         ValueError: the transport did not end in a permutation.
     """
-    try:
-        ot: Any = importlib.import_module("ot")
-    except ImportError:
-        raise _absent() from None
+    ot: Any = importlib.import_module("ot")  # the plan has seen that it is there
     count = reference.shape[0]
     cost = reference.square().sum(1)[:, None] + features.square().sum(1)[None, :]
     cost.addmm_(reference, features.T, alpha=-2).clamp_min_(0)
@@ -273,14 +256,6 @@ def match(reference: Tensor, features: Tensor) -> Tensor:
     return order
 
 
-def _absent() -> RecipeError:
-    return RecipeError(
-        "method 'ot' needs POT (Python Optimal Transport), which is not installed",
-        where="method",
-        mend="pip install POT",
-    )
-
-
 def _prefix(name: str, end: str) -> str | None:
     """What stands before ``end`` in the name of a weight; None where it is no such weight."""
     beginning = name.removesuffix(f"{end}.weight")
@@ -289,10 +264,18 @@ def _prefix(name: str, end: str) -> str | None:
 
 def _size(fact: Facts, *, outputs: bool) -> int:
     """The number of outputs or inputs of a layer, by the shape of its weight."""
-    turned = fact.layer is not None and fact.layer.kind == "conv1d"
-    return fact.shape[int(turned == outputs)]
+    return fact.shape[int(transposed(fact) == outputs)]
 
 
 def _fused(unit: Unit) -> int:
     """How many layers' outputs the first layer of a block holds."""
     return _size(unit.facts[0], outputs=True) // _size(unit.facts[-1], outputs=False)
+
+
+OPTIMAL_TRANSPORT = OptimalTransport(
+    name="ot",
+    title="Optimal transport",
+    summary="average of hidden units and attention heads matched by optimal transport; needs POT",
+    needs=Needs(layers=True, package=("ot", "POT")),
+    options=OptimalTransportOptions.model_validate({}),
+)

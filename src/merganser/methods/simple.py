@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from merganser.methods.base import Facts, Needs, Options, Share, Unit
+from merganser.methods.least_squares import Identity, LeastSquares, Rule
 
-from merganser.methods.base import Facts, Merged, Method, Share, Unit, average_unit
+
+def _treat(fact: Facts, options: Options) -> str:
+    return "average"
 
 
-class Simple(Method):
-    """θ = Σcᵢθᵢ / Σcᵢ for every tensor."""
+def _metric(unit: Unit, share: Share, options: Options) -> Identity:
+    return Identity()
 
-    name = "simple"
-    summary = "weighted average; needs nothing"
-    signed = True
 
-    def units(self, facts: Sequence[Facts]) -> tuple[list[Unit], dict[str, str]]:
-        """Every tensor by itself."""
-        return [Unit((fact.name,), "average", (fact,)) for fact in facts], {}
-
-    def merge(self, unit: Unit, shares: Sequence[Share]) -> Merged:
-        """The weighted average."""
-        return average_unit(unit, shares)
-
-    def grain(self, unit: Unit) -> int | None:
-        """Elementwise."""
-        return 1
+SIMPLE = LeastSquares(
+    name="simple",
+    title="Simple",
+    summary="weighted average; needs nothing",
+    needs=Needs(signed=True),
+    treat=_treat,
+    rules={"average": Rule(Identity, _metric)},
+)

@@ -11,13 +11,10 @@ from itertools import combinations
 from typing import Any, Literal
 
 from merganser.experiments.grid.config import ExperimentConfig, Heads
+from merganser.methods import METHODS
 
 Kind = Literal["merge", "individual", "ensemble", "multitask"]
 TITLES: dict[str, str] = {"individual": "Individual", "ensemble": "Ensemble", "multitask": "Multi-task"}
-#: What tables call the methods unless a configuration says otherwise.
-METHOD_TITLES: dict[str, str] = {
-    "simple": "Simple", "fisher": "Fisher", "regmean": "RegMean", "actmat": "ACTMat", "ot": "Optimal transport",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -153,4 +150,4 @@ def title_of(config: ExperimentConfig, cell: Cell) -> str:
         return TITLES[cell.kind]
     method = config.method(cell.method)
     suffix = "".join([", searched" if method.search else "", ", fine-tuned" if method.finetune else ""])
-    return method.title or METHOD_TITLES.get(method.method, method.method) + suffix
+    return method.title or METHODS[method.method].title + suffix

@@ -78,7 +78,7 @@ def _references(models: Models) -> list[str]:
     """The pretrained model, where anything is made from it, and the models of one's own."""
     config = models.config
     given = [args.checkpoint for args in config.contributors.values()]
-    wanted = "multitask" in config.comparators or any(METHODS[m.method].needs_base for m in config.methods)
+    wanted = "multitask" in config.comparators or any(METHODS[m.method].needs.base for m in config.methods)
     base = [config.pretrained.model] if wanted or None in given else []
     return list(dict.fromkeys([*base, *(one for one in given if one is not None)]))
 

@@ -111,9 +111,7 @@ def compute(models: Models, cell: Cell, cell_id: str, sums: Path | None = None) 
 
 #: Which statistics a method wants.
 METHOD_STATISTICS = {
-    name: "fisher" if name == "fisher" else "gram"
-    for name, method in METHODS.items()
-    if method.needs_statistics
+    name: method.needs.statistics for name, method in METHODS.items() if method.needs.statistics
 }
 
 
@@ -235,7 +233,7 @@ def merge_cell(
     separate: dict[str, Any] = {}
     if cell.heads == "separate":
         separate["keep_separate"] = head_patterns(models.model(cell.contributors[0]).path)
-    needs_base = METHODS[method.method].needs_base
+    needs_base = METHODS[method.method].needs.base
     return merge(
         people,
         output,
@@ -244,7 +242,7 @@ def merge_cell(
         options=method.options,
         exclude=method.exclude,
         overwrite=True,
-        sums=sums if method.method == "regmean" and method.search is None else None,
+        sums=sums if METHODS[method.method].needs.statistics == "gram" and method.search is None else None,
         device=models.device,
         allow_pickle=models.allow_pickle,
         **separate,

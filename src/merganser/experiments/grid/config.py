@@ -150,7 +150,7 @@ class MethodConfig(_Frozen):
     def _known(self) -> MethodConfig:
         if self.method not in METHODS:
             raise ValueError(f"unknown method {self.method!r}. {did_you_mean(self.method, METHODS)}")
-        METHODS[self.method].Options.model_validate(self.options)
+        METHODS[self.method].options_type.model_validate(self.options)
         return self
 
     @property

@@ -7,6 +7,6 @@ not grow with their number. See docs/ledger.md.
 
 from merganser.merging.ledger.record import Entry, LedgerError, Record
 from merganser.merging.ledger.result import solve
-from merganser.merging.ledger.verbs import METHODS, add, combine, init, remove, show
+from merganser.merging.ledger.verbs import add, combine, init, remove, show
 
-__all__ = ["METHODS", "Entry", "LedgerError", "Record", "add", "combine", "init", "remove", "show", "solve"]
+__all__ = ["Entry", "LedgerError", "Record", "add", "combine", "init", "remove", "show", "solve"]

@@ -19,11 +19,12 @@ from merganser.merging.ledger.record import (
     Record,
     StatisticsRecord,
 )
-from merganser.merging.ledger.terms import DIAGONAL
+from merganser.merging.ledger.terms import treatment
 from merganser.merging.parents import Parent, open_base, open_parents
 from merganser.merging.provenance import located
 from merganser.merging.recipe import make_recipe
 from merganser.methods import Facts, Method, Unit
+from merganser.methods.least_squares import LeastSquares
 from merganser.tensors import is_floating
 
 _SEPARATE = "a ledger for models like this one: merganser ledger init … --keep-separate '{}'"
@@ -96,7 +97,7 @@ def open_contributor(
     (parent,) = parents
     parent = replace(parent, names=align(base.checkpoint.tensors, parent.checkpoint.tensors))
     method = record.make_method()
-    check_needs(method, recipe, [parent], base if method.needs_base else None, problems)
+    check_needs(method, recipe, [parent], base if method.needs.base else None, problems)
     problems += _tensor_problems(record, base, parent)
     raise_all(problems)
     if record.parts:
@@ -112,7 +113,7 @@ def check_contents(record: Record, base: Parent, parent: Parent) -> None:
     """
     parent.checkpoint.fetch()
     problems: list[UserError] = []
-    if parent.statistics is not None and record.make_method().needs_statistics:
+    if parent.statistics is not None and record.make_method().needs.statistics:
         problems += parent.statistics.check_binding(parent.checkpoint)
     for name, info in base.checkpoint.tensors.items():
         own = parent.names.get(name)
@@ -131,7 +132,7 @@ def check_contents(record: Record, base: Parent, parent: Parent) -> None:
 
 def entry_of(base: Parent, parent: Parent, method: Method) -> Entry:
     """What the ledger notes of a contributor."""
-    statistics = parent.statistics if method.needs_statistics else None
+    statistics = parent.statistics if method.needs.statistics else None
     header = statistics.header if statistics else None
     infos = ((name, info.dtype, parent.info(name)) for name, info in base.checkpoint.tensors.items())
     return Entry(
@@ -157,7 +158,7 @@ def make_parts(record: Record, base: Parent, parent: Parent) -> tuple[Part, ...]
     """What sums to keep, by the first contributor: every tensor of the ledger in exactly one part.
 
     Raises:
-        RecipeError: the method can treat no tensor, or treats some by no sum.
+        RecipeError: the method can treat no tensor.
     """
     method = record.make_method()
     names = [name for name in base.checkpoint.tensors if not matches(name, record.keep_separate)]
@@ -192,18 +193,7 @@ def make_parts(record: Record, base: Parent, parent: Parent) -> tuple[Part, ...]
     return tuple(sorted(parts, key=lambda part: min(order[name] for name in part.names)))
 
 
-def _part(unit: Unit, method: Method) -> Part:
-    if method.additive(unit):
-        treatment = "gram"
-    elif unit.kind in DIAGONAL:
-        treatment = "diagonal"
-    elif unit.kind == "average":
-        treatment = "average"
-    else:
-        raise RecipeError(
-            f"method {method.name!r} keeps no sums of {unit.names[0]!r} ({unit.kind})",
-            mend="use method regmean, fisher or simple",
-        )
+def _part(unit: Unit, method: LeastSquares) -> Part:
     layers = tuple(
         LayerRecord(kind=fact.layer.kind, weight=fact.layer.weight, bias=fact.layer.bias)
         for fact in unit.facts
@@ -214,7 +204,7 @@ def _part(unit: Unit, method: Method) -> Part:
             "names": unit.names,
             "shapes": tuple(fact.shape for fact in unit.facts),
             "kind": unit.kind,
-            "treatment": treatment,
+            "treatment": treatment(method, unit),
             "layers": layers,
         }
     )
@@ -222,14 +212,14 @@ def _part(unit: Unit, method: Method) -> Part:
 
 def _layers(method: Method, base: Parent, parent: Parent) -> list[Layer]:
     """The layers whose weights the base has, by its names."""
-    if method.needs_statistics and parent.statistics is not None:
+    if method.needs.statistics and parent.statistics is not None:
         ours = {own: name for name, own in parent.names.items()}
         return [
             Layer(layer.module, layer.kind, ours[layer.weight], ours.get(layer.bias or ""), layer.tied)
             for layer in parent.statistics.header.layers
             if layer.weight in ours
         ]
-    return describe_layers(base.checkpoint) if method.needs_layers else []
+    return describe_layers(base.checkpoint) if method.needs.layers else []
 
 
 def _facts(names: Sequence[str], base: Parent, parent: Parent, layers: Sequence[Layer]) -> list[Facts]:
@@ -294,7 +284,7 @@ def _part_problems(record: Record, parent: Parent) -> list[UserError]:
     """What the contributors before published and this one did not."""
     statistics, found = parent.statistics, list[UserError]()
     mend = "collect the statistics as the others did, or make a ledger with --exclude for these tensors"
-    for part in record.parts if statistics else ():
+    for part in record.parts if statistics and record.make_method().needs.statistics else ():
         if part.treatment not in ("gram", "diagonal") or statistics is None:
             continue
         entries = [statistics.layer(parent.names[layer.weight]) for layer in part.layers]

@@ -18,7 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from merganser.checkpoints.layers import Layer
 from merganser.checkpoints.reader import read_json
 from merganser.errors import CheckpointError
-from merganser.methods import METHODS, Facts, Method, Unit
+from merganser.methods import SUMMED, Facts, Unit
+from merganser.methods.least_squares import LeastSquares
 
 FILE_NAME = "ledger.json"
 FORMAT = 1
@@ -180,10 +181,10 @@ class Record(_Frozen):
             "keep_separate": list(self.keep_separate),
         }
 
-    def make_method(self, **options: Any) -> Method:
+    def make_method(self, **options: Any) -> LeastSquares:
         """The method, with its options or others."""
-        kind = METHODS[self.method]
-        return kind(kind.Options.model_validate({**self.options, **options}))
+        method = SUMMED[self.method]
+        return method.configured(method.options_type.model_validate({**self.options, **options}))
 
 
 def dump(record: Record) -> bytes:

@@ -29,7 +29,7 @@ from merganser.merging.parents import Parent
 from merganser.merging.plan import Plan, make_plan
 from merganser.merging.recipe import make_recipe, method_options
 from merganser.merging.shares import ParentShare
-from merganser.methods import Method
+from merganser.methods.least_squares import LeastSquares
 from merganser.progress import bar
 from merganser.tensors import DTYPE_NAMES, DTYPES, is_floating, one_thread
 
@@ -105,7 +105,7 @@ class _Solving:
     """The tensors of the result, part by part, written as they are solved."""
 
     def __init__(
-        self, record: Record, method: Method, sums: Sums, base: Parent, plan: Plan, write: Any
+        self, record: Record, method: LeastSquares, sums: Sums, base: Parent, plan: Plan, write: Any
     ) -> None:
         self.record, self.method, self.sums, self.base, self.write = record, method, sums, base, write
         self.specs = {spec.name: spec for spec in plan.outputs}
@@ -158,7 +158,7 @@ def _outcome(blake3: str, method: str, reason: str | None, note: str | None) -> 
     return {"blake3": blake3, "method": method, "reason": reason, "note": note}
 
 
-def _method(record: Record, options: Mapping[str, Any]) -> Method:
+def _method(record: Record, options: Mapping[str, Any]) -> LeastSquares:
     for name in options:
         if name != "ridge":
             raise RecipeError(
@@ -208,7 +208,7 @@ def _output_problems(
 
 
 def _provenance(
-    record: Record, method: Method, plan: Plan, outcomes: Mapping[str, Any], folder: Path
+    record: Record, method: LeastSquares, plan: Plan, outcomes: Mapping[str, Any], folder: Path
 ) -> dict[str, Any]:
     """As a merge's, so that it is verified alike; the recipe is that of the merge that this equals to rounding."""
     found = provenance.make_provenance(plan, {}, folder)
@@ -254,7 +254,7 @@ def _statistics_file(entry: Entry) -> dict[str, str]:
     return {"statistics": entry.statistics.file} if entry.statistics and entry.statistics.file else {}
 
 
-def _card(record: Record, method: Method, outcomes: Mapping[str, Mapping[str, Any]]) -> str:
+def _card(record: Record, method: LeastSquares, outcomes: Mapping[str, Mapping[str, Any]]) -> str:
     """README.md of the result, with the metadata that the Hub reads."""
     names = [e.model.rsplit("@", 1)[0] if e.revision else e.name for e in record.contributors]
     front = {

@@ -13,18 +13,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from merganser.merging.ledger.record import Part
-from merganser.methods import GramSums, Merged, Method, Share, Unit
+from merganser.merging.ledger.record import Part, Treatment
+from merganser.methods import GramSums, Merged, Share, Unit
 from merganser.methods.base import input_width
+from merganser.methods.least_squares import Diagonal, Gram, Identity, LeastSquares, Metric
 from merganser.tensors import pack_upper, unpack_upper
 
 Terms = dict[str, Tensor]
 
-#: Kinds of units whose metric is diagonal.
-DIAGONAL = ("token counts", "fisher")
+_TREATMENTS: dict[type[Metric], Treatment] = {Gram: "gram", Diagonal: "diagonal", Identity: "average"}
 
 
-def contribution(method: Method, part: Part, unit: Unit, share: Share) -> Terms:
+def treatment(method: LeastSquares, unit: Unit) -> Treatment:
+    """Which sums are kept of a unit."""
+    return _TREATMENTS[method.form(unit)]
+
+
+def contribution(method: LeastSquares, part: Part, unit: Unit, share: Share) -> Terms:
     """The terms of one contributor, float64.
 
     The same files give the same bits, but for products with Gram matrices, whose last bits depend on the machine.
@@ -41,12 +46,11 @@ def contribution(method: Method, part: Part, unit: Unit, share: Share) -> Terms:
     difference = share.tensor(name).to(torch.float64) - share.base(name)
     if part.treatment == "average":
         return {"offset": difference * share.coefficient}
-    metric = share.count(name)[:, None] if unit.kind == "token counts" else share.fisher(name)
-    metric = metric.to(torch.float64) * share.coefficient
+    metric = method.diagonal(unit, share).to(torch.float64) * share.coefficient
     return {"metric": metric, "right": metric * difference, "offset": difference * share.coefficient}
 
 
-def solve(method: Method, part: Part, unit: Unit, sums: Terms, total: float, base: Share) -> Merged:
+def solve(method: LeastSquares, part: Part, unit: Unit, sums: Terms, total: float, base: Share) -> Merged:
     """The merged tensors of a part, float64.
 
     Args:
@@ -68,12 +72,12 @@ def solve(method: Method, part: Part, unit: Unit, sums: Terms, total: float, bas
     if part.treatment == "diagonal":
         metric = sums["metric"]
         correction = sums["right"] - metric * merged
-        weight = metric + method.options.ridge * metric.mean()
+        weight = metric + method.ridge * metric.mean()
         merged += torch.where(weight > 0, correction / weight.clamp_min(1e-300), 0.0)
     return Merged({name: merged.add_(base.base(name))})
 
 
-def shapes(method: Method, part: Part) -> dict[str, tuple[int, ...]]:
+def shapes(method: LeastSquares, part: Part) -> dict[str, tuple[int, ...]]:
     """The shape of each term of a part, from shapes alone."""
     share = Outline(part)
     terms = contribution(method, part, part.unit(), share)
@@ -112,7 +116,7 @@ class Origin(_Whole):
         unit: the tensors.
     """
 
-    coefficient = 0.0
+    number, coefficient = 0, 0.0
 
     def __init__(self, share: Share, unit: Unit) -> None:
         self._share = share
@@ -147,7 +151,7 @@ class Outline(_Whole):
         part: the tensors.
     """
 
-    coefficient = 1.0
+    number, coefficient = 0, 1.0
 
     def __init__(self, part: Part) -> None:
         self._shapes = dict(zip(part.names, part.shapes, strict=True))

@@ -49,9 +49,8 @@ from merganser.merging.parents import Parent
 from merganser.merging.provenance import located
 from merganser.merging.recipe import make_recipe, method_options
 from merganser.merging.shares import ParentShare
+from merganser.methods import SUMMED
 
-#: Methods whose merge is a function of sums over contributors.
-METHODS = ("regmean", "fisher", "simple")
 _FEWEST = 4  # digits of a hash that are taken for one
 
 
@@ -70,7 +69,7 @@ def init(
     Args:
         folder: to make; may be there if it is empty.
         base: the model that all contributors started from: the reference of all sums.
-        method: one of :data:`METHODS`.
+        method: one of :data:`merganser.methods.SUMMED`.
         options: of the method; what goes into the sums is settled here.
         exclude: name patterns of tensors that are averaged instead.
         keep_separate: name patterns of tensors that are no part of the ledger, such as heads.
@@ -82,8 +81,8 @@ def init(
     target, problems = Path(folder), list[UserError]()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         problems.append(LedgerError("the folder is not empty", where=target, mend="give a new folder"))
-    if method not in METHODS:
-        mend = did_you_mean(method, METHODS)
+    if method not in SUMMED:
+        mend = did_you_mean(method, SUMMED)
         problems.append(
             RecipeError(f"there are no ledgers of method {method!r}", where="--method", mend=mend)
         )
