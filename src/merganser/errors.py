@@ -50,6 +50,10 @@ class DataError(UserError):
     """Examples that cannot be read or used."""
 
 
+class FileError(UserError):
+    """A file, a folder or a URL that cannot be read or written, or that has too little space."""
+
+
 class Problems(UserError):
     """Several mistakes found in one pass, so that they can be mended in one pass.
 

@@ -14,11 +14,9 @@ from merganser.checkpoints.writer import (
     SafetensorsWriter,
     TensorSpec,
     check_output,
-    new_folder,
-    parse_size,
     shard,
 )
-from merganser.errors import CheckpointError, UserError
+from merganser.files import new_folder
 
 
 def test_tensors_in_any_order_read_back_by_safetensors(tmp_path: Path) -> None:
@@ -54,33 +52,6 @@ def test_shards_are_filled_in_order() -> None:
     assert [[s.name for s in f] for f in files.values()] == [["0", "1"], ["2", "3"], ["4"]]
     assert list(shard(specs, "model", 10**6)) == ["model.safetensors"]
     assert len(shard(specs, "model", 1)) == 5  # a tensor larger than a shard has one to itself
-
-
-@pytest.mark.parametrize(
-    ("text", "size"), [("5GB", 5 * 10**9), ("1.5 MB", 1_500_000), ("2KiB", 2048), ("7", 7)]
-)
-def test_sizes(text: str, size: int) -> None:
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "5 apples", "-1GB", "0"])
-def test_sizes_that_are_none(text: str) -> None:
-    with pytest.raises(UserError, match="is not a size"):
-        parse_size(text)
-
-
-def test_nothing_is_left_when_the_block_fails(tmp_path: Path) -> None:
-    for error in (ValueError("x"), KeyboardInterrupt()):
-        with pytest.raises(type(error)), new_folder(tmp_path / "out") as work:
-            (work / "config.json").write_text("{}")
-            raise error
-        assert list(tmp_path.iterdir()) == []
-
-
-def test_a_full_disk_is_said_in_plain_words(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="the disk is full"), new_folder(tmp_path / "out"):
-        raise OSError(errno.ENOSPC, "No space left on device")
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_the_disk_refused_beside_the_work_is_not_forgotten(

@@ -49,15 +49,15 @@ def test_an_interrupted_upload_is_not_there_and_is_finished_by_the_next(
     remote: tuple[Zoo, Zoo], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here, there = remote
-    send = here._remote.send
+    put = here._remote.put
 
     def stop(source: Path, name: str) -> None:
         if name.endswith(ENTRY):
             raise KeyboardInterrupt
-        send(source, name)
+        put(source, name)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(here._remote, "send", stop)
+        patch.setattr(here._remote, "put", stop)
         here.build(KEY, make)
     assert there.get(KEY) is None and there.ls() == []
     with pytest.raises(ZooError, match="being uploaded"):
@@ -123,5 +123,5 @@ def test_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_zoo_that_cannot_be_written(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
-    with pytest.raises(ZooError, match="cannot be written"):
+    with pytest.raises(UserError, match="cannot be written"):
         Zoo(tmp_path / "zoo").build(KEY, never)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from merganser.errors import FileError
 from merganser.experiments.zoo import Zoo, ZooError
 
 s3fs = pytest.importorskip("s3fs", reason="needs s3fs: pip install 'merganser[s3]'")
@@ -114,7 +115,7 @@ def test_an_unfinished_upload_is_not_there(bucket: Any, tmp_path: Path) -> None:
 
 
 def test_a_missing_bucket_is_noticed_before_anything_is_made(bucket: Any, tmp_path: Path) -> None:
-    with pytest.raises(ZooError, match="bucket"):
+    with pytest.raises(FileError, match="bucket"):
         Zoo("s3://nobody-made-this/prefix", cache=tmp_path / "a").build(KEY, never)
     assert not bucket.exists("nobody-made-this")
 
@@ -124,5 +125,5 @@ def test_a_server_that_is_not_there(bucket: Any, tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     s3fs.S3FileSystem.clear_instance_cache()
     monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
-    with pytest.raises(ZooError, match="cannot be reached"):
+    with pytest.raises(FileError, match="cannot be reached"):
         Zoo("s3://zoos/prefix", cache=tmp_path / "a").get(KEY)

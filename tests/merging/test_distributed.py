@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from merganser.checkpoints.writer import index_json
 from merganser.cli import main
 from merganser.engines import Engine, Job, Outcome, RayEngine, SerialEngine
-from merganser.errors import CheckpointError, UserError
+from merganser.errors import FileError, UserError
 from merganser.merging import merge, verify
 from merganser.merging.distributed import FUNCTION
 from ray_cluster import NODE, wait_until
@@ -194,5 +194,5 @@ def test_the_command_line_on_a_cluster(cluster: Any, family, tmp_path: Path, cap
 
 def test_a_url_that_cannot_be_reached_is_said(family, tmp_path: Path) -> None:
     _, models = family("bert", 2)
-    with pytest.raises(CheckpointError, match="cannot be reached"):
+    with pytest.raises(FileError, match="cannot be reached"):
         merge(models, "nosuchprotocol://x/y", method="simple")

@@ -11,7 +11,7 @@ import torch
 from click.testing import CliRunner, Result
 
 from merganser.cli import cli
-from merganser.errors import StatisticsError, UserError
+from merganser.errors import FileError, StatisticsError, UserError
 from merganser.statistics import Statistics, write_statistics
 from merganser.statistics.algebra import add, weigh
 from merganser.statistics.comparison import distances, header_differences
@@ -115,8 +115,8 @@ def test_mistakes_are_found_before_work_and_together(files: tuple[Path, Path], t
 
 
 def test_no_room(files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("merganser.checkpoints.writer.free_bytes", lambda target: 100)
-    result = run("add", *files, "-o", tmp_path / "c.safetensors", fails=StatisticsError)
+    monkeypatch.setattr("merganser.files.free_bytes", lambda target: 100)
+    result = run("add", *files, "-o", tmp_path / "c.safetensors", fails=FileError)
     assert "are free" in str(result.exception)
 
 

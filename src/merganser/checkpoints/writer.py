@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import re
-import shutil
 import struct
-import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -40,18 +35,6 @@ class TensorSpec:
     def nbytes(self) -> int:
         """Size in bytes."""
         return DTYPES[self.dtype].itemsize * torch.Size(self.shape).numel()
-
-
-def parse_size(text: str) -> int:
-    """Bytes of a size such as ``5GB``, ``800MB`` or ``2GiB``.
-
-    Raises:
-        UserError: it is no such size.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
-    if not match or float(match[1]) <= 0:
-        raise UserError(f"{text!r} is not a size", mend="write it like 5GB or 800MB")
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " "))
 
 
 def shard(specs: Sequence[TensorSpec], stem: str, max_bytes: int) -> dict[str, list[TensorSpec]]:
@@ -105,7 +88,7 @@ class SafetensorsWriter:
             header, infos = file_layout(file, specs, metadata)
             path = folder / file
             path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
             self._descriptors[file] = descriptor
             _write_at(descriptor, header, 0)
             os.ftruncate(descriptor, max([len(header), *(i.offset + i.nbytes for i in infos)]))
@@ -206,66 +189,3 @@ def check_output(folder: Path, overwrite: bool, inputs: Sequence[Path] = ()) -> 
             mend="give another folder, or remove it yourself",
         )
     return None
-
-
-@contextmanager
-def new_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A folder to fill, beside ``target``; renamed to ``target`` when the block ends well, removed when it does not.
-
-    Raises:
-        CheckpointError: the disk is full or the place cannot be written.
-    """
-    target = target.absolute()
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
-    except OSError as error:
-        raise _cannot_write(target, error) from None
-    try:
-        yield work
-        _set_mode(work)
-        if target.exists() and overwrite:
-            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
-            target.rename(old / target.name)
-            work.rename(target)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            work.rename(target)
-    except OSError as error:
-        shutil.rmtree(work, ignore_errors=True)
-        raise _cannot_write(target, error) from None
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
-
-
-def _set_mode(folder: Path) -> None:
-    mask = os.umask(0)
-    os.umask(mask)
-    folder.chmod(0o777 & ~mask)  # mkdtemp's is private
-
-
-def _cannot_write(target: Path, error: OSError) -> CheckpointError:
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return CheckpointError(
-        "the disk is full" if full else f"cannot be written: {error}",
-        where=target,
-        mend="free some space or choose another disk" if full else "check the path and its permissions",
-    )
-
-
-def sync(path: Path) -> None:
-    """Flush a file, or a folder's list of files, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def free_bytes(target: Path) -> int:
-    """Free space on the disk that ``target`` would lie on."""
-    place = target.absolute()
-    while not place.exists():
-        place = place.parent
-    return shutil.disk_usage(place).free

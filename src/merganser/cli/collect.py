@@ -7,8 +7,9 @@ from typing import Any
 
 import click
 
-from merganser.cli.common import human_bytes, quiet_libraries, warn
+from merganser.cli.common import quiet_libraries, warn
 from merganser.cli.data_options import columns_of, data_options
+from merganser.files import human_bytes
 
 
 def _sample(_: click.Context, __: click.Parameter, value: str | None) -> float | int | None:

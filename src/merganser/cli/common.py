@@ -56,15 +56,6 @@ def make_cluster(name: str, address: str | None, description: str) -> Any:
     return RayEngine(address, description=description)
 
 
-def human_bytes(count: float) -> str:
-    """A size as people write it, such as ``91.2 MB``."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} TB"
-
-
 def warn(message: str) -> None:
     """A line on standard error."""
     click.echo(f"merganser: {message}", err=True)

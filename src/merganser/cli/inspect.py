@@ -8,8 +8,9 @@ from typing import Any
 
 import click
 
-from merganser.cli.common import human_bytes, print_table, quiet_libraries, warn
+from merganser.cli.common import print_table, quiet_libraries, warn
 from merganser.errors import UserError
+from merganser.files import human_bytes
 
 
 @click.command("inspect")

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from merganser.cli.common import human_bytes, parse_options, print_table, quiet_libraries, warn
+from merganser.cli.common import parse_options, print_table, quiet_libraries, warn
+from merganser.files import human_bytes
 
 if TYPE_CHECKING:
     from merganser.merging.ledger import Record

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from merganser.cli.common import human_bytes, print_table, warn
+from merganser.cli.common import print_table, warn
 from merganser.errors import StatisticsError, UserError, raise_all
+from merganser.files import human_bytes, space_error
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -193,17 +194,12 @@ def _write(
     output: Path, header: StatisticsHeader, tensors: Mapping[str, Tensor], before: int | None = None
 ) -> None:
     """Write the result, if there is room for it, and say how large it is."""
-    from merganser.checkpoints.writer import free_bytes
     from merganser.statistics import write_statistics
     from merganser.statistics.derived import infos_of
 
-    size, free = sum(info.nbytes for info in infos_of(tensors).values()), free_bytes(output)
-    if size > free:
-        raise StatisticsError(
-            f"the result takes {human_bytes(size)}, {human_bytes(free)} are free",
-            where=output,
-            mend="make room, or choose another disk with -o",
-        )
+    size = sum(info.nbytes for info in infos_of(tensors).values())
+    if problem := space_error(output, size, mend="make room, or choose another disk with -o"):
+        raise problem
     write_statistics(output, header, tensors)
     for note in header.notes:
         if note.startswith("storage:"):

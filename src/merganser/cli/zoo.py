@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from merganser.cli.common import human_bytes, print_table, warn
+from merganser.cli.common import print_table, warn
 from merganser.errors import UserError, raise_all
+from merganser.files import human_bytes
 
 if TYPE_CHECKING:
     from merganser.experiments.zoo import Entry, Zoo

@@ -18,7 +18,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -28,7 +27,6 @@ from typing import Any
 from rich.table import Table as RichTable
 
 from merganser.checkpoints import open_checkpoint, sha256_file
-from merganser.checkpoints.writer import free_bytes
 from merganser.errors import CheckpointError, UserError
 from merganser.evaluation import evaluate
 from merganser.experiments.demo_report import METRIC, demo_report
@@ -38,10 +36,10 @@ from merganser.experiments.report import (
     render_html,
     results_table,
     write_results,
-    write_text,
 )
 from merganser.experiments.sentiment import LABEL_NAMES, Domain, Example, load_domains
 from merganser.experiments.steps import Advance, Done, Journal, Step, run_steps
+from merganser.files import remove, space_error, write_text
 from merganser.merging import merge
 from merganser.merging.provenance import FILE_NAME as PROVENANCE
 from merganser.merging.provenance import library_versions
@@ -212,13 +210,11 @@ def _check_folder(output: Path) -> None:
 def _check_space(job: _Job) -> None:
     """Four specialists, base and merges are as large as the base, statistics somewhat larger."""
     model = sum(path.stat().st_size for path in job.base.glob("*.safetensors"))
-    needed, free = model * (1 + len(METHODS) + 3 * len(job.domains)), free_bytes(job.output)
-    if not (job.output / JOURNAL).exists() and needed > free:
-        raise UserError(
-            f"the demo takes up to {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free",
-            where=job.output,
-            mend="free some space, or choose a folder on another disk with -o",
-        )
+    needed = model * (1 + len(METHODS) + 3 * len(job.domains))
+    mend = "free some space, or choose a folder on another disk with -o"
+    problem = space_error(job.output, needed, "the demo takes up to", mend)
+    if problem and not (job.output / JOURNAL).exists():
+        raise problem
 
 
 def _open_journal(job: _Job, overwrite: bool) -> Journal:
@@ -241,18 +237,11 @@ def _open_journal(job: _Job, overwrite: bool) -> Journal:
                 )
             return journal
         for name in _OURS:
-            _remove(job.output / name)
+            remove(job.output / name)
     journal = Journal(path, configuration)
     job.output.mkdir(parents=True, exist_ok=True)
     journal.write()
     return journal
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _domain_sha256(domain: Domain) -> str:
@@ -286,7 +275,6 @@ def _steps(job: _Job) -> list[Step]:
 def _prepare(job: _Job, advance: Advance) -> dict[str, Any]:
     counts = {}
     for name, domain in job.domains.items():
-        job.data(name, "train").parent.mkdir(parents=True, exist_ok=True)
         for split, examples in (("train", domain.train), ("dev", domain.dev), ("test", domain.test)):
             write_text(job.data(name, split), "".join(map(_line, examples)))
         counts[name] = {

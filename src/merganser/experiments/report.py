@@ -12,9 +12,7 @@ runs no script, and follows the reader's light or dark scheme.
 from __future__ import annotations
 
 import json
-import os
 import statistics
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +22,7 @@ from rich import box
 from rich.table import Table as RichTable
 
 from merganser.errors import DataError, UserError
+from merganser.files import write_text
 
 Kind = Literal["individual", "method", "ensemble"]
 #: Order and headings of the groups in tables and plots.
@@ -113,22 +112,6 @@ def read_results(path: Path) -> tuple[Row, ...]:
         return tuple(Row(**row) for row in json.loads(path.read_text(encoding="utf-8"))["rows"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"not a results file: {error}", where=path, mend="give a results.json") from error
-
-
-def write_text(path: Path, text: str) -> Path:
-    """Write a UTF-8 text file, whole or not at all."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-            stream.write(text)
-        mask = os.umask(0)
-        os.umask(mask)
-        Path(temporary).chmod(0o666 & ~mask)  # mkstemp's is private
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    return path
 
 
 def best_scores(rows: Sequence[Row], columns: Sequence[str]) -> dict[str, float]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from merganser import progress
 from merganser.errors import DataError, UserError
-from merganser.experiments.report import write_text
+from merganser.files import write_text
 
 #: Tells the display which share of the step is done, from 0 to 1.
 Advance = Callable[[float], None]

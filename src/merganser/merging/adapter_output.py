@@ -24,8 +24,9 @@ from torch import Tensor
 from merganser.checkpoints import AdapterCheckpoint, hash_tensor, home_of
 from merganser.checkpoints.adapters import CONFIG, WEIGHTS
 from merganser.checkpoints.layers import Layer, empty_model, layers_of, map_parameters
-from merganser.checkpoints.writer import check_output, new_folder
+from merganser.checkpoints.writer import check_output
 from merganser.errors import RecipeError, UserError, raise_all
+from merganser.files import new_folder
 from merganser.merging import provenance
 from merganser.merging.card import public_name
 from merganser.merging.execution import Outcome, run_step

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from merganser.checkpoints import home_of
-from merganser.checkpoints.writer import check_output, free_bytes, new_folder, parse_size
+from merganser.checkpoints.writer import check_output
 from merganser.engines import Engine
 from merganser.errors import CheckpointError, RecipeError, UserError, raise_all
+from merganser.files import is_url, new_folder, parse_size, space_error
 from merganser.merging import provenance
 from merganser.merging.adapter_output import carry_out_adapter
 from merganser.merging.card import model_card
@@ -23,7 +24,7 @@ from merganser.merging.distributed import run_on
 from merganser.merging.execution import Execution
 from merganser.merging.layout import make_layout, write_small_files
 from merganser.merging.memory import available_bytes
-from merganser.merging.places import Place, RemotePlace, is_url, new_remote
+from merganser.merging.places import Place, RemotePlace, new_remote
 from merganser.merging.plan import Plan, make_plan
 from merganser.merging.recipe import Contributor, Recipe, make_recipe
 from merganser.merging.running_sums import RunningSums, check_sums
@@ -187,15 +188,8 @@ def prepare(
             problems.append(problem)
         if plan.kept is not None and (problem := check_sums(plan.kept.folder, plan, output)):
             problems.append(problem)
-        needed, free = plan.bytes_written + _SPARE, free_bytes(output)
-        if needed > free:
-            problems.append(
-                CheckpointError(
-                    f"too little disk: the result takes {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free",
-                    where=output,
-                    mend="free some space or write to another disk",
-                )
-            )
+        if problem := space_error(output, plan.bytes_written + _SPARE):
+            problems.append(problem)
     raise_all(problems)
     for parent in [*plan.parents, *([plan.base] if plan.base else [])]:
         parent.checkpoint.fetch()

@@ -7,16 +7,11 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from merganser.errors import CheckpointError
+from merganser.files import RemoteFolder, is_url
 
 _WORKER = ".worker-"
-
-
-def is_url(output: str | Path) -> bool:
-    """Whether an output is a URL, such as ``s3://bucket/merged``."""
-    return "://" in str(output)
 
 
 class Place:
@@ -58,13 +53,12 @@ class RemotePlace(Place):
     """
 
     def __init__(self, url: str) -> None:
-        self.url = url.rstrip("/")
-        self._files, self._root = _filesystem(self.url)
+        self.files = RemoteFolder(url)
 
     @property
     def reference(self) -> str:
         """Its URL."""
-        return self.url
+        return self.files.url
 
     def near(self, scratch: Path) -> Path:
         """A local folder."""
@@ -72,33 +66,18 @@ class RemotePlace(Place):
 
     def put(self, path: Path, name: str) -> None:
         """Upload a file."""
-        try:
-            target = f"{self._root}/{name}"
-            self._files.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
-            self._files.put_file(str(path), target)
-        except Exception as error:  # each file system has its own
-            raise CheckpointError(
-                f"cannot be written: {error}",
-                where=f"{self.url}/{name}",
-                mend="check the URL and its permissions",
-            ) from None
+        self.files.put(path, name)
 
     def tidy(self) -> None:
         """Nothing is left at the URL."""
 
     def exists(self) -> bool:
         """Whether there is anything at the URL."""
-        try:
-            return bool(self._files.exists(self._root) and self._files.find(self._root))
-        except Exception as error:
-            raise CheckpointError(
-                f"cannot be reached: {error}", where=self.url, mend="check the URL and its permissions"
-            ) from None
+        return bool(self.files.sizes())
 
     def remove(self) -> None:
         """Remove everything at the URL."""
-        if self._files.exists(self._root):
-            self._files.rm(self._root, recursive=True)
+        self.files.remove()
 
 
 @contextmanager
@@ -108,7 +87,8 @@ def new_remote(url: str, *, overwrite: bool = False) -> Iterator[tuple[RemotePla
     So what is not complete cannot be opened; on any error everything is removed again.
 
     Raises:
-        CheckpointError: there is something at the URL, or it cannot be written.
+        CheckpointError: there is something at the URL.
+        FileError: it cannot be written.
     """
     place = RemotePlace(url)
     if place.exists():
@@ -132,15 +112,3 @@ def new_remote(url: str, *, overwrite: bool = False) -> Iterator[tuple[RemotePla
 def place_of(reference: str) -> Place:
     """The place that a worker is to write to."""
     return RemotePlace(reference) if is_url(reference) else Place(Path(reference))
-
-
-def _filesystem(url: str) -> tuple[Any, str]:
-    import fsspec
-
-    try:
-        files, root = fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as error:
-        raise CheckpointError(
-            f"cannot be reached: {error}", where=url, mend="install what it asks for, or give a folder"
-        ) from None
-    return files, str(root)

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from merganser.checkpoints.layers import Layer, describe_layers
-from merganser.checkpoints.writer import TensorSpec, parse_size
+from merganser.checkpoints.writer import TensorSpec
 from merganser.errors import RecipeError, UserError, raise_all
+from merganser.files import parse_size
 from merganser.merging.checks import (
     check_architectures,
     check_needs,

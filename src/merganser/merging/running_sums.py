@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from merganser.checkpoints import hash_tensor
-from merganser.checkpoints.writer import free_bytes
-from merganser.errors import CheckpointError, UserError
+from merganser.errors import CheckpointError, FileError, UserError
+from merganser.files import new_file, space_error
 from merganser.merging.parents import Parent
 from merganser.merging.plan import Plan
 from merganser.methods import GramSums, Method, Unit
@@ -103,28 +101,17 @@ class RunningSums:
         """Put the sums in the place of older ones, whole or not at all.
 
         Raises:
-            CheckpointError: they cannot be written.
+            FileError: they cannot be written.
         """
-        place, temporary = self._place(unit, rows), None
-        tensors = sums.tensors()
+        place, tensors = self._place(unit, rows), sums.tensors()
         metadata = {"contributors": json.dumps(list(keys)), "sha256": _digest(tensors)}
         try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, name = tempfile.mkstemp(prefix=f".{place.name}.", suffix=".tmp", dir=place.parent)
-            temporary = Path(name)
-            os.close(descriptor)
-            save_file(tensors, temporary, metadata)
-            temporary.replace(place)
-            temporary = None
-        except Exception as error:  # safetensors raises its own, not derived from OSError
-            raise CheckpointError(
-                f"the running sums cannot be written: {error}",
-                where=place,
-                mend="make room, choose another folder, or merge without keeping sums",
-            ) from None
-        finally:
-            if temporary is not None:
-                temporary.unlink(missing_ok=True)
+            with new_file(place) as work:
+                save_file(tensors, work, metadata)
+        except FileError as error:
+            mend = "make room, choose another folder, or merge without keeping sums"
+            what = f"the running sums cannot be written: {error.what}"
+            raise FileError(what, where=place, mend=mend) from None
 
     def _place(self, unit: Unit, rows: Sequence[int] | None) -> Path:
         value = json.dumps([*unit.names, rows if rows is None else list(rows)])
@@ -143,14 +130,12 @@ def check_sums(folder: Path, plan: Plan, output: Path) -> UserError | None:
         return CheckpointError(
             "the place of the running sums is no folder", where=folder, mend="give a folder"
         )
-    needed, free = sums_bytes(plan), free_bytes(folder)
-    if needed > free:
-        return CheckpointError(
-            f"too little disk: running sums take {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free",
-            where=folder,
-            mend="free some space, give a folder on another disk, or merge without keeping sums",
-        )
-    return None
+    return space_error(
+        folder,
+        sums_bytes(plan),
+        "running sums take",
+        "free some space, give a folder on another disk, or merge without keeping sums",
+    )
 
 
 def sums_bytes(plan: Plan) -> int:

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 from merganser.checkpoints import home_of
-from merganser.checkpoints.writer import parse_size
 from merganser.engines import Engine, make_engine
 from merganser.errors import StatisticsError, UserError, did_you_mean, raise_all
+from merganser.files import parse_size
 from merganser.progress import bar
 from merganser.statistics import FILE_NAME, FisherKind, Statistics, write_statistics
 from merganser.statistics.collection import Collector

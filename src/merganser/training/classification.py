@@ -13,8 +13,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from merganser.checkpoints.writer import new_folder
 from merganser.errors import DataError
+from merganser.files import new_folder
 from merganser.tasks.classification import TextClassification
 from merganser.tasks.data import Rows
 from merganser.tasks.models import quiet

@@ -15,7 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from merganser.checkpoints.writer import check_output, new_folder
+from merganser.checkpoints.writer import check_output
+from merganser.files import new_folder
 from merganser.tasks.base import Task
 from merganser.tasks.data import Rows
 from merganser.tasks.models import quiet

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, Sampler
 
-from merganser.checkpoints.writer import check_output, new_folder
+from merganser.checkpoints.writer import check_output
 from merganser.errors import CheckpointError, UserError
+from merganser.files import new_folder
 from merganser.tasks.base import Task
 from merganser.tasks.data import Rows
 from merganser.tasks.models import quiet

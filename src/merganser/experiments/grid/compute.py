@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -190,7 +188,8 @@ def _merged(
     """Merge, predict the tests; what the search chose; how many tensors each method treated."""
     chosen = None
     coefficients = [1.0] * len(cell.contributors)
-    with _scratch() as folder:
+    with tempfile.TemporaryDirectory(prefix="merganser-cell-", ignore_cleanup_errors=True) as scratch:
+        folder = Path(scratch)
         if method.search is not None:
             chosen = _search(models, cell, method, folder)
             coefficients = chosen["candidates"][chosen["best"]]["coefficients"]
@@ -356,12 +355,3 @@ def _facts_of(entry: Entry, name: str, seed: int, statistics: str | None, exampl
         "score": entry.facts.get("score"),
         "examples": examples,
     }
-
-
-@contextmanager
-def _scratch() -> Iterator[Path]:
-    folder = Path(tempfile.mkdtemp(prefix="merganser-cell-"))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from merganser.checkpoints.writer import parse_size
 from merganser.errors import RecipeError, UserError, did_you_mean, raise_all
+from merganser.files import parse_size
 from merganser.methods import METHODS
 from merganser.tasks import SUITES
 

@@ -11,7 +11,7 @@ from typing import Any
 from merganser.errors import DataError
 from merganser.experiments.grid.compute import FORMAT
 from merganser.experiments.grid.config import ExperimentConfig
-from merganser.experiments.report import write_text
+from merganser.files import write_text
 
 MARKER = "experiment.json"
 

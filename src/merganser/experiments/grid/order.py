@@ -11,7 +11,7 @@ import numpy as np
 from merganser.experiments.grid.cells import expand, models_of
 from merganser.experiments.grid.compute import score
 from merganser.experiments.grid.models import Models
-from merganser.experiments.report import write_text
+from merganser.files import write_text
 from merganser.tasks.suite import DEV
 
 FILE_NAME = "order.json"

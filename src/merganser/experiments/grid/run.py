@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from merganser.checkpoints import open_checkpoint
-from merganser.checkpoints.writer import parse_size
 from merganser.engines import Engine, Job, Outcome, SerialEngine
 from merganser.experiments.grid.cells import Cell, expand
 from merganser.experiments.grid.checks import check_inputs, remarks
@@ -31,8 +30,8 @@ from merganser.experiments.grid.models import Models
 from merganser.experiments.grid.needs import Need, model_need, needs_of, unique_needs
 from merganser.experiments.grid.order import compute_order, recorded_order
 from merganser.experiments.grid.work import FUNCTION, needs_order
-from merganser.experiments.report import write_text
 from merganser.experiments.zoo import Zoo
+from merganser.files import is_url, parse_size, write_text
 
 #: Seconds; only proportions matter.
 _COSTS = {
@@ -98,7 +97,7 @@ def run_experiment(
         UserError: data or a pretrained model that is not there, a results folder of another version.
     """
     folder = Path(results) / config.name
-    config, zoo = localised(config), zoo if "://" in str(zoo) else Path(zoo).expanduser().resolve()
+    config, zoo = localised(config), zoo if is_url(zoo) else Path(zoo).expanduser().resolve()
     fresh = results_name(folder, config)
     models = Models(config, Zoo(zoo), allow_pickle=allow_pickle, fresh=fresh)
     check_inputs(models)

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Literal
 
 from merganser.errors import UserError
-from merganser.experiments.report import write_text
 from merganser.experiments.reporting.latex import render_latex
 from merganser.experiments.reporting.page import render_page
 from merganser.experiments.reporting.rows import ResultRow, read_rows, render_rows
 from merganser.experiments.reporting.sections import Section, make_sections
 from merganser.experiments.reporting.text import render_csv, render_markdown, terminal_tables
+from merganser.files import write_text
 
 Form = Literal["html", "markdown", "latex", "csv", "rows"]
 _FORMS: dict[str, Form] = {
@@ -75,7 +75,8 @@ def write_report(
     Raises:
         DataError: the rows cannot be read.
         RecipeError: no experiment has the merge ``against``.
-        UserError: jinja2 or matplotlib is not installed, or a file cannot be written.
+        UserError: jinja2 or matplotlib is not installed.
+        FileError: a file cannot be written.
     """
     rows = read_rows(results)
     sections = make_sections(rows, against)
@@ -89,9 +90,5 @@ def write_report(
     texts = {form: renderers[form]() for form in outputs}
     written = []
     for form, path in outputs.items():
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            written.append(write_text(path, texts[form]))
-        except OSError as error:
-            raise UserError(f"cannot be written: {error}", where=path, mend="give another -o") from error
+        written.append(write_text(path, texts[form]))
     return sections, written

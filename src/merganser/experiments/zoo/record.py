@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from merganser.experiments.zoo.keys import ID_LENGTH, ZooError, id_of
+from merganser.files import sync
 
 FORMAT = 1
 ENTRY = "entry.json"
@@ -179,8 +179,8 @@ def is_id(name: str) -> bool:
 
 def record_file(path: Path) -> FileRecord:
     """Hash and size of a file, after making sure that it is on disk."""
+    sync(path)
     with path.open("rb") as stream:
-        os.fsync(stream.fileno())
         sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
         return FileRecord(sha256, stream.tell())
 

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from merganser.errors import UserError, did_you_mean, raise_all
 from merganser.experiments.zoo import keys
 from merganser.experiments.zoo.keys import ZooError, plain
-from merganser.experiments.zoo.places import Folder, Remote, damaged, discard
+from merganser.experiments.zoo.places import Folder, Remote, damaged
 from merganser.experiments.zoo.record import (
     ENTRY,
     MODEL,
@@ -35,6 +35,7 @@ from merganser.experiments.zoo.record import (
     write_record,
 )
 from merganser.experiments.zoo.space import Space
+from merganser.files import is_url, remove, write_bytes
 from merganser.progress import bar
 
 
@@ -61,7 +62,7 @@ class Zoo:
         text = str(url)
         for prefix in ("file://", "local://"):
             text = text.removeprefix(prefix)
-        remote = isinstance(url, str) and ("://" in text or "::" in text)
+        remote = is_url(text)
         self.url = text.rstrip("/") if remote else str(Path(text).expanduser().absolute())
         self._remote = Remote(self.url) if remote else None
         name = hashlib.sha256(self.url.encode()).hexdigest()[:16]
@@ -151,7 +152,7 @@ class Zoo:
                         self._remote.prepare()
                     made = self._make(identity, key, make)
                     entry = self._download(identity) or made  # what another machine uploaded meanwhile wins
-                discard(self._space.scratch(identity))
+                remove(self._space.scratch(identity))
         if self._remote is not None:
             self._share(entry, self._remote)
         return entry
@@ -170,8 +171,8 @@ class Zoo:
 
     def _publish(self, entry: Entry, folder: Path) -> None:
         """Give a finished folder its ``entry.json`` and its place."""
-        _write(folder / ENTRY, write_entry(entry))
-        discard(self.root / entry.id)  # no entry.json in there, or the caller would not be here
+        write_bytes(folder / ENTRY, write_entry(entry))
+        remove(self.root / entry.id)  # no entry.json in there, or the caller would not be here
         folder.rename(self.root / entry.id)
 
     def _download(self, identity: str) -> Entry | None:
@@ -198,9 +199,9 @@ class Zoo:
         total = sum(record.size for record in entry.files.values())
         with self._space.lock(entry.id), bar(total, f"uploading {entry.id}", "B", scale=True) as progress:
             for name, record in entry.files.items():
-                remote.send(entry.path / name, f"{entry.id}/{MODEL}/{name}")
+                remote.put(entry.path / name, f"{entry.id}/{MODEL}/{name}")
                 progress.update(record.size)
-            remote.send(self.root / entry.id / ENTRY, f"{entry.id}/{ENTRY}")
+            remote.put(self.root / entry.id / ENTRY, f"{entry.id}/{ENTRY}")
 
     def attach(self, entry: Entry, name: str, make: Callable[[Path], None]) -> Path:
         """A file beside the model, made once, whole or not at all.
@@ -240,10 +241,10 @@ class Zoo:
                         )
                     record = record_file(file)
                     if self._remote is not None:
-                        self._remote.send(file, f"{entry.id}/{name}")
+                        self._remote.put(file, f"{entry.id}/{name}")
                 self._place(entry.id, path, file, record)
             if self._remote is not None and self._remote.read(f"{entry.id}/{name}{RECORD}") is None:
-                self._remote.send(_beside(path), f"{entry.id}/{name}{RECORD}")
+                self._remote.put(_beside(path), f"{entry.id}/{name}{RECORD}")
         return path
 
     def has(self, entry: Entry, name: str) -> bool:
@@ -282,7 +283,7 @@ class Zoo:
                 f"the model {identity} was removed meanwhile", where=self.url, mend="build it again"
             )
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write(_beside(file), write_record(record))
+        write_bytes(_beside(file), write_record(record))
         file.replace(path)
         _beside(file).replace(_beside(path))
 
@@ -379,12 +380,12 @@ class Zoo:
                 self._remote.delete(identity)
             if (self.root / identity).exists():
                 (self.root / identity).rename(folder / identity)
-            discard(self._space.scratch(identity))
+            remove(self._space.scratch(identity))
         return identity
 
     def files(self, entry: Entry) -> dict[str, int]:
         """Every file of an entry with its size in bytes, by name below its folder, without the records."""
-        listing = (self._remote or self._folder).listing(entry.id)
+        listing = (self._remote or self._folder).sizes(entry.id)
         return {name: size for name, size in listing.items() if name != ENTRY and not name.endswith(RECORD)}
 
     def size(self, entry: Entry) -> int:
@@ -401,7 +402,7 @@ class Zoo:
             ZooError: some are damaged; each is named.
         """
         place = self._remote or self._folder
-        listing = place.listing(entry.id)
+        listing = place.sizes(entry.id)
         records = {f"{MODEL}/{name}": record for name, record in entry.files.items()}
         for name in listing:
             if name.endswith(RECORD):
@@ -420,10 +421,3 @@ class Zoo:
 def _beside(path: Path) -> Path:
     """The record of a file."""
     return path.with_name(path.name + RECORD)
-
-
-def _write(path: Path, data: bytes) -> None:
-    with path.open("xb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())

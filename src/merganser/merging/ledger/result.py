@@ -16,8 +16,9 @@ import torch
 import yaml
 
 from merganser.checkpoints import hash_tensor
-from merganser.checkpoints.writer import SafetensorsWriter, TensorSpec, check_output, free_bytes, new_folder
+from merganser.checkpoints.writer import SafetensorsWriter, TensorSpec, check_output
 from merganser.errors import RecipeError, UserError, raise_all
+from merganser.files import new_folder, space_error
 from merganser.merging import provenance
 from merganser.merging.layout import make_layout, write_small_files
 from merganser.merging.ledger.contributors import open_same_base
@@ -200,10 +201,8 @@ def _output_problems(
     problems: list[UserError] = []
     if problem := check_output(target, overwrite, [base.checkpoint.path, ledger]):
         problems.append(problem)
-    needed, free = plan.bytes_written + _SPARE, free_bytes(target)
-    if needed > free:
-        text = f"too little disk: the result takes {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
-        problems.append(LedgerError(text, where=target, mend="free some space or write to another disk"))
+    if problem := space_error(target, plan.bytes_written + _SPARE):
+        problems.append(problem)
     return problems
 
 

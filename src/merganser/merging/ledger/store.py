@@ -6,8 +6,6 @@ Killed before that, the ledger is the old one; after it, the new one. What is le
 
 from __future__ import annotations
 
-import errno
-import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -16,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor
 
+from merganser import files
 from merganser.checkpoints import Checkpoint, hash_tensor
 from merganser.checkpoints.header import read_infos
-from merganser.checkpoints.writer import SafetensorsWriter, TensorSpec, free_bytes, sync
+from merganser.checkpoints.writer import SafetensorsWriter, TensorSpec
 from merganser.errors import UserError
 from merganser.merging.ledger.record import FILE_NAME, RESTORE, LedgerError, Part, Record, dump, load
 from merganser.merging.ledger.terms import shapes
@@ -31,8 +29,6 @@ from merganser.tensors import one_thread
 LOCK = ".lock"
 HALVES = ("high", "low")
 _SPARE = 1_000_000  # bytes for ledger.json
-
-logger = logging.getLogger(__name__)
 
 Pair = tuple[Tensor, Tensor]
 #: Number of a part and the part → its sums by term.
@@ -51,30 +47,11 @@ def locked(folder: Path, *, write: bool = True) -> Iterator[Record]:
         LedgerError: there is no ledger, or it is damaged.
     """
     load(folder)  # no lock file in a folder that is no ledger
-    lock = _acquire(folder, write)
-    try:
+    with files.locked(folder / LOCK, f"uses {folder}", needed=write):
         record = load(folder)
         if write:
             _discard_others(folder, record.file)
         yield record
-    finally:
-        if lock is not None:
-            lock.release()
-
-
-def _acquire(folder: Path, write: bool) -> FileLock | None:
-    lock = FileLock(folder / LOCK)
-    try:
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            logger.warning("waiting for another process that uses %s", folder)
-            lock.acquire()
-    except OSError as error:
-        if not write and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            return None  # nobody can change what nobody can write to
-        raise cannot_write(folder, error) from None
-    return lock
 
 
 def file_name(generation: int) -> str:
@@ -95,14 +72,11 @@ def specs(record: Record, parts: Sequence[Part]) -> list[TensorSpec]:
 
 def check_disk(folder: Path, specs: Sequence[TensorSpec]) -> UserError | None:
     """Whether the disk has no room for sums, said before work."""
-    needed, free = sum(spec.nbytes for spec in specs) + _SPARE, free_bytes(folder)
-    if needed <= free:
-        return None
-    return LedgerError(
-        f"too little disk: the new sums take {needed / 1e9:.2f} GB beside the old ones, "
-        f"{free / 1e9:.2f} GB are free",
-        where=folder,
-        mend="free some space, or move the ledger to another disk",
+    return files.space_error(
+        folder,
+        sum(spec.nbytes for spec in specs) + _SPARE,
+        "the new sums take",
+        "free some space for them beside the old ones, or move the ledger to another disk",
     )
 
 
@@ -120,12 +94,13 @@ def write_sums(
         threads: how many; the bytes do not depend on it.
 
     Raises:
-        LedgerError: the disk is full or the folder cannot be written to.
+        FileError: the disk is full or the folder cannot be written to.
     """
     wanted = specs(record, parts)
     hashes: dict[str, str] = {}
     try:
         with (
+            files.writing(folder, "the ledger is as it was"),
             one_thread(),
             SafetensorsWriter(folder, {file: wanted}) as writer,
             bar(sum(spec.nbytes for spec in wanted), "sums", "B", scale=True) as progress,
@@ -155,9 +130,6 @@ def write_sums(
             for future in futures:
                 if not future.cancelled():
                     future.result()
-    except OSError as error:
-        (folder / file).unlink(missing_ok=True)
-        raise cannot_write(folder, error) from None
     except BaseException:
         (folder / file).unlink(missing_ok=True)
         raise
@@ -168,19 +140,11 @@ def commit(folder: Path, record: Record) -> None:
     """Make ``record`` what the ledger says: the one step that counts. Then the sums before it are removed.
 
     Raises:
-        LedgerError: the folder cannot be written to; the ledger is as it was.
+        FileError: the folder cannot be written to; the ledger is as it was.
     """
-    temporary = folder / f".{FILE_NAME}.tmp"
-    try:
-        with temporary.open("wb") as stream:
-            stream.write(dump(record))
-            stream.flush()
-            os.fsync(stream.fileno())
-        sync(folder)  # the sums that it names
-        temporary.replace(folder / FILE_NAME)
-        sync(folder)
-    except OSError as error:
-        raise cannot_write(folder, error) from None
+    with files.writing(folder, "the ledger is as it was"):
+        files.sync(folder)  # the sums that it names
+        files.write_bytes(folder / FILE_NAME, dump(record))
     _discard_others(folder, record.file)
 
 
@@ -246,18 +210,9 @@ def zeros_like(terms: dict[str, Tensor]) -> dict[str, Pair]:
     return {name: (torch.zeros_like(term), torch.zeros_like(term)) for name, term in terms.items()}
 
 
-def cannot_write(folder: Path, error: OSError) -> LedgerError:
-    """What an ``OSError`` means to the user."""
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return LedgerError(
-        "the disk is full; the ledger is as it was" if full else f"cannot be written: {error}",
-        where=folder,
-        mend="free some space or choose another disk" if full else "check the path and its permissions",
-    )
-
-
 def _discard_others(folder: Path, file: str | None) -> None:
-    for path in [*folder.glob("sums-*.safetensors"), folder / f".{FILE_NAME}.tmp"]:
+    files.remove_leftovers(folder / FILE_NAME)
+    for path in folder.glob("sums-*.safetensors"):
         if path.name != file:
             with suppress(OSError):  # the next change tries again
                 path.unlink(missing_ok=True)

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from merganser.checkpoints.writer import new_folder
 from merganser.errors import RecipeError, UserError, did_you_mean, raise_all
+from merganser.files import new_folder
 from merganser.merging.checks import matches
 from merganser.merging.ledger.compensated import accumulate
 from merganser.merging.ledger.contributors import (
