@@ -7,8 +7,11 @@ The command line prints it and exits with 2; anything else is a bug and exits wi
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 class MerganserError(Exception):
@@ -73,6 +76,36 @@ def raise_all(problems: Sequence[UserError]) -> None:
         raise problems[0]
     if problems:
         raise Problems(problems)
+
+
+class ErrorCollector:
+    """Finds every mistake before it complains about the first; mistakes of the same words count once."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, UserError] = {}
+
+    @property
+    def found(self) -> list[UserError]:
+        """The mistakes so far, in order."""
+        return list(self._found.values())
+
+    def add(self, error: UserError | None) -> None:
+        """Keep a mistake; several in one are kept apart, and None is none."""
+        for one in error.problems if isinstance(error, Problems) else [error]:
+            if one is not None:
+                self._found.setdefault(str(one), one)
+
+    def catch(self, function: Callable[..., T], *args: Any, **options: Any) -> T | None:
+        """What a call of ``function`` returns, or None where it raised a mistake, which is kept."""
+        try:
+            return function(*args, **options)
+        except UserError as error:
+            self.add(error)
+            return None
+
+    def raise_all(self) -> None:
+        """Raise what was found, if anything was (:func:`raise_all`)."""
+        raise_all(self.found)
 
 
 def did_you_mean(name: str, valid: Iterable[str]) -> str:

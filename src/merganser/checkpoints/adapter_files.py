@@ -16,7 +16,7 @@ from merganser.checkpoints.adapter_settings import MERGE_FIRST, Settings, read_s
 from merganser.checkpoints.adapters import CONFIG, WEIGHTS, AdapterCheckpoint, Change
 from merganser.checkpoints.names import align, renamed
 from merganser.checkpoints.reader import Checkpoint, read_json
-from merganser.errors import CheckpointError, UserError, raise_all
+from merganser.errors import CheckpointError, ErrorCollector, UserError, raise_all
 from merganser.tensors import is_floating
 
 _FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
@@ -30,6 +30,7 @@ _CONV1D = {
 }  # model types with Conv1D layers
 _HEAD = re.compile(r"(^|\.)(classifier|score|out_proj|logits_proj)\.(weight|bias)$")
 _LABELLED = ("SEQ_CLS", "TOKEN_CLS")
+_OTHER_BASE = "give the base that the adapter was trained on, as base+adapter"
 _MOST_NAMED = 8  # problems of one sort that are spelt out
 
 
@@ -54,39 +55,40 @@ def combine(name: str, base: Checkpoint, adapter: Checkpoint) -> AdapterCheckpoi
         UserError: the adapter is no plain LoRA, malformed, or not of this base; several at once.
     """
     settings = read_settings(adapter)
-    problems: list[UserError] = []
-    modules = _modules(adapter, problems)
+    errors = ErrorCollector()
+    modules = _modules(adapter, errors)
     wanted = [f"{module}.{kind}" for module, found in modules.items() for kind in _kinds(found)]
     twins = _twins(wanted, base)
     changes: dict[str, Change] = {}
     added: dict[str, Change] = {}
+
+    def take(module: str, found: _Found, kind: str) -> None:
+        change = _change(adapter, settings, module, found, kind)
+        name = f"{module}.{kind}"
+        if name in twins:
+            changes[twins[name]] = _fitted(base, adapter, settings, module, twins[name], change)
+        elif change.whole and not change.a and settings.saves(module):
+            added[name] = change
+        else:
+            raise _absent(base, module, kind)
+
     for module, found in modules.items():
         for kind in _kinds(found):
-            change = _change(adapter, settings, module, found, kind, problems)
-            own = twins.get(f"{module}.{kind}")
-            if change is None:
-                continue
-            if own is not None:
-                changes[own] = _fitted(base, adapter, settings, module, own, change, problems)
-            elif change.whole and not change.a and settings.saves(module):
-                added[f"{module}.{kind}"] = change
-            else:
-                problems.append(_absent(base, adapter, module, kind))
-    raise_all(_shortened(problems, adapter))
+            errors.catch(take, module, found, kind)
+    raise_all(_shortened(errors.found, adapter))
     names = {own: own for own in base.tensors}
     if added:
         prefix = _missing_prefix(twins)
         names = {own if "/" in own else prefix + own: own for own in base.tensors}
         changes = {prefix + own: change for own, change in changes.items()} | added
-    config = _config(base, adapter, settings, changes, bool(added), problems)
-    raise_all(problems)
+    config = _config(base, adapter, settings, changes, bool(added))
     raw = read_json(adapter.path / CONFIG, missing={})
     if added:
         names = _without_old_heads(names, AdapterCheckpoint(name, base, adapter, changes, names, raw, config))
     return _oriented(AdapterCheckpoint(name, base, adapter, changes, names, raw, config), settings)
 
 
-def _modules(adapter: Checkpoint, problems: list[UserError]) -> dict[str, _Found]:
+def _modules(adapter: Checkpoint, errors: ErrorCollector) -> dict[str, _Found]:
     """The adapter's tensors by module, in the model's own names."""
     modules: dict[str, _Found] = {}
     for key, info in adapter.tensors.items():
@@ -94,7 +96,7 @@ def _modules(adapter: Checkpoint, problems: list[UserError]) -> dict[str, _Found
         if "original_module" in parts:  # the head before training, which some versions also save
             continue
         if not is_floating(info.dtype) or not _place(key, parts, modules):
-            problems.append(CheckpointError(f"tensor {key!r} is no part of a LoRA adapter", mend=MERGE_FIRST))
+            errors.add(CheckpointError(f"tensor {key!r} is no part of a LoRA adapter", mend=MERGE_FIRST))
     return modules
 
 
@@ -137,9 +139,12 @@ def _change(
     module: str,
     found: _Found,
     kind: str,
-    problems: list[UserError],
-) -> Change | None:
-    """What happens to one parameter of a module; None where the adapter contradicts itself."""
+) -> Change:
+    """What happens to one parameter of a module.
+
+    Raises:
+        CheckpointError: the adapter contradicts itself.
+    """
     change = Change(whole=found.whole.get(kind))
     if kind == "bias" and found.vector:
         rank = settings.rank_of(module)
@@ -149,36 +154,33 @@ def _change(
     embedding = any(role.startswith("lora_embedding") for role in found.factors)
     roles = _FACTORS[2:] if embedding else _FACTORS[:2]
 
-    def wrong(what: str, mend: str = "save the adapter again, whole") -> None:
-        problems.append(CheckpointError(f"{module}: {what}", mend=mend))
+    def wrong(what: str, mend: str = "save the adapter again, whole") -> CheckpointError:
+        return CheckpointError(f"{module}: {what}", mend=mend)
 
     if set(found.factors) != set(roles):
-        wrong(
+        raise wrong(
             f"{', '.join(sorted(found.factors))} without {', '.join(sorted(set(roles) - set(found.factors)))}"
         )
-        return None
     a, b = (found.factors[role] for role in roles)
     shape_a, shape_b = adapter.tensors[a].shape, adapter.tensors[b].shape
     if len(shape_a) != 2 or len(shape_b) != 2:
-        wrong(
+        raise wrong(
             f"the factors {list(shape_a)} and {list(shape_b)} are no matrices: "
             "only linear, Conv1D and embedding layers can be adapted",
             MERGE_FIRST,
         )
-        return None
     rank = shape_a[0]
     if rank != shape_b[1]:
-        wrong(f"A {list(shape_a)} is of rank {rank}, B {list(shape_b)} of rank {shape_b[1]}")
-        return None
+        raise wrong(f"A {list(shape_a)} is of rank {rank}, B {list(shape_b)} of rank {shape_b[1]}")
     if rank == 0:
-        wrong(f"rank 0: {a} is {list(shape_a)}", "gather the shards of a sharded training before saving")
-        return None
+        raise wrong(
+            f"rank 0: {a} is {list(shape_a)}", "gather the shards of a sharded training before saving"
+        )
     if rank != settings.rank_of(module):
-        wrong(
+        raise wrong(
             f"A {list(shape_a)} is of rank {rank}, {CONFIG} says {settings.rank_of(module)}",
             "give the configuration that belongs to these weights (r, rank_pattern)",
         )
-        return None
     scale = settings.scale_of(module, rank)
     return replace(change, a=a, b=b, scale=scale, transposed=embedding)
 
@@ -190,31 +192,29 @@ def _fitted(
     module: str,
     own: str,
     change: Change,
-    problems: list[UserError],
 ) -> Change:
-    """A change that fits the shape of the base's tensor, turned where that says so."""
+    """A change that fits the shape of the base's tensor, transposed where that says so.
+
+    Raises:
+        CheckpointError: it does not fit.
+    """
     shape = base.tensors[own].shape
 
-    def wrong(what: str) -> None:
-        problems.append(
-            CheckpointError(
-                f"{module}: {what}, tensor {own!r} of {base.name} is {list(shape)}",
-                mend="give the base that the adapter was trained on, as base+adapter",
-            )
+    def wrong(what: str) -> CheckpointError:
+        return CheckpointError(
+            f"{module}: {what}, tensor {own!r} of {base.name} is {list(shape)}", mend=_OTHER_BASE
         )
 
     if not is_floating(base.tensors[own].dtype):
-        problems.append(
-            CheckpointError(
-                f"{module}: tensor {own!r} of {base.name} is {base.tensors[own].dtype}, a quantised weight",
-                mend="give the base in full precision, as base+adapter",
-            )
+        raise CheckpointError(
+            f"{module}: tensor {own!r} of {base.name} is {base.tensors[own].dtype}, a quantised weight",
+            mend="give the base in full precision, as base+adapter",
         )
     for part in (change.whole, change.vector):
         if part and (theirs := adapter.tensors[part].shape) != shape:
             head = settings.saves(module) and _HEAD.search(own) and theirs[1:] == shape[1:]
             if part != change.whole or not head:
-                wrong(f"{part} is {list(theirs)}")
+                raise wrong(f"{part} is {list(theirs)}")
     if change.a and change.b:
         wide = (adapter.tensors[change.b].shape[0], adapter.tensors[change.a].shape[1])
         if shape == wide and shape != wide[::-1]:
@@ -222,7 +222,7 @@ def _fitted(
         if shape == wide[::-1] and shape != wide:
             return replace(change, transposed=True)
         if shape != wide:
-            wrong(f"B·A is {list(wide)}")
+            raise wrong(f"B·A is {list(wide)}")
     return change
 
 
@@ -265,12 +265,12 @@ def _missing_prefix(twins: Mapping[str, str]) -> str:
     return ""
 
 
-def _absent(base: Checkpoint, adapter: Checkpoint, module: str, kind: str) -> UserError:
+def _absent(base: Checkpoint, module: str, kind: str) -> UserError:
     tied = base.config.get("tie_word_embeddings") and module.endswith("lm_head")
     return CheckpointError(
         f"the adapter changes {f'{module}.{kind}'!r}, which {base.name} lacks"
         + (" (it is tied to the input embeddings)" if tied else ""),
-        mend=MERGE_FIRST if tied else "give the base that the adapter was trained on, as base+adapter",
+        mend=MERGE_FIRST if tied else _OTHER_BASE,
     )
 
 
@@ -280,33 +280,30 @@ def _config(
     settings: Settings,
     changes: Mapping[str, Change],
     added: bool,
-    problems: list[UserError],
 ) -> dict[str, Any]:
-    """What ``config.json`` says differently: the labels of a trained head, and the class where the base had none."""
+    """What ``config.json`` says differently: the labels of a trained head, and the class where the base had none.
+
+    Raises:
+        CheckpointError: the adapter is of another type of model, or brings a head of an unknown class.
+    """
     heads = {name: change.whole for name, change in changes.items() if change.whole and _HEAD.search(name)}
     own = read_json(adapter.path / "config.json", missing={}) if heads or added else {}
     if own and own.get("model_type") != base.config.get("model_type"):
-        problems.append(
-            CheckpointError(
-                f"model_type {own.get('model_type')!r}, the base is {base.config.get('model_type')!r}",
-                where=adapter.path / "config.json",
-                mend="give the base that the adapter was trained on, as base+adapter",
-            )
+        raise CheckpointError(
+            f"model_type {own.get('model_type')!r}, the base is {base.config.get('model_type')!r}",
+            where=adapter.path / "config.json",
+            mend=_OTHER_BASE,
         )
-        return {}
     found = {key: own[key] for key in ("architectures", "id2label", "label2id", "problem_type") if key in own}
     if added and "architectures" not in found:
         name = settings.model_class or _class_for(settings.task, base.config.get("model_type"))
         if name is None:
-            problems.append(
-                CheckpointError(
-                    f"the adapter brings a head that {base.name} lacks, and nothing says of which class",
-                    where=adapter.path / CONFIG,
-                    mend="put the config.json of the adapted model beside it",
-                )
+            raise CheckpointError(
+                f"the adapter brings a head that {base.name} lacks, and nothing says of which class",
+                where=adapter.path / CONFIG,
+                mend="put the config.json of the adapted model beside it",
             )
-        else:
-            found["architectures"] = [name]
+        found["architectures"] = [name]
     sizes = {adapter.tensors[whole].shape[0] for whole in heads.values() if whole}
     labels = {**base.config, **found}.get("id2label")
     known = len(labels) if isinstance(labels, dict) else 2  # transformers writes no default down

@@ -10,7 +10,7 @@ from typing import Any
 
 from merganser.checkpoints.adapters import CONFIG
 from merganser.checkpoints.reader import Checkpoint, read_json
-from merganser.errors import CheckpointError, UserError, raise_all
+from merganser.errors import CheckpointError, ErrorCollector
 
 #: Settings of LoRA's relatives whose effect is not W + s·BA, and what they are.
 _OTHER_KINDS = {
@@ -81,11 +81,11 @@ def read_settings(adapter: Checkpoint) -> Settings:
             where=adapter.path,
             mend="restore the file: it holds the scale of the factors",
         )
-    problems: list[UserError] = []
+    errors = ErrorCollector()
 
     def check(sound: bool, what: str, mend: str = "restore the file") -> None:
         if not sound:
-            problems.append(CheckpointError(what, where=where, mend=mend))
+            errors.add(CheckpointError(what, where=where, mend=mend))
 
     kind = raw.get("peft_type")
     check(kind == "LORA", f"peft_type is {kind!r}: only LoRA adapters can be merged", MERGE_FIRST)
@@ -111,7 +111,7 @@ def read_settings(adapter: Checkpoint) -> Settings:
         saved = raw.get("modules_to_save") or []
         named = isinstance(saved, list) and all(isinstance(one, str) for one in saved)
         check(named, f"modules_to_save is {saved!r}")
-    raise_all(problems)
+    errors.raise_all()
     mapping = raw.get("auto_mapping")
     model_class = mapping.get("base_model_class") if isinstance(mapping, dict) else None
     return Settings(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from merganser.cli.common import print_table, warn
-from merganser.errors import StatisticsError, UserError, raise_all
+from merganser.errors import ErrorCollector, StatisticsError
 from merganser.files import human_bytes, space_error
 
 if TYPE_CHECKING:
@@ -155,24 +155,19 @@ def _open(files: tuple[Path, ...], output: Path, overwrite: bool) -> list[Statis
     """The inputs, and every mistake in them and in the output at once."""
     from merganser.statistics import Statistics
 
-    problems: list[UserError] = []
-    found = []
-    for file in files:
-        try:
-            found.append(Statistics.open(file))
-        except UserError as error:
-            problems.append(error)
+    errors = ErrorCollector()
+    found = [errors.catch(Statistics.open, file) for file in files]
     if output.is_dir() or not output.parent.is_dir():
         state = "is a folder" if output.is_dir() else "is in no folder that exists"
-        problems.append(StatisticsError(f"the output {state}", where=output, mend="name a file with -o"))
+        errors.add(StatisticsError(f"the output {state}", where=output, mend="name a file with -o"))
     elif output.exists() and not overwrite:
-        problems.append(
+        errors.add(
             StatisticsError(
                 "the output exists", where=output, mend="choose another with -o, or --overwrite it"
             )
         )
-    raise_all(problems)
-    return found
+    errors.raise_all()
+    return [one for one in found if one is not None]
 
 
 def _check_memory(files: Sequence[Statistics], bytes_an_entry: int) -> None:

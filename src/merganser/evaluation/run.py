@@ -16,14 +16,13 @@ import torch
 from torch import nn
 
 from merganser import progress
-from merganser.errors import CheckpointError, UserError, did_you_mean, raise_all
+from merganser.errors import CheckpointError, ErrorCollector, UserError, did_you_mean, raise_all
 from merganser.evaluation.bootstrap import difference, resample, standard_error
 from merganser.evaluation.result import Evaluation, Score
 from merganser.tasks import task_for
 from merganser.tasks.base import Task
 from merganser.tasks.columns import Columns
 from merganser.tasks.data import Rows, read_rows
-from merganser.tasks.gather import Gather
 from merganser.tasks.labels import LabelSpace, union
 from merganser.tasks.models import Opened, load_model, load_tokenizer, open_model, prepare_padding
 from merganser.tasks.predict import Prediction, predict
@@ -93,24 +92,24 @@ def evaluate(
         raise UserError("batch size and length must be at least 1, bootstrap 0 or more", where="evaluate")
     if ensemble and len(references) < 2:
         raise UserError("an ensemble needs at least two models", where="--ensemble", mend="give more models")
-    gather = Gather()
+    errors = ErrorCollector()
     options = dict(task_options or {})
-    members = _found(gather(_member, name, task, options, allow_pickle) for name in references)
-    rows_of = _found(gather(read_rows, source, split=split, limit=limit) for source in sources)
+    members = _found(errors.catch(_member, name, task, options, allow_pickle) for name in references)
+    rows_of = _found(errors.catch(read_rows, source, split=split, limit=limit) for source in sources)
     if len(members) == len(references):
-        gather(_check_together, members, ensemble, metric)
-    gather.settle()
+        errors.catch(_check_together, members, ensemble, metric)
+    errors.raise_all()
     _check_names([rows.source for rows in rows_of], "data")
     spaces = _spaces(members, ensemble)
     given = Columns.of(columns)
     truths: dict[tuple[int, int], tuple[Columns, Any]] = {}
     for m, (member, space) in enumerate(zip(members, spaces, strict=True)):
         for d, rows in enumerate(rows_of):
-            truth = gather(_truth, member, rows, given, space)
+            truth = errors.catch(_truth, member, rows, given, space)
             if truth is not None:
                 truths[m, d] = truth
-    tokenizers = [gather(load_tokenizer, member.opened) for member in members]
-    gather.settle()
+    tokenizers = [errors.catch(load_tokenizer, member.opened) for member in members]
+    errors.raise_all()
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     cells: dict[tuple[int, int], Prediction] = {}
     total = len(members) * sum(map(len, rows_of))

@@ -15,7 +15,7 @@ from typing import Any, get_args
 
 from merganser.checkpoints import home_of
 from merganser.engines import Engine, make_engine
-from merganser.errors import StatisticsError, UserError, did_you_mean, raise_all
+from merganser.errors import ErrorCollector, StatisticsError, UserError, did_you_mean, raise_all
 from merganser.files import parse_size
 from merganser.progress import bar
 from merganser.statistics import FILE_NAME, FisherKind, Statistics, write_statistics
@@ -32,7 +32,6 @@ from merganser.tasks.collecting.remote import make_jobs, run_jobs
 from merganser.tasks.collecting.shards import SHARD_EXAMPLES, Stop, added, collect_shard, fixed_shards
 from merganser.tasks.columns import Columns
 from merganser.tasks.data import Rows, read_rows
-from merganser.tasks.gather import Gather
 from merganser.tasks.models import Opened, load_tokenizer, open_model, prepare_padding
 from merganser.tasks.suite import selected
 
@@ -130,17 +129,19 @@ def collect(
     if elsewhere is not None:
         _check_elsewhere(until_converged, device, max_memory)
     limit_bytes = parse_size(max_memory) if isinstance(max_memory, str) else max_memory
-    gather = Gather()
-    opened = gather(open_model, model, allow_pickle=allow_pickle)
-    rows = gather(_rows, data, split, limit)
-    target = None if opened is None else gather(_target, opened, output, overwrite)
-    chosen = None if opened is None else gather(_task, opened, task, kind)
+    errors = ErrorCollector()
+    opened = errors.catch(open_model, model, allow_pickle=allow_pickle)
+    rows = errors.catch(_rows, data, split, limit)
+    target = None if opened is None else errors.catch(_target, opened, output, overwrite)
+    chosen = None if opened is None else errors.catch(_task, opened, task, kind)
     placement = (
         None
         if opened is None
-        else gather(choose_placement, device, limit_bytes, offload_folder, opened, fisher=kind is not None)
+        else errors.catch(
+            choose_placement, device, limit_bytes, offload_folder, opened, fisher=kind is not None
+        )
     )
-    gather.settle()
+    errors.raise_all()
     if opened is None or rows is None or target is None or chosen is None or placement is None:
         raise RuntimeError("a step failed without an error")
     found, references = find_columns(rows, chosen, opened, Columns.of(columns), kind, use_labels)

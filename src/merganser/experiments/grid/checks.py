@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from merganser.errors import RecipeError, UserError
+from merganser.errors import ErrorCollector, RecipeError, UserError
 from merganser.experiments.grid.cells import expand
 from merganser.experiments.grid.compute import scored_on
 from merganser.experiments.grid.models import Models
 from merganser.experiments.grid.pretrained import half_precision, weights_sha256
 from merganser.methods import METHODS
 from merganser.tasks.columns import Columns
-from merganser.tasks.gather import Gather
 from merganser.tasks.labels import LabelSpace
 from merganser.tasks.suite import DEV, TRAIN
 
@@ -22,37 +21,33 @@ def check_inputs(models: Models) -> None:
     Raises:
         UserError: what is missing, malformed or does not fit together, all at once.
     """
-    gather = Gather()
+    errors = ErrorCollector()
     for reference in _references(models):
-        gather(weights_sha256, reference, models.allow_pickle)
-    gather(_check_device, models)
-    gather(models.settings)
+        errors.catch(weights_sha256, reference, models.allow_pickle)
+    errors.catch(_check_device, models)
+    errors.catch(models.settings)
     for args in models.config.contributors.values():
         if args.training:
-            gather(models.settings, args)
+            errors.catch(models.settings, args)
     for method in models.config.methods:
         if method.finetune is not None:
-            gather(models.tuned, method.finetune)
-    before, wanted = len(gather.problems), sorted(splits_of(models))
+            errors.catch(models.tuned, method.finetune)
+    before, wanted = len(errors.found), sorted(splits_of(models))
     there = set(models.data.suite.sets())
     absent = list(dict.fromkeys(name for name, _ in wanted if name not in there))
     if absent:  # one folder that is not there is one mistake
-        gather(_fail, models.data.suite.missing(*absent))
+        errors.add(models.data.suite.missing(*absent))
     for name, split in wanted:
         if name in there:
-            gather(_check_split, models, name, split)
-    if len(gather.problems) == before:  # what follows reads the data again
-        gather(_check_heads, models)
+            errors.catch(_check_split, models, name, split)
+    if len(errors.found) == before:  # what follows reads the data again
+        errors.catch(_check_heads, models)
         parts = {
             spec for cell in expand(models.config) for spec in cell.contributors if spec.part is not None
         }
         for spec in sorted(parts, key=str):
-            gather(models.rows, spec)
-    gather.settle()
-
-
-def _fail(error: UserError) -> None:
-    raise error
+            errors.catch(models.rows, spec)
+    errors.raise_all()
 
 
 def remarks(models: Models) -> list[str]:

@@ -18,9 +18,8 @@ from typing import Any
 import yaml
 
 import merganser
-from merganser.errors import RecipeError, UserError, did_you_mean, raise_all
+from merganser.errors import ErrorCollector, RecipeError, UserError, did_you_mean, raise_all
 from merganser.experiments.grid.config import ExperimentConfig, make_config
-from merganser.tasks.gather import Gather
 
 _TEMPLATE = re.compile(r"\{(\w+)\}")
 _INTEGER = re.compile(r"[+-]?\d+")
@@ -50,10 +49,10 @@ def load_config(
         values = merge_values(values, read_values(find_file(file)))
     where = " + ".join(str(file) for file in files)
     given = {**(values.pop("templates", None) or {}), **(templates or {})}
-    gather = Gather()
-    gather(_check_used, values, given, list(templates or {}), where)
-    filled = gather(fill, values, _closed(given), where)
-    gather.settle()
+    errors = ErrorCollector()
+    errors.catch(_check_used, values, given, list(templates or {}), where)
+    filled = errors.catch(fill, values, _closed(given), where)
+    errors.raise_all()
     values = dict(filled or {})
     if keep:
         values = filter_models(values, keep, where)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from merganser.errors import Problems, UserError
+from merganser.errors import ErrorCollector, UserError
 from merganser.experiments.grid.cells import Cell, ModelSpec, expand, title_of
 from merganser.experiments.grid.checks import check_inputs, remarks
 from merganser.experiments.grid.config import ExperimentConfig, localised
@@ -70,19 +70,16 @@ def plan_experiment(
     :func:`merganser.experiments.grid.run.run_experiment`.
     """
     folder, config = Path(results) / config.name, localised(config)
-    problems: list[UserError] = []
-    models = None
-    try:
-        models = Models(config, Zoo(zoo), allow_pickle=allow_pickle, fresh=recorded_name(folder))
-        check_inputs(models)
-    except UserError as error:
-        problems += error.problems if isinstance(error, Problems) else [error]
-    if models is None or problems:
+    errors, fresh = ErrorCollector(), recorded_name(folder)
+    models = errors.catch(Models, config, Zoo(zoo), allow_pickle=allow_pickle, fresh=fresh)
+    if models is not None:
+        errors.catch(check_inputs, models)
+    if models is None or errors.found:
         cells = expand(config)
         lines = [_need_line(need, False) for need in unique_needs(config, cells)]
         lines += [_cell_line(config, cell, False, not needs_order(config)) for cell in cells]
         guess = Estimate(None, "what is said above has to be mended first")
-        return Plan(tuple(lines), tuple(problems), tuple(config.remarks()), guess)
+        return Plan(tuple(lines), tuple(errors.found), tuple(config.remarks()), guess)
     order = recorded_order(models, folder) if needs_order(config) else None
     known = order is not None or not needs_order(config)
     cells = expand(config, order)
@@ -93,13 +90,13 @@ def plan_experiment(
     for need, cached in needs.items():
         args = models.args(ModelSpec(**need.payload["spec"])) if need.what == "model" else None
         if args is not None and not cached and args.load_from_zoo == "yes" and args.checkpoint is None:
-            problems.append(models.absent(ModelSpec(**need.payload["spec"])))
+            errors.add(models.absent(ModelSpec(**need.payload["spec"])))
         lines.append(_need_line(need, cached, "to copy" if args is not None and args.checkpoint else None))
     lines += [_cell_line(config, cell, there[cell], known) for cell in cells]
     left = [cell for cell in cells if not there[cell]]
     wanted = unique_needs(config, left)
     guess = estimate(models, [need for need in wanted if not needs[need]], left)
-    return Plan(tuple(lines), tuple(problems), tuple(remarks(models)), guess)
+    return Plan(tuple(lines), tuple(errors.found), tuple(remarks(models)), guess)
 
 
 def _need_line(need: Need, cached: bool, verb: str | None = None) -> Planned:

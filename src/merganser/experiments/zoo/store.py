@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from merganser.errors import UserError, did_you_mean, raise_all
+from merganser.errors import ErrorCollector, UserError, did_you_mean, raise_all
 from merganser.experiments.zoo import keys
 from merganser.experiments.zoo.keys import ZooError, plain
 from merganser.experiments.zoo.places import Folder, Remote, damaged
@@ -302,16 +302,11 @@ class Zoo:
         Entries of a remote zoo are listed without downloading them: ``get(entry.key)`` brings the files.
         """
         place = self._remote or self._folder
-        entries, problems = [], []
+        errors = ErrorCollector()
         found = place.read_many([f"{identity}/{ENTRY}" for identity in place.ids()])
-        for name, data in found.items():
-            try:
-                entry = self._parse(place, name.split("/")[0], data)
-            except UserError as error:
-                problems.append(error)
-            else:
-                entries += [entry] if entry else []
-        return sorted(entries, key=lambda entry: (entry.created, entry.id)), problems
+        parsed = [errors.catch(self._parse, place, name.split("/")[0], data) for name, data in found.items()]
+        entries = [entry for entry in parsed if entry is not None]
+        return sorted(entries, key=lambda entry: (entry.created, entry.id)), errors.found
 
     def ls(self) -> list[Entry]:
         """All entries (see :meth:`scan`).
