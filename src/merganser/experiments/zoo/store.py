@@ -80,7 +80,8 @@ class Zoo:
         """The model of a key, downloaded if need be; ``None`` where there is none.
 
         Raises:
-            ZooError: it is damaged, of another format, or cannot be reached.
+            ZooError: it is damaged or of another format.
+            FileError: the zoo cannot be reached.
         """
         return self._get(keys.id_of(key))
 
