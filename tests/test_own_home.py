@@ -17,7 +17,7 @@ from glue_cache import save_glue_cache
 PLACES = """
 import pathlib, tempfile
 import datasets, fsspec.config, huggingface_hub.constants as hub, jupyter_core.paths, matplotlib, torch.hub
-from merganser.experiments.zoo import default_zoo
+from merganser.lab.zoo import default_zoo
 places = [
     pathlib.Path.home(), tempfile.gettempdir(), hub.HF_HOME, hub.HF_HUB_CACHE, hub.HF_TOKEN_PATH,
     datasets.config.HF_CACHE_HOME, datasets.config.HF_DATASETS_CACHE, datasets.config.HF_MODULES_CACHE,

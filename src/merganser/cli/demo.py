@@ -24,7 +24,7 @@ def demo_command(output: Path, fast: bool, seed: int, overwrite: bool) -> None:
     quiet_libraries()
     from rich.console import Console
 
-    from merganser.experiments.demo import demo_table, run_demo
+    from merganser.lab.demo import demo_table, run_demo
 
     report = run_demo(output, fast=fast, seed=seed, overwrite=overwrite)
     Console().print(demo_table(output))

@@ -48,7 +48,7 @@ def report_command(
     """
     from rich.console import Console
 
-    from merganser.experiments.reporting import Form, form_of, terminal_tables, write_report
+    from merganser.lab.report import Form, form_of, terminal_tables, write_report
 
     if output is None:
         output = (results.parent if results.is_file() else results) / "report.html"

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from merganser.errors import DataError, UserError, did_you_mean
 from merganser.tasks.files import READERS, Row, read_file
@@ -73,6 +75,35 @@ class Rows(Sequence[Row]):
                 + (f", or choose another column with {option}" if option else ""),
             )
         return value
+
+
+def joined(parts: Sequence[Rows], source: str) -> Rows:
+    """Rows of several sources, one after the other."""
+    names: dict[str, tuple[str, ...]] = {}
+    for part in parts:
+        names.update(part.class_names)
+    return Rows(
+        source,
+        tuple(row for part in parts for row in part.rows),
+        tuple(place for part in parts for place in part.places),
+        names,
+        by_line=all(part.by_line for part in parts),
+    )
+
+
+def selected(rows: Rows, indices: Sequence[int]) -> Rows:
+    """Some of the rows, in the given order."""
+    return replace(
+        rows, rows=tuple(rows.rows[i] for i in indices), places=tuple(rows.places[i] for i in indices)
+    )
+
+
+def sample(rows: Rows, limit: int | None, seed: int) -> Rows:
+    """At most ``limit`` rows, drawn without replacement and kept in the order of the data; seeded."""
+    if limit is None or limit >= len(rows):
+        return rows
+    chosen = np.random.default_rng(seed).permutation(len(rows))[:limit]
+    return selected(rows, sorted(chosen.tolist()))
 
 
 def read_rows(
