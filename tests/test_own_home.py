@@ -29,7 +29,7 @@ places = [
 
 def test_every_library_is_at_home() -> None:
     pytest.importorskip("jupyter_core", reason="jupyter_core is not installed: pip install 'merganser[test]'")
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'merganser[report]'")
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'merganser[lab]'")
     here: dict[str, list[object]] = {}
     exec(PLACES, here)
     child = subprocess.run(

@@ -2,19 +2,27 @@
 
 import json
 import random
+import re
 import shutil
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import transformers
-from safetensors.torch import load_file
 
+import merganser.lab.grid.compute as grid_compute
+from merganser.checkpoints import open_checkpoint
 from merganser.errors import CheckpointError, UserError
 from merganser.lab import demo
-from merganser.lab.demo import Settings, demo_table, find_base, run_demo
-from merganser.lab.old_report import read_results
+from merganser.lab.demo import Settings, demo_sections, find_base, run_demo
+from merganser.lab.grid.loading import load_config
+from merganser.lab.grid.planning import plan_experiment
+from merganser.lab.report import ResultRow, read_rows, terminal_tables
 from merganser.lab.sentiment import Domain, Example
+from merganser.merging import merge
+from merganser.statistics import Statistics
 
 SETTINGS = Settings(
     train=24, test=12, dev=2, epochs=1, learning_rate=1e-3, batch_size=8, statistics_texts=16, fisher_texts=8
@@ -67,63 +75,81 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
     return {str(path): (stat.st_ino, stat.st_mtime_ns) for path, stat in stats.items()}
 
 
-def test_everything_lands_in_the_folder_and_agrees(finished: Path, base: Path, capfd) -> None:
+def rows_of(folder: Path) -> dict[str, ResultRow]:
+    """Result rows by title; individual models by their names."""
+    rows = read_rows(folder / "demo")
+    return {row.contributors[0] if row.kind == "individual" else row.title: row for row in rows}
+
+
+def test_everything_lands_in_the_folder_and_agrees(finished: Path) -> None:
     assert {path.name for path in finished.iterdir()} == {
-        *("data", "models", "merged", "demo.json", "results.json", "report.html")
+        *("data", "models", "zoo", "demo", "demo.yaml", "report.html")
     }
-    content = json.loads((finished / "results.json").read_text())
-    rows = {row["name"]: row for row in content["rows"]}
-    assert [row["name"] for row in content["rows"]] == [
-        *("individual: food", "individual: film", "specialists, each on its own domain", "Ensemble", *METHODS)
-    ]
-    assert {row["kind"] for row in content["rows"]} == {"individual", "ensemble", "method"}
-    for row in content["rows"]:
-        assert set(row["scores"]) == {"food", "film"}
-        assert row["average"] == pytest.approx(sum(row["scores"].values()) / 2)
-        assert all(0 <= score <= 100 for score in row["scores"].values())
-    at_home = rows["specialists, each on its own domain"]["scores"]
-    assert at_home == {name: rows[f"individual: {name}"]["scores"][name] for name in ("food", "film")}
-
+    rows = rows_of(finished)
+    assert set(rows) == {"food", "film", "Ensemble", *METHODS}
     page = (finished / "report.html").read_text()
-    for row in content["rows"]:
-        for score in (*row["scores"].values(), row["average"]):
-            assert f"{score:.1f}" in page
-    statistics = content["steps"]["statistics food"]
-    assert statistics["examples"] == 16 and statistics["sha256"] in page
-    assert content["steps"]["merge regmean"]["sha256"] in page
-    assert all(
-        content["steps"][f"merge {name}"]["tensors"] for name in ("simple", "fisher", "regmean", "actmat")
-    )
+    for title, row in rows.items():
+        assert set(row.scores) == {"food", "film"}, title
+        for score in row.scores.values():
+            assert score.value is not None and 0 <= score.value <= 1 and score.standard_error is not None
+            assert f"{100 * score.value:.1f}" in page
+    assert {score.domain for score in rows["food"].scores.values()} == {"in", "other"}
+    for path in (finished / "models" / "food", finished / "models" / "film"):
+        statistics = Statistics.open(path / "merge_statistics.safetensors")
+        assert statistics.header.examples == 16
+        assert statistics.header.manifest_sha256 == open_checkpoint(path).manifest_sha256()
 
 
-def test_scores_are_those_of_the_saved_models(finished: Path) -> None:
-    """Recompute a merge's macro-F1 with plain transformers and scikit-learn, and Simple's weights by hand."""
+def test_the_page_says_what_was_done_and_what_to_try(finished: Path) -> None:
+    page = (finished / "report.html").read_text()
+    averages = {
+        name: 50 * sum(s.value or 0 for s in rows_of(finished)[name].scores.values()) for name in METHODS
+    }
+    best = max(METHODS, key=lambda name: averages[name])
+    assert "<h1>Two specialists, one model</h1>" in page and '<p class="eyebrow">merganser demo</p>' in page
+    assert f"The best one, {best}, scores {averages[best]:.1f} on average" in page
+    for words in (
+        "merganser merge models/food models/film --method regmean -o merged",
+        "--fisher-examples 8 --limit 16",
+        "trained on 24 texts each: 1 epochs, learning rate 0.001",
+        "The standard error (bootstrap over a test’s examples) of a score is",
+        "From the worst test to the best",
+        "Each model alone",
+    ):
+        assert words in page, words
+    counts = re.findall(r"<td[^>]*>(\d+)</td>", page[page.index("Texts and their classes") :])
+    assert counts[:8] == ["24", "8", "8", "8", "12", "4", "4", "4"]
+
+
+def test_scores_are_those_of_the_saved_models(finished: Path, tmp_path: Path) -> None:
+    """Recompute macro-F1 with plain transformers and scikit-learn: of a specialist, and of a merge by the command that
+    the page names."""
     from sklearn.metrics import f1_score
 
-    scores = {row.name: row.scores for row in read_results(finished / "results.json")}
+    models = [finished / "models" / name for name in ("food", "film")]
+    merge(models, tmp_path / "merged", method="regmean")
     names = ["negative", "neutral", "positive"]
-    for row, folder in (("RegMean", "merged/regmean"), ("individual: food", "models/food")):
-        model = transformers.AutoModelForSequenceClassification.from_pretrained(finished / folder).eval()
-        tokenizer = transformers.AutoTokenizer.from_pretrained(finished / folder)
+    for row, folder in (("RegMean", tmp_path / "merged"), ("food", models[0])):
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         lines = [json.loads(line) for line in (finished / "data/film/test.jsonl").read_text().splitlines()]
         predicted = [
             int(model(**tokenizer(line["text"], return_tensors="pt")).logits.argmax()) for line in lines
         ]
         expected = f1_score([names.index(line["label"]) for line in lines], predicted, average="macro")
-        assert scores[row]["film"] == pytest.approx(100 * expected)
-    weights = [load_file(finished / "models" / name / "model.safetensors") for name in ("food", "film")]
-    merged = load_file(finished / "merged/simple/model.safetensors")
-    name = "bert.encoder.layer.0.output.dense.weight"
-    assert (merged[name] - (weights[0][name] + weights[1][name]) / 2).abs().max() < 1e-6
-    regmean = load_file(finished / "merged/regmean/model.safetensors")
-    assert (merged[name] - regmean[name]).abs().max() > 1e-6
+        assert rows_of(finished)[row].scores["film"].value == pytest.approx(expected)
 
 
 def test_the_merges_really_used_their_methods(finished: Path) -> None:
-    for method in ("fisher", "regmean", "actmat"):
-        tensors = json.loads((finished / "merged" / method / "provenance.json").read_text())["tensors"]
-        assert tensors["bert.encoder.layer.0.output.dense.weight"]["method"] == method
-        assert tensors["classifier.weight"]["method"] == method
+    for title in ("Fisher", "RegMean", "ACTMat"):
+        row = rows_of(finished)[title]
+        assert row.provenance.tensors[row.method] >= 8  # the linear maps of two layers and the head
+
+
+def test_the_configuration_is_one_like_any_other(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(finished)
+    plan = plan_experiment(load_config(["demo.yaml"]), results=".", zoo="zoo")
+    assert len(plan.lines) > 10 and all(line.cached for line in plan)
 
 
 def test_a_stopped_demo_goes_on(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,29 +157,39 @@ def test_a_stopped_demo_goes_on(base: Path, tmp_path: Path, monkeypatch: pytest.
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(demo, "merge", stop)
+        patch.setattr(grid_compute, "merge", stop)
         run_demo(tmp_path / "out", base=base, domains=DOMAINS, settings=SETTINGS)
-    assert not (tmp_path / "out" / "results.json").exists()
-    before = snapshot(tmp_path / "out" / "models")
-    assert any(name.endswith("merge_statistics.safetensors") for name in before)
+    assert not (tmp_path / "out" / "report.html").exists()
+    before = snapshot(tmp_path / "out" / "zoo")
+    assert any("statistics" in name for name in before)
     run_demo(tmp_path / "out", base=base, domains=DOMAINS, settings=SETTINGS)
-    assert snapshot(tmp_path / "out" / "models") == before
+    after = snapshot(tmp_path / "out" / "zoo")
+    assert {name: after[name] for name in before} == before
     assert (tmp_path / "out" / "report.html").is_file()
 
 
-def test_other_settings_need_overwrite(finished: Path, base: Path) -> None:
+def test_a_failed_part_is_said(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise UserError("no", mend="yes")
+
+    monkeypatch.setattr(grid_compute, "merge", fail)
+    with pytest.raises(UserError, match=r"simple: food \+ film .*no\n(.|\n)*the same command again"):
+        run_demo(tmp_path / "out", base=base, domains=DOMAINS, settings=SETTINGS)
+
+
+def test_another_demo_needs_overwrite(finished: Path, base: Path) -> None:
     before = snapshot(finished)
     other = Settings(**{**vars(SETTINGS), "seed": 2})
-    with pytest.raises(UserError, match=r"another configuration .*settings.*\n.*--overwrite"):
+    with pytest.raises(UserError, match=r"another demo: other contents of demo.yaml\n.*--overwrite"):
         run_demo(finished, base=base, domains=DOMAINS, settings=other)
-    with pytest.raises(UserError, match="data"):
-        run_demo(finished, base=base, domains=DOMAINS[::-1][:1], settings=SETTINGS)
+    texts = (DOMAINS[0], replace(DOMAINS[1], test=DOMAINS[1].train[:12]))
+    with pytest.raises(UserError, match=r"data/film/test.jsonl"):
+        run_demo(finished, base=base, domains=texts, settings=SETTINGS)
     assert snapshot(finished) == before
     (finished / "mine.txt").write_text("keep")
     run_demo(finished, base=base, domains=DOMAINS, settings=other, overwrite=True)
-    assert json.loads((finished / "demo.json").read_text())["configuration"]["settings"]["seed"] == 2
+    assert {row.seed for row in read_rows(finished / "demo")} == {2}
     assert (finished / "mine.txt").read_text() == "keep"
-    assert snapshot(finished)["models/food/model.safetensors"] != before["models/food/model.safetensors"]
 
 
 def test_a_folder_of_something_else_is_left_alone(base: Path, tmp_path: Path) -> None:
@@ -165,10 +201,11 @@ def test_a_folder_of_something_else_is_left_alone(base: Path, tmp_path: Path) ->
     assert (tmp_path / "docs" / "data").read_text() == "mine"
 
 
-def test_the_table_for_the_terminal(finished: Path) -> None:
-    table = demo_table(finished)
-    assert [str(column.header) for column in table.columns] == ["model", "food", "film", "average"]
-    assert table.row_count == 8
+def test_the_tables_for_the_terminal(finished: Path) -> None:
+    shown = [table for table in terminal_tables(demo_sections(finished)) if not isinstance(table, str)]
+    assert [table.row_count for table in shown] == [3, 2]  # two tests and their average; two models
+    headings = [" ".join(str(column.header).split()) for column in shown[0].columns]
+    assert headings == ["Test set", "Individual", "Individual, all", "Ensemble", *METHODS]
 
 
 def test_the_base_comes_from_the_package_else_the_hub(
@@ -191,7 +228,7 @@ def test_the_base_comes_from_the_package_else_the_hub(
 
 
 def test_missing_packages_are_named_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None if name == "jinja2" else object())
-    with pytest.raises(UserError, match=r"needs jinja2, .*\n.*merganser\[demo\]"):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(UserError, match=r"the demo needs jinja2, .*\n.*merganser\[lab\]"):
         run_demo(tmp_path / "out")
     assert not (tmp_path / "out").exists()

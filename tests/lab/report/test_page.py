@@ -14,8 +14,21 @@ from click.testing import CliRunner
 
 from merganser.cli.report import report_command
 from merganser.errors import DataError, UserError
-from merganser.lab.report import make_sections, read_rows, render_csv, render_markdown, render_page
+from merganser.lab.report import (
+    Introduction,
+    Note,
+    ResultRow,
+    make_sections,
+    read_rows,
+    render_csv,
+    render_markdown,
+    render_page,
+)
+from merganser.lab.report.dots import dot_plot, plot_rows
+from merganser.lab.report.grid import make_grids
+from merganser.lab.report.layouts import on_tests
 from merganser.lab.report.sections import Section, duration
+from merganser.lab.report.tables import Cell, Line, Table
 
 
 class Reader(HTMLParser):
@@ -113,8 +126,8 @@ def test_every_figure_has_a_caption_and_words_for_those_who_do_not_see_it(page: 
     tags = Reader(page).tags
     figures = sum(name == "figure" for name, _ in tags)
     drawings = [attributes for name, attributes in tags if name == "svg"]
-    # pairs: two for each of two kinds of heads; GLUE pairs: two; greedy: one
-    assert figures == sum(name == "figcaption" for name, _ in tags) == 7
+    # pairs: two for each of two kinds of heads; GLUE pairs: two; greedy: one; all: two domains; partitions: one
+    assert figures == sum(name == "figcaption" for name, _ in tags) == 10
     assert len(drawings) == 2 * figures
     assert all(len(attributes["aria-label"] or "") > 40 for attributes in drawings)
 
@@ -156,6 +169,57 @@ def test_text_from_rows_is_escaped(tmp_path: Path, examples: ModuleType) -> None
     assert r"Simple \<b\> \| a\_b & c" in markdown
     columns = {line.count("|") - line.count(r"\|") for line in markdown.splitlines() if "| rte |" in line}
     assert len(columns) == 1
+
+
+def test_the_dot_plot_has_every_line_test_and_average(examples: ModuleType) -> None:
+    (grid,), _ = make_grids([ResultRow.model_validate(row) for row in examples.all_at_once()])
+    figure = dot_plot(grid, "in", "x", "macro-F1 × 100")
+    assert figure is not None
+    average = on_tests(grid, "in", grid.units).average
+    for drawn in (figure.wide, figure.narrow):
+        texts = re.findall(r"<text[^>]*>([^<]*)</text>", drawn)
+        assert {*examples.EMOTION, "average", "macro-F1 × 100"} <= set(texts)
+        assert {f"{name} alone" for name in examples.EMOTION} <= set(texts)
+        for method in grid.methods:
+            assert {method.title, f"{average[method].value:.1f}"} <= set(texts)
+        assert {"var(--s0)", "var(--s1)", "var(--s2)", "var(--ink)", "var(--muted)"} <= set(
+            re.findall(r"var\(--\w+\)", drawn)
+        )
+    assert figure == dot_plot(grid, "in", "x", "macro-F1 × 100")
+
+
+def test_a_row_without_a_test_is_no_line_of_the_dot_plot(examples: ModuleType) -> None:
+    rows = examples.all_at_once()
+    for row in rows:
+        if row["method"] == "fisher":
+            del row["scores"]["tec"]
+    (grid,), _ = make_grids([ResultRow.model_validate(row) for row in rows])
+    titles = [row.title for row in plot_rows(grid, "in")]
+    assert "Fisher" not in titles and "RegMean" in titles
+
+
+def test_an_introduction_is_on_the_page_and_escaped(tmp_path: Path, examples: ModuleType) -> None:
+    (tmp_path / "rows.json").write_text(json.dumps(examples.all_at_once()))
+    sections = make_sections(read_rows(tmp_path / "rows.json"), "simple")
+    table = Table("t", "Counts <of>", "Split", ("Texts",), (Line("train", (Cell(text="1,234"),)),))
+    note = Note("How & why", ("A <paragraph>.",), ("merganser merge a b -o c",), (table,))
+    page = render_page(sections, "simple", Introduction("Two & one", "demo", "Led.", (note,)))
+    reader = Reader(page)
+    for words in (
+        "<h1>Two &amp; one</h1>",
+        "Led.",
+        "How &amp; why",
+        "A &lt;paragraph&gt;.",
+        "Counts &lt;of&gt;",
+    ):
+        assert words in page
+    assert "<code>merganser merge a b -o c</code>" in page and ["train", "1,234"] in reader.rows
+    assert (
+        page.index("Led.")
+        < page.index("<table")
+        < page.index("How &amp; why")
+        < page.index("Provenance</h3>")
+    )
 
 
 def test_markdown_tables_have_every_number(sections: list[Section]) -> None:

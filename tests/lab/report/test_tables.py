@@ -9,16 +9,21 @@ import pytest
 
 from merganser.errors import RecipeError
 from merganser.lab.report.grid import Grid, make_grids
+from merganser.lab.report.layouts import grid_tables
 from merganser.lab.report.rows import ResultRow
 from merganser.lab.report.sections import make_sections
 from merganser.lab.report.significance import holm, sign_flip
-from merganser.lab.report.tables import Cell, Table, grid_tables
+from merganser.lab.report.tables import Cell, Table
 
 Row = dict[str, Any]
 
 
+def parsed(rows: list[Row]) -> list[ResultRow]:
+    return [ResultRow.model_validate(row) for row in rows]
+
+
 def grids_of(rows: list[Row]) -> list[Grid]:
-    return make_grids([ResultRow.model_validate(row) for row in rows])[0]
+    return make_grids(parsed(rows))[0]
 
 
 def tables_of(rows: list[Row], against: str = "simple", which: int = 0) -> dict[str, Table]:
@@ -146,6 +151,30 @@ def test_all_at_once_with_one_seed_has_no_deviation(examples: ModuleType) -> Non
     (row,) = [r for r in rows if r["title"] == "Simple"]
     assert found.value == pytest.approx(100 * row["scores"]["tec"]["value"])
     assert found.std is None and found.deviation == ""
+
+
+def test_each_model_alone_on_every_test(examples: ModuleType) -> None:
+    rows = examples.all_at_once(seeds=(1, 2))
+    table = tables_of(rows)["models"]
+    for name, test in itertools.product(examples.EMOTION, examples.EMOTION):
+        alone = [r for r in rows if r["kind"] == "individual" and r["contributors"] == [name]]
+        found = cell(table, name, test)
+        check(found, [r["scores"][test]["value"] for r in alone])
+        assert found.cells == tuple(r["cell"] for r in alone)
+    shades = [c.shade for line in table.lines for c in line.cells]
+    assert (min(shades), max(shades)) == (0, 1)
+    assert "models" not in tables_of(examples.greedy()) and "models" not in tables_of(examples.partitions())
+
+
+def test_standard_errors_are_said_as_ranges_and_averages_have_their_own(examples: ModuleType) -> None:
+    rows = examples.all_at_once()
+    assert not any("standard error" in told for told in make_sections(parsed(rows), "simple")[0].how)
+    for row in rows:
+        for test, score in row["scores"].items():
+            score["standard_error"] = 0.012 if test == "tec" else 0.02
+    told = " ".join(make_sections(parsed(rows), "simple")[0].how)
+    # five tests: sqrt(4 * 2.0² + 1.2²) / 5 = 0.8; five others: 2.0 / sqrt(5) = 0.9
+    assert "examples) of a score is 1.2 to 2.0 points, that of an average over the tests 0.8 to 0.9." in told
 
 
 def test_labels(examples: ModuleType) -> None:

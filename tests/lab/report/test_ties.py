@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from merganser.lab.report.figures import pair_map, scatter
 from merganser.lab.report.grid import Grid, make_grids
+from merganser.lab.report.layouts import grid_tables
 from merganser.lab.report.rows import ResultRow
-from merganser.lab.report.tables import Cell, Table, grid_tables
+from merganser.lab.report.tables import Cell, Table
 from merganser.lab.report.ties import Tally, leaders, sign, signed, tally
 
 Row = dict[str, Any]

@@ -16,6 +16,7 @@ import transformers
 
 from merganser.checkpoints import open_checkpoint
 from merganser.errors import UserError
+from merganser.evaluation.bootstrap import resample, standard_error
 from merganser.lab.grid.cells import Cell, ModelSpec, title_of
 from merganser.lab.grid.config import ExperimentConfig, MethodConfig
 from merganser.lab.grid.models import Models, folder_name
@@ -51,7 +52,7 @@ def compute(models: Models, cell: Cell, cell_id: str, sums: Path | None = None) 
         UserError: anything that training, merging or evaluating raises.
     """
     start = time.perf_counter()
-    tests = scored_on(models.config, cell)
+    tests, bootstrap = scored_on(models.config, cell), models.config.bootstrap
     entries = [models.model(spec) for spec in cell.contributors] if cell.kind != "multitask" else []
     chosen: dict[str, Any] | None = None
     tensors: dict[str, int] = {}
@@ -68,7 +69,7 @@ def compute(models: Models, cell: Cell, cell_id: str, sums: Path | None = None) 
         used = statistics_of(models.config, cell)
         found, chosen, tensors = _merged(models, cell, method, tests, sums)
     scores = {
-        name: {"domain": domain, **score(models, name, split, prediction, cell.contributors)}
+        name: {"domain": domain, **score(models, name, split, prediction, cell.contributors, bootstrap)}
         for (name, split, domain), prediction in zip(tests, found, strict=True)
     }
     average = {
@@ -136,15 +137,24 @@ def scored_on(config: ExperimentConfig, cell: Cell) -> list[Test]:
 
 
 def score(
-    models: Models, set_name: str, split: str, prediction: Prediction, specs: Sequence[ModelSpec]
+    models: Models,
+    set_name: str,
+    split: str,
+    prediction: Prediction,
+    specs: Sequence[ModelSpec],
+    bootstrap: int = 0,
 ) -> dict[str, Any]:
-    """Score a prediction; labels that none of ``specs`` was trained on are never predicted."""
+    """Score a prediction; labels that none of ``specs`` was trained on are never predicted.
+
+    With ``bootstrap`` samples of the examples the standard error of the key score is there, too.
+    """
     task, rows = models.data.suite.task(set_name), models.data.rows(set_name, split)
     space = models.space(set_name, task)
     references = task.references(rows, task.columns(rows, Columns()), space)
     aligned = masked(models, prediction.aligned, specs)
-    values = task.score(task.judge(aligned, references, space))
-    metric = models.data.suite.metric(set_name)
+    judgements = task.judge(aligned, references, space)
+    values, metric = task.score(judgements), models.data.suite.metric(set_name)
+    samples = resample(judgements, task.metrics[metric], bootstrap)
     return {
         "metric": metric,
         "value": values[metric],
@@ -152,6 +162,7 @@ def score(
         "per_label": task.by_label(aligned, references, space),
         "examples": len(rows),
         "truncated": prediction.truncated,
+        **({"standard_error": standard_error(samples)} if bootstrap else {}),
     }
 
 

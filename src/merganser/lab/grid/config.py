@@ -236,6 +236,11 @@ class ExperimentConfig(_Frozen):
     tests: Tests = Tests()
     resources: Resources = Resources()
     batch_size: int = Field(default=32, ge=1, description="for predicting; changes speed only")
+    bootstrap: int = Field(
+        default=0,
+        ge=0,
+        description="samples of a test's examples for the standard error of its score; 0: none",
+    )
 
     @model_validator(mode="before")
     @classmethod

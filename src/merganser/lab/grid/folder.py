@@ -11,7 +11,7 @@ from typing import Any
 from merganser.errors import DataError
 from merganser.lab.grid.compute import FORMAT
 from merganser.lab.grid.config import ExperimentConfig
-from merganser.lab.old_report import write_text
+from merganser.lab.writing import write_text
 
 MARKER = "experiment.json"
 

@@ -30,6 +30,7 @@ def cell_id(models: Models, cell: Cell) -> str:
         "statistics": [models.statistics_key(spec, kind) for spec in cell.contributors] if kind else None,
         "scoring": config.suite.options,
         "max_length": models.settings().max_length,
+        **({"bootstrap": config.bootstrap} if config.bootstrap else {}),
         "tests": [
             (name, split, domain, models.data.digest(name, split))
             for name, split, domain in scored_on(config, cell)

@@ -11,8 +11,8 @@ import numpy as np
 from merganser.lab.grid.cells import expand, models_of
 from merganser.lab.grid.compute import score
 from merganser.lab.grid.models import Models
-from merganser.lab.old_report import write_text
 from merganser.lab.suites.base import DEV
+from merganser.lab.writing import write_text
 
 FILE_NAME = "order.json"
 

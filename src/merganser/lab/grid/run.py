@@ -31,7 +31,7 @@ from merganser.lab.grid.models import Models
 from merganser.lab.grid.needs import Need, model_need, needs_of, unique_needs
 from merganser.lab.grid.order import compute_order, recorded_order
 from merganser.lab.grid.work import FUNCTION, needs_order
-from merganser.lab.old_report import write_text
+from merganser.lab.writing import write_text
 from merganser.lab.zoo import Zoo
 
 #: Seconds; only proportions matter.

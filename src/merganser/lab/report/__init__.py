@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Literal
 
 from merganser.errors import UserError
-from merganser.lab.old_report import write_text
 from merganser.lab.report.latex import render_latex
-from merganser.lab.report.page import render_page
+from merganser.lab.report.page import Introduction, Note, render_page
 from merganser.lab.report.rows import ResultRow, read_rows, render_rows
 from merganser.lab.report.sections import Section, make_sections
 from merganser.lab.report.text import render_csv, render_markdown, terminal_tables
+from merganser.lab.writing import write_text
 
 Form = Literal["html", "markdown", "latex", "csv", "rows"]
 _FORMS: dict[str, Form] = {
@@ -28,6 +28,8 @@ _FORMS: dict[str, Form] = {
 }
 
 __all__ = [
+    "Introduction",
+    "Note",
     "ResultRow",
     "Section",
     "form_of",

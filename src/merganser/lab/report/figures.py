@@ -14,6 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
+from merganser.lab.report.dots import dot_plot
 from merganser.lab.report.grid import Grid, Method, Values
 from merganser.lab.report.rows import Domain
 from merganser.lab.report.svg import (
@@ -50,12 +51,12 @@ def grid_figures(grid: Grid, against: str, prefix: str) -> list[Figure]:
         prefix: unique in the page.
     """
     if grid.layout == "greedy":
-        return [figure for figure in [growth(grid, prefix)] if figure]
-    if grid.layout == "pairs":
-        return [
-            figure for figure in [scatter(grid, against, prefix), pair_map(grid, against, prefix)] if figure
-        ]
-    return []
+        found = [growth(grid, prefix)]
+    elif grid.layout == "pairs":
+        found = [scatter(grid, against, prefix), pair_map(grid, against, prefix)]
+    else:
+        found = [dot_plot(grid, domain, prefix, _metric(grid)) for domain in grid.domains]
+    return [figure for figure in found if figure]
 
 
 def growth(grid: Grid, prefix: str) -> Figure | None:

@@ -276,6 +276,15 @@ class Grid:
         values = [Value(100 * value, (row.cell,)) for row, value in scores if value is not None]
         return mean_of(values) if values and len(values) == len(scores) else None
 
+    def of_model(self, contributor: str, test: str) -> dict[Unit, Value]:
+        """The score of a single model on any test, by seed."""
+        found = {}
+        for (name, seed), row in sorted(self._individuals.items(), key=lambda item: item[0]):
+            score = row.scores.get(test)
+            if name == contributor and score is not None and score.value is not None:
+                found[Unit((name,), seed)] = Value(100 * score.value, (row.cell,))
+        return found
+
     def on_domain(self, method: Method, unit: Unit, domain: Domain) -> Value | None:
         """A method's average over the tests of a domain; None where one is missing."""
         if method.kind != "individual":

@@ -3,35 +3,67 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from merganser import __version__
-from merganser.errors import UserError
-from merganser.lab.old_report import page_environment
+from merganser.errors import require
 from merganser.lab.report.sections import Section, anchor
-from merganser.lab.report.tables import Cell
+from merganser.lab.report.tables import Cell, Table
 
 #: A number over more cells names the first of them and counts the rest.
 MOST_CELLS = 12
 
 
-def render_page(sections: Sequence[Section], against: str) -> str:
+@dataclass(frozen=True)
+class Note:
+    """A part of the page that says what the rows do not: paragraphs, then shell commands, then tables."""
+
+    title: str
+    paragraphs: tuple[str, ...] = ()
+    commands: tuple[str, ...] = ()
+    tables: tuple[Table, ...] = ()
+
+
+@dataclass(frozen=True)
+class Introduction:
+    """What stands above the results, and the notes that follow them.
+
+    Attributes:
+        title: of the page.
+        eyebrow: the line above it.
+        lead: what came out, in a few sentences.
+        notes: after the results of the last experiment.
+    """
+
+    title: str
+    eyebrow: str = "merganser report"
+    lead: str = ""
+    notes: tuple[Note, ...] = ()
+
+
+def render_page(sections: Sequence[Section], against: str, introduction: Introduction | None = None) -> str:
     """The page.
 
     Args:
         sections: the experiments, at least one.
         against: the merge that figures compare others with.
+        introduction: the page's title and what is to be said beside the rows; by default the experiment's name.
 
     Raises:
         UserError: jinja2 or matplotlib is not installed.
     """
-    try:
-        from merganser.lab.report.figures import grid_figures
+    require("lab", "the page of a report", "jinja2", "matplotlib")
+    import jinja2
 
-        environment = page_environment("merganser.lab.report")
-    except ImportError as error:
-        raise UserError(
-            f"the report needs {error.name}, which is not installed", mend="pip install 'merganser[report]'"
-        ) from error
+    from merganser.lab.report.figures import grid_figures
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("merganser.lab.report", "templates"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
     environment.globals["trace"] = trace
     environment.filters["anchor"] = anchor
     figures = {
@@ -41,7 +73,10 @@ def render_page(sections: Sequence[Section], against: str) -> str:
     }
     title = sections[0].title if len(sections) == 1 else f"{len(sections)} experiments"
     return environment.get_template("report.html.j2").render(
-        title=title, sections=sections, figures=figures, version=__version__
+        introduction=introduction or Introduction(title),
+        sections=sections,
+        figures=figures,
+        version=__version__,
     )
 
 

@@ -45,7 +45,10 @@ class _Part(BaseModel):
 
 
 class Score(_Part):
-    """The score on one test set: ``value`` is of ``metric``, ``all`` has every metric of the task."""
+    """The score on one test set: ``value`` is of ``metric``, ``all`` has every metric of the task.
+
+    ``standard_error`` is that of the value, by bootstrap over the examples, where the experiment asks for it.
+    """
 
     domain: Domain
     metric: str
@@ -54,6 +57,7 @@ class Score(_Part):
     per_label: dict[str, Number] = Field(default_factory=dict)
     examples: int | None = None
     truncated: int | None = None
+    standard_error: Number = None
 
 
 class Candidate(_Part):

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from merganser.errors import RecipeError, did_you_mean
-from merganser.lab.report.grid import EVERY, HEADS, Grid, make_grids, unit_of
+from merganser.lab.report.grid import DOMAINS, EVERY, HEADS, Grid, make_grids, unit_of
+from merganser.lab.report.layouts import grid_tables
 from merganser.lab.report.rows import Origin, ResultRow
 from merganser.lab.report.significance import EXACT, SAMPLES
-from merganser.lab.report.tables import Cell, Line, Table, find_method, grid_tables
+from merganser.lab.report.tables import Cell, Line, Table, find_method
 from merganser.lab.report.ties import RULE
 
 LAYOUTS = {
@@ -156,7 +159,7 @@ def _section(rows: Sequence[ResultRow], against: str, key: str) -> Section:
         title=rows[0].experiment,
         facts=_facts(grids, kept),
         notices=tuple(notices),
-        how=_how(grids),
+        how=_how(grids, kept),
         blocks=blocks,
         traces=tuple(_traces(grids)),
         data=_data(kept),
@@ -221,7 +224,7 @@ def _facts(grids: Sequence[Grid], rows: Sequence[ResultRow]) -> tuple[tuple[str,
     return tuple((name, value) for name, value in facts if value)
 
 
-def _how(grids: Sequence[Grid]) -> tuple[str, ...]:
+def _how(grids: Sequence[Grid], rows: Sequence[ResultRow]) -> tuple[str, ...]:
     kinds = {method.kind for grid in grids for method in grid.methods}
     several = max((len(grid.seeds) for grid in grids), default=0) > 1
     told = [
@@ -234,6 +237,21 @@ def _how(grids: Sequence[Grid]) -> tuple[str, ...]:
         )
     else:
         told.append("There is one seed, so that there are no deviations.")
+    errors = [
+        [
+            100 * score.standard_error
+            for score in row.scores.values()
+            if score.domain == domain and score.standard_error is not None
+        ]
+        for row in rows
+        for domain in DOMAINS
+    ]
+    if any(errors):
+        told.append(
+            f"The standard error (bootstrap over a test’s examples) of a score is {_range(chain(*errors))} points"
+            + _average_errors([found for found in errors if len(found) > 1])
+            + "."
+        )
     if "individual" in kinds:
         told.append(
             "Individual: each model on its own in-domain test, and the mean of all models out-of-domain."
@@ -258,6 +276,17 @@ def _how(grids: Sequence[Grid]) -> tuple[str, ...]:
         )
     told.append("Point at a number to see the cells it comes from; all are under “Provenance”.")
     return tuple(told)
+
+
+def _average_errors(errors: Sequence[Sequence[float]]) -> str:
+    """The standard errors of averages over several tests, whose errors are independent."""
+    averages = [math.hypot(*found) / len(found) for found in errors]
+    return f", that of an average over the tests {_range(averages)}" if averages else ""
+
+
+def _range(values: Iterable[float]) -> str:
+    found = [f"{value:.1f}" for value in sorted(values)]
+    return found[0] if found[0] == found[-1] else f"{found[0]} to {found[-1]}"
 
 
 def _chosen(grid: Grid) -> Table | None:
