@@ -122,7 +122,7 @@ def run_demo(
             or the disk is too small: nothing has been written then. Or a part of the experiment failed.
     """
     output = Path(output)
-    require("lab", "the demo", "accelerate", "sklearn", "matplotlib", "jinja2")
+    require("lab", "the demo", "accelerate", "jinja2", "matplotlib")
     settings = replace(FAST if fast else FULL, seed=seed) if settings is None else settings
     base_folder = find_base() if base is None else _fetched(base)
     if domains is None:

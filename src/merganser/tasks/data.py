@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from merganser.errors import DataError, UserError, did_you_mean
+from merganser.errors import DataError, UserError, did_you_mean, require
 from merganser.tasks.files import READERS, Row, read_file
 
 _SPLIT_SUFFIX = re.compile(r"(?P<source>.+)\[(?P<split>[\w.-]+)\]")
@@ -219,6 +219,7 @@ def _choose(name: str, splits: Sequence[str], split: str | None, prefer: Iterabl
 
 
 def _from_disk(name: str, folder: Path, split: str | None, limit: int | None, prefer: Sequence[str]) -> Rows:
+    require("data", "a folder written by datasets", "datasets", where=name)
     import datasets
 
     try:
@@ -235,6 +236,7 @@ def _from_disk(name: str, folder: Path, split: str | None, limit: int | None, pr
 def _from_datasets(
     name: str, path: str, config: str | None, split: str | None, limit: int | None, prefer: Sequence[str]
 ) -> Rows:
+    require("data", "a named data set", "datasets", where=name)
     import datasets
 
     try:

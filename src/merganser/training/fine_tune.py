@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from merganser.checkpoints.writer import check_output, new_folder
+from merganser.errors import require
 from merganser.tasks.base import Task
 from merganser.tasks.classification import TextClassification
 from merganser.tasks.data import Rows
@@ -27,7 +28,6 @@ from merganser.training.loop import (
     OnStep,
     Ran,
     Run,
-    check_accelerate,
     run_trainer,
 )
 from merganser.training.prepare import GivenColumns, prepare
@@ -105,7 +105,7 @@ def train(
         UserError: a setting that does not fit, or ``accelerate``, which the Trainer needs, is not installed.
     """
     output = Path(output)
-    check_accelerate()
+    require("train", "training", "accelerate")
     check_place(output, base, overwrite)
     with quiet(), new_folder(output, overwrite=overwrite) as temporary:
         prepared = prepare(

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from merganser.errors import Problems, UserError
+from merganser.errors import Problems, UserError, require
 from merganser.lab.grid.cells import Cell, ModelSpec, expand, title_of
 from merganser.lab.grid.checks import check_inputs, remarks
 from merganser.lab.grid.config import ExperimentConfig, localised
@@ -73,6 +73,7 @@ def plan_experiment(
     problems: list[UserError] = []
     models = None
     try:
+        require("lab", "an experiment", "accelerate")
         models = Models(config, Zoo(zoo), allow_pickle=allow_pickle, fresh=recorded_name(folder))
         check_inputs(models)
     except UserError as error:

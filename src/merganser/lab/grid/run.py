@@ -22,6 +22,7 @@ from typing import Any
 from merganser.checkpoints import open_checkpoint
 from merganser.checkpoints.writer import parse_size
 from merganser.engines import Engine, Job, Outcome, SerialEngine
+from merganser.errors import require
 from merganser.lab.grid.cells import Cell, expand
 from merganser.lab.grid.checks import check_inputs, remarks
 from merganser.lab.grid.config import ExperimentConfig, localised
@@ -97,6 +98,7 @@ def run_experiment(
     Raises:
         UserError: data or a pretrained model that is not there, a results folder of another version.
     """
+    require("lab", "an experiment", "accelerate")
     folder = Path(results) / config.name
     config, zoo = localised(config), zoo if "://" in str(zoo) else Path(zoo).expanduser().resolve()
     fresh = results_name(folder, config)
