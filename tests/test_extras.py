@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import sys
 import tomllib
@@ -22,6 +23,9 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 #: What `pip install merganser` brings not, by the names of distributions.
 NOT_IN_THE_CORE = {"datasets", "pandas", "pyarrow", "scikit-learn", "matplotlib", "jinja2", "accelerate"}
 
+#: Package → distribution, where they are not called the same.
+DISTRIBUTIONS = {"ot": "pot"}
+
 
 def names_of(requirements: list[str]) -> set[str]:
     return {re.split(r"[\[<>=!~; ]", requirement)[0].lower() for requirement in requirements}
@@ -38,15 +42,15 @@ def test_every_extra_that_the_code_names_is_there_and_has_the_package() -> None:
         inner = [name for one in extras[extra] for name in re.findall(r"merganser\[(.*)\]", one)]
         return names_of(extras[extra]).union(*(all_of(name) for names in inner for name in names.split(",")))
 
-    called = [
-        re.findall(r'"([^"]*)"', arguments)
+    calls = [
+        [argument.value for argument in node.args if isinstance(argument, ast.Constant)]
         for path in (ROOT / "src").rglob("*.py")
-        for arguments in re.findall(r"(?<!def )require\(([^)]*)\)", path.read_text(encoding="utf-8"))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "require"
     ]
-    assert len(called) >= 9
-    for extra, _, *packages in called:
-        wanted = {name for name in packages if not name.startswith("--")}
-        assert wanted <= all_of(extra), (extra, wanted)
+    assert len(calls) >= 10
+    for extra, _, *packages in calls:
+        assert packages and {DISTRIBUTIONS.get(name, name) for name in packages} <= all_of(extra), extra
     texts = [
         path.read_text(encoding="utf-8") for path in [*(ROOT / "src").rglob("*.py"), *ROOT.glob("docs/*.md")]
     ]

@@ -10,7 +10,6 @@ computes what it did, and are then averaged. The residual stream keeps its order
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +18,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from merganser.errors import RecipeError
+from merganser.errors import require
 from merganser.methods.base import Facts, Merged, Method, Options, Share, Unit, elements
 
 
@@ -108,10 +107,9 @@ class OptimalTransport(Method):
         """The blocks of :data:`BLOCKS`, each one unit.
 
         Raises:
-            RecipeError: POT is not installed.
+            UserError: POT is not installed.
         """
-        if importlib.util.find_spec("ot") is None:
-            raise _absent()
+        require("ot", "method 'ot' (Python Optimal Transport)", "ot", where="method")
         by_name = {fact.name: fact for fact in facts}
         units: list[Unit] = []
         reasons: dict[str, str] = {}
@@ -253,13 +251,11 @@ def match(reference: Tensor, features: Tensor) -> Tensor:
         (units,) a permutation.
 
     Raises:
-        RecipeError: POT is not installed.
+        UserError: POT is not installed.
         ValueError: the transport did not end in a permutation.
     """
-    try:
-        ot: Any = importlib.import_module("ot")
-    except ImportError:
-        raise _absent() from None
+    require("ot", "method 'ot' (Python Optimal Transport)", "ot", where="method")
+    ot: Any = importlib.import_module("ot")
     count = reference.shape[0]
     cost = reference.square().sum(1)[:, None] + features.square().sum(1)[None, :]
     cost.addmm_(reference, features.T, alpha=-2).clamp_min_(0)
@@ -271,14 +267,6 @@ def match(reference: Tensor, features: Tensor) -> Tensor:
     if log["warning"] is not None or not torch.equal(order.sort().values, torch.arange(count)):
         raise ValueError(f"the units could not be matched: {log['warning'] or 'no permutation was found'}")
     return order
-
-
-def _absent() -> RecipeError:
-    return RecipeError(
-        "method 'ot' needs POT (Python Optimal Transport), which is not installed",
-        where="method",
-        mend="pip install POT",
-    )
 
 
 def _prefix(name: str, end: str) -> str | None:
