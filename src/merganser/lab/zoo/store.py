@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from merganser.errors import UserError, did_you_mean, raise_all
 from merganser.lab.zoo import keys
@@ -114,13 +114,7 @@ class Zoo:
             return None
         return read_entry(data, identity, self.root / identity, place.where(f"{identity}/{ENTRY}"))
 
-    def build(
-        self,
-        key: Mapping[str, Any],
-        make: Callable[[Path], Mapping[str, Any]],
-        *,
-        absent: Literal["train", "fail"] = "train",
-    ) -> Entry:
+    def build(self, key: Mapping[str, Any], make: Callable[[Path], Mapping[str, Any]]) -> Entry:
         """The model of a key, made now if nobody has made it.
 
         Of several processes of a machine that want the same model exactly one makes it; the others wait. If the maker
@@ -129,21 +123,13 @@ class Zoo:
         Args:
             key: what the model is made from, a JSON object.
             make: writes the model into the empty folder that it is given, and returns facts about it (a JSON object).
-            absent: ``"fail"`` to raise instead of making.
 
         Raises:
-            ZooError: the key or the facts are no JSON objects, no file was written, the entry is damaged, or it is
-                absent and must not be made.
+            ZooError: the key or the facts are no JSON objects, no file was written, or the entry is damaged.
         """
         identity = keys.id_of(key)
         entry = self._get(identity)
         if entry is None:
-            if absent == "fail":
-                raise ZooError(
-                    f"no model {identity} for {keys.canonical(key).decode()}",
-                    where=self.url,
-                    mend="let it be trained, or name a zoo that has it",
-                )
             with self._space.lock(identity):
                 entry = self._here(identity) or self._download(identity)
                 if entry is None:
@@ -386,10 +372,6 @@ class Zoo:
         """Every file of an entry with its size in bytes, by name below its folder, without the records."""
         listing = (self._remote or self._folder).listing(entry.id)
         return {name: size for name, size in listing.items() if name != ENTRY and not name.endswith(RECORD)}
-
-    def size(self, entry: Entry) -> int:
-        """Bytes of an entry: the model and the files beside it."""
-        return sum(self.files(entry).values())
 
     def verify(self, entry: Entry) -> int:
         """Read every file of an entry and compare it with its record; a remote zoo's are read where they lie.
