@@ -13,13 +13,13 @@ the merge is scored on every domain's test. Prints macro-F1 × 100 averaged over
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import yaml
 from transformers import logging as transformers_logging
 
 from merganser.evaluation import evaluate
@@ -36,7 +36,7 @@ def main() -> int:
     options = _options()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    settings = json.loads((options.demo / "demo.json").read_text("utf-8"))["configuration"]["settings"]
+    settings = yaml.safe_load((options.demo / "demo.yaml").read_text("utf-8"))
     domains = sorted(
         p.name for p in (options.demo / "data").iterdir() if (options.demo / "models" / p.name).is_dir()
     )
@@ -78,8 +78,8 @@ def run(
             collect(
                 model,
                 demo / "data" / model.name / "train.jsonl",
-                limit=settings["statistics_texts"],
-                max_length=settings["max_length"],
+                limit=settings["statistics"]["examples"],
+                max_length=settings["training"]["max_length"],
                 output=Path(folder) / f"{model.name}.safetensors",
                 **chosen,
             )
@@ -88,7 +88,7 @@ def run(
         headers = [Statistics.open(file).header for file in files]
         used = ", ".join(f"{header.examples} ({header.tokens})" for header in headers)
         merged = merge(models, Path(folder) / "merged", method="regmean", statistics=files)
-        found = evaluate([merged], tests, max_length=settings["max_length"])
+        found = evaluate([merged], tests, max_length=settings["training"]["max_length"])
         return 100 * statistics.mean(row.scores["macro_f1"] for row in found.rows), used
 
 

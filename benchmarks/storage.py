@@ -25,11 +25,11 @@ from pathlib import Path
 import numpy as np
 
 from merganser.evaluation import evaluate
-from merganser.experiments.grid.cells import Cell, expand
-from merganser.experiments.grid.compute import compute
-from merganser.experiments.grid.loading import load_config
-from merganser.experiments.grid.models import Models
-from merganser.experiments.zoo import Zoo
+from merganser.lab.grid.cells import Cell, expand
+from merganser.lab.grid.compute import compute
+from merganser.lab.grid.loading import load_config
+from merganser.lab.grid.models import Models
+from merganser.lab.zoo import Zoo
 from merganser.merging import Contributor, merge
 from merganser.statistics import FILE_NAME, Statistics, write_statistics
 from merganser.statistics.comparison import distances

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+HOME = "https://github.com/merganser/merganser"
+PLACES = {"blob": Path.is_file, "tree": Path.is_dir}
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -29,4 +31,12 @@ def test_each_of_the_nine_mistakes_names_its_tests() -> None:
 def test_links_within_the_repository_lead_somewhere(page: Path) -> None:
     links = re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8"))
     missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
+    own = [match for link in links if (match := re.fullmatch(rf"{HOME}/(blob|tree)/main/(.+)", link))]
+    missing += [match[0] for match in own if not PLACES[match[1]](ROOT / match[2])]
     assert not missing
+
+
+def test_the_readme_has_absolute_links_for_the_package_index() -> None:
+    links = re.findall(r"\]\(([^)]+)\)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert len(links) > 10 and all("://" in link for link in links)
+    assert HOME in (ROOT / "pyproject.toml").read_text(encoding="utf-8")

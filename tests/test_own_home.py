@@ -17,7 +17,7 @@ from glue_cache import save_glue_cache
 PLACES = """
 import pathlib, tempfile
 import datasets, fsspec.config, huggingface_hub.constants as hub, jupyter_core.paths, matplotlib, torch.hub
-from merganser.experiments.zoo import default_zoo
+from merganser.lab.zoo import default_zoo
 places = [
     pathlib.Path.home(), tempfile.gettempdir(), hub.HF_HOME, hub.HF_HUB_CACHE, hub.HF_TOKEN_PATH,
     datasets.config.HF_CACHE_HOME, datasets.config.HF_DATASETS_CACHE, datasets.config.HF_MODULES_CACHE,
@@ -29,7 +29,7 @@ places = [
 
 def test_every_library_is_at_home() -> None:
     pytest.importorskip("jupyter_core", reason="jupyter_core is not installed: pip install 'merganser[test]'")
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'merganser[report]'")
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'merganser[lab]'")
     here: dict[str, list[object]] = {}
     exec(PLACES, here)
     child = subprocess.run(

@@ -7,6 +7,7 @@ The command line prints it and exits with 2; anything else is a bug and exits wi
 from __future__ import annotations
 
 import difflib
+import importlib.util
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -115,3 +116,21 @@ def did_you_mean(name: str, valid: Iterable[str]) -> str:
     hint = f"did you mean {near[0]!r}? " if near else ""
     shown = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
     return f"{hint}Valid: {shown}" if names else hint or "there is no valid name here"
+
+
+def require(extra: str, what: str, *packages: str, where: str | Path | None = None) -> None:
+    """Refuse what an extra is needed for while one of its packages is not installed.
+
+    Args:
+        extra: of merganser, such as ``evaluate``.
+        what: needs it, as the subject of a sentence.
+        packages: that are to be imported.
+        where: the option or place that asked for it.
+
+    Raises:
+        UserError: says which packages are missing and how to install the extra.
+    """
+    absent = [name for name in packages if importlib.util.find_spec(name) is None]
+    if absent:
+        missing = f"{', '.join(absent)}, which {'is' if len(absent) == 1 else 'are'} not installed"
+        raise UserError(f"{what} needs {missing}", where=where, mend=f"pip install 'merganser[{extra}]'")

@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 
 from merganser.cli.zoo import _age, zoo_command
 from merganser.errors import UserError
-from merganser.experiments.zoo import Entry, Zoo
+from merganser.lab.zoo import Entry, Zoo
 
 
 def run(*arguments: str, **more: Any) -> Result:
@@ -118,7 +118,7 @@ def test_the_group_imports_nothing_heavy() -> None:
 
     code = (
         "import sys, click.testing; from merganser.cli.zoo import zoo_command\n"
-        "from merganser.experiments.zoo import Zoo\n"
+        "from merganser.lab.zoo import Zoo\n"
         "assert click.testing.CliRunner().invoke(zoo_command, ['ls', '--zoo', '/nonexistent']).exit_code == 0\n"
         "assert not {'torch', 'transformers', 'fsspec', 'pydantic', 'numpy'} & set(sys.modules)\n"
     )

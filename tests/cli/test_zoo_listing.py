@@ -15,8 +15,8 @@ from rich.cells import cell_len
 
 from merganser.cli.zoo import zoo_command
 from merganser.cli.zoo_listing import arrange, fold, print_listing
-from merganser.experiments.zoo import Zoo
-from merganser.experiments.zoo.keys import canonical
+from merganser.lab.zoo import Zoo
+from merganser.lab.zoo.keys import canonical
 
 Key = dict[str, Any]
 TRAINING = {

@@ -15,9 +15,9 @@ from click.testing import CliRunner, Result
 
 from merganser.cli import cli
 from merganser.errors import UserError
-from merganser.experiments.grid.cells import expand, models_of
-from merganser.experiments.grid.config import ExperimentConfig
-from merganser.experiments.grid.loading import load_config, named_configurations
+from merganser.lab.grid.cells import expand, models_of
+from merganser.lab.grid.config import ExperimentConfig
+from merganser.lab.grid.loading import load_config, named_configurations
 from merganser.training.settings import PUBLISHED
 
 ROOT = Path(__file__).parents[2]

@@ -15,9 +15,9 @@ import yaml
 from click.testing import CliRunner
 
 from merganser.cli import cli
-from merganser.experiments.grid.cells import expand
-from merganser.experiments.grid.loading import load_config, named_configurations
-from merganser.experiments.reporting import make_sections, read_rows, render_markdown
+from merganser.lab.grid.cells import expand
+from merganser.lab.grid.loading import load_config, named_configurations
+from merganser.lab.report import make_sections, read_rows, render_markdown
 
 #: What a published model is like: its name among the tiny ones, and how its files are.
 PUBLISHED: dict[str, tuple[str, dict[str, bool]]] = {

@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 import merganser
 from lab import recompute
 from lab.recompute import LABELS, Contributor, Emotion, Entities, Example, Glue, State
-from merganser.experiments.grid.config import ExperimentConfig
-from merganser.experiments.grid.run import run_experiment
-from merganser.experiments.zoo import Zoo
+from merganser.lab.grid.config import ExperimentConfig
+from merganser.lab.grid.run import run_experiment
+from merganser.lab.zoo import Zoo
 
 HEAD = "classifier.out_proj.*"  # the multi-label head, which the paper averages row by row
 PUBLISHED = {"augment_bias": False, "embeddings": False}

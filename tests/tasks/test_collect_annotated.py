@@ -16,12 +16,12 @@ from conftest import WORDS
 from merganser.cli.collect import collect_command
 from merganser.engines import SerialEngine
 from merganser.errors import DataError, UserError
+from merganser.lab.suites.emotion import LABELS, Emotion
 from merganser.statistics import FILE_NAME, Statistics
 from merganser.statistics.scores import FISHER_OF_ALL, FISHER_OF_ANNOTATED
 from merganser.tasks.collect import collect
 from merganser.tasks.collecting import loading
 from merganser.tasks.data import Rows
-from merganser.tasks.emotion import LABELS, Emotion
 
 Save = Callable[..., Path]
 NAMES = ("joy", "anger", "fear")

@@ -37,6 +37,19 @@ def test_classification_scores() -> None:
     assert task.key_metric == "macro_f1"
 
 
+def test_classification_scores_are_scikit_learns_to_the_last_bit() -> None:
+    for labels in (1, 2, 3, 40):
+        for _ in range(20):
+            judged = GENERATOR.integers(0, labels, (int(GENERATOR.integers(1, 60)), 2))
+            predicted, true = judged.T
+            expected = {
+                "accuracy": metrics.accuracy_score(true, predicted),
+                "macro_f1": metrics.f1_score(true, predicted, average="macro", zero_division=0),
+                "matthews": metrics.matthews_corrcoef(true, predicted),
+            }
+            assert TASKS["text-classification"].score(judged) == expected
+
+
 def test_macro_f1_counts_labels_that_occur_on_either_side() -> None:
     task, space = TASKS["text-classification"], LabelSpace(("a", "b", "c"))
     true = np.array([0, 0, 1, 1])

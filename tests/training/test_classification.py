@@ -3,6 +3,7 @@
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,11 @@ from transformers import (
 )
 
 from merganser.errors import CheckpointError, DataError, UserError
-from merganser.training import fine_tune, prepare_base
+from merganser.tasks import Rows
+from merganser.tasks.classification import TextClassification
+from merganser.training import TrainingSettings, prepare_base
+from merganser.training import train as train_task
+from merganser.training.settings import make_settings
 
 GOOD, BAD, PLAIN = (
     ["good", "fine", "great"],
@@ -76,10 +81,26 @@ def accuracy(folder: Path, texts: list[str], labels: list[int]) -> float:
     return float((predicted == torch.tensor(labels)).float().mean())
 
 
-def train(base: Path, output: Path, **options: object) -> Path:
-    texts, labels = toy(256, seed=1)
-    settings = {"epochs": 6, "learning_rate": 1e-2, "batch_size": 32, "label_names": NAMES}
-    return fine_tune(base, texts, labels, output=output, **{**settings, **options})  # type: ignore[arg-type]
+def train(
+    base: Path | str, output: Path, *, texts: int = 256, labels: list[str] = NAMES, **options: Any
+) -> Path:
+    """Train on the toy texts; options of the settings and of the function together."""
+    settings = {"epochs": 6, "learning_rate": 1e-2, "batch_size": 32, "warmup": 0.06, "batching": "by-length"}
+    settings.update(
+        {name: options.pop(name) for name in list(options) if name in TrainingSettings.model_fields}
+    )
+    rows = tuple(
+        {"text": text, "label": NAMES[label]} for text, label in zip(*toy(texts, seed=1), strict=True)
+    )
+    return train_task(
+        base,
+        TextClassification(),
+        Rows("toy", rows, tuple(("toy", number) for number in range(1, len(rows) + 1)), by_line=False),
+        labels=labels,
+        output=output,
+        settings=make_settings(**settings),
+        **options,
+    ).path
 
 
 def test_learns_a_separable_set_and_saves_a_plain_folder(base: Path, tmp_path: Path, capfd) -> None:
@@ -136,10 +157,8 @@ def test_a_head_of_other_labels_is_replaced(base: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        ({"labels": [0, 2]}, DataError, "label 2 of text 1"),
-        ({"labels": [0]}, DataError, "2 texts but 1 labels"),
-        ({"texts": [], "labels": []}, DataError, "no text"),
-        ({"label_names": ["one", "one"]}, DataError, "distinct"),
+        ({"texts": 0}, DataError, "no rows"),
+        ({"labels": ["one", "one"]}, DataError, "distinct"),
         ({"learning_rate": 0.0}, UserError, "learning_rate"),
         ({"epochs": 0}, UserError, "epochs"),
         ({"base": "no-such-folder"}, CheckpointError, "no-such-folder"),
@@ -148,9 +167,11 @@ def test_a_head_of_other_labels_is_replaced(base: Path, tmp_path: Path) -> None:
 def test_refusals_name_the_mistake_and_write_nothing(
     base: Path, tmp_path: Path, change: dict, error: type[Exception], words: str
 ) -> None:
-    arguments = {"base": base, "texts": ["good", "bad"], "labels": [1, 0], "label_names": NAMES, **change}
     with pytest.raises(error, match=words):
-        fine_tune(**arguments, output=tmp_path / "deep" / "out")
+        train(**{"base": base, **change}, output=tmp_path / "deep" / "out")
+    if "labels" in change:
+        with pytest.raises(error, match=words):
+            prepare_base(base, label_names=change["labels"], output=tmp_path / "deep" / "out")
     assert list(tmp_path.rglob("*")) in ([], [tmp_path / "deep"])
 
 

@@ -15,18 +15,17 @@ from merganser.cli.common import quiet_libraries, warn
 )
 @click.option("--fast", is_flag=True, help="A smaller run.")
 @click.option("--seed", type=int, default=1, show_default=True, help="Of everything that is random.")
-@click.option("--overwrite", is_flag=True, help="Replace a demo of other settings.")
+@click.option("--overwrite", is_flag=True, help="Begin anew in the folder of another demo.")
 def demo_command(output: Path, fast: bool, seed: int, overwrite: bool) -> None:
     """Fine-tune four specialists of a real encoder, collect their statistics, merge them four ways, compare.
 
     A run that was stopped goes on where it was when the same command is given again.
     """
     quiet_libraries()
-    from rich.console import Console
-
-    from merganser.experiments.demo import demo_table, run_demo
+    from merganser.cli.report import print_sections
+    from merganser.lab.demo import demo_sections, run_demo
 
     report = run_demo(output, fast=fast, seed=seed, overwrite=overwrite)
-    Console().print(demo_table(output))
+    print_sections(demo_sections(output))
     warn(f"the same with plots and provenance: {report}")
     click.echo(str(report))

@@ -14,7 +14,7 @@ from merganser.cli.common import make_cluster, print_table, quiet_libraries, war
 from merganser.errors import UserError, raise_all
 
 if TYPE_CHECKING:
-    from merganser.experiments.grid.planning import Plan, Planned
+    from merganser.lab.grid.planning import Plan, Planned
 
 _LISTS = {"--templates", "--filter-model"}
 MADE = ("multi-task models", "gram matrices", "fisher information")  # what is made beside models and cells
@@ -98,7 +98,7 @@ def experiment_command(
     CONFIG is a YAML file, or the name of one that comes with merganser. Several are merged left to right. Killed at
     any point, the same command goes on.
     """
-    from merganser.experiments.grid.loading import load_config, named_configurations
+    from merganser.lab.grid.loading import load_config, named_configurations
 
     if listing:
         _show_names(named_configurations(), as_json)
@@ -106,8 +106,8 @@ def experiment_command(
     if not configs:
         raise click.UsageError("Missing argument 'CONFIG…': a YAML file or a name of --list.")
     quiet_libraries()
-    from merganser.experiments.grid.run import run_experiment
-    from merganser.experiments.zoo import default_zoo
+    from merganser.lab.grid.run import run_experiment
+    from merganser.lab.zoo import default_zoo
 
     config = load_config(configs, templates=_pairs(templates), keep=filter_model)
     if device is not None:
@@ -116,7 +116,7 @@ def experiment_command(
         )
     place = zoo or config.local_zoo_dir or str(default_zoo())
     if dry_run:
-        from merganser.experiments.grid.planning import plan_experiment
+        from merganser.lab.grid.planning import plan_experiment
 
         _show_plan(
             config.name,
@@ -200,7 +200,7 @@ def _fields(line: Planned) -> dict[str, object]:
 
 def _told(plan: Plan) -> str:
     """The plan in one sentence, with the time that it takes."""
-    from merganser.experiments.reporting.sections import duration
+    from merganser.lab.report.sections import duration
 
     counted = []
     for what, noun in (("model", "models"), ("multi-task models", "multi-task models")):

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from merganser.cli.common import warn
+
+if TYPE_CHECKING:
+    from merganser.lab.report import Section
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
 
@@ -46,9 +51,7 @@ def report_command(
     merganser report results/emotion-pairwise --markdown tables.md --csv numbers.csv
     merganser report results/emotion-pairwise -o tables.tex
     """
-    from rich.console import Console
-
-    from merganser.experiments.reporting import Form, form_of, terminal_tables, write_report
+    from merganser.lab.report import Form, form_of, write_report
 
     if output is None:
         output = (results.parent if results.is_file() else results) / "report.html"
@@ -59,6 +62,18 @@ def report_command(
                 raise click.UsageError(f"-o and --{form} both name a file for {form}; give one of them")
             outputs[form] = path  # type: ignore[index]
     sections, written = write_report(results, outputs, against=against)
+    print_sections(sections)
+    for path in written:
+        warn(f"wrote {path}")
+        click.echo(str(path))
+
+
+def print_sections(sections: Sequence[Section]) -> None:
+    """The main tables of a report on standard output."""
+    from rich.console import Console
+
+    from merganser.lab.report import terminal_tables
+
     console = Console()
     for shown in terminal_tables(sections):
         if isinstance(shown, str):
@@ -67,6 +82,3 @@ def report_command(
             wide = Console(width=1000).measure(shown).maximum
             Console(width=max(wide, console.width)).print(shown)
             console.print()
-    for path in written:
-        warn(f"wrote {path}")
-        click.echo(str(path))

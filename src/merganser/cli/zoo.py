@@ -17,7 +17,7 @@ from merganser.errors import UserError, raise_all
 from merganser.files import human_bytes
 
 if TYPE_CHECKING:
-    from merganser.experiments.zoo import Entry, Zoo
+    from merganser.lab.zoo import Entry, Zoo
 
 _ZOO = click.option(
     "--zoo", "url", help="Folder or URL of the zoo.  [default: $MERGANSER_ZOO or ~/.cache/merganser/zoo]"
@@ -33,7 +33,7 @@ def zoo_command() -> None:
 
 
 def _open(url: str | None) -> Zoo:
-    from merganser.experiments.zoo import Zoo, default_zoo
+    from merganser.lab.zoo import Zoo, default_zoo
 
     return Zoo(url or default_zoo())
 
@@ -50,7 +50,7 @@ def _open(url: str | None) -> Zoo:
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 def ls_command(url: str | None, pairs: tuple[str, ...], as_json: bool) -> None:
     """List the models."""
-    from merganser.experiments.zoo.keys import explain, matches
+    from merganser.lab.zoo.keys import explain, matches
 
     filters = {}
     for pair in pairs:
@@ -134,7 +134,7 @@ def _age(created: str) -> str:
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 def show_command(url: str | None, identity: str, verify: bool, as_json: bool) -> None:
     """Show a model: what it was made from, its facts and its files. The first digits of ID are enough."""
-    from merganser.experiments.zoo.keys import flatten, show
+    from merganser.lab.zoo.keys import flatten, show
 
     zoo = _open(url)
     entry = zoo.entry(identity)

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from merganser.experiments.zoo.keys import flatten, show
+from merganser.lab.zoo.keys import flatten, show
 
 #: Columns that are always there, where any key has them; and what comes first above the table.
 FIRST, COMMON = ("set", "seed"), ("suite", "model", "kind")

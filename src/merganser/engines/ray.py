@@ -10,7 +10,6 @@ the job's files must be found under the same names on every machine.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import logging
 import os
 import socket
@@ -30,7 +29,7 @@ from merganser.engines.base import (
     outcome_of,
     payload_of,
 )
-from merganser.errors import UserError
+from merganser.errors import UserError, require
 
 _START = "start one with: ray start --head --disable-usage-stats --include-dashboard=false"
 _WAIT = 1.0  # seconds between two looks at the bar
@@ -168,8 +167,7 @@ def _result(ray: Any, job: Job, task: Any, *, again: bool) -> Outcome | None:
 
 
 def _import_ray() -> Any:
-    if importlib.util.find_spec("ray") is None:
-        raise UserError("Ray is not installed", where="--engine ray", mend="pip install 'merganser[ray]'")
+    require("ray", "this engine", "ray", where="--engine ray")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     return importlib.import_module("ray")
 

@@ -10,9 +10,11 @@ from collections.abc import Callable
 
 import numpy as np
 
+SEED = 20230501  # the month of ICLR 2023
+
 
 def resample(
-    judgements: np.ndarray, metric: Callable[[np.ndarray], float], samples: int, seed: int
+    judgements: np.ndarray, metric: Callable[[np.ndarray], float], samples: int, seed: int = SEED
 ) -> np.ndarray:
     """The metric on bootstrap samples: float64 (samples,).
 

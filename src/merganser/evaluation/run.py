@@ -30,7 +30,6 @@ from merganser.tasks.predict import Prediction, predict
 T = TypeVar("T")
 
 ENSEMBLE = "ensemble"
-_SEED = 20230501  # of the bootstrap: the month of ICLR 2023
 
 
 @dataclass(frozen=True)
@@ -253,7 +252,7 @@ def _scores(
             cell = cells[m, d]
             judgements = task.judge(cell.aligned, truths[m, d][1], space)
             values = task.score(judgements)
-            samples = resample(judgements, task.metrics[key], bootstrap, _SEED)
+            samples = resample(judgements, task.metrics[key], bootstrap)
             first = firsts.setdefault(d, (task, values[key], samples))
             paired = m > 0 and first[0].name == task.name
             scores.append(

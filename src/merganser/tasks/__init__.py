@@ -1,7 +1,4 @@
-"""Tasks (columns, a model head, metrics) and suites (the data sets that experiments read); one file each.
-
-A new one is registered in one line below.
-"""
+"""Tasks: columns of the data, a model head, metrics; one file each. A new one is registered in one line below."""
 
 from __future__ import annotations
 
@@ -14,19 +11,13 @@ from merganser.tasks.causal_lm import CausalLM
 from merganser.tasks.classification import TextClassification
 from merganser.tasks.columns import Columns
 from merganser.tasks.data import Rows, read_rows
-from merganser.tasks.emotion import Emotion
-from merganser.tasks.emotion_generation import EmotionGPT2, EmotionT5
 from merganser.tasks.feature_extraction import FeatureExtraction
-from merganser.tasks.glue import Glue
 from merganser.tasks.multi_label import MultiLabel
-from merganser.tasks.ner import NER
-from merganser.tasks.own_files import OwnFiles
 from merganser.tasks.regression import Regression
 from merganser.tasks.seq2seq import Seq2Seq
-from merganser.tasks.suite import Suite
 from merganser.tasks.token_classification import TokenClassification
 
-__all__ = ["SUITES", "TASKS", "Columns", "Rows", "Suite", "Task", "read_rows", "task_for"]
+__all__ = ["TASKS", "Columns", "Rows", "Task", "read_rows", "task_for"]
 
 #: Every task by name. ``task_for("auto", …)`` asks them in this order.
 TASKS: dict[str, Task] = {
@@ -40,11 +31,6 @@ TASKS: dict[str, Task] = {
         CausalLM(),
         FeatureExtraction(),
     )
-}
-
-#: Every suite of data sets by name: what experiments train, merge and score on.
-SUITES: dict[str, type[Suite]] = {
-    suite.name: suite for suite in (Emotion, EmotionT5, EmotionGPT2, NER, Glue, OwnFiles)
 }
 
 

@@ -31,9 +31,8 @@ from merganser.tasks.collecting.loading import choose_placement, placed_model
 from merganser.tasks.collecting.remote import make_jobs, run_jobs
 from merganser.tasks.collecting.shards import SHARD_EXAMPLES, Stop, added, collect_shard, fixed_shards
 from merganser.tasks.columns import Columns
-from merganser.tasks.data import Rows, read_rows
+from merganser.tasks.data import Rows, read_rows, selected
 from merganser.tasks.models import Opened, load_tokenizer, open_model, prepare_padding
-from merganser.tasks.suite import selected
 
 
 def collect(

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from merganser.errors import DataError, UserError, did_you_mean
+import numpy as np
+
+from merganser.errors import DataError, UserError, did_you_mean, require
 from merganser.tasks.files import READERS, Row, read_file
 
 _SPLIT_SUFFIX = re.compile(r"(?P<source>.+)\[(?P<split>[\w.-]+)\]")
@@ -73,6 +75,35 @@ class Rows(Sequence[Row]):
                 + (f", or choose another column with {option}" if option else ""),
             )
         return value
+
+
+def joined(parts: Sequence[Rows], source: str) -> Rows:
+    """Rows of several sources, one after the other."""
+    names: dict[str, tuple[str, ...]] = {}
+    for part in parts:
+        names.update(part.class_names)
+    return Rows(
+        source,
+        tuple(row for part in parts for row in part.rows),
+        tuple(place for part in parts for place in part.places),
+        names,
+        by_line=all(part.by_line for part in parts),
+    )
+
+
+def selected(rows: Rows, indices: Sequence[int]) -> Rows:
+    """Some of the rows, in the given order."""
+    return replace(
+        rows, rows=tuple(rows.rows[i] for i in indices), places=tuple(rows.places[i] for i in indices)
+    )
+
+
+def sample(rows: Rows, limit: int | None, seed: int) -> Rows:
+    """At most ``limit`` rows, drawn without replacement and kept in the order of the data; seeded."""
+    if limit is None or limit >= len(rows):
+        return rows
+    chosen = np.random.default_rng(seed).permutation(len(rows))[:limit]
+    return selected(rows, sorted(chosen.tolist()))
 
 
 def read_rows(
@@ -188,6 +219,7 @@ def _choose(name: str, splits: Sequence[str], split: str | None, prefer: Iterabl
 
 
 def _from_disk(name: str, folder: Path, split: str | None, limit: int | None, prefer: Sequence[str]) -> Rows:
+    require("data", "a folder written by datasets", "datasets", where=name)
     import datasets
 
     try:
@@ -204,6 +236,7 @@ def _from_disk(name: str, folder: Path, split: str | None, limit: int | None, pr
 def _from_datasets(
     name: str, path: str, config: str | None, split: str | None, limit: int | None, prefer: Sequence[str]
 ) -> Rows:
+    require("data", "a named data set", "datasets", where=name)
     import datasets
 
     try:

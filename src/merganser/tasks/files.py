@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from merganser.errors import DataError
+from merganser.errors import DataError, require
 from merganser.tasks.conll import read_sentences
 
 Row = dict[str, Any]
@@ -172,6 +172,7 @@ def _read_separated(path: Path, delimiter: str, quoting: int) -> Numbered:
 
 
 def _read_parquet(path: Path) -> Numbered:
+    require("data", "a Parquet file", "pyarrow", where=path)
     import pyarrow
     import pyarrow.parquet
 

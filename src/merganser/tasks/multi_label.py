@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-from sklearn import metrics as sklearn_metrics
 
 from merganser.errors import DataError, UserError
 from merganser.statistics.scores import Problem
@@ -32,7 +31,7 @@ def macro_f1(judgements: np.ndarray) -> float:
     for predicted, true in judgements.transpose(2, 1, 0):
         known = true != NOT_ANNOTATED
         if known.any():
-            scores.append(sklearn_metrics.f1_score(true[known], predicted[known], zero_division=0))
+            scores.append(_f1(predicted[known], true[known]))
     return float(np.mean(scores)) if scores else 0.0
 
 
@@ -40,11 +39,13 @@ def micro_f1(judgements: np.ndarray) -> float:
     """F1 over all annotated decisions together."""
     predicted, true = judgements[:, 0], judgements[:, 1]
     known = true != NOT_ANNOTATED
-    return (
-        float(sklearn_metrics.f1_score(true[known], predicted[known], zero_division=0))
-        if known.any()
-        else 0.0
-    )
+    return _f1(predicted[known], true[known])
+
+
+def _f1(predicted: np.ndarray, true: np.ndarray) -> float:
+    """F1 of zeros and ones; 0 where there is no one among them."""
+    ones = predicted.sum() + true.sum()
+    return float(2 * (predicted & true).sum() / ones) if ones else 0.0
 
 
 def accuracy(judgements: np.ndarray) -> float:

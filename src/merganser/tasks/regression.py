@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-from sklearn import metrics as sklearn_metrics
 
 from merganser.errors import CheckpointError, DataError
 from merganser.statistics.scores import Problem
@@ -34,7 +33,7 @@ def spearman(judgements: np.ndarray) -> float:
 
 def mse(judgements: np.ndarray) -> float:
     """The mean squared error, in the square of the labels' unit (the one score that is no rate)."""
-    return float(sklearn_metrics.mean_squared_error(judgements[:, 1], judgements[:, 0]))
+    return float(np.square(judgements[:, 1] - judgements[:, 0]).mean())
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:

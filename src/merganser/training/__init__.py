@@ -1,7 +1,6 @@
 """Fine-tuning on transformers' own Trainer."""
 
-from merganser.training.classification import fine_tune, prepare_base
-from merganser.training.fine_tune import Trained, train
+from merganser.training.fine_tune import Trained, prepare_base, train
 from merganser.training.multitask import Part, TrainedParts, train_multitask
 from merganser.training.settings import TrainingSettings, defaults
 
@@ -11,7 +10,6 @@ __all__ = [
     "TrainedParts",
     "TrainingSettings",
     "defaults",
-    "fine_tune",
     "prepare_base",
     "train",
     "train_multitask",

@@ -3,7 +3,8 @@
     from merganser.training import TrainingSettings, train
     train("org/encoder", MultiLabel(), rows, labels=["joy", "fear"], output="specialist", settings=settings)
 
-The same arguments on the same machine give the same bytes.
+The same arguments on the same machine give the same bytes. Several classifiers that are to be merged can start from one
+base with one head: :func:`prepare_base`.
 """
 
 from __future__ import annotations
@@ -16,17 +17,18 @@ from pathlib import Path
 from typing import Any
 
 from merganser.checkpoints.writer import check_output
+from merganser.errors import require
 from merganser.files import new_folder
 from merganser.tasks.base import Task
+from merganser.tasks.classification import TextClassification
 from merganser.tasks.data import Rows
 from merganser.tasks.models import quiet
-from merganser.training.heads import Start, load_start
+from merganser.training.heads import Start, load_start, open_start
 from merganser.training.loop import (
     Examples,
     OnStep,
     Ran,
     Run,
-    check_accelerate,
     run_trainer,
 )
 from merganser.training.prepare import GivenColumns, prepare
@@ -104,7 +106,7 @@ def train(
         UserError: a setting that does not fit, or ``accelerate``, which the Trainer needs, is not installed.
     """
     output = Path(output)
-    check_accelerate()
+    require("train", "training", "accelerate")
     check_place(output, base, overwrite)
     with quiet(), new_folder(output, overwrite=overwrite) as temporary:
         prepared = prepare(
@@ -147,6 +149,36 @@ def train(
     if work is not None:
         clear(Path(work))
     return Trained(output, ran.scores, None if ran.best is None else ran.best + 1, kept_loss(ran))
+
+
+def prepare_base(
+    base: str | Path,
+    *,
+    label_names: Sequence[str],
+    output: str | Path,
+    seed: int = 1,
+    overwrite: bool = False,
+) -> Path:
+    """Save ``base`` with a classification head drawn from ``seed``: the common start of several specialists.
+
+    Args:
+        base: a model folder or a Hub name.
+        label_names: the classes, in the order of the head's outputs.
+        output: the folder to write: safetensors in float32, config with the label names, tokenizer.
+        seed: of the head (the global random state is seeded with it).
+        overwrite: replace an existing output.
+
+    Raises:
+        CheckpointError: the base cannot be loaded, or the output exists.
+        DataError: fewer than two label names, or a repeated one.
+    """
+    output = Path(output)
+    check_place(output, base, overwrite)
+    with new_folder(output, overwrite=overwrite) as temporary, quiet():
+        start = open_start(base, TextClassification(), label_names)
+        load_start(start, seed).save_pretrained(temporary)
+        start.tokenizer.save_pretrained(temporary)
+    return output
 
 
 def check_place(output: Path, base: str | Path, overwrite: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from merganser import progress
-from merganser.errors import DataError, UserError
+from merganser.errors import DataError, require
 from merganser.tasks.batches import Feature
 from merganser.training.losses import Loss
 from merganser.training.settings import TrainingSettings
@@ -122,7 +121,7 @@ def run_trainer(
         DataError: the loss is not finite.
         UserError: ``accelerate`` is not installed.
     """
-    check_accelerate()
+    require("train", "training", "accelerate")
     settings, best = run.settings, run.score is not None and run.settings.best_epoch
     finished = _finished(run, best)
     if finished is not None:
@@ -206,16 +205,6 @@ def _ran(run: Run, history: Sequence[Mapping[str, Any]], step: int | None) -> Ra
     place = next((i for i, entry in enumerate(scored) if step and entry["step"] == step), None)
     folder = None if place is None else run.scratch / f"checkpoint-{step}"
     return Ran(tuple(float(entry["eval_score"]) for entry in scored), losses, place, folder)
-
-
-def check_accelerate() -> None:
-    """Refuse to go on without what the Trainer needs.
-
-    Raises:
-        UserError: ``accelerate`` is not installed.
-    """
-    if importlib.util.find_spec("accelerate") is None:
-        raise UserError("training needs accelerate", mend="pip install 'merganser[train]'")
 
 
 class _Loss:

@@ -23,14 +23,14 @@ from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, Sampler
 
 from merganser.checkpoints.writer import check_output
-from merganser.errors import CheckpointError, UserError
+from merganser.errors import CheckpointError, UserError, require
 from merganser.files import new_folder
 from merganser.tasks.base import Task
 from merganser.tasks.data import Rows
 from merganser.tasks.models import quiet
 from merganser.training.fine_tune import keep, kept_loss, save_model
 from merganser.training.heads import PROBLEM_TYPES, Start, load_start
-from merganser.training.loop import Examples, OnStep, Run, check_accelerate, run_trainer
+from merganser.training.loop import Examples, OnStep, Run, run_trainer
 from merganser.training.losses import Loss, make_loss
 from merganser.training.prepare import GivenColumns, Prepared, prepare
 from merganser.training.resume import clear, fingerprint, take_up
@@ -121,7 +121,7 @@ def train_multitask(
         UserError: parts that cannot be trained together, or a setting that does not fit.
     """
     output, starts = Path(output), dict(starts or {})
-    check_accelerate()
+    require("train", "training", "accelerate")
     _check_parts(parts, shared, starts)
     sources = [starts.get(part.name, base) for part in parts]
     _check_place(output, [Path(source) for source in sources], [part.name for part in parts], overwrite)

@@ -17,9 +17,8 @@ from merganser.statistics.scores import annotated
 from merganser.tasks.base import Task
 from merganser.tasks.batches import Batches, make_batches
 from merganser.tasks.columns import Columns
-from merganser.tasks.data import Rows
+from merganser.tasks.data import Rows, selected
 from merganser.tasks.models import Opened, choose_length
-from merganser.tasks.suite import selected
 from merganser.tasks.tokens import Encoded
 
 

@@ -6,7 +6,6 @@ every pass of the model, module by module. So a pass costs a read of the file, a
 
 from __future__ import annotations
 
-import importlib.util
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ import torch
 from torch import nn
 
 from merganser.checkpoints import AdapterCheckpoint
-from merganser.errors import UserError
+from merganser.errors import UserError, require
 from merganser.tasks.models import Opened, load_model
 
 LEAST_MEMORY = 2**20
@@ -83,8 +82,7 @@ def choose_placement(
             where=where,
             mend="leave the limit out, or merge the adapter into its base first",
         )
-    if importlib.util.find_spec("accelerate") is None:
-        raise UserError("accelerate is not installed", where=where, mend="pip install 'merganser[train]'")
+    require("train", "a limit of memory", "accelerate", where=where)
     folder = None if offload_folder is None else Path(offload_folder).expanduser()
     if folder is not None and not folder.is_dir():
         raise UserError(

@@ -26,9 +26,8 @@ from merganser.tasks import TASKS
 from merganser.tasks.collecting.examples import Examples, encode
 from merganser.tasks.collecting.shards import Shard, Tally, collect_shard
 from merganser.tasks.columns import Columns
-from merganser.tasks.data import Rows, read_rows
+from merganser.tasks.data import Rows, read_rows, selected
 from merganser.tasks.models import Opened, load_model, load_tokenizer, open_model, prepare_padding
-from merganser.tasks.suite import selected
 
 FUNCTION = "merganser.tasks.collecting.remote:work"
 PROCESS_BYTES = 700 * 2**20  # of a Python process with torch and transformers and a batch's activations

@@ -1,1 +1,0 @@
-"""Whole experiments: the demo, and reports of their rows."""

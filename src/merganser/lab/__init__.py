@@ -1,0 +1,1 @@
+"""The laboratory: suites of data sets, grids of experiments, their zoo, reports and the demonstration."""

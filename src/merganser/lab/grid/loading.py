@@ -1,0 +1,255 @@
+"""From YAML files to one configuration: ``extends``, merged left to right, ``{templates}`` filled in.
+
+    load_config(["defaults.yaml", "emotion.yaml", "roberta.yaml"], templates={"seed": "1"}, keep=["model0", "model1"])
+
+Mappings are merged key by key, anything else is replaced by the later file's, and so are ``contributors``, which are a
+list of models whether they are written as a list or as a mapping. A file may name others in ``extends`` (relative to
+itself), which count as standing to its left, and values of templates in ``templates``. A file that is not where its
+name says is looked for among the configurations that come with merganser.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import merganser
+from merganser.errors import ErrorCollector, RecipeError, UserError, did_you_mean, raise_all
+from merganser.lab.grid.config import ExperimentConfig, make_config
+
+_TEMPLATE = re.compile(r"\{(\w+)\}")
+_INTEGER = re.compile(r"[+-]?\d+")
+
+
+def load_config(
+    files: Sequence[str | Path],
+    *,
+    templates: Mapping[str, str] | None = None,
+    keep: Sequence[str] = (),
+) -> ExperimentConfig:
+    """Read, merge, fill in and validate.
+
+    Args:
+        files: YAML files, merged left to right.
+        templates: values of ``{name}``; numeric ones become numbers where they are the whole value.
+        keep: the contributors to keep, in this order; empty for all.
+
+    Raises:
+        UserError: unreadable files, templates without a value or that no file uses, unknown or malformed keys, a
+            filter that matches nothing; each with file and key.
+    """
+    if not files:
+        raise RecipeError("no configuration", where="experiment", mend="give at least one YAML file")
+    values: dict[str, Any] = {}
+    for file in files:
+        values = merge_values(values, read_values(find_file(file)))
+    where = " + ".join(str(file) for file in files)
+    given = {**(values.pop("templates", None) or {}), **(templates or {})}
+    errors = ErrorCollector()
+    errors.catch(_check_used, values, given, list(templates or {}), where)
+    filled = errors.catch(fill, values, _closed(given), where)
+    errors.raise_all()
+    values = dict(filled or {})
+    if keep:
+        values = filter_models(values, keep, where)
+    return make_config(values, where)
+
+
+def named_folder() -> Path:
+    """The folder of the configurations that come with merganser: in the package, or beside it in a checkout."""
+    package = Path(merganser.__file__).parent
+    installed = package / "configurations"
+    return installed if installed.is_dir() else package.parents[1] / "experiments"
+
+
+def find_file(file: str | Path) -> Path:
+    """A file as it is given, or the one of that name (with or without its ending) in :func:`named_folder`."""
+    path = Path(file)
+    places = [path, *(named_folder() / f"{file}{ending}" for ending in ("", ".yaml"))]
+    return next((place for place in places if place.is_file()), path)
+
+
+def named_configurations() -> dict[str, str]:
+    """Name → description of every whole experiment that comes with merganser; "" of parts to be combined."""
+    found, folder = {}, named_folder()
+    for path in sorted(folder.rglob("*.yaml")):
+        inside = path.relative_to(folder)
+        whole = inside.parts[0] not in ("datasets", "exps", "models")
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        found[inside.with_suffix("").as_posix()] = str(values.get("description", "")) if whole else ""
+    return found
+
+
+def read_values(file: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The mapping of a file, merged over those that it extends.
+
+    Raises:
+        RecipeError: unreadable, not YAML, no mapping, or files that extend each other.
+    """
+    if file.resolve() in seen:
+        raise RecipeError("extends itself", where=file, mend="remove the circle of extends")
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise RecipeError(f"unreadable: {reason}", where=file, mend="check the path") from None
+    except yaml.YAMLError as error:
+        raise RecipeError(
+            f"not YAML: {' '.join(str(error).split())}", where=file, mend="correct it"
+        ) from None
+    if not isinstance(values, dict):
+        raise RecipeError(
+            f"a configuration is a mapping, this is {type(values).__name__}",
+            where=file,
+            mend="write keys such as 'suite:' and 'methods:'",
+        )
+    parents = values.pop("extends", None) or []
+    merged: dict[str, Any] = {}
+    for parent in [parents] if isinstance(parents, str) else parents:
+        merged = merge_values(merged, read_values(file.parent / str(parent), (*seen, file.resolve())))
+    return merge_values(merged, values)
+
+
+def merge_values(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """``second`` over ``first``: mappings key by key, anything else replaced, and ``contributors`` as well."""
+    merged = dict(first)
+    for key, value in second.items():
+        old = merged.get(key)
+        both = isinstance(old, Mapping) and isinstance(value, Mapping) and key != "contributors"
+        merged[key] = merge_values(old, value) if both else value  # type: ignore[arg-type]
+    return merged
+
+
+def _closed(templates: Mapping[str, Any]) -> dict[str, Any]:
+    """Templates whose values may name others, filled in; what has no value stays for the check of the whole."""
+
+    def value_of(value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        return _TEMPLATE.sub(lambda match: str(templates.get(match[1], match[0])), value)
+
+    return {name: value_of(value) for name, value in templates.items()}
+
+
+def _used(values: Any) -> set[str]:
+    """The names of all templates in a configuration."""
+    if isinstance(values, Mapping):
+        return _used(list(values)) | _used(list(values.values()))
+    if isinstance(values, list):
+        return set().union(*map(_used, values))
+    return set(_TEMPLATE.findall(values)) if isinstance(values, str) else set()
+
+
+def _check_used(
+    values: Mapping[str, Any], given: Mapping[str, Any], asked: Sequence[str], where: str
+) -> None:
+    """Refuse templates of the command line that change nothing."""
+    used = _used(values)
+    used |= _used([given[name] for name in used if name in given])
+    raise_all(
+        [
+            RecipeError(
+                f"--templates {name}=… changes nothing: no file has {{{name}}}",
+                where=where,
+                mend=did_you_mean(name, used) if used else "leave it out: these files have no templates",
+            )
+            for name in asked
+            if name not in used
+        ]
+    )
+
+
+def fill(values: Any, templates: Mapping[str, Any], where: str) -> Any:
+    """Fill in ``{name}`` in every text.
+
+    A text that is nothing but one template takes the value itself, a number where it looks like one.
+
+    Raises:
+        RecipeError: templates without a value, with their keys; several at once.
+    """
+    problems: list[UserError] = []
+
+    def walk(value: Any, place: str) -> Any:
+        if isinstance(value, Mapping):
+            return {
+                walk_key(key): walk(item, f"{place}.{key}" if place else str(key))
+                for key, item in value.items()
+            }
+        if isinstance(value, list):
+            return [walk(item, f"{place}[{number}]") for number, item in enumerate(value)]
+        if not isinstance(value, str):
+            return value
+        for name in _TEMPLATE.findall(value):
+            if name not in templates:
+                problems.append(
+                    RecipeError(
+                        f"{place}: template {{{name}}} has no value",
+                        where=where,
+                        mend=f"give --templates {name}=…"
+                        + (f" ({did_you_mean(name, map(str, templates))})" if templates else ""),
+                    )
+                )
+                return value
+        whole = _TEMPLATE.fullmatch(value)
+        if whole:
+            return number_of(templates[whole[1]])
+        return _TEMPLATE.sub(lambda match: str(templates[match[1]]), value)
+
+    def walk_key(key: Any) -> Any:
+        return (
+            _TEMPLATE.sub(lambda match: str(templates.get(match[1], match[0])), key)
+            if isinstance(key, str)
+            else key
+        )
+
+    filled = walk(values, "")
+    raise_all(problems)
+    return filled
+
+
+def number_of(value: Any) -> Any:
+    """Numeric text as a number, anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    if _INTEGER.fullmatch(value):
+        return int(value)
+    try:
+        return float(value)
+    except ValueError:
+        return value
+
+
+def filter_models(values: dict[str, Any], keep: Sequence[str], where: str) -> dict[str, Any]:
+    """Keep some of the contributors; each remembers its place among all, from which its seed comes.
+
+    Raises:
+        RecipeError: a name that is no contributor.
+    """
+    listed = values.get("contributors")
+    if isinstance(listed, list):
+        listed = {str(name): {} for name in listed}
+    if not isinstance(listed, dict):
+        return values
+    problems: list[UserError] = [
+        RecipeError(
+            f"--filter-model {name} matches no contributor",
+            where=where,
+            mend=did_you_mean(name, [str(key) for key in listed]),
+        )
+        for name in keep
+        if name not in listed
+    ]
+    raise_all(problems)
+    places = {name: place for place, name in enumerate(listed)}
+    people = {
+        name: {"place": places[name], **args} if isinstance(args := listed[name] or {}, dict) else args
+        for name in dict.fromkeys(keep)
+    }
+    kept = {**values, "contributors": people}
+    if isinstance(kept.get("order"), list):
+        kept["order"] = [name for name in kept["order"] if name in keep]
+    return kept

@@ -1,0 +1,439 @@
+"""The models of a grid: taken from the zoo, trained when absent, with their statistics and outputs beside them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from merganser.checkpoints import open_checkpoint
+from merganser.errors import UserError
+from merganser.lab.grid.cells import Cell, ModelSpec
+from merganser.lab.grid.config import ExperimentConfig, Finetune, ModelArgs
+from merganser.lab.grid.data import Data, data_of, digest
+from merganser.lab.grid.outputs import load_prediction, save_prediction
+from merganser.lab.grid.pretrained import copy_model, weights_sha256
+from merganser.lab.suites.base import DEV, TRAIN
+from merganser.lab.zoo import Entry, Zoo
+from merganser.lab.zoo.keys import explain
+from merganser.tasks import Task
+from merganser.tasks.collect import collect
+from merganser.tasks.columns import Columns
+from merganser.tasks.data import Rows
+from merganser.tasks.labels import LabelSpace
+from merganser.tasks.models import load_model, load_tokenizer, open_model, prepare_padding
+from merganser.tasks.predict import Prediction, predict
+from merganser.training.fine_tune import train
+from merganser.training.multitask import Part, train_multitask
+from merganser.training.settings import TrainingSettings, defaults, with_changes
+
+#: What statistics are: a new number collects them again. 2: Fisher information of annotated labels alone.
+STATISTICS = 2
+
+logger = logging.getLogger(__name__)
+
+
+class Models:
+    """Everything that the cells of an experiment ask for models.
+
+    Args:
+        config: of the experiment.
+        zoo: where models are kept.
+        allow_pickle: accept pickled weights of the pretrained model and of models of one's own.
+        fresh: the name of the results for which contributors with ``load_from_zoo: no`` are trained anew; empty where
+            there are none yet.
+    """
+
+    def __init__(
+        self, config: ExperimentConfig, zoo: Zoo, *, allow_pickle: bool = False, fresh: str = ""
+    ) -> None:
+        self.config, self.zoo, self.allow_pickle, self.fresh = config, zoo, allow_pickle, fresh
+        self.data: Data = data_of(config.suite.model_dump_json())
+        self.device = choose_device(config.resources.device)
+        self._keys: dict[ModelSpec, dict[str, Any]] = {}
+        self._rows: dict[tuple[Any, ...], tuple[Rows, str]] = {}
+        self._found: dict[ModelSpec, Entry] = {}
+
+    # -- what a model is made of -------------------------------------------------------------------------
+
+    def settings(self, args: ModelArgs | None = None) -> TrainingSettings:
+        """The published hyper-parameters with the configuration's changes.
+
+        Raises:
+            UserError: an unknown hyper-parameter, or a value that it cannot take.
+        """
+        name = "partitions" if self.config.layout == "partitions" else self.config.suite.name
+        settings = with_changes(defaults(self._architecture(), name), self.config.training)
+        if args is None or not args.training:
+            return settings
+        return with_changes(settings, args.training, where="contributors.*.training")
+
+    def tuned(self, finetune: Finetune) -> TrainingSettings:
+        """The hyper-parameters of a fine-tuning after the merge.
+
+        Raises:
+            UserError: see :meth:`settings`.
+        """
+        return with_changes(
+            self.settings(), {"best_epoch": False}, finetune.training, where="methods.*.finetune.training"
+        )
+
+    def _architecture(self) -> str:
+        if self.config.pretrained.architecture:
+            return self.config.pretrained.architecture
+        opened = open_checkpoint(self.config.pretrained.model, allow_pickle=self.allow_pickle)
+        return str(opened.config.get("model_type", ""))
+
+    def rows(self, spec: ModelSpec) -> Rows:
+        """The training rows of a contributor."""
+        return self._train(spec)[0]
+
+    def _train(self, spec: ModelSpec) -> tuple[Rows, str]:
+        """The training rows of a contributor and their hash; the same for all seeds, but for parts."""
+        place = (spec.set, spec.part, spec.part_seed)
+        if place not in self._rows:
+            if spec.part is None:
+                self._rows[place] = self.data.rows(spec.set, TRAIN), self.data.digest(spec.set, TRAIN)
+            else:
+                rows = self.data.part(spec.set, spec.part, spec.part_seed or 0, self.config.partitions)
+                self._rows[place] = rows, digest(rows)
+        return self._rows[place]
+
+    def key(self, spec: ModelSpec) -> dict[str, Any]:
+        """What a contributor's model depends on: its address in the zoo.
+
+        Options that only change how outputs are scored are no part of it, and do not choose the best epoch either.
+        """
+        if spec not in self._keys:
+            args = self.args(spec)
+            settings = self.settings(args)
+            self._keys[spec] = {
+                "kind": "model",
+                "suite": self.config.suite.name,
+                "set": spec.set,
+                "seed": spec.seed,
+                "model": self.config.pretrained.title,
+                "base": self.base,
+                **self._data_key(spec),
+                "training": settings.model_dump(mode="json"),
+                **self._metrics(settings, [spec.set]),
+                **({"trained_for": self.fresh} if args.load_from_zoo == "no" else {}),
+            }
+        return self._keys[spec]
+
+    def _metrics(self, settings: TrainingSettings, sets: Sequence[str]) -> dict[str, Any]:
+        """The metrics that the best epoch is chosen by, where it is chosen."""
+        metrics = [self.data.training_suite.metric(name) for name in sets]
+        return {"metrics": metrics} if settings.best_epoch else {}
+
+    @property
+    def base(self) -> str:
+        """The hash of the pretrained model."""
+        return weights_sha256(self.config.pretrained.model, self.allow_pickle)
+
+    def _data_key(self, spec: ModelSpec) -> dict[str, Any]:
+        part = {} if spec.part is None else {"part": f"{spec.part + 1}/{self.config.partitions.parts}"}
+        return {
+            "train": self._train(spec)[1],
+            "dev": self.data.digest(spec.set, DEV),
+            "labels": list(self.data.suite.labels(spec.set)),
+            **part,
+        }
+
+    def args(self, spec: ModelSpec) -> ModelArgs:
+        """What the configuration says of a contributor."""
+        return self.config.contributors[spec.name if spec.part is None else spec.name.rsplit("/", 1)[0]]
+
+    def address(self, spec: ModelSpec) -> str:
+        """The id of the model that stands for a contributor: what its cells' names are made of."""
+        args = self.args(spec)
+        if args.checkpoint is not None:
+            return self.zoo.id_of(self._checkpoint_key(args.checkpoint))
+        found = self.find(spec) if args.zoo_filter else None
+        return self.zoo.id_of(self.key(spec)) if found is None else found.id
+
+    # -- models ------------------------------------------------------------------------------------------
+
+    def find(self, spec: ModelSpec) -> Entry | None:
+        """The contributor's model where it is there already, without training anything."""
+        if spec not in self._found:
+            entry = self._find(spec, self.args(spec))
+            if entry is None:
+                return None
+            self._found[spec] = entry
+        return self._found[spec]
+
+    def _find(self, spec: ModelSpec, args: ModelArgs) -> Entry | None:
+        if args.checkpoint is not None:
+            return self.zoo.get(self._checkpoint_key(args.checkpoint))
+        if args.zoo_filter and args.load_from_zoo != "no":
+            found = self.zoo.find(**self._wanted(spec, args))
+            if found:
+                return max(found, key=lambda entry: (entry.created, entry.id))
+            if args.load_from_zoo == "yes":
+                return None
+        return None if args.load_from_zoo == "no" and not self.fresh else self.zoo.get(self.key(spec))
+
+    def _wanted(self, spec: ModelSpec, args: ModelArgs) -> dict[str, Any]:
+        """What a zoo's entry must have to stand for a contributor with a ``zoo_filter``."""
+        wanted = {"kind": "model", "model": self.config.pretrained.title, "set": spec.set, "seed": spec.seed}
+        return {**wanted, **args.zoo_filter}
+
+    def model(self, spec: ModelSpec) -> Entry:
+        """The contributor's model, trained when the zoo does not hold it.
+
+        Raises:
+            UserError: the configuration says that the zoo must hold it, and it does not; or anything that
+                training raises.
+        """
+        args = self.args(spec)
+        found = self.find(spec)
+        if found is not None:
+            return found
+        if args.checkpoint is not None:
+            return self._adopt(args.checkpoint)
+        if args.load_from_zoo == "yes":
+            raise self.absent(spec)
+        key = self.key(spec)
+
+        def make(folder: Path) -> Mapping[str, Any]:
+            suite = self.data.training_suite
+            done = train(
+                self.config.pretrained.model,
+                suite.task(spec.set),
+                self.rows(spec),
+                labels=suite.labels(spec.set),
+                output=folder / "trained",
+                settings=self.settings(args),
+                seed=spec.seed,
+                dev=self.data.rows(spec.set, DEV),
+                metric=suite.metric(spec.set),
+                work=self.zoo.work(key),
+                device=self.config.resources.device,
+                allow_pickle=self.allow_pickle,
+            )
+            _lift(folder)
+            if done.best_epoch is not None and len(done.dev_scores) > 1 == len(set(done.dev_scores)):
+                logger.warning(
+                    "%s (seed %s): every epoch scores %.3f on development data, so the first is kept",
+                    spec.name, spec.seed, done.dev_scores[0],
+                )  # fmt: skip
+            return _facts(done.dev_scores, done.best_epoch, folder)
+
+        return self.zoo.build(key, make)
+
+    def absent(self, spec: ModelSpec) -> UserError:
+        """The error for a contributor that must be in the zoo and is not; says what is there."""
+        args = self.args(spec)
+        what = f"the zoo holds no model of {spec.name} (seed {spec.seed})"
+        mend = "set load_from_zoo: maybe to train it, or look with: merganser zoo ls"
+        if args.zoo_filter:
+            there = explain([entry.key for entry in self.zoo.scan()[0]], self._wanted(spec, args))
+            what, mend = f"{what} and {args.zoo_filter}: {there.what}", f"{there.mend}; or {mend}"
+        else:
+            what += " with these settings"
+        return UserError(what, where=f"contributors.{spec.name}", mend=mend)
+
+    def multitask_key(self, cell: Cell) -> dict[str, Any]:
+        """What multi-task training on a cell's data depends on; not on the seeds of the single models."""
+        settings, sets = self.settings(), [spec.set for spec in cell.contributors]
+        return {
+            "kind": "multitask",
+            "shared": cell.heads != "separate",
+            "parts": [self._data_key(spec) for spec in cell.contributors],
+            "set": "+".join(spec.name for spec in cell.contributors),
+            "seed": cell.seed,
+            "suite": self.config.suite.name,
+            "model": self.config.pretrained.title,
+            "base": self.base,
+            "training": settings.model_dump(mode="json"),
+            **self._metrics(settings, sets),
+        }
+
+    def multitask(self, cell: Cell) -> Entry:
+        """One encoder trained on the data of every contributor of a cell."""
+        key = self.multitask_key(cell)
+
+        def make(folder: Path) -> Mapping[str, Any]:
+            done = train_multitask(
+                self.config.pretrained.model,
+                [self.part(spec) for spec in cell.contributors],
+                shared=key["shared"],
+                output=folder / "trained",
+                settings=self.settings(),
+                seed=cell.seed,
+                work=self.zoo.work(key),
+                device=self.config.resources.device,
+                allow_pickle=self.allow_pickle,
+            )
+            _lift(folder)
+            return _facts(done.dev_scores, done.best_epoch, folder / next(_subfolders(folder), ""))
+
+        return self.zoo.build(key, make)
+
+    def part(self, spec: ModelSpec, examples: Rows | None = None) -> Part:
+        """A contributor's share of multi-task training."""
+        suite = self.data.training_suite
+        return Part(
+            folder_name(spec.name),
+            suite.task(spec.set),
+            examples or self.rows(spec),
+            suite.labels(spec.set),
+            self.data.rows(spec.set, DEV),
+            suite.metric(spec.set),
+        )
+
+    def _checkpoint_key(self, reference: str) -> dict[str, Any]:
+        weights = weights_sha256(reference, self.allow_pickle)
+        return {"kind": "checkpoint", "reference": reference, "weights": weights}
+
+    def _adopt(self, reference: str) -> Entry:
+        def make(folder: Path) -> Mapping[str, Any]:
+            return {"weights": copy_model(reference, folder, self.allow_pickle)}
+
+        return self.zoo.build(self._checkpoint_key(reference), make)
+
+    # -- what is kept beside them ------------------------------------------------------------------------
+
+    def statistics(self, spec: ModelSpec, kind: str) -> Path:
+        """The Gram matrices (``gram``) or Fisher information (``fisher``) of a contributor's training data."""
+        entry, wanted, settings = self.model(spec), self.config.statistics, self.statistics_key(spec, kind)
+        task = self.data.suite.task(spec.set)
+
+        def make(path: Path) -> None:
+            collect(
+                entry.path,
+                self.rows(spec),
+                task=task,
+                grams=kind == "gram",
+                fisher=wanted.fisher if kind == "fisher" else None,
+                fisher_examples=None,
+                limit=settings["examples"],
+                output=path,
+                max_length=settings["max_length"],
+                device=self.device,
+                label=f"{self.config.suite.name}/{spec.name}",
+                overwrite=True,
+            )
+
+        return self.zoo.attach(entry, self.statistics_name(spec, kind), make)
+
+    def statistics_key(self, spec: ModelSpec, kind: str) -> dict[str, Any]:
+        """What the statistics of a contributor depend on beside its model."""
+        wanted = self.config.statistics
+        key = {
+            "version": STATISTICS,
+            "rows": self._train(spec)[1],
+            "examples": wanted.examples if kind == "gram" else wanted.fisher_examples,
+            "max_length": self.settings(self.args(spec)).max_length,
+        }
+        return {**key, "fisher": wanted.fisher} if kind == "fisher" else key
+
+    def statistics_name(self, spec: ModelSpec, kind: str) -> str:
+        """The file of a contributor's statistics beside its model."""
+        return f"statistics/{kind}-{_short(self.statistics_key(spec, kind))}.safetensors"
+
+    def prediction(self, entry: Entry, set_name: str, split: str, subfolder: str = "") -> Prediction:
+        """What a model of the zoo says of a test or development set, run at most once, however it is scored."""
+        task = self.data.training_suite.task(set_name)
+        settings = {
+            "rows": self.data.digest(set_name, split),
+            "task": task.name,
+            "options": asdict(task),
+            "max_length": self.settings().max_length,
+            "subfolder": subfolder,
+        }
+
+        def make(path: Path) -> None:
+            reference = entry.path / subfolder if subfolder else entry.path
+            save_prediction(self.predict(reference, set_name, split), path)
+
+        return load_prediction(self.zoo.attach(entry, f"outputs/{_short(settings)}.npz", make))
+
+    def predict(self, reference: str | Path, set_name: str, split: str) -> Prediction:
+        """What any model says of a test or development set."""
+        return self.predict_all(reference, [(set_name, split)])[0]
+
+    def predict_all(self, reference: str | Path, tests: list[tuple[str, str]]) -> list[Prediction]:
+        """What a model says of several sets; it is loaded once.
+
+        Args:
+            reference: a folder, or ``folder::heads/name``.
+            tests: (data set, split).
+        """
+        opened = open_model(reference)
+        tokenizer = load_tokenizer(opened)
+        task = self.data.suite.task(tests[0][0])
+        network = load_model(opened, task.model_class(opened.config), complete=task.complete)
+        prepare_padding(network, tokenizer)
+        network.to(self.device)
+        found = []
+        for set_name, split in tests:
+            task, rows = self.data.suite.task(set_name), self.data.rows(set_name, split)
+            found.append(
+                predict(
+                    network,
+                    tokenizer,
+                    opened.config,
+                    task,
+                    rows,
+                    task.columns(rows, Columns()),
+                    self.space(set_name, task, opened.config),
+                    name=str(reference),
+                    batch_size=self.config.batch_size,
+                    max_length=self.settings().max_length,
+                )
+            )
+        return found
+
+    def space(self, set_name: str, task: Task, config: Mapping[str, Any] | None = None) -> LabelSpace:
+        """The labels that a data set is scored over."""
+        labels = self.data.suite.labels(set_name)
+        return LabelSpace(tuple(labels)) if labels else task.space(config or {})
+
+
+def choose_device(wanted: str) -> str:
+    """``cpu`` or ``cuda``; ``auto`` is a GPU where this machine has one."""
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return wanted
+
+
+def folder_name(name: str) -> str:
+    """A contributor's name as a folder."""
+    return name.replace("/", "-")
+
+
+def _lift(folder: Path) -> None:
+    """Training writes a folder whole; its content is the entry's."""
+    inner = folder / "trained"
+    for path in inner.iterdir():
+        path.rename(folder / path.name)
+    inner.rmdir()
+
+
+def _subfolders(folder: Path) -> Any:
+    return iter(
+        [] if (folder / "config.json").exists() else sorted(p.name for p in folder.iterdir() if p.is_dir())
+    )
+
+
+def _facts(scores: Sequence[float], best: int | None, folder: Path) -> dict[str, Any]:
+    """What the zoo remembers of a training; epochs count from 1, and without a best one the last is kept."""
+    return {
+        "dev_scores": [round(float(score), 6) for score in scores],
+        "best_epoch": best,
+        "score": round(float(scores[(best or 0) - 1]), 6) if scores else None,
+        "weights": open_checkpoint(folder).manifest_sha256(),
+    }
+
+
+def _short(settings: Mapping[str, Any]) -> str:
+    text = json.dumps(settings, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

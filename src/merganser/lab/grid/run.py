@@ -1,0 +1,231 @@
+"""Running a grid: models first, then the order of greedy merges, then the cells; each once, whatever is killed.
+
+    run_experiment(config, results="results", zoo="zoo")
+
+Results lie in ``<results>/<experiment>/``: ``experiment.json`` (the resolved configuration of the last run),
+``order.json`` and one file a cell in ``cells/``, written whole and found again by content. The same command goes on
+where it was stopped, and other runs of the experiment (some contributors, some seeds) only add to it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from merganser.checkpoints import open_checkpoint
+from merganser.engines import Engine, Job, Outcome, SerialEngine
+from merganser.errors import require
+from merganser.files import is_url, parse_size, write_text
+from merganser.lab.grid.cells import Cell, expand
+from merganser.lab.grid.checks import check_inputs, remarks
+from merganser.lab.grid.config import ExperimentConfig, localised
+from merganser.lab.grid.folder import finished, open_folder, recall, results_name
+from merganser.lab.grid.identity import cell_id
+from merganser.lab.grid.models import Models
+from merganser.lab.grid.needs import Need, model_need, needs_of, unique_needs
+from merganser.lab.grid.order import compute_order, recorded_order
+from merganser.lab.grid.work import FUNCTION, needs_order
+from merganser.lab.zoo import Zoo
+
+#: Seconds; only proportions matter.
+_COSTS = {
+    "model": 90.0, "multitask": 300.0, "gram": 10.0, "fisher": 60.0, "merge": 8.0, "individual": 4.0, "ensemble": 1.0,
+}  # fmt: skip
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A job that could not be done.
+
+    Attributes:
+        job: what it was.
+        error: why.
+        cells: how many cells were left out for it.
+    """
+
+    job: str
+    error: str
+    cells: int = 0
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a run left behind.
+
+    Attributes:
+        folder: of the experiment's results.
+        cells: how many of the grid's cells have their rows now.
+        done: how many of them this run has added.
+        failures: what could not be done, each once; the finished cells stay.
+    """
+
+    folder: Path
+    cells: int
+    done: int
+    failures: tuple[Failure, ...]
+
+
+def run_experiment(
+    config: ExperimentConfig,
+    *,
+    results: str | Path,
+    zoo: str | Path,
+    engine: Engine | None = None,
+    allow_pickle: bool = False,
+) -> Finished:
+    """Run what is not finished of a grid.
+
+    Args:
+        config: see :func:`merganser.lab.grid.loading.load_config`.
+        results: the folder that holds a folder for each experiment.
+        zoo: a folder or an fsspec URL.
+        engine: where jobs run; this process by default.
+        allow_pickle: accept pickled weights (read with ``weights_only``) of the models that are given.
+
+    Returns:
+        What is there now. A job that fails does not stop the others, and is not tried again by each cell that needs
+        it: these are left out.
+
+    Raises:
+        UserError: data or a pretrained model that is not there, a results folder of another version.
+    """
+    require("lab", "an experiment", "accelerate")
+    folder = Path(results) / config.name
+    config, zoo = localised(config), zoo if is_url(zoo) else Path(zoo).expanduser().resolve()
+    fresh = results_name(folder, config)
+    models = Models(config, Zoo(zoo), allow_pickle=allow_pickle, fresh=fresh)
+    check_inputs(models)
+    for remark in remarks(models):
+        logger.warning("%s", remark)
+    open_folder(folder, config, fresh)
+    common = {
+        "config": config.model_dump(mode="json"),
+        "zoo": str(zoo),
+        "allow_pickle": allow_pickle,
+        "fresh": fresh,
+    }
+    grid = _Grid(models, folder, engine or SerialEngine(), common)
+    cells = {cell_id(models, cell): cell for cell in grid.expanded()}
+    recall(folder, set(cells))
+    left = {name: cell for name, cell in cells.items() if name not in finished(folder)}
+    grid.prepare(list(left.values()))
+    done = grid.work(left)
+    if not grid.failures:
+        shutil.rmtree(folder / "sums", ignore_errors=True)
+    failures = [Failure(job, error, grid.left_out[name]) for name, (job, error) in grid.failures.items()]
+    return Finished(folder, len(finished(folder) & set(cells)), done, tuple(failures))
+
+
+@dataclass
+class _Grid:
+    """The jobs of a run.
+
+    Attributes:
+        common: what every job is told.
+        failures: job id → description and error of the jobs that failed so far.
+        left_out: job id → how many cells were left out for it.
+    """
+
+    models: Models
+    folder: Path
+    engine: Engine
+    common: Mapping[str, Any]
+    failures: dict[str, tuple[str, str]] = field(default_factory=dict)
+    left_out: Counter[str] = field(default_factory=Counter)
+
+    def expanded(self) -> list[Cell]:
+        """The cells. Where a greedy order is to be computed, the models that it is computed from are made first.
+
+        If one of them cannot be made there is no order, and only the individual models are left.
+        """
+        config = self.models.config
+        if not needs_order(config):
+            return expand(config)
+        order = recorded_order(self.models, self.folder)
+        if order is not None:
+            return expand(config, order)
+        cells = expand(config)
+        singles = [cell for cell in cells if cell.kind == "individual"]
+        specs = dict.fromkeys(spec for cell in cells for spec in cell.contributors)
+        self._make([model_need(spec) for spec in specs])
+        if not self.failures:
+            return expand(config, compute_order(self.models, self.folder))
+        self.left_out[next(iter(self.failures))] += len(cells) - len(singles)
+        return singles
+
+    def prepare(self, cells: Sequence[Cell]) -> None:
+        """Have in the zoo what some cells need: models, then what is made from them."""
+        needs = unique_needs(self.models.config, cells)
+        self._make([need for need in needs if not need.after])
+        self._make([need for need in needs if need.after and need.after not in self.failures])
+
+    def _make(self, needs: Sequence[Need]) -> None:
+        jobs = [
+            self._job(need.id, need.description, _COSTS[need.what], need.payload)
+            for need in needs
+            if need.id not in self.failures
+        ]
+        for _ in self._outcomes(jobs):
+            continue
+
+    def work(self, cells: Mapping[str, Cell]) -> int:
+        """Work on cells and write their rows as they come; how many were done."""
+        jobs = []
+        for name, cell in cells.items():
+            missing = next((n.id for n in needs_of(self.models.config, cell) if n.id in self.failures), None)
+            if missing is not None:
+                self.left_out[missing] += 1
+                continue
+            payload = {
+                "what": "cell",
+                "cell": cell.to_json(),
+                "id": name,
+                "sums": _sums(self.folder, self.models.config, cell),
+            }
+            jobs.append(self._job(name, cell.description, _COSTS[cell.kind], payload))
+        done = 0
+        for outcome in self._outcomes(jobs):
+            text = json.dumps(outcome.result, indent=1, ensure_ascii=False) + "\n"
+            write_text(self.folder / "cells" / f"{outcome.job.id}.json", text)
+            done += 1
+        return done
+
+    def _outcomes(self, jobs: Sequence[Job]) -> Iterator[Outcome]:
+        if not jobs:
+            return
+        for outcome in self.engine.run(jobs, FUNCTION):
+            if outcome.error is None:
+                yield outcome
+            else:
+                self.failures[outcome.job.id] = outcome.job.description, outcome.error
+
+    def _job(self, name: str, description: str, cost: float, payload: Mapping[str, Any]) -> Job:
+        reserved = _resources(self.models)
+        return Job(name, description, {**self.common, **payload}, cost, **reserved)
+
+
+def _resources(models: Models) -> dict[str, Any]:
+    """What each job takes: training holds weights, gradients and two moments; a merge reads tensor by tensor."""
+    wanted = models.config.resources
+    if wanted.memory is not None:
+        memory = parse_size(wanted.memory)
+    else:
+        reference = models.config.pretrained.model
+        infos = open_checkpoint(reference, allow_pickle=models.allow_pickle).tensors.values()
+        memory = 6 * 4 * sum(math.prod(info.shape) for info in infos) + 10**9
+    return {"cpus": wanted.cpus, "gpus": wanted.gpus, "memory": memory}
+
+
+def _sums(folder: Path, config: ExperimentConfig, cell: Cell) -> str | None:
+    if cell.kind != "merge" or config.layout != "greedy":
+        return None
+    name = "".join(c if c.isalnum() else "-" for c in cell.method)
+    return str((folder / "sums" / f"{name}-{cell.heads}-{cell.seed}").resolve())

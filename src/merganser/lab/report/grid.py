@@ -1,0 +1,454 @@
+"""From rows to grids: which method has which score on which unit, and what is missing.
+
+A **grid** is what one set of tables is about: the rows of an experiment that share model, layout and heads. A
+**unit** is what methods are compared on: contributors and a seed. Individual models have one contributor each; on a
+unit they stand for its contributors: an in-domain test is scored by the models whose own test it is, an
+out-of-domain test by the mean over all of the unit's contributors.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from merganser.lab.report.rows import Domain, Kind, ResultRow
+
+DOMAINS: tuple[Domain, ...] = ("in", "out")
+KINDS: tuple[Kind, ...] = ("individual", "ensemble", "multitask", "merge")
+#: Published merges first, in the paper's order; others follow by name.
+KNOWN_ORDER = ("simple", "fisher", "regmean")
+HEADS = {
+    "same": "same head initialisation",
+    "different": "different head initialisation",
+    "separate": "separate heads",
+}
+METRICS = {
+    "macro_f1": "macro-F1",
+    "micro_f1": "micro-F1",
+    "f1": "F1",
+    "entity_f1": "entity F1",
+    "accuracy": "accuracy",
+    "matthews": "Matthews correlation",
+    "matthews_correlation": "Matthews correlation",
+    "pearson": "Pearson correlation",
+    "spearman": "Spearman correlation",
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A line of the tables; ``searched`` ones had their coefficients chosen on development data."""
+
+    kind: Kind
+    name: str
+    title: str
+    searched: bool = False
+
+    @property
+    def rank(self) -> tuple[int, int, str, str, bool]:
+        """Comparators first, then merges in the published order."""
+        known = KNOWN_ORDER.index(self.name) if self.name in KNOWN_ORDER else len(KNOWN_ORDER)
+        return KINDS.index(self.kind), known, self.name, self.title, self.searched
+
+
+#: Each test by the models whose own test it is; out-of-domain tests by all.
+INDIVIDUAL = Method("individual", "individual", "Individual")
+#: Each in-domain test by every model.
+EVERY = Method("individual", "individual-every", "Individual, all")
+
+
+@dataclass(frozen=True, order=True)
+class Unit:
+    """What methods are compared on. ``contributors`` are sorted: their order does not matter to a merge."""
+
+    contributors: tuple[str, ...]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Value:
+    """A score × 100 and the ids of the cells that it comes from."""
+
+    points: float
+    cells: tuple[str, ...]
+
+
+Values = Mapping[Unit, Value]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The rows of an experiment that share model, layout and heads, without superseded ones."""
+
+    experiment: str
+    suite: str
+    model: str
+    layout: str
+    heads: str
+    rows: tuple[ResultRow, ...]
+
+    @cached_property
+    def _also_plain(self) -> frozenset[tuple[str, str]]:
+        """Names and titles of methods that ran without a coefficient search."""
+        return frozenset((row.method, row.title) for row in self.rows if row.chosen is None)
+
+    def method(self, row: ResultRow) -> Method:
+        """The method of a row. Searched ones say so in the title where the method also ran without."""
+        if row.kind == "individual":
+            return INDIVIDUAL
+        chosen = row.chosen is not None
+        both = chosen and (row.method, row.title) in self._also_plain
+        title = f"{row.title}, searched" if both else row.title
+        return Method(row.kind, row.method, title, chosen)
+
+    @cached_property
+    def methods(self) -> tuple[Method, ...]:
+        """Individual, ensemble and multi-task first, then the merges."""
+        found = {self.method(row) for row in self.rows}
+        if any(
+            score.domain == "other" for row in self._individuals.values() for score in row.scores.values()
+        ):
+            found.add(EVERY)
+        return tuple(sorted(found, key=lambda method: method.rank))
+
+    @property
+    def merges(self) -> tuple[Method, ...]:
+        """The merging methods alone."""
+        return tuple(method for method in self.methods if method.kind == "merge")
+
+    @cached_property
+    def _cells(self) -> dict[tuple[Method, Unit], ResultRow]:
+        return {(self.method(row), unit_of(row)): row for row in self.rows if row.kind != "individual"}
+
+    @cached_property
+    def _individuals(self) -> dict[tuple[str, int], ResultRow]:
+        return {(row.contributors[0], row.seed): row for row in self.rows if row.kind == "individual"}
+
+    @cached_property
+    def units(self) -> tuple[Unit, ...]:
+        """The units of the merges; of the comparators where nothing was merged."""
+        kinds: tuple[Iterable[Kind], ...] = (("merge",), ("ensemble", "multitask"), ("individual",))
+        for some in kinds:
+            found = {unit_of(row) for row in self.rows if row.kind in some}
+            if found:
+                place = {name: index for index, name in enumerate(self.contributors)}
+                return tuple(
+                    sorted(
+                        found,
+                        key=lambda u: (
+                            len(u.contributors),
+                            sorted(place[c] for c in u.contributors),
+                            u.seed,
+                        ),
+                    )
+                )
+        return ()
+
+    @cached_property
+    def seeds(self) -> tuple[int, ...]:
+        """The seeds of the units."""
+        return tuple(sorted({unit.seed for unit in self.units}))
+
+    @cached_property
+    def contributors(self) -> tuple[str, ...]:
+        """All contributors, by the mean of their places in the rows: the order that the experiment names them in."""
+        places: dict[str, list[int]] = {name: [] for row in self.rows for name in row.contributors}
+        for row in self.rows:
+            for position, name in enumerate(row.contributors if len(row.contributors) > 1 else ()):
+                places[name].append(position)
+        return tuple(
+            sorted(
+                places, key=lambda name: (statistics.fmean(places[name]) if places[name] else math.inf, name)
+            )
+        )
+
+    @cached_property
+    def sets(self) -> dict[str, str]:
+        """Contributor → its data set, where the rows agree on one.
+
+        A contributor that no row gives a set for has that of its individual row's only in-domain test.
+        """
+        said: dict[str, set[str]] = {}
+        tested: dict[str, set[str]] = {}
+        for row in self.rows:
+            for name, own in zip(row.contributors, row.sets, strict=False):
+                if own:
+                    said.setdefault(name, set()).add(own)
+            inside = [_bare(test) for test, score in row.scores.items() if score.domain == "in"]
+            if row.kind == "individual" and len(inside) == 1:
+                tested.setdefault(row.contributors[0], set()).add(inside[0])
+        return {name: next(iter(found)) for name, found in {**tested, **said}.items() if len(found) == 1}
+
+    @cached_property
+    def _claims(self) -> Counter[str]:
+        """How many contributors a data set would stand for."""
+        return Counter(self.sets.get(name, name) for name in self.contributors)
+
+    def show(self, contributor: str) -> str:
+        """A contributor as people are to read it: by its data set, where that is known.
+
+        With several contributors of one data set the name follows in brackets. A part such as ``rte/1`` has the set
+        in its name already.
+        """
+        own = self.sets.get(contributor)
+        if own is None or own in (contributor, _stem(contributor)):
+            return contributor
+        return own if self._claims[own] == 1 else f"{own} ({contributor})"
+
+    def label(self, contributors: Iterable[str]) -> str:
+        """Contributors as tables name them."""
+        place = {name: index for index, name in enumerate(self.contributors)}
+        return " + ".join(map(self.show, sorted(contributors, key=lambda name: place[name])))
+
+    @cached_property
+    def orders(self) -> dict[tuple[str, ...], tuple[int, ...]]:
+        """The longest contributor list of each seed, as its rows give it → the seeds that have it."""
+        longest: dict[int, tuple[str, ...]] = {}
+        for row in self.rows:
+            if row.kind == "merge" and len(row.contributors) > len(longest.get(row.seed, ())):
+                longest[row.seed] = row.contributors
+        return {
+            order: tuple(sorted(s for s in longest if longest[s] == order))
+            for order in sorted(longest.values())
+        }
+
+    def row(self, method: Method, unit: Unit) -> ResultRow | None:
+        """The row of a method other than the individual models."""
+        return self._cells.get((method, unit))
+
+    @cached_property
+    def _tests(self) -> dict[Unit, dict[str, Domain]]:
+        found: dict[Unit, dict[str, Domain]] = {unit: {} for unit in self.units}
+        for (_, unit), row in sorted(self._cells.items(), key=lambda item: item[0][0].rank, reverse=True):
+            if unit in found:
+                found[unit].update({name: score.domain for name, score in row.scores.items()})
+        for row in self._individuals.values():
+            if unit_of(row) in found:
+                found[unit_of(row)].update({name: score.domain for name, score in row.scores.items()})
+        return found
+
+    def tests(self, domain: Domain, units: Sequence[Unit] | None = None) -> tuple[str, ...]:
+        """The tests of a domain: those of the contributors' data sets in their order, then by name."""
+        chosen = self.units if units is None else units
+        names = {name for unit in chosen for name, own in self._tests[unit].items() if own == domain}
+        place: dict[str, int] = {}
+        for name in self.contributors:
+            for own in (self.sets[name],) if name in self.sets else (name, _stem(name)):
+                place.setdefault(own, len(place))
+        return tuple(sorted(names, key=lambda name: (place.get(_bare(name), len(place)), name)))
+
+    @property
+    def domains(self) -> tuple[Domain, ...]:
+        """``in``, ``out`` or both: those with tests."""
+        return tuple(domain for domain in DOMAINS if self.tests(domain))
+
+    @cached_property
+    def metrics(self) -> tuple[str, ...]:
+        """The key metrics of the tests, as people write them."""
+        names = {score.metric for row in self.rows for score in row.scores.values()}
+        return tuple(sorted(METRICS.get(name, name.replace("_", " ")) for name in names))
+
+    def on_test(self, method: Method, unit: Unit, test: str) -> Value | None:
+        """A method's score on one test of a unit; None where it is missing."""
+        if method.kind != "individual":
+            row = self.row(method, unit)
+            score = row.scores.get(test) if row else None
+            return (
+                Value(100 * score.value, (row.cell,)) if row and score and score.value is not None else None
+            )
+        if method == EVERY and self._tests[unit].get(test) != "in":
+            return None
+        scores = []
+        for name in unit.contributors:
+            row = self._individuals.get((name, unit.seed))
+            if row is None:
+                return None
+            score = row.scores.get(test)
+            if score is not None and (method == EVERY or score.domain == self._tests[unit].get(test)):
+                scores.append((row, score.value))
+            elif method == EVERY:
+                return None
+        values = [Value(100 * value, (row.cell,)) for row, value in scores if value is not None]
+        return mean_of(values) if values and len(values) == len(scores) else None
+
+    def of_model(self, contributor: str, test: str) -> dict[Unit, Value]:
+        """The score of a single model on any test, by seed."""
+        found = {}
+        for (name, seed), row in sorted(self._individuals.items(), key=lambda item: item[0]):
+            score = row.scores.get(test)
+            if name == contributor and score is not None and score.value is not None:
+                found[Unit((name,), seed)] = Value(100 * score.value, (row.cell,))
+        return found
+
+    def on_domain(self, method: Method, unit: Unit, domain: Domain) -> Value | None:
+        """A method's average over the tests of a domain; None where one is missing."""
+        if method.kind != "individual":
+            row = self.row(method, unit)
+            average = row.domain_average(domain) if row else None
+            return Value(100 * average, (row.cell,)) if row and average is not None else None
+        if method == EVERY and domain != "in":
+            return None
+        values = [self.on_test(method, unit, test) for test in self.tests(domain, [unit])]
+        known = [value for value in values if value is not None]
+        return mean_of(known) if known and len(known) == len(values) else None
+
+    def label_scores(self, method: Method, unit: Unit) -> dict[tuple[str, str], Value]:
+        """(In-domain test, label) → score; of an individual model only on its own test."""
+        if method == EVERY:
+            return {}
+        if method.kind == "individual":
+            rows = [self._individuals.get((name, unit.seed)) for name in unit.contributors]
+        else:
+            rows = [self.row(method, unit)]
+        return {
+            (test, label): Value(100 * value, (row.cell,))
+            for row in rows
+            if row
+            for test, score in row.scores.items()
+            if score.domain == "in"
+            for label, value in score.per_label.items()
+            if value is not None
+        }
+
+    def by_domain(self, domain: Domain, units: Sequence[Unit]) -> dict[Method, Values]:
+        """Method → unit → average over the tests of a domain."""
+        return {
+            method: {u: v for u in units if (v := self.on_domain(method, u, domain)) is not None}
+            for method in self.methods
+        }
+
+    def by_test(self, test: str, units: Sequence[Unit]) -> dict[Method, Values]:
+        """Method → unit → score on a test."""
+        return {
+            method: {u: v for u in units if (v := self.on_test(method, u, test)) is not None}
+            for method in self.methods
+        }
+
+    def gaps(self) -> list[str]:
+        """What is missing, a sentence each: methods without some units, and units without some seeds.
+
+        A comparator is expected only at the numbers of models at which it is known at all.
+        """
+        told = []
+        units = set(self.units)
+        for method in self.methods:
+            has = {u for u in units if any(self.on_domain(method, u, d) is not None for d in self.domains)}
+            sizes = {len(u.contributors) for u in has}
+            due = [
+                u for u in self.units if method.kind == "merge" or len(u.contributors) in sizes or not sizes
+            ]
+            missing: dict[str, list[str]] = {}
+            for unit in due:
+                if unit not in has:
+                    missing.setdefault(self.label(unit.contributors), []).append(str(unit.seed))
+            if missing:
+                listed = [
+                    f"{label} (seed{'s' * (len(seeds) > 1)} {', '.join(seeds)})"
+                    for label, seeds in missing.items()
+                ]
+                shown = "; ".join(listed[:4]) + (f"; and {len(listed) - 4} more" if len(listed) > 4 else "")
+                told.append(f"{method.title} has {len(has)} of {len(due)} cells. Missing: {shown}.")
+        if self.layout == "greedy":
+            grown = {(len(u.contributors), u.seed) for u in units}
+            expected = len({n for n, _ in grown}) * len(self.seeds)
+            have, what = len(grown), "numbers of models × seeds"
+        else:
+            expected = len({u.contributors for u in units}) * len(self.seeds)
+            have, what = len(units), ("pairs" if self.layout == "pairs" else "sets of models") + " × seeds"
+        if have < expected:
+            told.append(f"Only {have} of {expected} {what} have been computed by any method.")
+        return told
+
+
+def unit_of(row: ResultRow) -> Unit:
+    """The unit that a row belongs to."""
+    return Unit(tuple(sorted(row.contributors)), row.seed)
+
+
+def mean_of(values: Sequence[Value]) -> Value:
+    """The mean of values, with the cells of all."""
+    cells = dict.fromkeys(cell for value in values for cell in value.cells)
+    return Value(statistics.fmean(value.points for value in values), tuple(cells))
+
+
+def _bare(test: str) -> str:
+    """The data set of a test: ``isear[test]`` → ``isear``."""
+    return re.sub(r"(?<=.)\[\w+\]$", "", test)
+
+
+def _stem(contributor: str) -> str:
+    """What a part is part of: ``rte/1`` → ``rte``; any other name as it is."""
+    return contributor.rpartition("/")[0] or contributor
+
+
+def common_units(values: Mapping[Method, Values]) -> tuple[frozenset[Unit], frozenset[Method]]:
+    """The units that the merges are compared on, and the methods that have them all.
+
+    A merge with less than half of the units of the fullest one does not take part, so that a method that has just
+    begun does not throw away everybody else's cells.
+    """
+    merges = {method: set(found) for method, found in values.items() if method.kind == "merge" and found}
+    sets = list(merges.values()) or [set(found) for found in values.values() if found]
+    if not sets:
+        return frozenset(), frozenset()
+    most = max(map(len, sets))
+    common = frozenset.intersection(*(frozenset(found) for found in sets if 2 * len(found) >= most))
+    if not common:
+        common = frozenset(sorted(sets, key=len)[-1])
+    return common, frozenset(method for method, found in values.items() if common <= set(found))
+
+
+def make_grids(rows: Sequence[ResultRow]) -> tuple[list[Grid], list[ResultRow]]:
+    """Grids of one experiment's rows, and the rows that a later one of the same cell supersedes.
+
+    A later row of an individual model that says nothing new is left out without being one of these: an experiment
+    with fewer contributors scores the same models on fewer tests.
+    """
+    newest: dict[tuple[object, ...], ResultRow] = {}
+    old = []
+    for row in sorted(rows, key=lambda row: (row.provenance.finished, row.cell)):
+        title = "" if row.kind == "individual" else row.title
+        key = (
+            row.model,
+            row.layout,
+            row.heads,
+            row.kind,
+            row.method,
+            title,
+            row.chosen is None,
+            unit_of(row),
+        )
+        if key in newest:
+            if _repeats(newest[key], row):
+                continue
+            old.append(newest[key])
+        newest[key] = row
+    groups: dict[tuple[str, str, str], list[ResultRow]] = {}
+    for row in sorted(newest.values(), key=lambda row: row.cell):
+        groups.setdefault((row.model, row.layout, row.heads), []).append(row)
+    order = list(HEADS)
+    keys = sorted(groups, key=lambda key: (key[0], key[1], order.index(key[2])))
+    return [
+        Grid(groups[key][0].experiment, groups[key][0].suite, *key, tuple(groups[key])) for key in keys
+    ], old
+
+
+def _repeats(older: ResultRow, row: ResultRow) -> bool:
+    """Whether a row is of the same individual model as an older one that has all of its scores."""
+    weights = _weights(row)
+    return (
+        row.kind == "individual"
+        and bool(weights)
+        and weights == _weights(older)
+        and row.scores.items() <= older.scores.items()
+    )
+
+
+def _weights(row: ResultRow) -> list[str]:
+    """The hashes of the weights of a row's contributors, as far as they are known."""
+    return [origin.weights for origin in row.provenance.contributors if origin.weights]

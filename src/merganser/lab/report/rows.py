@@ -1,0 +1,265 @@
+"""Result rows: the files that an experiment leaves, read and checked before anything is computed of them.
+
+    rows = read_rows(Path("results"))         # results/<experiment>/cells/<id>.json
+    rows = read_rows(Path("results/ner"))     # one experiment: cells/<id>.json
+    rows = read_rows(Path("rows.jsonl"))      # or .json with a list of rows
+
+Scores are in 0–1 here as in the files; the tables show them × 100.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from merganser.errors import DataError, UserError, raise_all
+
+FORMAT = 1
+#: More broken files than this are counted, not listed.
+MOST_PROBLEMS = 10
+
+Layout = Literal["pairs", "greedy", "all", "partitions"]
+Kind = Literal["individual", "ensemble", "multitask", "merge"]
+Heads = Literal["same", "different", "separate"]
+#: ``other``: an individual model on the test of another contributor; it counts in no average of the row.
+Domain = Literal["in", "out", "other"]
+
+
+def _finite(value: Any) -> Any:
+    """NaN and infinity (an undefined correlation) are no score."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+Number = Annotated[float | None, BeforeValidator(_finite)]
+
+
+class _Part(BaseModel):
+    """Frozen; keys that a newer writer of the same format adds are passed over."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class Score(_Part):
+    """The score on one test set: ``value`` is of ``metric``, ``all`` has every metric of the task.
+
+    ``standard_error`` is that of the value, by bootstrap over the examples, where the experiment asks for it.
+    """
+
+    domain: Domain
+    metric: str
+    value: Number
+    all: dict[str, Number] = Field(default_factory=dict)
+    per_label: dict[str, Number] = Field(default_factory=dict)
+    examples: int | None = None
+    truncated: int | None = None
+    standard_error: Number = None
+
+
+class Candidate(_Part):
+    """Coefficients that were tried, and their score on development data."""
+
+    coefficients: tuple[float, ...]
+    dev: Number = None
+
+
+class Chosen(_Part):
+    """A coefficient search; ``best`` is the index of the candidate that the scores belong to."""
+
+    by: str = "dev"
+    candidates: tuple[Candidate, ...] = Field(min_length=1)
+    best: int = Field(ge=0)
+
+
+class Origin(_Part):
+    """Where a contributor came from; ``score`` is its own on development data, ``examples`` counts its training
+    examples."""
+
+    name: str
+    zoo: str | None = None
+    seed: int | None = None
+    weights: str | None = None
+    statistics: str | None = None
+    score: Number = None
+    examples: int | None = None
+
+
+class Provenance(_Part):
+    """What the scores can be traced to."""
+
+    base: str | None = None
+    contributors: tuple[Origin, ...] = ()
+    data: dict[str, str | None] = Field(default_factory=dict)
+    tensors: dict[str, int] = Field(default_factory=dict)
+    settings: dict[str, Any] = Field(default_factory=dict)
+    versions: dict[str, Any] = Field(default_factory=dict)
+    seconds: float = 0.0
+    finished: str = ""
+
+
+class ResultRow(_Part):
+    """One cell of an experiment's grid.
+
+    ``contributors`` are their names, which units and other rows know them by; ``sets`` are their data sets, in the same
+    order. Rows of older writers have none.
+    """
+
+    format: Literal[1]
+    cell: str = Field(min_length=1)
+    experiment: str = Field(min_length=1)
+    suite: str
+    model: str
+    layout: Layout
+    kind: Kind
+    method: str
+    title: str
+    contributors: tuple[str, ...] = Field(min_length=1)
+    sets: tuple[str, ...] = ()
+    seed: int
+    heads: Heads = "same"
+    scores: dict[str, Score]
+    average: dict[Domain, Number] = Field(default_factory=dict)
+    chosen: Chosen | None = None
+    provenance: Provenance = Provenance()
+
+    def domain_average(self, domain: Domain) -> float | None:
+        """The row's own average, else the mean over its tests of a domain; None where a score is missing."""
+        if domain in self.average:
+            return self.average[domain]
+        values = [score.value for score in self.scores.values() if score.domain == domain]
+        known = [value for value in values if value is not None]
+        return sum(known) / len(known) if known and len(known) == len(values) else None
+
+
+def read_rows(path: Path) -> tuple[ResultRow, ...]:
+    """All rows under a results folder, or of one file, sorted by experiment and cell.
+
+    Raises:
+        DataError: there are no rows, or one cannot be read; several such files come as one
+            :class:`~merganser.errors.Problems`.
+    """
+    rows: dict[tuple[str, str], ResultRow] = {}
+    problems: list[UserError] = []
+    for where, value in _values(path):
+        try:
+            if isinstance(value, UserError):
+                raise value
+            row = _parse(value, where)
+            if rows.setdefault((row.experiment, row.cell), row) != row:
+                raise DataError(
+                    f"another row has the cell id {row.cell}, with other contents",
+                    where=where,
+                    mend="keep one of the two",
+                )
+        except UserError as error:
+            problems.append(error)
+    if len(problems) > MOST_PROBLEMS:
+        rest = len(problems) - MOST_PROBLEMS
+        problems = [*problems[:MOST_PROBLEMS], DataError(f"and {rest} more like these", where=path)]
+    raise_all(problems)
+    if not rows:
+        raise DataError(
+            "no result rows here",
+            where=path,
+            mend="give the folder that `merganser experiment` wrote (it holds <experiment>/cells/*.json), "
+            "or a .json or .jsonl file of rows",
+        )
+    return tuple(rows[key] for key in sorted(rows))
+
+
+def render_rows(rows: Iterable[ResultRow]) -> str:
+    """Rows as JSON, a line each, with the fields that they were read with."""
+    lines = (row.model_dump(mode="json", exclude_unset=True) for row in rows)
+    return "".join(f"{json.dumps(line, ensure_ascii=False, sort_keys=True)}\n" for line in lines)
+
+
+def _values(path: Path) -> Iterator[tuple[str, Any]]:
+    """Place and parsed JSON of each row; a DataError in its stead where it cannot be parsed."""
+    if not path.exists():
+        yield (
+            str(path),
+            DataError("there is no such file or folder", where=path, mend="check the path of the results"),
+        )
+        return
+    for file in _files(path):
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            yield str(file), DataError(f"cannot be read: {error}", where=file, mend="give a UTF-8 JSON file")
+            continue
+        if file.suffix == ".jsonl":
+            for number, line in enumerate(text.splitlines(), 1):
+                if line.strip():
+                    yield f"{file}:{number}", _json(line, f"{file}:{number}")
+            continue
+        value = _json(text, str(file))
+        if isinstance(value, list):
+            yield from ((f"{file}[{index}]", item) for index, item in enumerate(value))
+        else:
+            yield str(file), value
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    inside = ["cells/*.json", "rows.jsonl"]  # of an experiment's folder; rows.jsonl is how rows are published
+    patterns = ["*.json"] if path.name == "cells" else [*inside, *(f"*/{pattern}" for pattern in inside)]
+    found = [file for pattern in patterns for file in path.glob(pattern)]
+    return sorted(file for file in found if not file.name.startswith("."))
+
+
+def _json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        return DataError(
+            f"not JSON: {error}",
+            where=where,
+            mend="delete the file and run the experiment again: only missing cells are computed",
+        )
+
+
+def _parse(value: Any, where: str) -> ResultRow:
+    if not isinstance(value, dict) or "format" not in value:
+        raise DataError(
+            "not a result row: it has no 'format'", where=where, mend="give files that an experiment wrote"
+        )
+    if value["format"] != FORMAT:
+        raise DataError(
+            f"a result row of format {value['format']!r}, written by merganser {_writer(value)}; "
+            f"this version reads format {FORMAT}",
+            where=where,
+            mend="use the merganser that wrote it, or run the experiment again with this one",
+        )
+    try:
+        row = ResultRow.model_validate(value)
+    except ValidationError as error:
+        told = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'row'}: {e['msg']}" for e in error.errors()[:5])
+        raise DataError(
+            f"not a result row: {told}",
+            where=where,
+            mend="delete the file and run the experiment again: only missing cells are computed",
+        ) from error
+    if row.sets and len(row.sets) != len(row.contributors):
+        raise DataError(
+            f"there are {len(row.contributors)} contributors, but {len(row.sets)} sets",
+            where=where,
+            mend="delete the file and run the experiment again",
+        )
+    if row.chosen and row.chosen.best >= len(row.chosen.candidates):
+        raise DataError(
+            f"chosen.best is {row.chosen.best}, but there are {len(row.chosen.candidates)} candidates",
+            where=where,
+            mend="delete the file and run the experiment again",
+        )
+    return row
+
+
+def _writer(value: dict[str, Any]) -> str:
+    provenance = value.get("provenance")
+    versions = provenance.get("versions") if isinstance(provenance, dict) else None
+    return str(versions.get("merganser", "(unknown)")) if isinstance(versions, dict) else "(unknown)"

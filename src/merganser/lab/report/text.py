@@ -1,0 +1,159 @@
+"""A report as Markdown, as long-format CSV, and on a terminal."""
+
+from __future__ import annotations
+
+import csv
+import io
+import textwrap
+from collections.abc import Iterator, Sequence
+
+from rich import box
+from rich.markup import escape
+from rich.table import Table as RichTable
+
+from merganser.lab.report.grid import Grid
+from merganser.lab.report.sections import Section
+from merganser.lab.report.tables import Cell, Table
+
+CSV_COLUMNS = (
+    "experiment",
+    "model",
+    "heads",
+    "layout",
+    "table",
+    "group",
+    "row",
+    "column",
+    "mean",
+    "std",
+    "units",
+    "seeds",
+    "partial",
+    "mark",
+    "text",
+    "cells",
+)
+
+
+def render_markdown(sections: Sequence[Section]) -> str:
+    """All tables as GitHub Markdown: best merge bold, second best in italics."""
+    parts = []
+    for section in sections:
+        parts.append(f"# {section.title}")
+        parts.append("\n".join(f"- **{name}**: {_md(value)}" for name, value in section.facts))
+        parts.extend(f"> {_md(notice)}" for notice in section.notices)
+        parts.append("In Markdown the second best is in italics. " + " ".join(map(_md, section.how[:-1])))
+        for block in section.blocks:
+            parts.append(f"## {_md(block.title)}")
+            parts.extend(f"> {_md(notice)}" for notice in block.notices)
+            parts.extend(f"Order: {_md(order)}" for order in block.orders)
+            for table in block.every_table:
+                parts.append(f"### {_md(table.title)}")
+                parts.append(_markdown(table))
+                if table.caption:
+                    parts.append(_md(table.caption))
+    return "\n\n".join(parts) + "\n"
+
+
+def _markdown(table: Table) -> str:
+    grouped = any(line.group for line in table.lines)
+    heads = ([""] if grouped else []) + [table.corner, *table.columns]
+    rules = ["---"] * (2 if grouped else 1)
+    rules += ["---:" if table.is_numeric(index) else "---" for index in range(len(table.columns))]
+    rows = [heads, rules]
+    for line in table.lines:
+        cells = [_md_cell(cell) for cell in line.cells]
+        title = f"**{_md(line.title)}**" if line.total else _md(line.title)
+        rows.append(([_md(line.group)] if grouped else []) + [title, *cells])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _md_cell(cell: Cell) -> str:
+    shown = _md(cell.shown)
+    shown = {"best": f"**{shown}**", "second": f"*{shown}*"}.get(cell.mark, shown)
+    more = [
+        _md(cell.stars),
+        cell.deviation and f" {cell.deviation}",
+        f" (n={cell.n})" if cell.counted else "",
+    ]
+    return shown + "".join(filter(None, more))
+
+
+def _md(text: str) -> str:
+    for character in "\\|*_<>`[]":
+        text = text.replace(character, f"\\{character}")
+    return text.replace("\n", " ")
+
+
+def render_csv(sections: Sequence[Section]) -> str:
+    """All tables, a line a number: means and deviations in points, unrounded, with the ids of their cells."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(CSV_COLUMNS)
+    for section in sections:
+        for block in section.blocks:
+            for table in block.every_table:
+                writer.writerows(_csv_rows(section, block.grid, table))
+    return stream.getvalue()
+
+
+def _csv_rows(section: Section, grid: Grid, table: Table) -> Iterator[list[object]]:
+    for line in table.lines:
+        for column, cell in zip(table.columns, line.cells, strict=True):
+            if cell.value is None and cell.text is None:
+                continue
+            yield [
+                section.title,
+                grid.model,
+                grid.heads,
+                grid.layout,
+                table.key,
+                line.group,
+                line.title,
+                column,
+                "" if cell.value is None else repr(cell.value),
+                "" if cell.std is None else repr(cell.std),
+                cell.n or "",
+                cell.seeds or "",
+                "yes" if cell.counted else "",
+                cell.mark,
+                cell.text or "",
+                " ".join(cell.cells),
+            ]
+
+
+def terminal_tables(sections: Sequence[Section]) -> Iterator[RichTable | str]:
+    """The main tables and what is missing, for a terminal."""
+    for section in sections:
+        yield f"[bold]{escape(section.title)}[/bold]"
+        for block in section.blocks:
+            yield from (f"[yellow]{escape(notice)}[/yellow]" for notice in block.notices)
+            for table in block.tables:
+                if table.main:
+                    yield f"[dim]{escape(block.title)}:[/dim] {escape(table.title)}"
+                    yield _rich(table)
+
+
+def _rich(table: Table) -> RichTable:
+    drawn = RichTable(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    drawn.add_column(escape(table.corner), no_wrap=True)
+    for index, column in enumerate(table.columns):
+        heading = textwrap.fill(column, 12, break_long_words=False, break_on_hyphens=False)
+        drawn.add_column(
+            escape(heading), justify="right" if table.is_numeric(index) else "left", no_wrap=True
+        )
+    group = None
+    for line in table.lines:
+        if group is not None and line.group != group:
+            drawn.add_section()
+        group = line.group
+        drawn.add_row(escape(line.title), *map(_rich_cell, line.cells))
+    return drawn
+
+
+def _rich_cell(cell: Cell) -> str:
+    shown = escape(cell.shown)
+    style = {"best": "bold", "second": "underline"}.get(cell.mark)
+    shown = f"[{style}]{shown}[/{style}]" if style else shown
+    more = cell.stars + (f" {cell.deviation}" if cell.deviation else "")
+    return shown + more + (f" n={cell.n}" if cell.counted else "")

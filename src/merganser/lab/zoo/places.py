@@ -1,0 +1,137 @@
+"""Where entries lie: a local folder, or anything that fsspec can reach. Names are ``<id>/…``, written with ``/``."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from merganser.files import RemoteFolder
+from merganser.lab.zoo.keys import ZooError
+from merganser.lab.zoo.record import ENTRY, MAX_BYTES, FileRecord, is_id, record_file
+
+#: Protocols without folders: what is absent there is the bucket, and that is not ours to create.
+_OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss"}
+
+
+class Folder:
+    """Entries in a local folder.
+
+    Args:
+        root: the folder; it need not exist.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def where(self, name: str) -> str:
+        """The name as messages show it."""
+        return str(self.root / name)
+
+    def ids(self) -> list[str]:
+        """The ids that have an ``entry.json``, in order."""
+        if not self.root.is_dir():
+            return []
+        return sorted(p.name for p in self.root.iterdir() if is_id(p.name) and (p / ENTRY).is_file())
+
+    def read(self, name: str) -> bytes | None:
+        """The bytes of a small file, ``None`` where there is none."""
+        try:
+            with (self.root / name).open("rb") as stream:
+                return stream.read(MAX_BYTES + 1)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def read_many(self, names: list[str]) -> dict[str, bytes | None]:
+        """The bytes of several small files."""
+        return {name: self.read(name) for name in names}
+
+    def sizes(self, identity: str) -> dict[str, int]:
+        """The files of an entry with their sizes, by name below ``<id>/``."""
+        folder = self.root / identity
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+
+    def digest(self, name: str) -> FileRecord | None:
+        """Hash and size of a file, ``None`` where there is none."""
+        try:
+            return record_file(self.root / name)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+
+class Remote(RemoteFolder):
+    """Entries at an fsspec URL."""
+
+    def ids(self) -> list[str]:
+        """The ids that there are folders of, finished or not, in order."""
+        try:
+            with self.reached() as (system, root):
+                found = [path.rstrip("/").rsplit("/", 1)[-1] for path in system.ls(root, detail=False)]
+        except FileNotFoundError:
+            return []
+        return [name for name in sorted(set(found)) if is_id(name)]
+
+    def read(self, name: str, limit: int = MAX_BYTES + 1) -> bytes | None:
+        """The bytes of a small file, ``None`` where there is none."""
+        return super().read(name, limit)
+
+    def read_many(self, names: list[str]) -> dict[str, bytes | None]:
+        """The bytes of several small files."""
+        with ThreadPoolExecutor(8) as pool:
+            return dict(zip(names, pool.map(self.read, names), strict=True))
+
+    def digest(self, name: str) -> FileRecord | None:
+        """Hash and size of a file, read as a stream; ``None`` where there is none."""
+        digest, size = hashlib.sha256(), 0
+        try:
+            with self.reached(name) as (system, path), system.open(path, "rb") as stream:
+                while block := stream.read(2**20):
+                    digest.update(block)
+                    size += len(block)
+        except FileNotFoundError:
+            return None
+        return FileRecord(digest.hexdigest(), size)
+
+    def fetch(self, name: str, target: Path, record: FileRecord) -> None:
+        """Download a file and compare it with its record.
+
+        Raises:
+            ZooError: it is absent, of another size or of another hash; ``target`` is removed then.
+        """
+        size = self.size(name)
+        if size != record.size:  # asked first: a stranger's file may be endless
+            raise damaged(self.where(name), f"{size} bytes" if size is not None else "absent", record)
+        try:
+            self.get(name, target)
+        except FileNotFoundError:
+            raise damaged(self.where(name), "absent", record) from None
+        found = record_file(target)
+        if found != record:
+            target.unlink()
+            raise damaged(self.where(name), f"SHA-256 {found.sha256}", record)
+
+    def prepare(self) -> None:
+        """Make sure that something can be written here, before there is something to write.
+
+        Raises:
+            FileError: it cannot.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "probe").write_bytes(b"merganser zoo\n")
+            self.put(Path(folder) / "probe", ".zoo")
+
+    def delete(self, identity: str) -> None:
+        """Remove an entry: ``entry.json`` first, so that nothing half-removed looks finished."""
+        self.remove(f"{identity}/{ENTRY}")
+        self.remove(identity)
+
+
+def damaged(where: str, found: str, record: FileRecord, mend: str | None = None) -> ZooError:
+    """The error for a file that is not as its record says."""
+    return ZooError(
+        f"damaged: {found}, but it was written with {record.size} bytes and SHA-256 {record.sha256}",
+        where=where,
+        mend=mend or "remove the entry with 'merganser zoo rm' and build it again",
+    )
