@@ -4,7 +4,7 @@ Variants take turns over the same batches, so that whatever else the machine doe
 
 forward  the model alone, without gradients
 naive    the known implementations' way, padding masked: a hook on every linear layer, one xᵀx a layer a batch
-uncut    ``merganser.statistics``: shared inputs once, buffered tokens, one triangle
+uncut    ``merganser.collection``: shared inputs once, buffered tokens, one triangle
 ours     the same, and batches run in pieces of similar length: what ``merganser collect`` does
 sampled  the same, and wide inputs keep a sample of their tokens: ``merganser collect --sample-tokens``
 
@@ -37,11 +37,10 @@ from transformers.pytorch_utils import Conv1D
 
 from merganser.checkpoints import open_checkpoint
 from merganser.checkpoints.layers import layers_of
-from merganser.statistics.gram import Workers
-from merganser.statistics.inputs import discover
-from merganser.statistics.observer import Observer
-from merganser.statistics.pieces import by_length
-from merganser.statistics.sampling import DEFAULT_SHARE, Sampling
+from merganser.collection.gram import Workers
+from merganser.collection.inputs import discover
+from merganser.collection.observer import Observer
+from merganser.collection.sampling import DEFAULT_SHARE, Sampling
 
 Batch = dict[str, Tensor]
 SAME = 1e-4  # largest difference that counts as equal, of a matrix's largest entry
@@ -127,7 +126,7 @@ def ours(
     wiring = discover(model, layers, batches[0])
     observer = Observer(model, layers, wiring, workers, torch.device("cpu"), sampling)
     for batch in batches:
-        for piece in by_length(batch, model, observer.most_tokens) if split else [batch]:
+        for piece in observer.pieces(batch) if split else [batch]:
             observer.add(piece)
     observer.finish()
     return {name: gram.mean_product() for name, gram in observer.grams.items()}, wiring.leaders

@@ -11,10 +11,10 @@ import torch
 import transformers
 
 from emotion_examples import EXAMPLES, NONE, Save, encoded, questions, write
+from merganser.collection import collect
 from merganser.errors import CheckpointError, UserError
 from merganser.statistics import Statistics
 from merganser.tasks.batches import IGNORED
-from merganser.tasks.collect import collect
 from merganser.tasks.columns import Columns
 from merganser.tasks.emotion_generation import (
     SENTINEL,

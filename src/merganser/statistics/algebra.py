@@ -11,9 +11,9 @@ from torch import Tensor
 
 from merganser.checkpoints.writer import TensorSpec
 from merganser.errors import StatisticsError
-from merganser.statistics.derived import Derived, Group
-from merganser.statistics.format import Statistics, StatisticsHeader
-from merganser.statistics.scores import FISHER_OF_ANNOTATED
+from merganser.statistics.format import FISHER_OF_ANNOTATED, StatisticsHeader
+from merganser.statistics.reading import Statistics
+from merganser.statistics.writing import LazyTensors, TensorGroup
 from merganser.tensors import pack_upper, roomy_empty
 
 MOST_ROWS = 2**53  # whole numbers up to here are exact in float64
@@ -32,11 +32,6 @@ def augment(gram: Tensor, mean: Tensor) -> Tensor:
     augmented[:width, width] = augmented[width, :width] = mean
     augmented[width, width] = 1.0
     return augmented
-
-
-def scale(gram: Tensor, factor: float) -> Tensor:
-    """A Gram matrix times ``factor``, such as a contributor's coefficient, in float32 or wider."""
-    return gram.to(torch.promote_types(gram.dtype, torch.float32)) * factor
 
 
 def add(parts: Sequence[Statistics]) -> tuple[StatisticsHeader, Mapping[str, Tensor]]:
@@ -61,7 +56,7 @@ def add(parts: Sequence[Statistics]) -> tuple[StatisticsHeader, Mapping[str, Ten
         for i, layer in enumerate(first.header.layers)
     )
     examples = [part.header.fisher_examples for part in parts]
-    groups: dict[str, Group] = {}
+    groups: dict[str, TensorGroup] = {}
     for i, layer in enumerate(layers):
         rows = [part.header.layers[i].rows for part in parts]
         if layer.input is None:
@@ -88,7 +83,7 @@ def add(parts: Sequence[Statistics]) -> tuple[StatisticsHeader, Mapping[str, Ten
             "notes": _notes(headers),
         }
     )
-    return header, Derived(list(groups.values()))
+    return header, LazyTensors(list(groups.values()))
 
 
 def _notes(headers: Sequence[StatisticsHeader]) -> tuple[str, ...]:
@@ -101,7 +96,7 @@ def _notes(headers: Sequence[StatisticsHeader]) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def weigh(statistics: Statistics, factor: float) -> tuple[StatisticsHeader, Mapping[str, Tensor]]:
+def scale(statistics: Statistics, factor: float) -> tuple[StatisticsHeader, Mapping[str, Tensor]]:
     """The same statistics with ``factor`` times the weight of evidence in :func:`add`.
 
     Gram matrices, means and Fisher information are averages and stay as they are. What :func:`add` weights them by
@@ -128,22 +123,22 @@ def weigh(statistics: Statistics, factor: float) -> tuple[StatisticsHeader, Mapp
             where="FACTOR",
             mend="give a smaller number",
         )
-    layers = tuple(layer.model_copy(update={"rows": _weighed(layer.rows, factor)}) for layer in header.layers)
-    weighed = header.model_copy(
+    layers = tuple(layer.model_copy(update={"rows": _scaled(layer.rows, factor)}) for layer in header.layers)
+    scaled = header.model_copy(
         update={
             "layers": layers,
-            "fisher_examples": _weighed(header.fisher_examples, factor),
+            "fisher_examples": _scaled(header.fisher_examples, factor),
             "notes": (
                 *header.notes,
                 f"weight of evidence: rows, counts and Fisher examples times {factor:g}",
             ),
         }
     )
-    groups: list[Group] = []
+    groups: list[TensorGroup] = []
     for name, info in statistics.tensors.items():
-        make = partial(_weighed_counts if name.startswith("count.") else _same, statistics, name, factor)
+        make = partial(_scaled_counts if name.startswith("count.") else _same, statistics, name, factor)
         groups.append(([TensorSpec(name, info.dtype, info.shape)], make))
-    return weighed, Derived(groups)
+    return scaled, LazyTensors(groups)
 
 
 def _check_same(first: Statistics, other: Statistics) -> None:
@@ -208,11 +203,11 @@ def _mean(reads: Sequence[Callable[[], Tensor]], weights: Sequence[int]) -> Tens
     return total.to(torch.float32)
 
 
-def _weighed(number: int, factor: float) -> int:
+def _scaled(number: int, factor: float) -> int:
     return max(1, round(number * factor)) if number else 0
 
 
-def _weighed_counts(statistics: Statistics, name: str, factor: float) -> dict[str, Tensor]:
+def _scaled_counts(statistics: Statistics, name: str, factor: float) -> dict[str, Tensor]:
     counts = statistics.count(name.removeprefix("count."))
     scaled = (counts.to(torch.float64) * factor).round().to(torch.int64)
     return {name: torch.where(counts > 0, scaled.clamp_min(1), 0)}

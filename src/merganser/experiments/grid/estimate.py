@@ -20,12 +20,12 @@ from transformers.initialization import no_init_weights
 
 from merganser.checkpoints import open_checkpoint
 from merganser.checkpoints.layers import load_config
+from merganser.collection.scores import SAMPLES
 from merganser.experiments.grid.cells import Cell, ModelSpec, cell_from
 from merganser.experiments.grid.compute import scored_on
 from merganser.experiments.grid.models import Models
 from merganser.experiments.grid.needs import Need
 from merganser.experiments.grid.search import candidates
-from merganser.statistics.scores import SAMPLES
 from merganser.tasks.columns import Columns
 from merganser.tasks.models import choose_length, load_tokenizer, open_model
 from merganser.tasks.suite import DEV, selected

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from merganser.checkpoints import open_checkpoint
+from merganser.collection import collect
 from merganser.errors import UserError
 from merganser.experiments.grid.cells import Cell, ModelSpec
 from merganser.experiments.grid.config import ExperimentConfig, Finetune, ModelArgs
@@ -22,7 +23,6 @@ from merganser.experiments.grid.pretrained import copy_model, weights_sha256
 from merganser.experiments.zoo import Entry, Zoo
 from merganser.experiments.zoo.keys import explain
 from merganser.tasks import Task
-from merganser.tasks.collect import collect
 from merganser.tasks.columns import Columns
 from merganser.tasks.data import Rows
 from merganser.tasks.labels import LabelSpace

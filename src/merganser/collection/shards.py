@@ -1,0 +1,226 @@
+"""Shards of the examples: which they are, collecting one, and the sums of several in float64.
+
+A shard's statistics are what a collection of its examples alone gives. What a shard is depends on data and settings
+only. Adding the shards in their order, wherever each was computed, gives one result to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from merganser.collection.collector import Advance, Collector
+from merganser.collection.examples import Examples
+from merganser.errors import StatisticsError
+from merganser.statistics import Statistics, StatisticsHeader
+
+SHARD_EXAMPLES = 2048
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Some examples that are collected together.
+
+    Attributes:
+        number: its place among the shards.
+        indices: of its examples.
+        fisher: how many of its first examples give Fisher information; None: all.
+    """
+
+    number: int
+    indices: Sequence[int]
+    fisher: int | None = None
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What the notes say of batches.
+
+    Attributes:
+        examples: how many.
+        cut: how many of them were longer than the length limit.
+        real, wide: positions without and with padding.
+    """
+
+    examples: int = 0
+    cut: int = 0
+    real: int = 0
+    wide: int = 0
+
+    def __add__(self, other: Tally) -> Tally:
+        return Tally(
+            self.examples + other.examples,
+            self.cut + other.cut,
+            self.real + other.real,
+            self.wide + other.wide,
+        )
+
+    def notes(self, max_length: int) -> tuple[str, ...]:
+        """The tally in words, for the header."""
+        cut = f"; {self.cut} of {self.examples} texts were longer and cut" if self.cut else ""
+        padding = 1 - self.real / self.wide if self.wide else 0.0
+        return (
+            f"texts cut at {max_length} tokens{cut}",
+            f"{padding:.1%} of the positions were padding, and were left out",
+        )
+
+
+def fixed_shards(examples: int, size: int, fisher_examples: int | None, *, grams: bool) -> list[Shard]:
+    """All examples in their order, ``size`` in a shard; without ``grams`` only the shards with Fisher information."""
+    shards = []
+    for number, start in enumerate(range(0, examples, size)):
+        left = None if fisher_examples is None else max(0, fisher_examples - start)
+        if grams or left != 0:
+            shards.append(Shard(number, range(start, min(start + size, examples)), left))
+    return shards
+
+
+def collect_shard(
+    collector: Collector, examples: Examples, batch_size: int, advance: Advance, shard: Shard
+) -> tuple[Statistics, Tally]:
+    """The statistics of one shard, in memory."""
+    leading = 0 if shard.fisher is None else shard.fisher
+    batches = examples.batches(shard.indices, batch_size, leading)
+    header, tensors = collector.collect(
+        (batch.inputs for batch in batches),
+        shard=shard.number,
+        fisher_examples=shard.fisher,
+        advance=advance,
+    )
+    tally = Tally(
+        examples=len(shard.indices),
+        cut=sum(index in examples.encoded.cut for index in shard.indices),
+        real=sum(len(feature.input_ids) for feature in batches.features),
+        wide=sum(
+            len(group) * max(len(batches.features[i].input_ids) for i in group) for group in batches.plan
+        ),
+    )
+    return Statistics.in_memory(header, tensors), tally
+
+
+def sum_shards(parts: Iterable[tuple[Statistics, Tally]]) -> tuple[ShardSums, Tally]:
+    """The sums and the tally of shards, which are used up one after the other."""
+    sums, tally = ShardSums(), Tally()
+    for statistics, counted in parts:
+        sums.add(statistics)
+        tally += counted
+    return sums, tally
+
+
+class ShardSums:
+    """The sum of some shards: 8 bytes for each number of a shard's float32 statistics.
+
+    Means are weighted by the rows they stand for, Fisher information by its examples.
+
+    Attributes:
+        shards: how many were added.
+    """
+
+    def __init__(self) -> None:
+        self.shards = 0
+        self._header: StatisticsHeader | None = None
+        self._totals: dict[str, Tensor] = {}
+
+    def add(self, shard: Statistics) -> None:
+        """Add a shard, in memory or in a file of which one tensor at a time is read.
+
+        Raises:
+            StatisticsError: it is of other weights or layers than those before it.
+        """
+        weights = dict(_weights(shard.header))
+        self._take(shard.header, shard.path)
+        for name in shard.tensors:
+            values = shard.packed(name)
+            counted = name.startswith("count.")
+            self._put(name, values.clone() if counted else values.to(torch.float64).mul_(weights[name]))
+
+    def absorb(self, other: ShardSums) -> None:
+        """Add the sums of other shards, which are used up."""
+        if other._header is None:
+            return
+        self._take(other._header, None)
+        self.shards += other.shards - 1
+        for name in list(other._totals):
+            self._put(name, other._totals.pop(name))
+
+    def inputs(self) -> Iterator[str]:
+        """The inputs with a Gram matrix."""
+        return (name.removeprefix("gram.") for name in self._totals if name.startswith("gram."))
+
+    def gram(self, input: str) -> tuple[Tensor, int]:
+        """Packed upper triangle (d·(d+1)/2,) float64 of the sum of x xᵀ, and how many rows it stands for."""
+        header = self._some_header()
+        return self._totals[f"gram.{input}"], dict(_weights(header))[f"gram.{input}"]
+
+    def result(self) -> tuple[StatisticsHeader, dict[str, Tensor]]:
+        """Header and tensors of the whole, float32. The sums are used up.
+
+        Raises:
+            StatisticsError: no shard was added.
+        """
+        header = self._some_header()
+        weights = dict(_weights(header))
+        tensors: dict[str, Tensor] = {}
+        for name in sorted(self._totals):
+            total = self._totals.pop(name)
+            counted = name.startswith("count.")
+            tensors[name] = total if counted else total.div_(weights[name]).to(torch.float32)
+        return header, tensors
+
+    def _put(self, name: str, value: Tensor) -> None:
+        if name in self._totals:
+            self._totals[name] += value
+        else:
+            self._totals[name] = value
+
+    def _some_header(self) -> StatisticsHeader:
+        if self._header is None:
+            raise StatisticsError("there are no shards to add", mend="give data with at least one example")
+        return self._header
+
+    def _take(self, header: StatisticsHeader, where: Path | None) -> None:
+        self.shards += 1
+        self._header = header if self._header is None else _together(self._header, header, where)
+
+
+def _weights(header: StatisticsHeader) -> Iterator[tuple[str, int]]:
+    """What each mean is the mean of: rows or examples."""
+    for layer in header.layers:
+        if layer.input is not None:
+            yield f"gram.{layer.input}", layer.rows
+            yield f"mean.{layer.input}", layer.rows
+    for name in header.tensor_sha256:
+        yield f"fisher.{name}", header.fisher_examples
+
+
+def _together(one: StatisticsHeader, two: StatisticsHeader, where: Path | None) -> StatisticsHeader:
+    if _fixed(one) != _fixed(two):
+        raise StatisticsError(
+            "the shards are of different weights, layers or versions of libraries",
+            where=where,
+            mend="let every machine see the same model, and run the same versions of merganser, torch, transformers",
+        )
+    rows = {layer.module: layer.rows for layer in two.layers}
+    return one.model_copy(
+        update={
+            "layers": tuple(
+                layer.model_copy(update={"rows": layer.rows + rows[layer.module]}) for layer in one.layers
+            ),
+            "examples": one.examples + two.examples,
+            "tokens": one.tokens + two.tokens,
+            "fisher": one.fisher or two.fisher,
+            "fisher_examples": one.fisher_examples + two.fisher_examples,
+            "notes": tuple(dict.fromkeys((*one.notes, *two.notes))),
+        }
+    )
+
+
+def _fixed(header: StatisticsHeader) -> tuple[Any, ...]:
+    """What no two shards of one collection differ in."""
+    layers = [layer.model_dump(exclude={"rows"}) for layer in header.layers]
+    return header.manifest_sha256, header.versions, header.masking, layers
