@@ -11,8 +11,7 @@ import pytest
 import torch
 import transformers
 
-from merganser.collection import collect, placement
-from merganser.collection import run as module
+from merganser.collection import Collector, collect, placement
 from merganser.errors import DataError, Problems, UserError
 from merganser.statistics import FILE_NAME, Statistics
 
@@ -211,7 +210,7 @@ def test_an_interrupted_run_leaves_nothing(
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module.Collector, "collect", interrupted)
+    monkeypatch.setattr(Collector, "collect", interrupted)
     with pytest.raises(KeyboardInterrupt):
         collect(folder, reviews)
     assert sorted(folder.iterdir()) == before

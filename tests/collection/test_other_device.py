@@ -15,7 +15,7 @@ from conftest import WORDS
 from fisher_oracle import build
 from merganser.collection import collect_statistics, per_example
 from merganser.collection import run as verb
-from merganser.collection.masks import by_length
+from merganser.collection.masks import split_by_length
 from merganser.collection.placement import Placement
 from merganser.collection.sampling import Sampling
 from merganser.statistics import Statistics
@@ -78,8 +78,8 @@ def test_pieces_are_larger_than_on_the_cpu(tmp_path: Path) -> None:
     (batch,) = batched(model, make_examples(model, 12), 12)
     with OtherDevice():
         moved = {key: value.to(DEVICE) for key, value in batch.items()}
-        assert by_length(moved, model) == [moved] and by_length(moved, model, 8192) == [moved]
-        pieces = by_length(moved, model, 40)
+        assert split_by_length(moved, model) == [moved] and split_by_length(moved, model, 8192) == [moved]
+        pieces = split_by_length(moved, model, 40)
     assert len(pieces) > 1 and all(piece["input_ids"].numel() <= 40 for piece in pieces)
     rows = [row for piece in pieces for row in piece["input_ids"].cpu().tolist()]
     kept = sorted([token for token in row if token] for row in rows)

@@ -16,18 +16,18 @@ from typing import Any
 
 from merganser.checkpoints import sha256_file
 from merganser.checkpoints.layers import describe_layers
-from merganser.collection.collector import Collector
 from merganser.collection.examples import Examples, encode
 from merganser.collection.gram import BUFFER_BYTES
+from merganser.collection.placement import Placement
 from merganser.collection.sampling import Sampling
-from merganser.collection.shards import Shard, Tally, collect_shard
+from merganser.collection.shards import Shard, Tally, shard_collector
 from merganser.engines import Engine, Job
 from merganser.errors import CheckpointError, DataError, UserError
 from merganser.statistics import FisherKind, Statistics, write_statistics
 from merganser.tasks import TASKS
 from merganser.tasks.columns import Columns
 from merganser.tasks.data import Rows, read_rows
-from merganser.tasks.models import Opened, load_model, load_tokenizer, open_model, prepare_padding
+from merganser.tasks.models import Opened, load_tokenizer, open_model
 from merganser.tasks.suite import selected
 
 FUNCTION = "merganser.collection.jobs:work"
@@ -177,23 +177,13 @@ def work(payload: Mapping[str, Any]) -> dict[str, Any]:
     indices = range(len(examples))
     if examples.fingerprint(indices) != payload["fingerprint"]:
         raise _differs("the tokenised examples", payload["data"])
-    task = examples.task
-    model = load_model(
-        opened, task.model_class(opened.config), complete=task.complete, allow_pickle=payload["allow_pickle"]
-    )
-    prepare_padding(model, examples.tokenizer)
     shard = Shard(payload["number"], indices, payload["fisher_examples"])
     sampling = Sampling(**payload["sampling"]) if payload["sampling"] else None
-    with Collector(
-        model,
-        opened.checkpoint,
-        grams=payload["grams"],
-        fisher=payload["fisher"],
-        problem=task.problem,
-        sampling=sampling,
-        label=payload["label"],
-    ) as collector:
-        found, tally = collect_shard(collector, examples, payload["batch_size"], lambda _: None, shard)
+    wanted = {key: payload[key] for key in ("grams", "fisher", "label", "allow_pickle")}
+    with shard_collector(
+        examples, Placement(), payload["batch_size"], sampling=sampling, **wanted
+    ) as collect_shard:
+        found, tally = collect_shard(shard)
     path = Path(payload["folder"]) / f"{shard.number:06}.safetensors"
     write_statistics(path, found.header, {name: found.packed(name) for name in found.tensors})
     return {"path": str(path), "sha256": sha256_file(path), "tally": asdict(tally)}

@@ -243,13 +243,13 @@ def take_rows(batch: Batch, size: int, rows: slice | Tensor) -> Batch:
     return {key: value[rows] if has_rows(value, size) else value for key, value in batch.items()}
 
 
-def in_runs(batch: Batch, model: nn.Module, most: int) -> list[Batch]:
+def split_by_count(batch: Batch, model: nn.Module, most: int) -> list[Batch]:
     """A batch in pieces of at most ``most`` examples, in their order."""
     size = batch_masks(batch, model).examples
     return [take_rows(batch, size, slice(start, start + most)) for start in range(0, size, most)]
 
 
-def with_one_mask(batch: Batch, model: nn.Module) -> list[Batch]:
+def split_by_mask(batch: Batch, model: nn.Module) -> list[Batch]:
     """A batch in pieces of examples whose masks are the same: of one length, and so without padding of its own."""
     size = batch_masks(batch, model).examples
     masks = [value for key, value in batch.items() if key.endswith(MASK) and has_rows(value, size)]
@@ -277,7 +277,7 @@ def trimmed(batch: Batch, model: nn.Module) -> Batch:
     return {key: narrow(key, value) for key, value in batch.items()}
 
 
-def by_length(batch: Batch, model: nn.Module, most_tokens: int | None = None) -> list[Batch]:
+def split_by_length(batch: Batch, model: nn.Module, most_tokens: int | None = None) -> list[Batch]:
     """A batch in pieces of similar length, where that saves more padding than the extra passes cost.
 
     On a GPU, where a pass costs as much as thousands of tokens, it is cut for ``most_tokens`` alone. Batches that hold
@@ -298,22 +298,22 @@ def by_length(batch: Batch, model: nn.Module, most_tokens: int | None = None) ->
         return [batch]
     lengths, order = (mask.cumsum(1).argmax(1) + 1).sort(stable=True)  # up to the last real token
     ascending = lengths.tolist()
-    groups = split_lengths(ascending, PIECE_COST) if on_cpu else [(0, size)]
+    groups = length_runs(ascending, PIECE_COST) if on_cpu else [(0, size)]
     if most_tokens is not None:
-        groups = [part for start, stop in groups for part in _halved(start, stop, ascending, most_tokens)]
+        groups = [part for start, stop in groups for part in _halved_run(start, stop, ascending, most_tokens)]
     if len(groups) == 1 and ascending[-1] == width:
         return [batch]
     return [trimmed(take_rows(batch, size, order[start:stop]), model) for start, stop in groups]
 
 
-def _halved(start: int, stop: int, lengths: list[int], most: int) -> list[tuple[int, int]]:
+def _halved_run(start: int, stop: int, lengths: list[int], most: int) -> list[tuple[int, int]]:
     if stop - start < 2 or (stop - start) * lengths[stop - 1] <= most:
         return [(start, stop)]
     middle = (start + stop) // 2
-    return _halved(start, middle, lengths, most) + _halved(middle, stop, lengths, most)
+    return _halved_run(start, middle, lengths, most) + _halved_run(middle, stop, lengths, most)
 
 
-def split_lengths(lengths: list[int], cost: int) -> list[tuple[int, int]]:
+def length_runs(lengths: list[int], cost: int) -> list[tuple[int, int]]:
     """Cut ascending lengths into runs, each as long as its last, while a cut saves more than ``cost`` tokens."""
     best, where = cost, 0
     for cut in range(1, len(lengths)):
@@ -322,7 +322,7 @@ def split_lengths(lengths: list[int], cost: int) -> list[tuple[int, int]]:
             best, where = saved, cut
     if not where:
         return [(0, len(lengths))]
-    left, right = split_lengths(lengths[:where], cost), split_lengths(lengths[where:], cost)
+    left, right = length_runs(lengths[:where], cost), length_runs(lengths[where:], cost)
     return left + [(start + where, stop + where) for start, stop in right]
 
 

@@ -19,8 +19,8 @@ from merganser.collection.masks import (
     Batch,
     BatchMasks,
     batch_masks,
-    by_length,
     model_inputs,
+    split_by_length,
     token_ids,
     token_rows,
 )
@@ -119,7 +119,7 @@ class Observer:
         """A batch in the pieces that had better be added, without padding; whole where a pass costs more than that."""
         if self._one_at_a_time:
             return [batch]
-        return by_length(batch, self._model, self._capacity // PIECES if self._capacity else None)
+        return split_by_length(batch, self._model, self._capacity // PIECES if self._capacity else None)
 
     def start(self, shard: int) -> None:
         """Begin anew, for the shard of this number; what was drawn depends on it."""

@@ -37,13 +37,13 @@ from merganser.collection.masks import (
     MASK,
     Batch,
     batch_masks,
-    by_length,
     has_rows,
-    in_runs,
     model_inputs,
+    split_by_count,
+    split_by_length,
+    split_by_mask,
     take_rows,
     trimmed,
-    with_one_mask,
 )
 from merganser.errors import StatisticsError
 
@@ -85,7 +85,7 @@ class OneByOne:
 
     def pieces(self, batch: Batch) -> list[Batch]:
         """Its examples."""
-        return [trimmed(row, self._model) for row in in_runs(batch, self._model, 1)]
+        return [trimmed(row, self._model) for row in split_by_count(batch, self._model, 1)]
 
     def attached(self) -> AbstractContextManager[None]:
         """The parameters require gradients."""
@@ -125,9 +125,11 @@ class SideBySide:
 
     def pieces(self, batch: Batch) -> list[Batch]:
         """Examples with the same masks."""
-        groups = with_one_mask(batch, self._model)
+        groups = split_by_mask(batch, self._model)
         return [
-            trimmed(piece, self._model) for one in groups for piece in in_runs(one, self._model, self._most)
+            trimmed(piece, self._model)
+            for one in groups
+            for piece in split_by_count(one, self._model, self._most)
         ]
 
     @contextmanager
@@ -255,7 +257,7 @@ class Separable:
     def pieces(self, batch: Batch) -> list[Batch]:
         """Examples of similar length, not too many for memory."""
         on_cpu = next(self._model.parameters()).device.type == "cpu"
-        return by_length(batch, self._model, MOST_TOKENS if on_cpu else DEVICE_TOKENS)
+        return split_by_length(batch, self._model, MOST_TOKENS if on_cpu else DEVICE_TOKENS)
 
     @contextmanager
     def attached(self) -> Iterator[None]:

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import nn
 
 from merganser.checkpoints import AdapterCheckpoint
 from merganser.errors import UserError
+from merganser.tasks.base import Task
 from merganser.tasks.models import Opened, load_model
 
 LEAST_MEMORY = 2**20
@@ -96,16 +98,22 @@ def choose_placement(
 
 @contextmanager
 def placed_model(
-    opened: Opened, class_name: str, placement: Placement, *, complete: bool, allow_pickle: bool
+    opened: Opened, task: Task, placement: Placement, *, allow_pickle: bool
 ) -> Iterator[nn.Module]:
     """The model, loaded and placed; what was written to the offload folder is removed afterwards.
 
     Raises:
         CheckpointError: as :func:`merganser.tasks.models.load_model`.
     """
+    load = partial(
+        load_model,
+        opened,
+        task.model_class(opened.config),
+        complete=task.complete,
+        allow_pickle=allow_pickle,
+    )
     if placement.max_memory is None:
-        model = load_model(opened, class_name, complete=complete, allow_pickle=allow_pickle)
-        yield model.to(placement.device)
+        yield load().to(placement.device)
         return
     with tempfile.TemporaryDirectory(prefix="merganser-offload-", dir=placement.offload_folder) as folder:
         settings = {
@@ -113,7 +121,7 @@ def placed_model(
             "max_memory": {"cpu": placement.max_memory},
             "offload_folder": folder,
         }
-        yield load_model(opened, class_name, complete=complete, allow_pickle=allow_pickle, placement=settings)
+        yield load(placement=settings)
 
 
 def inputs_device(model: nn.Module) -> torch.device:

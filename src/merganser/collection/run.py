@@ -9,18 +9,16 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
 from merganser.checkpoints import home_of
-from merganser.collection.collector import Collector
 from merganser.collection.examples import Examples, annotated_rows, encode, find_columns
 from merganser.collection.jobs import make_jobs, run_jobs
-from merganser.collection.placement import choose_placement, placed_model
+from merganser.collection.placement import choose_placement
 from merganser.collection.sampling import Sampling
 from merganser.collection.scores import describe_left_out
-from merganser.collection.shards import SHARD_EXAMPLES, collect_shard, fixed_shards, sum_shards
+from merganser.collection.shards import SHARD_EXAMPLES, fixed_shards, shard_collector, sum_shards
 from merganser.collection.stopping import StoppingRule
 from merganser.engines import Engine, make_engine
 from merganser.errors import ErrorCollector, StatisticsError, UserError, did_you_mean, raise_all
@@ -32,7 +30,7 @@ from merganser.tasks import task_for
 from merganser.tasks.base import Task
 from merganser.tasks.columns import Columns
 from merganser.tasks.data import Rows, read_rows
-from merganser.tasks.models import Opened, load_tokenizer, open_model, prepare_padding
+from merganser.tasks.models import Opened, load_tokenizer, open_model
 from merganser.tasks.suite import selected
 
 
@@ -151,57 +149,33 @@ def collect(
         raise RuntimeError("a step failed without an error")
     found, references = find_columns(rows, chosen, opened, Columns.of(columns), kind, use_labels)
     numbers = annotated_rows(rows, chosen, references, kind)
-    examples = encode(
-        rows,
-        chosen,
-        opened,
-        load_tokenizer(opened),
-        found,
-        references if kind is not None else None,
-        max_length,
-        numbers,
-    )
+    labels = None if kind is None else references
+    examples = encode(rows, chosen, opened, load_tokenizer(opened), found, labels, max_length, numbers)
     sampling, notes = _sampling(sample_tokens, examples, seed)
     if len(numbers) < len(rows):
         notes.append(describe_left_out(len(rows) - len(numbers)))
+    wanted: dict[str, Any] = {
+        "grams": grams, "fisher": kind, "sampling": sampling, "label": label, "allow_pickle": allow_pickle
+    }  # fmt: skip
     shards = fixed_shards(len(examples), shard_examples, fisher_examples, grams=grams)
-    wanted: dict[str, Any] = {"grams": grams, "fisher": kind, "sampling": sampling, "label": label}
     if elsewhere is not None:
-        with tempfile.TemporaryDirectory(
-            dir=target.parent, prefix=f".{target.name}.", suffix=".shards"
-        ) as folder:
+        staging = tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.", suffix=".shards")
+        with staging as folder:
             jobs = make_jobs(
-                examples,
-                shards,
-                Path(folder),
-                data=data,
-                cpus=cpus,
-                labelled=kind is not None and references is not None,
-                split=split,
-                batch_size=batch_size,
-                allow_pickle=allow_pickle,
-                **wanted,
-            )
+                examples, shards, Path(folder),
+                data=data, split=split, labelled=labels is not None, batch_size=batch_size, cpus=cpus, **wanted,
+            )  # fmt: skip
             sums, tally = sum_shards(run_jobs(elsewhere, jobs))
     else:
         with (
-            placed_model(
-                opened,
-                chosen.model_class(opened.config),
-                placement,
-                complete=chosen.complete,
-                allow_pickle=allow_pickle,
-            ) as network,
-            Collector(network, opened.checkpoint, problem=chosen.problem, **wanted) as collector,
             bar(len(examples), "collecting", "ex") as progress,
+            shard_collector(examples, placement, batch_size, progress.update, **wanted) as collect_shard,
         ):
-            prepare_padding(network, examples.tokenizer)
-            run = partial(collect_shard, collector, examples, batch_size, progress.update)
             if stop is not None:
-                sums, tally, note = stop.run(len(examples), run)
+                sums, tally, note = stop.run(len(examples), collect_shard)
                 notes.append(note)
             else:
-                sums, tally = sum_shards(map(run, shards))
+                sums, tally = sum_shards(map(collect_shard, shards))
     header, tensors = sums.result()
     notes = [*header.notes, f"task: {chosen.name}", *tally.notes(examples.encoded.max_length), *notes]
     whole = Statistics.in_memory(header.model_copy(update={"notes": tuple(notes)}), tensors)

@@ -6,8 +6,10 @@ only. Adding the shards in their order, wherever each was computed, gives one re
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,10 @@ from torch import Tensor
 
 from merganser.collection.collector import Advance, Collector
 from merganser.collection.examples import Examples
+from merganser.collection.placement import Placement, placed_model
 from merganser.errors import StatisticsError
 from merganser.statistics import Statistics, StatisticsHeader
+from merganser.tasks.models import prepare_padding
 
 SHARD_EXAMPLES = 2048
 
@@ -53,12 +57,7 @@ class Tally:
     wide: int = 0
 
     def __add__(self, other: Tally) -> Tally:
-        return Tally(
-            self.examples + other.examples,
-            self.cut + other.cut,
-            self.real + other.real,
-            self.wide + other.wide,
-        )
+        return Tally(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     def notes(self, max_length: int) -> tuple[str, ...]:
         """The tally in words, for the header."""
@@ -80,10 +79,38 @@ def fixed_shards(examples: int, size: int, fisher_examples: int | None, *, grams
     return shards
 
 
-def collect_shard(
+@contextmanager
+def shard_collector(
+    examples: Examples,
+    placement: Placement,
+    batch_size: int,
+    advance: Advance = lambda _: None,
+    *,
+    allow_pickle: bool,
+    **wanted: Any,
+) -> Iterator[Callable[[Shard], tuple[Statistics, Tally]]]:
+    """The function that collects a shard, with the model loaded while the context lasts.
+
+    Args:
+        examples: of which the shards are, and their model.
+        placement: of the model.
+        batch_size: examples in a batch.
+        advance: told of each batch how many examples it had.
+        allow_pickle: accept pickled weights.
+        wanted: what to collect, see :class:`~merganser.collection.collector.Collector`.
+    """
+    opened, task = examples.opened, examples.task
+    with (
+        placed_model(opened, task, placement, allow_pickle=allow_pickle) as model,
+        Collector(model, opened.checkpoint, problem=task.problem, **wanted) as collector,
+    ):
+        prepare_padding(model, examples.tokenizer)
+        yield partial(_collect_shard, collector, examples, batch_size, advance)
+
+
+def _collect_shard(
     collector: Collector, examples: Examples, batch_size: int, advance: Advance, shard: Shard
 ) -> tuple[Statistics, Tally]:
-    """The statistics of one shard, in memory."""
     leading = 0 if shard.fisher is None else shard.fisher
     batches = examples.batches(shard.indices, batch_size, leading)
     header, tensors = collector.collect(
@@ -92,15 +119,8 @@ def collect_shard(
         fisher_examples=shard.fisher,
         advance=advance,
     )
-    tally = Tally(
-        examples=len(shard.indices),
-        cut=sum(index in examples.encoded.cut for index in shard.indices),
-        real=sum(len(feature.input_ids) for feature in batches.features),
-        wide=sum(
-            len(group) * max(len(batches.features[i].input_ids) for i in group) for group in batches.plan
-        ),
-    )
-    return Statistics.in_memory(header, tensors), tally
+    cut = sum(index in examples.encoded.cut for index in shard.indices)
+    return Statistics.in_memory(header, tensors), Tally(len(shard.indices), cut, *batches.positions)
 
 
 def sum_shards(parts: Iterable[tuple[Statistics, Tally]]) -> tuple[ShardSums, Tally]:
