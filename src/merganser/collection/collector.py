@@ -89,6 +89,7 @@ class Collector:
         self._names: dict[str, str] | None = None
         self._layers: list[Layer] = []
         self._observer: Observer | None = None
+        self._left_out = 0  # examples of the shard
 
     def __enter__(self) -> Collector:
         self._stack.enter_context(_evaluating(self._model))
@@ -118,12 +119,12 @@ class Collector:
             DataError: no batches, batches that cannot be used, or labels of which none is annotated.
             StatisticsError: the model's layers cannot be observed, or its activations or gradients are not finite.
         """
-        annotated = _Annotated(batches, self._model, self._device, self._problem, advance)
-        stream = iter(annotated)
+        self._left_out = 0
+        stream = self._annotated(batches, advance)
         first = next(stream, None)
-        if first is None and annotated.left_out:
+        if first is None and self._left_out:
             raise DataError(
-                f"none of the {annotated.left_out} examples has an annotated label",
+                f"none of the {self._left_out} examples has an annotated label",
                 mend="annotate a label, or leave the labels out of the batches",
             )
         if first is None:
@@ -154,8 +155,8 @@ class Collector:
                 examples += masks.examples
                 tokens += masks.real
                 advance(masks.examples)
-            if annotated.left_out:
-                notes.append(describe_left_out(annotated.left_out))
+            if self._left_out:
+                notes.append(describe_left_out(self._left_out))
             layers: tuple[LayerStatistics, ...] = ()
             tensors: dict[str, Tensor] = {}
             if observer is not None:
@@ -180,6 +181,23 @@ class Collector:
         )
         return header, tensors
 
+    def _annotated(self, batches: Iterable[Batch], advance: Advance) -> Iterator[Batch]:
+        """Batches on the model's device, without the examples that have labels of which none is annotated."""
+        for given in batches:
+            batch = {
+                key: value.to(self._device) if isinstance(value, Tensor) else value
+                for key, value in given.items()
+            }
+            kept = annotated_examples(batch, self._model, self._problem)
+            if kept is not None and not bool(kept.all()):
+                absent = int((~kept).sum())
+                self._left_out += absent
+                advance(absent)
+                if absent == len(kept):
+                    continue
+                batch = take_rows(batch, len(kept), kept)
+            yield batch
+
     def _map(self) -> dict[str, str]:
         """The on-disk names of the model's parameters, found once."""
         if self._names is None:
@@ -202,42 +220,6 @@ class Collector:
                 one_at_a_time=is_offloaded(self._model),
             )
         return self._observer
-
-
-class _Annotated:
-    """Batches on the model's device, without the examples that have labels of which none is annotated.
-
-    Attributes:
-        left_out: how many examples were left out so far.
-    """
-
-    def __init__(
-        self,
-        batches: Iterable[Batch],
-        model: nn.Module,
-        device: torch.device,
-        problem: Problem | None,
-        advance: Advance,
-    ) -> None:
-        self._batches, self._model, self._device = batches, model, device
-        self._problem, self._advance = problem, advance
-        self.left_out = 0
-
-    def __iter__(self) -> Iterator[Batch]:
-        for given in self._batches:
-            batch = {
-                key: value.to(self._device) if isinstance(value, Tensor) else value
-                for key, value in given.items()
-            }
-            kept = annotated_examples(batch, self._model, self._problem)
-            if kept is None or bool(kept.all()):
-                yield batch
-                continue
-            absent = int((~kept).sum())
-            self.left_out += absent
-            self._advance(absent)
-            if bool(kept.any()):
-                yield take_rows(batch, len(kept), kept)
 
 
 def _library_versions() -> dict[str, str]:

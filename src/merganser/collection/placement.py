@@ -63,31 +63,23 @@ def choose_placement(
                 mend="give --max-memory, too",
             )
         return Placement(device)
-    where = "--max-memory"
+
+    def refused(what: str, mend: str) -> UserError:
+        return UserError(what, where="--max-memory", mend=mend)
+
     if max_memory < LEAST_MEMORY:
-        raise UserError(
-            f"a limit of {max_memory} bytes is too small", where=where, mend="give at least 1MB, such as 2GB"
-        )
+        raise refused(f"a limit of {max_memory} bytes is too small", "give at least 1MB, such as 2GB")
     if device == "cuda":
-        raise UserError(
-            "a model that stays on the disk runs on the CPU",
-            where=where,
-            mend="leave the limit or --device out",
-        )
+        raise refused("a model that stays on the disk runs on the CPU", "leave the limit or --device out")
     if fisher:
-        raise UserError(
-            "Fisher information needs all weights in memory",
-            where=where,
-            mend="leave the limit or --fisher out",
-        )
+        raise refused("Fisher information needs all weights in memory", "leave the limit or --fisher out")
     if isinstance(opened.checkpoint, AdapterCheckpoint):
-        raise UserError(
+        raise refused(
             "an adapter's base is changed in memory, so it cannot stay on the disk",
-            where=where,
-            mend="leave the limit out, or merge the adapter into its base first",
+            "leave the limit out, or merge the adapter into its base first",
         )
     if importlib.util.find_spec("accelerate") is None:
-        raise UserError("accelerate is not installed", where=where, mend="pip install 'merganser[train]'")
+        raise refused("accelerate is not installed", "pip install 'merganser[train]'")
     folder = None if offload_folder is None else Path(offload_folder).expanduser()
     if folder is not None and not folder.is_dir():
         raise UserError(

@@ -6,7 +6,7 @@ only. Adding the shards in their order, wherever each was computed, gives one re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from functools import partial
@@ -21,6 +21,7 @@ from merganser.collection.examples import Examples
 from merganser.collection.placement import Placement, placed_model
 from merganser.errors import StatisticsError
 from merganser.statistics import Statistics, StatisticsHeader
+from merganser.statistics.algebra import sum_headers, weights_of
 from merganser.tasks.models import prepare_padding
 
 SHARD_EXAMPLES = 2048
@@ -152,21 +153,20 @@ class ShardSums:
         Raises:
             StatisticsError: it is of other weights or layers than those before it.
         """
-        weights = dict(_weights(shard.header))
-        self._take(shard.header, shard.path)
-        for name in shard.tensors:
+        weights = weights_of(shard.header)
+
+        def weighted(name: str) -> Tensor:
             values = shard.packed(name)
-            counted = name.startswith("count.")
-            self._put(name, values.clone() if counted else values.to(torch.float64).mul_(weights[name]))
+            return values.to(torch.float64).mul_(weights[name]) if name in weights else values.clone()
+
+        self._include(shard.header, {name: partial(weighted, name) for name in shard.tensors}, shard.path)
+        self.shards += 1
 
     def absorb(self, other: ShardSums) -> None:
         """Add the sums of other shards, which are used up."""
-        if other._header is None:
-            return
-        self._take(other._header, None)
-        self.shards += other.shards - 1
-        for name in list(other._totals):
-            self._put(name, other._totals.pop(name))
+        if other._header is not None:
+            self._include(other._header, {name: partial(other._totals.pop, name) for name in other._totals})
+            self.shards += other.shards
 
     def inputs(self) -> Iterator[str]:
         """The inputs with a Gram matrix."""
@@ -174,8 +174,8 @@ class ShardSums:
 
     def gram(self, input: str) -> tuple[Tensor, int]:
         """Packed upper triangle (d·(d+1)/2,) float64 of the sum of x xᵀ, and how many rows it stands for."""
-        header = self._some_header()
-        return self._totals[f"gram.{input}"], dict(_weights(header))[f"gram.{input}"]
+        name = f"gram.{input}"
+        return self._totals[name], weights_of(self._some_header())[name]
 
     def result(self) -> tuple[StatisticsHeader, dict[str, Tensor]]:
         """Header and tensors of the whole, float32. The sums are used up.
@@ -184,38 +184,27 @@ class ShardSums:
             StatisticsError: no shard was added.
         """
         header = self._some_header()
-        weights = dict(_weights(header))
+        weights = weights_of(header)
         tensors: dict[str, Tensor] = {}
         for name in sorted(self._totals):
             total = self._totals.pop(name)
-            counted = name.startswith("count.")
-            tensors[name] = total if counted else total.div_(weights[name]).to(torch.float32)
+            tensors[name] = total.div_(weights[name]).to(torch.float32) if name in weights else total
         return header, tensors
-
-    def _put(self, name: str, value: Tensor) -> None:
-        if name in self._totals:
-            self._totals[name] += value
-        else:
-            self._totals[name] = value
 
     def _some_header(self) -> StatisticsHeader:
         if self._header is None:
             raise StatisticsError("there are no shards to add", mend="give data with at least one example")
         return self._header
 
-    def _take(self, header: StatisticsHeader, where: Path | None) -> None:
-        self.shards += 1
+    def _include(
+        self, header: StatisticsHeader, reads: Mapping[str, Callable[[], Tensor]], where: Path | None = None
+    ) -> None:
         self._header = header if self._header is None else _together(self._header, header, where)
-
-
-def _weights(header: StatisticsHeader) -> Iterator[tuple[str, int]]:
-    """What each mean is the mean of: rows or examples."""
-    for layer in header.layers:
-        if layer.input is not None:
-            yield f"gram.{layer.input}", layer.rows
-            yield f"mean.{layer.input}", layer.rows
-    for name in header.tensor_sha256:
-        yield f"fisher.{name}", header.fisher_examples
+        for name, read in reads.items():
+            if name in self._totals:
+                self._totals[name] += read()
+            else:
+                self._totals[name] = read()
 
 
 def _together(one: StatisticsHeader, two: StatisticsHeader, where: Path | None) -> StatisticsHeader:
@@ -225,19 +214,8 @@ def _together(one: StatisticsHeader, two: StatisticsHeader, where: Path | None) 
             where=where,
             mend="let every machine see the same model, and run the same versions of merganser, torch, transformers",
         )
-    rows = {layer.module: layer.rows for layer in two.layers}
-    return one.model_copy(
-        update={
-            "layers": tuple(
-                layer.model_copy(update={"rows": layer.rows + rows[layer.module]}) for layer in one.layers
-            ),
-            "examples": one.examples + two.examples,
-            "tokens": one.tokens + two.tokens,
-            "fisher": one.fisher or two.fisher,
-            "fisher_examples": one.fisher_examples + two.fisher_examples,
-            "notes": tuple(dict.fromkeys((*one.notes, *two.notes))),
-        }
-    )
+    notes = tuple(dict.fromkeys((*one.notes, *two.notes)))
+    return sum_headers([one, two]).model_copy(update={"fisher": one.fisher or two.fisher, "notes": notes})
 
 
 def _fixed(header: StatisticsHeader) -> tuple[Any, ...]:

@@ -29,6 +29,8 @@ from merganser.statistics.validation import (
 )
 from merganser.statistics.writing import infos_of
 
+OTHERS = "give the statistics of these weights, or collect them again"
+
 
 class Statistics:
     """Statistics of one checkpoint, read tensor by tensor. Made by :meth:`open`, or from tensors in memory.
@@ -143,25 +145,18 @@ class Statistics:
         if self.path is None:
             raise StatisticsError("statistics in memory have no file hash", mend="write them first")
         if self._hash is None:
-            self._read(
-                min(self.tensors, key=lambda name: self.tensors[name].nbytes)
-            )  # looks at the file's state
+            # reading the smallest tensor looks at the file's state
+            self._read(min(self.tensors, key=lambda name: self.tensors[name].nbytes))
             self._hash = sha256_file(self.path)
         return self._hash
 
     def check_names(self, checkpoint: Checkpoint) -> list[StatisticsError]:
         """What headers alone show of statistics of other weights; no weight is read."""
-        return [
-            self._error(text, "give the statistics of these weights, or collect them again")
-            for text in naming_problems(self.header, self.tensors, checkpoint)
-        ]
+        return [self._error(text, OTHERS) for text in naming_problems(self.header, self.tensors, checkpoint)]
 
     def check_binding(self, checkpoint: Checkpoint) -> list[StatisticsError]:
         """What shows that these are statistics of other weights: each tensor that differs, both hashes."""
-        return [
-            self._error(text, "give the statistics of these weights, or collect them again")
-            for text in binding_problems(self.header, self.tensors, checkpoint)
-        ]
+        return [self._error(text, OTHERS) for text in binding_problems(self.header, self.tensors, checkpoint)]
 
     def packed(self, name: str) -> Tensor:
         """Any tensor by its name in the file, as it is stored; its numbers are checked one by one."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -125,12 +125,9 @@ def naming_problems(
     header: StatisticsHeader, tensors: Mapping[str, TensorInfo], checkpoint: Checkpoint
 ) -> Iterator[str]:
     """What headers alone show: tensors that the checkpoint lacks, statistics that fit no tensor's shape."""
-    absent = [name for name in header.tensor_sha256 if name not in checkpoint.tensors]
-    for name in absent[:MOST_NAMED]:
-        yield f"statistics of other weights: {checkpoint.name} has no tensor {name}"
-    if len(absent) > MOST_NAMED:
-        yield f"statistics of other weights: {len(absent) - MOST_NAMED} more tensors are absent"
-    if not absent:
+    absent = [_other_weight(name, None, checkpoint) for name in header.tensor_sha256]
+    yield from _other_weights(absent, "are absent")
+    if not any(absent):
         yield from _misshapen(header, tensors, checkpoint)
 
 
@@ -138,29 +135,33 @@ def binding_problems(
     header: StatisticsHeader, tensors: Mapping[str, TensorInfo], checkpoint: Checkpoint
 ) -> Iterator[str]:
     """Each way in which the statistics are not of these weights: absent, misshapen, another hash."""
-    found = 0
-    for name, theirs in header.tensor_sha256.items():
-        if name not in checkpoint.tensors:
-            text = f"statistics of other weights: {checkpoint.name} has no tensor {name}"
-        elif (ours := checkpoint.sha256(name)) != theirs:
-            text = (
-                f"statistics of other weights: tensor {name} of {checkpoint.name} has sha256 {ours}, "
-                f"the statistics were computed from {theirs}"
-            )
-        else:
-            continue
-        found += 1
-        if found <= MOST_NAMED:
-            yield text
-    if found > MOST_NAMED:
-        yield f"statistics of other weights: {found - MOST_NAMED} more tensors differ"
-    if not found and (ours := checkpoint.manifest_sha256()) != header.manifest_sha256:
+    others = [_other_weight(name, sha256, checkpoint) for name, sha256 in header.tensor_sha256.items()]
+    yield from _other_weights(others, "differ")
+    if any(others):
+        return
+    if (ours := checkpoint.manifest_sha256()) != header.manifest_sha256:
         yield (
             f"statistics of other weights: the manifest of {checkpoint.name} has sha256 {ours}, "
             f"the statistics were computed from {header.manifest_sha256}"
         )
-    if not found:
-        yield from _misshapen(header, tensors, checkpoint)
+    yield from _misshapen(header, tensors, checkpoint)
+
+
+def _other_weight(name: str, theirs: str | None, checkpoint: Checkpoint) -> str | None:
+    """What shows that a checkpoint does not have a tensor that statistics are of; without a hash, its name alone."""
+    if name not in checkpoint.tensors:
+        return f"{checkpoint.name} has no tensor {name}"
+    if theirs is None or (ours := checkpoint.sha256(name)) == theirs:
+        return None
+    return f"tensor {name} of {checkpoint.name} has sha256 {ours}, the statistics were computed from {theirs}"
+
+
+def _other_weights(found: Sequence[str | None], how: str) -> Iterator[str]:
+    """The first of them in words, and the number of the rest."""
+    texts = [text for text in found if text]
+    more = len(texts) - MOST_NAMED
+    for text in (*texts[:MOST_NAMED], *([f"{more} more tensors {how}"] if more > 0 else [])):
+        yield f"statistics of other weights: {text}"
 
 
 def _misshapen(
