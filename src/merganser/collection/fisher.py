@@ -35,7 +35,7 @@ ELSEWHERE = (Separable, SideBySide)
 class FisherCollector:
     """Accumulates Fisher information over batches.
 
-    Pieces of batches are dealt out to a few lanes, whose number depends on the size of the model alone. A lane
+    Pieces of batches go to a few lanes in turn, whose number depends on the size of the model alone. A lane
     is one task on one thread and has sums of its own, so that these have one order whatever the number of
     threads. A model too large for two lanes, or on another device, uses the threads inside torch instead.
 
@@ -66,9 +66,9 @@ class FisherCollector:
         lanes = max(1, min(MOST_LANES, LANE_BYTES // max(size, 1))) if self._on_cpu else 1
         self._lanes = [_zeros(self._parameters) for _ in range(lanes)]
         self._waiting: list[Batch] = []
-        self._dealt = 0
+        self._assigned = 0
         self._engine: Engine | None = None
-        self._said: set[str] = set()
+        self._remarks: set[str] = set()
         self.examples = 0
         self.notes: list[str] = []
 
@@ -107,23 +107,23 @@ class FisherCollector:
                     f"the gradient of {name} is infinite or NaN",
                     mend="check the model on these examples; weights in half precision may overflow",
                 )
-        self.notes += sorted(self._said)
+        self.notes += sorted(self._remarks)
         return {name: values.cpu() for name, values in total.items()}
 
     def _run(self, engine: Engine) -> None:
         """Add what waits, each piece in the lane whose turn it is."""
         waiting, self._waiting = self._waiting, []
         lanes = len(self._lanes)
-        hands: list[list[Batch]] = [[] for _ in range(lanes)]
+        shares: list[list[Batch]] = [[] for _ in range(lanes)]
         for rows in waiting:
-            hands[self._dealt % lanes].append(rows)
-            self._dealt += 1
+            shares[self._assigned % lanes].append(rows)
+            self._assigned += 1
 
-        def task(hand: list[Batch], lane: Squares) -> None:
-            for rows in hand:
+        def task(share: list[Batch], lane: Squares) -> None:
+            for rows in share:
                 engine.add(rows, partial(self._vectors, rows), lane)
 
-        tasks = [partial(task, hand, lane) for hand, lane in zip(hands, self._lanes, strict=True)]
+        tasks = [partial(task, share, lane) for share, lane in zip(shares, self._lanes, strict=True)]
         with engine.attached():
             if lanes > 1:
                 self._workers.run(tasks)
@@ -161,7 +161,7 @@ class FisherCollector:
 
     def _vectors(self, rows: Batch, logits: Tensor) -> Iterator[Tensor]:
         outputs = scored(logits, rows, self._model, self._kind, self._problem)
-        self._said.update(describe_scores(outputs, self._kind))
+        self._remarks.update(describe_scores(outputs, self._kind))
         return cotangents(outputs, self._kind)
 
 
