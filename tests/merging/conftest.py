@@ -11,7 +11,8 @@ import torch
 
 from conftest import VOCABULARY, make_model
 from merganser.checkpoints import open_checkpoint
-from merganser.statistics import FILE_NAME, collect_statistics, write_statistics
+from merganser.collection import collect_statistics
+from merganser.statistics import FILE_NAME, write_statistics
 
 
 def batches(seed: int, architecture: str, count: int = 6, size: int = 4) -> list[dict[str, torch.Tensor]]:

@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 from adapter_examples import adapt_linears, factors, materialise, oracle, write_adapter
 from conftest import ARCHITECTURES
 from merganser.checkpoints import Checkpoint, open_checkpoint
+from merganser.collection import collect
 from merganser.errors import RecipeError, UserError
 from merganser.merging import make_plan, make_recipe, merge, reproduce, verify
 from merganser.merging.execution import run_slices, run_step
 from merganser.statistics import FILE_NAME, Statistics
-from merganser.tasks.collect import collect
 from merganser.tasks.models import load_model, open_model
 
 Save = Callable[..., Path]

@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from conftest import VOCABULARY, make_model
 from merganser.checkpoints import open_checkpoint
+from merganser.collection import collect_statistics
 from merganser.errors import UserError
-from merganser.statistics import FILE_NAME, Statistics, collect_statistics, write_statistics
+from merganser.statistics import FILE_NAME, Statistics, write_statistics
 from merganser.statistics.algebra import add
 
 State = dict[str, torch.Tensor]

@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 from merganser.cli import cli
 from merganser.errors import FileError, StatisticsError, UserError
 from merganser.statistics import Statistics, write_statistics
-from merganser.statistics.algebra import add, weigh
+from merganser.statistics.algebra import add, scale
 from merganser.statistics.comparison import distances, header_differences
 from merganser.statistics.storage import compress
 from merganser.tensors import pack_upper
@@ -68,7 +68,7 @@ def test_parts_may_be_stored_in_different_ways(files: tuple[Path, Path], tmp_pat
 
 def test_scale_by_a_whole_number_is_adding_so_often(files: tuple[Path, Path]) -> None:
     a, b = (Statistics.open(file) for file in files)
-    heavy = Statistics.in_memory(*weigh(b, 3))
+    heavy = Statistics.in_memory(*scale(b, 3))
     once, often = add([a, heavy]), add([a, b, b, b])
     assert [layer.rows for layer in once[0].layers] == [layer.rows for layer in often[0].layers]
     assert once[0].fisher_examples == often[0].fisher_examples

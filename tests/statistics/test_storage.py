@@ -13,13 +13,13 @@ from safetensors.torch import load_file, save_file
 
 from conftest import make_model
 from merganser.checkpoints import open_checkpoint
+from merganser.collection import collect_statistics
 from merganser.errors import StatisticsError, UserError
 from merganser.merging import Contributor, merge
-from merganser.statistics import Statistics, collect_statistics, write_statistics
+from merganser.statistics import Statistics, write_statistics
 from merganser.statistics.algebra import augment
-from merganser.statistics.forms import WIDEST
-from merganser.statistics.lowrank import rounded_within, top_factor
-from merganser.statistics.storage import compress, parse_storage
+from merganser.statistics.gram_encodings import WIDEST
+from merganser.statistics.storage import compress, parse_storage, rounded_within, top_factor
 from merganser.tensors import mirror_upper, pack_upper, unpack_upper
 from statistics_examples import batched, make_examples, make_inputs, make_statistics
 

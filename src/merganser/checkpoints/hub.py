@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from merganser.checkpoints import adapters
+from merganser.checkpoints.folder import local_tensors, pickled
 from merganser.checkpoints.header import tensor_infos
 from merganser.checkpoints.reader import Checkpoint
 from merganser.errors import CheckpointError
@@ -34,8 +35,6 @@ def open_hub(name: str, repo: str, revision: str | None, *, allow_pickle: bool =
     import huggingface_hub
     from huggingface_hub import constants
     from huggingface_hub.errors import EntryNotFoundError, NotASafetensorsRepoError
-
-    from merganser.checkpoints.opening import local_tensors, pickled
 
     def snapshot(revision: str | None, **options: Any) -> Path:
         return Path(huggingface_hub.snapshot_download(repo, revision=revision, **options))

@@ -102,8 +102,8 @@ def collect_command(model: str, data: str, no_grams: bool, ignore_labels: bool, 
     Large data and models: docs/collecting.md.
     """
     quiet_libraries()
+    from merganser.collection import collect
     from merganser.statistics import Statistics
-    from merganser.tasks.collect import collect
 
     columns = columns_of(values)
     written = collect(

@@ -80,10 +80,10 @@ def scale_command(file: Path, factor: float, output: Path, overwrite: bool) -> N
     Fisher examples that they are weighted by change, in whole numbers. By 2, it counts as if it were added twice.
     This is not the weight of a contributor in a merge, which no row count enters: that is 'merge --weights'.
     """
-    from merganser.statistics.algebra import weigh
+    from merganser.statistics.algebra import scale
 
     (statistics,) = _open((file,), output, overwrite)
-    _write(output, *weigh(statistics, factor))
+    _write(output, *scale(statistics, factor))
 
 
 @stats_command.command("compress")
@@ -190,7 +190,7 @@ def _write(
 ) -> None:
     """Write the result, if there is room for it, and say how large it is."""
     from merganser.statistics import write_statistics
-    from merganser.statistics.derived import infos_of
+    from merganser.statistics.writing import infos_of
 
     size = sum(info.nbytes for info in infos_of(tensors).values())
     if problem := space_error(output, size, mend="make room, or choose another disk with -o"):

@@ -1,14 +1,7 @@
-"""Statistics that a data owner publishes with a checkpoint: collection, the file format, algebra."""
+"""Statistics that a data owner publishes with a checkpoint: the file format, reading, writing and arithmetic."""
 
-from merganser.statistics.collection import collect_statistics
-from merganser.statistics.format import (
-    FILE_NAME,
-    PROTOCOL,
-    FisherKind,
-    LayerStatistics,
-    Statistics,
-    StatisticsHeader,
-)
+from merganser.statistics.format import FILE_NAME, PROTOCOL, FisherKind, LayerStatistics, StatisticsHeader
+from merganser.statistics.reading import Statistics
 from merganser.statistics.writing import write_statistics
 
 __all__ = [
@@ -18,6 +11,5 @@ __all__ = [
     "LayerStatistics",
     "Statistics",
     "StatisticsHeader",
-    "collect_statistics",
     "write_statistics",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
@@ -11,9 +11,9 @@ from torch import Tensor
 
 from merganser.checkpoints.writer import TensorSpec
 from merganser.errors import StatisticsError
-from merganser.statistics.derived import Derived, Group
-from merganser.statistics.format import Statistics, StatisticsHeader
-from merganser.statistics.scores import FISHER_OF_ANNOTATED
+from merganser.statistics.format import FISHER_OF_ANNOTATED, StatisticsHeader
+from merganser.statistics.reading import Statistics
+from merganser.statistics.writing import LazyTensors, TensorGroup
 from merganser.tensors import pack_upper, roomy_empty
 
 MOST_ROWS = 2**53  # whole numbers up to here are exact in float64
@@ -34,11 +34,6 @@ def augment(gram: Tensor, mean: Tensor) -> Tensor:
     return augmented
 
 
-def scale(gram: Tensor, factor: float) -> Tensor:
-    """A Gram matrix times ``factor``, such as a contributor's coefficient, in float32 or wider."""
-    return gram.to(torch.promote_types(gram.dtype, torch.float32)) * factor
-
-
 def add(parts: Sequence[Statistics]) -> tuple[StatisticsHeader, Mapping[str, Tensor]]:
     """Statistics of several data sets, of one checkpoint, as if they had been collected together.
 
@@ -56,39 +51,47 @@ def add(parts: Sequence[Statistics]) -> tuple[StatisticsHeader, Mapping[str, Ten
     first = parts[0]
     for part in parts[1:]:
         _check_same(first, part)
-    layers = tuple(
-        layer.model_copy(update={"rows": sum(part.header.layers[i].rows for part in parts)})
-        for i, layer in enumerate(first.header.layers)
-    )
-    examples = [part.header.fisher_examples for part in parts]
-    groups: dict[str, Group] = {}
-    for i, layer in enumerate(layers):
-        rows = [part.header.layers[i].rows for part in parts]
-        if layer.input is None:
-            name = f"count.{layer.module}"
-            spec = TensorSpec(name, "I64", first.tensors[name].shape)
-            groups.setdefault(name, ([spec], partial(_count, parts, layer.module)))
-        else:
-            width = first.width(layer.input)
-            gram = TensorSpec(f"gram.{layer.input}", "F32", (width * (width + 1) // 2,))
-            mean = TensorSpec(f"mean.{layer.input}", "F32", (width,))
-            groups.setdefault(gram.name, ([gram, mean], partial(_gram, parts, rows, layer.input)))
-    for name, info in first.tensors.items():
-        if name.startswith("fisher."):
-            groups[name] = ([TensorSpec(name, "F32", info.shape)], partial(_fisher, parts, examples, name))
     headers = [part.header for part in parts]
-    header = first.header.model_copy(
-        update={
-            "protocol": 1,
-            "layers": layers,
-            "examples": sum(h.examples for h in headers),
-            "tokens": sum(h.tokens for h in headers),
-            "fisher_examples": sum(examples),
-            "label": "; ".join(dict.fromkeys(h.label for h in headers if h.label)),
-            "notes": _notes(headers),
-        }
+    specs = [
+        TensorSpec(name, "I64" if name.startswith("count.") else "F32", info.shape)
+        for name, info in first.tensors.items()
+        if name.startswith(("mean.", "count.", "fisher."))
+    ]
+    for input in first.inputs:
+        width = first.width(input)
+        specs.append(TensorSpec(f"gram.{input}", "F32", (width * (width + 1) // 2,)))
+    weights = [weights_of(header) for header in headers]
+    groups: list[TensorGroup] = [
+        ([spec], partial(_sum, parts, [each.get(spec.name, 0) for each in weights], spec.name))
+        for spec in specs
+    ]
+    labels = dict.fromkeys(header.label for header in headers if header.label)
+    update = {"protocol": 1, "label": "; ".join(labels), "notes": _notes(headers)}
+    return sum_headers(headers).model_copy(update=update), LazyTensors(groups)
+
+
+def sum_headers(headers: Sequence[StatisticsHeader]) -> StatisticsHeader:
+    """The first header with the rows, examples and tokens of all, which have the same layers."""
+    layers = tuple(
+        layer.model_copy(update={"rows": sum(header.layers[number].rows for header in headers)})
+        for number, layer in enumerate(headers[0].layers)
     )
-    return header, Derived(list(groups.values()))
+    sums = {
+        field: sum(getattr(header, field) for header in headers)
+        for field in ("examples", "tokens", "fisher_examples")
+    }
+    return headers[0].model_copy(update={"layers": layers, **sums})
+
+
+def weights_of(header: StatisticsHeader) -> dict[str, int]:
+    """How many rows or examples each tensor is the mean of; token counts are sums and absent."""
+    rows = {
+        f"{kind}.{layer.input}": layer.rows
+        for layer in header.layers
+        if layer.input
+        for kind in ("gram", "mean")
+    }
+    return rows | {f"fisher.{name}": header.fisher_examples for name in header.tensor_sha256}
 
 
 def _notes(headers: Sequence[StatisticsHeader]) -> tuple[str, ...]:
@@ -101,7 +104,7 @@ def _notes(headers: Sequence[StatisticsHeader]) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def weigh(statistics: Statistics, factor: float) -> tuple[StatisticsHeader, Mapping[str, Tensor]]:
+def scale(statistics: Statistics, factor: float) -> tuple[StatisticsHeader, Mapping[str, Tensor]]:
     """The same statistics with ``factor`` times the weight of evidence in :func:`add`.
 
     Gram matrices, means and Fisher information are averages and stay as they are. What :func:`add` weights them by
@@ -128,22 +131,22 @@ def weigh(statistics: Statistics, factor: float) -> tuple[StatisticsHeader, Mapp
             where="FACTOR",
             mend="give a smaller number",
         )
-    layers = tuple(layer.model_copy(update={"rows": _weighed(layer.rows, factor)}) for layer in header.layers)
-    weighed = header.model_copy(
+    layers = tuple(layer.model_copy(update={"rows": _scaled(layer.rows, factor)}) for layer in header.layers)
+    scaled = header.model_copy(
         update={
             "layers": layers,
-            "fisher_examples": _weighed(header.fisher_examples, factor),
+            "fisher_examples": _scaled(header.fisher_examples, factor),
             "notes": (
                 *header.notes,
                 f"weight of evidence: rows, counts and Fisher examples times {factor:g}",
             ),
         }
     )
-    groups: list[Group] = []
+    groups: list[TensorGroup] = []
     for name, info in statistics.tensors.items():
-        make = partial(_weighed_counts if name.startswith("count.") else _same, statistics, name, factor)
+        make = partial(_scaled_counts if name.startswith("count.") else _same, statistics, name, factor)
         groups.append(([TensorSpec(name, info.dtype, info.shape)], make))
-    return weighed, Derived(groups)
+    return scaled, LazyTensors(groups)
 
 
 def _check_same(first: Statistics, other: Statistics) -> None:
@@ -156,7 +159,7 @@ def _check_same(first: Statistics, other: Statistics) -> None:
             where=where,
             mend="collect both from the same checkpoint",
         )
-    if a.fisher != b.fisher or contents(first) != contents(other):
+    if a.fisher != b.fisher or _contents(first) != _contents(other):
         raise StatisticsError(
             "the files do not hold the same statistics (layers, or kind of Fisher information)",
             where=where,
@@ -164,7 +167,7 @@ def _check_same(first: Statistics, other: Statistics) -> None:
         )
 
 
-def contents(statistics: Statistics) -> tuple[object, ...]:
+def _contents(statistics: Statistics) -> tuple[object, ...]:
     """What a file has statistics of, whatever their storage and number of rows."""
     layers = [layer.model_copy(update={"rows": 0}) for layer in statistics.header.layers]
     widths = [statistics.width(input) for input in statistics.inputs]
@@ -172,47 +175,31 @@ def contents(statistics: Statistics) -> tuple[object, ...]:
     return layers, widths, plain
 
 
-def packed_gram(statistics: Statistics, input: str) -> Tensor:
-    """(d·(d+1)/2,) float32: the packed upper triangle of an input's Gram matrix, whatever its storage."""
-    if statistics.inputs[input] == "gram":
-        return statistics.packed(f"gram.{input}")
-    return pack_upper(statistics.gram(input))
+def _sum(parts: Sequence[Statistics], weights: Sequence[int], name: str) -> dict[str, Tensor]:
+    """One tensor of all parts: the mean in float32, or the sum of what has no weights."""
+    whole = sum(weights)
+    tensors = (_uncompressed(part, name) for part in parts)
+    if not whole:
+        return {name: sum(tensors, torch.zeros((), dtype=torch.int64))}
+    shares = (t.to(torch.float64).mul_(weight / whole) for t, weight in zip(tensors, weights, strict=True))
+    total = next(shares)
+    for share in shares:
+        total += share
+    return {name: total.to(torch.float32)}
 
 
-def _gram(parts: Sequence[Statistics], rows: Sequence[int], input: str) -> dict[str, Tensor]:
-    return {
-        f"gram.{input}": _mean([partial(packed_gram, part, input) for part in parts], rows),
-        f"mean.{input}": _mean([partial(part.mean, input) for part in parts], rows),
-    }
+def _uncompressed(statistics: Statistics, name: str) -> Tensor:
+    kind, _, key = name.partition(".")
+    if kind == "gram" and statistics.inputs[key] != "gram":
+        return pack_upper(statistics.gram(key))
+    return statistics.packed(name)
 
 
-def _fisher(parts: Sequence[Statistics], examples: Sequence[int], name: str) -> dict[str, Tensor]:
-    parameter = name.removeprefix("fisher.")
-    return {name: _mean([partial(part.fisher, parameter) for part in parts], examples)}
-
-
-def _count(parts: Sequence[Statistics], module: str) -> dict[str, Tensor]:
-    total = parts[0].count(module).clone()
-    for part in parts[1:]:
-        total += part.count(module)
-    return {f"count.{module}": total}
-
-
-def _mean(reads: Sequence[Callable[[], Tensor]], weights: Sequence[int]) -> Tensor:
-    total: Tensor | None = None
-    for read, weight in zip(reads, weights, strict=True):
-        share = read().to(torch.float64).mul_(weight / sum(weights))
-        total = share if total is None else total.add_(share)
-    if total is None:
-        raise StatisticsError("there are no statistics to add")
-    return total.to(torch.float32)
-
-
-def _weighed(number: int, factor: float) -> int:
+def _scaled(number: int, factor: float) -> int:
     return max(1, round(number * factor)) if number else 0
 
 
-def _weighed_counts(statistics: Statistics, name: str, factor: float) -> dict[str, Tensor]:
+def _scaled_counts(statistics: Statistics, name: str, factor: float) -> dict[str, Tensor]:
     counts = statistics.count(name.removeprefix("count."))
     scaled = (counts.to(torch.float64) * factor).round().to(torch.int64)
     return {name: torch.where(counts > 0, scaled.clamp_min(1), 0)}

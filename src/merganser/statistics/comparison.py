@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, linalg
 
-from merganser.statistics.format import Statistics
+from merganser.statistics.reading import Statistics
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,17 @@ stays positive semi-definite:
                by 1 + τ with the smallest τ = 2⁻¹⁴, 2⁻¹³, … that mends it: the diagonal is loaded by τ, then all of C
                is divided by 1 + τ. RegMean's α does the same, and its default of 0.9 more of it. Where 2⁻² does not
                help, the Gram matrix is refused.
-``lowrank:r``  C ≈ FᵀF + a diagonal, see :mod:`merganser.statistics.lowrank`: the top-r eigenpairs of the correlations,
-               that is of C with rows and columns divided by standard deviations, as a merge does not care for the
-               units of an input. F is bfloat16, at half the bytes. Measured on NER fine-tunes of a 22M encoder, as the
-               error of RegMean's solution relative to how far the contributors differ (α 0.9, rank 64): 0.057 with
-               eigenpairs of C, with F in float32 and in bfloat16; 0.052 with those of the correlations. Eigenpairs of
-               G itself, with its diagonal kept, made several systems indefinite that solve for biases, too.
+``lowrank:r``  C ≈ FᵀF + diag(rest) with F (r, d) the top-r eigenpairs, √λ·v in a row each, of the correlations, that
+               is of C with rows and columns divided by standard deviations, as a merge does not care for the units of
+               an input. F is bfloat16, at half the bytes. Measured on NER fine-tunes of a 22M encoder, as the error of
+               RegMean's solution relative to how far the contributors differ (α 0.9, rank 64): 0.057 with eigenpairs
+               of C, with F in float32 and in bfloat16; 0.052 with those of the correlations. Eigenpairs of G itself,
+               with its diagonal kept, made several systems indefinite that solve for biases, too.
+
+That rest = diag(C) − diag(FᵀF) is nowhere negative has two reasons, so the low-rank sum is positive semi-definite.
+In exact arithmetic C − FᵀF is positive semi-definite, for the eigenpairs and also for Nyström's approximation of them
+(a Schur complement; Gittens & Mahoney 2013). And where F is rounded to bfloat16, a column whose squares would sum to
+more than the diagonal's entry is shortened to it and rounded toward zero.
 
 Fisher information is rounded to bfloat16 by both. Means, diagonals and token counts stay as they are.
 """
@@ -34,16 +39,18 @@ from torch import Tensor
 
 from merganser.checkpoints.writer import TensorSpec
 from merganser.errors import StatisticsError, UserError, did_you_mean
-from merganser.statistics.checks import is_semidefinite
-from merganser.statistics.derived import Derived, Group
-from merganser.statistics.format import Statistics, StatisticsHeader
-from merganser.statistics.forms import WIDEST, Form, layer_tensors, protocol_of, room
-from merganser.statistics.lowrank import rounded_within, top_factor
+from merganser.statistics.format import AGAIN, StatisticsHeader
+from merganser.statistics.gram_encodings import WIDEST, GramEncoding, layer_tensors, protocol_of, variances_of
+from merganser.statistics.reading import Statistics
+from merganser.statistics.validation import is_semidefinite
+from merganser.statistics.writing import LazyTensors, TensorGroup
 from merganser.tensors import one_thread, pack_upper, unpack_upper
 
 _CONSTANT = 1e-5  # a variance below this part of the mean square is the rounding of float32 sums
 _LOADINGS = (0.0, *(2.0**-power for power in range(14, 1, -1)))
-_AGAIN = "collect the statistics again, or download the file again"
+_ROUNDS = 6  # of subspace iteration; after them the error is within a percent of the eigenpairs' on flat spectra, too
+_MORE = 8  # directions beside the r that are wanted
+_TINY = 1e-12  # of the trace: keeps the Nyström core regular where the rank is lower than r
 
 
 @dataclass(frozen=True)
@@ -108,12 +115,12 @@ def compress(statistics: Statistics, storage: Storage | str) -> tuple[Statistics
             where=statistics.path,
             mend=f"use bfloat16, or a rank of at most {widest // 2}" if widest > 1 else "use bfloat16",
         )
-    groups: list[Group] = []
+    groups: list[TensorGroup] = []
     for input in inputs:
         chosen = Storage("bfloat16") if input in dense else storage
         groups.append(_gram_group(statistics, input, chosen))
     groups += [_plain_group(statistics, name, storage) for name in _others(statistics)]
-    tensors = Derived(groups)
+    tensors = LazyTensors(groups)
     notes = statistics.header.notes
     if storage.kind != "float32" or statistics.storage != "float32":
         notes = (*notes, _note(statistics, storage, len(dense)))
@@ -138,7 +145,7 @@ def _others(statistics: Statistics) -> list[str]:
     return [name for name in statistics.tensors if name.startswith(("count.", "fisher."))]
 
 
-def _plain_group(statistics: Statistics, name: str, storage: Storage) -> Group:
+def _plain_group(statistics: Statistics, name: str, storage: Storage) -> TensorGroup:
     info = statistics.tensors[name]
     dtype = info.dtype
     if name.startswith("fisher."):
@@ -153,7 +160,7 @@ def _plain_group(statistics: Statistics, name: str, storage: Storage) -> Group:
     return [TensorSpec(name, dtype, info.shape)], make
 
 
-def _gram_group(statistics: Statistics, input: str, storage: Storage) -> Group:
+def _gram_group(statistics: Statistics, input: str, storage: Storage) -> TensorGroup:
     width, triangle = statistics.width(input), statistics.width(input) * (statistics.width(input) + 1) // 2
     names = _kept(statistics, input, storage)
     if names:
@@ -181,11 +188,11 @@ def _gram_group(statistics: Statistics, input: str, storage: Storage) -> Group:
 
 def _kept(statistics: Statistics, input: str, storage: Storage) -> list[str]:
     """Names of the input's tensors if they are in the wanted storage already."""
-    form = statistics.inputs[input]
-    wanted: dict[str, Form] = {"float32": "gram", "bfloat16": "covariance", "lowrank": "factor"}
-    if form != wanted[storage.kind]:
+    encoding = statistics.inputs[input]
+    wanted: dict[str, GramEncoding] = {"float32": "gram", "bfloat16": "covariance", "lowrank": "factor"}
+    if encoding != wanted[storage.kind]:
         return []
-    if form == "factor" and statistics.tensors[f"factor.{input}"].shape[0] > storage.rank:
+    if encoding == "factor" and statistics.tensors[f"factor.{input}"].shape[0] > storage.rank:
         return []
     return list(layer_tensors(statistics.tensors, input, ""))
 
@@ -240,9 +247,9 @@ def _covariance(statistics: Statistics, input: str) -> tuple[Tensor, Tensor, dic
             f"the Gram matrix of {input} minus the square of its mean is not positive semi-definite, so it is no mean "
             "of x xᵀ and cannot be compressed",
             where=statistics.path,
-            mend=_AGAIN,
+            mend=AGAIN,
         )
-    variances = room(diagonal, mean)
+    variances = variances_of(diagonal, mean)
     constant = variances <= _CONSTANT * diagonal
     covariance[constant] = 0
     covariance[:, constant] = 0
@@ -263,3 +270,59 @@ def _loading(rounded: Tensor, variances: Tensor) -> float | None:
         if int(torch.linalg.cholesky_ex(rounded).info) == 0:
             return loading
     return None
+
+
+def top_factor(matrix: Tensor, rank: int) -> Tensor:
+    """(r, d) float64: rows √λ·v of the r largest eigenpairs, by randomized subspace iteration and Nyström's formula.
+
+    Costs O(d²·r), where all eigenpairs would cost O(d³) with a large constant. The same input gives the same output.
+
+    Args:
+        matrix: (d, d) float64, symmetric positive semi-definite up to rounding.
+        rank: r, less than d.
+    """
+    width = matrix.shape[0]
+    trace = float(matrix.trace())
+    if trace <= 0:
+        return matrix.new_zeros(rank, width)
+    columns = min(width, rank + rank // 2 + _MORE)
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.randn(width, columns, generator=generator, dtype=torch.float64)
+    for _ in range(_ROUNDS):
+        basis, _ = torch.linalg.qr(matrix @ basis)
+    shift = _TINY * trace
+    image = matrix @ basis + shift * basis
+    core, failed = torch.linalg.cholesky_ex(basis.T @ image)
+    while int(failed):  # C has eigenvalues below zero, by rounding
+        shift = 100 * shift
+        core, failed = torch.linalg.cholesky_ex(basis.T @ (matrix @ basis) + shift * _identity(basis))
+        image = matrix @ basis + shift * basis
+    half = torch.linalg.solve_triangular(core, image.T, upper=False)  # halfᵀ half is Nyström's approximation
+    _, values, vectors = torch.linalg.svd(half, full_matrices=False)
+    lengths = (values[:rank].square() - shift).clamp_min(0).sqrt()
+    return vectors[:rank] * lengths[:, None]
+
+
+def _identity(basis: Tensor) -> Tensor:
+    return torch.eye(basis.shape[1], dtype=basis.dtype)
+
+
+def rounded_within(factor: Tensor, room: Tensor) -> Tensor:
+    """(r, d) bfloat16: ``factor`` rounded such that the squares of no column sum to more than ``room`` says.
+
+    Args:
+        factor: (r, d) float64.
+        room: (d,) float64, what the diagonal has to give; nothing where it is negative.
+    """
+    nearest = factor.to(torch.bfloat16)
+    over = nearest.to(torch.float64).square_().sum(0) > room
+    sums = factor[:, over].square().sum(0)
+    most = room[over].clamp_min(0)
+    shorter = torch.where(sums > most, (most / sums.clamp_min(1e-300)).sqrt(), 1.0) * (1 - 2.0**-20)
+    nearest[:, over] = _toward_zero((factor[:, over] * shorter).to(torch.float32))
+    return nearest
+
+
+def _toward_zero(values: Tensor) -> Tensor:
+    """bfloat16 by cutting the lower half of float32's bits off."""
+    return (values.view(torch.int32) & -65536).view(torch.float32).to(torch.bfloat16)

@@ -3,23 +3,66 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
 
+from merganser.checkpoints import TensorInfo
 from merganser.checkpoints.writer import SafetensorsWriter, TensorSpec
 from merganser.errors import raise_all
 from merganser.files import new_file
-from merganser.statistics.checks import layout_problems
-from merganser.statistics.derived import infos_of
 from merganser.statistics.format import METADATA_KEY, StatisticsHeader
+from merganser.statistics.validation import layout_problems
+from merganser.tensors import DTYPE_NAMES
 
-_ORDER = (
-    "I64",
-    "F32",
-    "BF16",
-)  # as safetensors sorts tensors in a file, so that both writers give the same bytes
+#: As safetensors sorts tensors in a file, so that both writers give the same bytes.
+_ORDER = ("I64", "F32", "BF16")
+#: Tensors that are computed together: what they will be, and the function that computes all of them.
+TensorGroup = tuple[Sequence[TensorSpec], Callable[[], Mapping[str, Tensor]]]
+
+
+class LazyTensors(Mapping[str, Tensor]):
+    """Tensors that are computed when they are asked for, those of one group together.
+
+    Iterating in order computes every group once and keeps no more than one.
+
+    Args:
+        groups: see :data:`TensorGroup`.
+    """
+
+    def __init__(self, groups: Sequence[TensorGroup]) -> None:
+        self.infos = {
+            spec.name: TensorInfo(spec.name, spec.dtype, spec.shape, "", 0, spec.nbytes)
+            for specs, _ in groups
+            for spec in specs
+        }
+        self._makers = {spec.name: make for specs, make in groups for spec in specs}
+        self._kept: Mapping[str, Tensor] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._kept:
+            self._kept = {}  # before the next group is computed
+            self._kept = self._makers[name]()
+        return self._kept[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.infos)
+
+    def __len__(self) -> int:
+        return len(self.infos)
+
+
+def infos_of(tensors: Mapping[str, Tensor]) -> dict[str, TensorInfo]:
+    """Dtypes and shapes of tensors; those that are :class:`LazyTensors` are not computed for it."""
+    if isinstance(tensors, LazyTensors):
+        return dict(tensors.infos)
+    return {
+        name: TensorInfo(
+            name, DTYPE_NAMES.get(t.dtype, str(t.dtype)), tuple(t.shape), file="", offset=0, nbytes=t.nbytes
+        )
+        for name, t in tensors.items()
+    }
 
 
 def write_statistics(path: str | Path, header: StatisticsHeader, tensors: Mapping[str, Tensor]) -> Path:

@@ -10,14 +10,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from merganser.errors import CheckpointError, UserError, did_you_mean
-from merganser.statistics.scores import Problem
 from merganser.tasks.batches import Collation, Feature
 from merganser.tasks.columns import Columns, resolve, texts
 from merganser.tasks.data import Rows
@@ -26,6 +25,9 @@ from merganser.tasks.models import Opened, padding_id
 from merganser.tasks.tokens import Encoded, encode_texts
 
 Metric = Callable[[np.ndarray], float]
+
+#: How labels are distributed given a model's logits: what its loss and its Fisher information are made of.
+Problem = Literal["classification", "multi_label", "regression", "tokens", "next_token", "sequence"]
 
 
 @dataclass(frozen=True)

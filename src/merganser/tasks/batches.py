@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -102,6 +101,12 @@ class Batches:
     collate: Collation
     plan: tuple[tuple[int, ...], ...]
 
+    @property
+    def positions(self) -> tuple[int, int]:
+        """How many there are in all batches, without and with padding."""
+        lengths = [len(feature.input_ids) for feature in self.features]
+        return sum(lengths), sum(len(group) * max(lengths[i] for i in group) for group in self.plan)
+
     def __len__(self) -> int:
         return len(self.plan)
 
@@ -111,39 +116,23 @@ class Batches:
 
 
 def make_batches(
-    features: Sequence[Feature],
-    collate: Collation,
-    batch_size: int,
-    *,
-    by_length: bool = True,
-    leading: int = 0,
+    features: Sequence[Feature], collate: Collation, batch_size: int, *, leading: int = 0
 ) -> Batches:
-    """Group features into batches.
+    """Group features of similar length into batches, the longest first: too large a batch fails at once.
 
     Args:
         features: in the order of the data.
         collate: makes the tensors.
         batch_size: rows in a batch; the last one of a group may be smaller.
-        by_length: put features of similar length together, the longest first (too large a batch fails at
-            once); otherwise keep the order of the data.
         leading: the first so many features make the first batches: whoever looks at a part of the batches
             then sees the first of the data, and not the longest.
     """
     lengths = [len(feature.input_ids) for feature in features]
     plan: list[tuple[int, ...]] = []
     for start, stop in ((0, min(leading, len(lengths))), (min(leading, len(lengths)), len(lengths))):
-        order = list(range(start, stop))
-        if by_length:
-            order.sort(key=lambda index: (-lengths[index], index))
+        order = sorted(range(start, stop), key=lambda index: (-lengths[index], index))
         plan += [tuple(order[at : at + batch_size]) for at in range(0, len(order), batch_size)]
     return Batches(features, collate, tuple(plan))
-
-
-def padding_share(batches: Batches) -> float:
-    """The share of positions that are padding, 0–1."""
-    real = sum(len(feature.input_ids) for feature in batches.features)
-    wide = sum(len(group) * max(len(batches.features[i].input_ids) for i in group) for group in batches.plan)
-    return 1 - real / wide if wide else 0.0
 
 
 def restore(batches: Batches, results: Sequence[Sequence[Any]]) -> list[Any]:
@@ -153,8 +142,3 @@ def restore(batches: Batches, results: Sequence[Sequence[Any]]) -> list[Any]:
         for index, value in zip(indices, values, strict=True):
             found[index] = value
     return found
-
-
-def stack(results: Sequence[np.ndarray]) -> np.ndarray:
-    """Equal-shaped per-example arrays as one."""
-    return np.stack(list(results))

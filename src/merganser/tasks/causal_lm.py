@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from merganser.statistics.scores import Problem
-from merganser.tasks.base import Metric, Task
+from merganser.tasks.base import Metric, Problem, Task
 from merganser.tasks.batches import Collation, Feature
 from merganser.tasks.columns import Columns
 from merganser.tasks.data import Rows

@@ -9,8 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from merganser.errors import UserError, did_you_mean
-from merganser.statistics.scores import Problem
-from merganser.tasks.base import Metric, Task
+from merganser.tasks.base import Metric, Problem, Task
 from merganser.tasks.columns import Columns
 from merganser.tasks.data import Rows
 from merganser.tasks.labels import LabelSpace, read_classes, spread

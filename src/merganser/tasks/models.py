@@ -234,16 +234,14 @@ def length_limit(config: Mapping[str, Any], tokenizer: Any) -> int | None:
     return min(limits) if limits else None
 
 
-def choose_length(
-    asked: int | None, config: Mapping[str, Any], tokenizer: Any, *, pairs: bool, default: int = 128
-) -> int:
+def choose_length(asked: int | None, config: Mapping[str, Any], tokenizer: Any, *, pairs: bool) -> int:
     """The length at which texts are cut: the asked one (or 128), or the model's limit where that is less.
 
     Raises:
         UserError: too short to hold a token beside the special tokens.
     """
-    limit = length_limit(config, tokenizer)
-    length = min(asked or default, limit) if limit else asked or default
+    length = asked or 128
+    length = min(length, length_limit(config, tokenizer) or length)
     special = tokenizer.num_special_tokens_to_add(pair=pairs)
     if length <= special:
         raise UserError(

@@ -10,8 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from merganser.errors import DataError, UserError
-from merganser.statistics.scores import Problem
-from merganser.tasks.base import Metric, Task
+from merganser.tasks.base import Metric, Problem, Task
 from merganser.tasks.columns import Columns, option
 from merganser.tasks.data import Rows
 from merganser.tasks.labels import CHOOSE, LabelReader, LabelSpace, spread

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 
-from merganser.statistics.scores import Problem
-from merganser.tasks.base import Metric, Task
+from merganser.tasks.base import Metric, Problem, Task
 from merganser.tasks.batches import Collation, Feature
 from merganser.tasks.columns import Columns, texts
 from merganser.tasks.data import Rows

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from merganser.errors import CheckpointError, DataError
-from merganser.statistics.scores import Problem
-from merganser.tasks.base import Metric, Task, mean_of_known
+from merganser.tasks.base import Metric, Problem, Task, mean_of_known
 from merganser.tasks.batches import IGNORED, Collation, Feature
 from merganser.tasks.columns import Columns, option
 from merganser.tasks.data import Rows

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from merganser.errors import DataError, UserError
-from merganser.statistics.scores import Problem
+from merganser.tasks.base import Problem
 from merganser.tasks.batches import IGNORED, Feature
 
 #: Logits and labels to a scalar.

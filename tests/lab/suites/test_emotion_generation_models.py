@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from emotion_examples import EXAMPLES, NONE, Save, encoded, questions, write
+from merganser.collection import collect
 from merganser.errors import CheckpointError, UserError
 from merganser.lab.suites.emotion_generation import (
     SENTINEL,
@@ -19,7 +20,6 @@ from merganser.lab.suites.emotion_generation import (
 )
 from merganser.statistics import Statistics
 from merganser.tasks.batches import IGNORED
-from merganser.tasks.collect import collect
 from merganser.tasks.columns import Columns
 from merganser.tasks.predict import predict
 

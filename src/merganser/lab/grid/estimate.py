@@ -20,13 +20,13 @@ from transformers.initialization import no_init_weights
 
 from merganser.checkpoints import open_checkpoint
 from merganser.checkpoints.layers import load_config
+from merganser.collection.scores import SAMPLES
 from merganser.lab.grid.cells import Cell, ModelSpec, cell_from
 from merganser.lab.grid.compute import scored_on
 from merganser.lab.grid.models import Models
 from merganser.lab.grid.needs import Need
 from merganser.lab.grid.search import candidates
 from merganser.lab.suites.base import DEV
-from merganser.statistics.scores import SAMPLES
 from merganser.tasks.columns import Columns
 from merganser.tasks.data import selected
 from merganser.tasks.models import choose_length, load_tokenizer, open_model

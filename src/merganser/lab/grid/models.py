@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from merganser.checkpoints import open_checkpoint
+from merganser.collection import collect
 from merganser.errors import UserError
 from merganser.lab.grid.cells import Cell, ModelSpec
 from merganser.lab.grid.config import ExperimentConfig, Finetune, ModelArgs
@@ -23,7 +24,6 @@ from merganser.lab.suites.base import DEV, TRAIN
 from merganser.lab.zoo import Entry, Zoo
 from merganser.lab.zoo.keys import explain
 from merganser.tasks import Task
-from merganser.tasks.collect import collect
 from merganser.tasks.columns import Columns
 from merganser.tasks.data import Rows
 from merganser.tasks.labels import LabelSpace

@@ -1,0 +1,245 @@
+"""Collecting statistics: run a model over a data owner's batches and keep sums only, never text or labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from merganser.checkpoints import Checkpoint
+from merganser.checkpoints.layers import Layer, layers_of, map_parameters
+from merganser.collection.fisher import FisherCollector
+from merganser.collection.gram import Workers
+from merganser.collection.inputs import discover
+from merganser.collection.masks import Batch, batch_masks, describe_masking, take_rows
+from merganser.collection.observer import Observer
+from merganser.collection.placement import empty_twin, inputs_device, is_offloaded
+from merganser.collection.sampling import Sampling
+from merganser.collection.scores import annotated_examples, describe_left_out
+from merganser.errors import DataError
+from merganser.statistics import FisherKind, LayerStatistics, StatisticsHeader
+from merganser.tasks.base import Problem
+
+Advance = Callable[[int], object]
+
+
+def collect_statistics(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    batches: Iterable[Batch],
+    *,
+    fisher_examples: int | None = None,
+    **options: Any,
+) -> tuple[StatisticsHeader, dict[str, Tensor]]:
+    """The statistics of a model in memory on batches of one's own.
+
+    Args:
+        model, checkpoint, options: as of :class:`Collector`.
+        batches: dictionaries of tensors, ready for ``model(**batch)``, batch first; read once.
+        fisher_examples: Fisher information from so many first examples; None: from all.
+
+    Returns:
+        header and tensors for :func:`merganser.statistics.write_statistics`.
+
+    Raises:
+        DataError, StatisticsError: as of :meth:`Collector.collect`.
+    """
+    with Collector(model, checkpoint, **options) as collector:
+        return collector.collect(batches, fisher_examples=fisher_examples)
+
+
+class Collector:
+    """Collects what merging needs to know about the data of one model, one shard after the other. A context manager.
+
+    Each shard's statistics are those of a collection of its own. The model runs in eval mode without dropout, and is
+    left as it was. Padding never enters: see :mod:`merganser.collection.masks`. Nor do examples that have labels of
+    which none is annotated, because no loss knew them. The same model and batches give the same bytes on any number of
+    threads.
+
+    Args:
+        model: loaded from ``checkpoint``; its architecture is transformers' own.
+        checkpoint: the folder that the statistics will be bound to, by hash.
+        grams: collect Gram matrices and means of all linear layers' inputs, and embeddings' token counts.
+        fisher: collect per-example diagonal Fisher information of this kind.
+        problem: how labels are distributed given logits, for ``fisher``; None: from configuration and shapes.
+        sampling: of the tokens of wide inputs; None: all of them count.
+        label: free text for the header.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        checkpoint: Checkpoint,
+        *,
+        grams: bool = True,
+        fisher: FisherKind | None = None,
+        problem: Problem | None = None,
+        sampling: Sampling | None = None,
+        label: str = "",
+    ) -> None:
+        self._model, self._checkpoint, self._label = model, checkpoint, label
+        self._grams, self._fisher, self._problem, self._sampling = grams, fisher, problem, sampling
+        self._device = inputs_device(model)
+        self._stack = ExitStack()
+        self._names: dict[str, str] | None = None
+        self._layers: list[Layer] = []
+        self._observer: Observer | None = None
+        self._left_out = 0  # examples of the shard
+
+    def __enter__(self) -> Collector:
+        self._stack.enter_context(_evaluating(self._model))
+        self._workers = self._stack.enter_context(Workers(torch.get_num_threads()))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def collect(
+        self,
+        batches: Iterable[Batch],
+        *,
+        shard: int = 0,
+        fisher_examples: int | None = None,
+        advance: Advance = lambda _: None,
+    ) -> tuple[StatisticsHeader, dict[str, Tensor]]:
+        """Statistics of one shard.
+
+        Args:
+            batches: of its examples.
+            shard: its number, which seeds what is drawn.
+            fisher_examples: Fisher information from so many first examples; None: from all; 0: none.
+            advance: told of each batch how many examples it had.
+
+        Raises:
+            DataError: no batches, batches that cannot be used, or labels of which none is annotated.
+            StatisticsError: the model's layers cannot be observed, or its activations or gradients are not finite.
+        """
+        self._left_out = 0
+        stream = self._annotated(batches, advance)
+        first = next(stream, None)
+        if first is None and self._left_out:
+            raise DataError(
+                f"none of the {self._left_out} examples has an annotated label",
+                mend="annotate a label, or leave the labels out of the batches",
+            )
+        if first is None:
+            raise DataError("there are no examples", mend="give data with at least one example")
+        wanted = self._fisher if fisher_examples != 0 else None
+        examples = tokens = 0
+        with torch.no_grad():
+            names = self._map()
+            masking, notes = describe_masking(first, self._model)
+            observer = self._observe(first)
+            if observer is not None:
+                observer.start(shard)
+                notes += observer.notes
+            information = (
+                FisherCollector(self._model, names, wanted, self._workers, self._problem) if wanted else None
+            )
+            for batch in chain([first], stream):
+                if observer is not None:
+                    for piece in observer.pieces(batch):
+                        observer.add(piece)
+                if information is not None:
+                    left = None if fisher_examples is None else fisher_examples - information.examples
+                    if left is None or left > 0:
+                        information.add(batch, left)
+                    elif observer is None:
+                        break
+                masks = batch_masks(batch, self._model)
+                examples += masks.examples
+                tokens += masks.real
+                advance(masks.examples)
+            if self._left_out:
+                notes.append(describe_left_out(self._left_out))
+            layers: tuple[LayerStatistics, ...] = ()
+            tensors: dict[str, Tensor] = {}
+            if observer is not None:
+                layers, tensors = observer.result()
+            if information is not None:
+                tensors |= {f"fisher.{name}": value for name, value in information.result().items()}
+                notes += information.notes
+                absent = [name for name, _ in self._model.named_parameters() if name not in names]
+                notes += [f"{name}: not in the checkpoint; no Fisher information" for name in absent]
+        header = StatisticsHeader(
+            layers=layers,
+            manifest_sha256=self._checkpoint.manifest_sha256(),
+            tensor_sha256={name: self._checkpoint.sha256(name) for name in sorted(self._checkpoint.tensors)},
+            examples=examples,
+            tokens=tokens,
+            masking=masking,
+            fisher=wanted,
+            fisher_examples=information.examples if information else 0,
+            versions=_library_versions(),
+            label=self._label,
+            notes=tuple(notes),
+        )
+        return header, tensors
+
+    def _annotated(self, batches: Iterable[Batch], advance: Advance) -> Iterator[Batch]:
+        """Batches on the model's device, without the examples that have labels of which none is annotated."""
+        for given in batches:
+            batch = {
+                key: value.to(self._device) if isinstance(value, Tensor) else value
+                for key, value in given.items()
+            }
+            kept = annotated_examples(batch, self._model, self._problem)
+            if kept is not None and not bool(kept.all()):
+                absent = int((~kept).sum())
+                self._left_out += absent
+                advance(absent)
+                if absent == len(kept):
+                    continue
+                batch = take_rows(batch, len(kept), kept)
+            yield batch
+
+    def _map(self) -> dict[str, str]:
+        """The on-disk names of the model's parameters, found once."""
+        if self._names is None:
+            # a twin without weights, where some stay on the disk: tied ones are no longer one parameter then
+            model = empty_twin(self._model) if is_offloaded(self._model) else self._model
+            self._names = map_parameters(model, self._checkpoint)
+            self._layers = layers_of(model, self._checkpoint) if self._grams else []
+        return self._names
+
+    def _observe(self, first: Batch) -> Observer | None:
+        """What gathers the layers' inputs, made with the first batch of all."""
+        if self._grams and self._observer is None:
+            self._observer = Observer(
+                self._model,
+                self._layers,
+                discover(self._model, self._layers, first),
+                self._workers,
+                self._device,
+                self._sampling,
+                one_at_a_time=is_offloaded(self._model),
+            )
+        return self._observer
+
+
+def _library_versions() -> dict[str, str]:
+    """Versions of the libraries that numbers depend on."""
+    found = {}
+    for package in ("merganser", "torch", "transformers", "numpy", "safetensors"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "unknown"
+    return found
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode for every module, each restored to its own mode afterwards."""
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training

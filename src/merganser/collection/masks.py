@@ -1,0 +1,331 @@
+"""Which rows of a layer's input are real tokens, and batches in parts without the padding that a part does not need.
+
+Padding never enters a statistic. The rule goes by shape. With ``attention_mask`` of shape (B, T):
+
+====================  =================================================================================
+leading shape         rows that count
+====================  =================================================================================
+(B, T, …)             those of the mask
+(B·T, …)              those of the flattened mask
+(B, d), (B, 1, d)     all: one row an example (poolers, classification heads)
+ids (1, T) or (T,)    those of the mask, as if repeated for each example (position embeddings)
+anything else         not tokens (relative positions); see :mod:`merganser.collection.inputs`
+====================  =================================================================================
+
+A decoder has a mask of its own: ``decoder_attention_mask`` where the batch has one; otherwise position t of
+the decoder is real if t is at most the position of the last label that is not -100, because labels are
+shifted right to become decoder inputs (input t+1 is label t, and the loss reads positions up to the last
+label).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from merganser.errors import DataError
+from merganser.tasks.batches import IGNORED
+
+#: Whose rows an input holds: the encoder's (or only) tokens, the decoder's, one an example, or all.
+RowKind = Literal["tokens", "decoder", "examples", "all"]
+
+PIECE_COST = 64  # padded tokens that one more forward pass is worth (measured with a 22M encoder on 2 cores)
+MASK = "attention_mask"  # how the names of masks end, that of a decoder too
+
+Batch = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Side:
+    """Real tokens of one sequence input.
+
+    Attributes:
+        mask: (B, T) bool.
+        index: positions of the real tokens in the flattened (B·T) order; None where all are real.
+    """
+
+    mask: Tensor
+    index: Tensor | None
+
+    @property
+    def rows(self) -> int:
+        """How many tokens are real."""
+        return self.mask.numel() if self.index is None else self.index.numel()
+
+    def take(self, flat: Tensor) -> Tensor:
+        """The real rows of ``flat`` (B·T, …)."""
+        return flat if self.index is None else flat.index_select(0, self.index)
+
+
+@dataclass(frozen=True)
+class BatchMasks:
+    """The masks of one batch: of its tokens, and of the decoder's where there is a decoder."""
+
+    tokens: Side
+    decoder: Side | None
+
+    @property
+    def examples(self) -> int:
+        """B, the number of examples."""
+        return int(self.tokens.mask.shape[0])
+
+    @property
+    def real(self) -> int:
+        """Real tokens of both sides."""
+        return self.tokens.rows + (self.decoder.rows if self.decoder else 0)
+
+    def side(self, kind: RowKind) -> Side | None:
+        """The side that a kind of rows belongs to; None where every row counts."""
+        if kind == "tokens":
+            return self.tokens
+        return self.decoder if kind == "decoder" else None
+
+
+def batch_masks(batch: Mapping[str, Any], model: nn.Module) -> BatchMasks:
+    """The masks of a batch that is ready for ``model(**batch)``.
+
+    Raises:
+        DataError: no ``input_ids``, or a mask that is not (batch, tokens).
+    """
+    tokens = _given(batch, "attention_mask", _first(batch, "input_ids", "inputs_embeds"))
+    return BatchMasks(_side(tokens), _decoder(batch, model))
+
+
+def describe_masking(batch: Mapping[str, Any], model: nn.Module) -> tuple[str, list[str]]:
+    """The masking rule in words, for the header, and notes where the batch leaves something to assume."""
+    notes = []
+    rule = "attention_mask"
+    if batch.get("attention_mask") is None:
+        rule = "none"
+        notes.append("the batches have no attention_mask: every token was counted as real")
+    if _decoder(batch, model) is not None:
+        if batch.get("decoder_attention_mask") is not None:
+            rule += "; decoder_attention_mask"
+        elif batch.get("labels") is not None:
+            rule += "; decoder positions up to the last label"
+        else:
+            rule += "; decoder: none"
+            notes.append(
+                "the batches have neither decoder_attention_mask nor labels: all decoder tokens counted"
+            )
+    return rule, notes
+
+
+def kind_of_rows(x: Tensor, masks: BatchMasks, *, ids: bool) -> RowKind | None:
+    """Whose rows a call's input holds, by its shape; None where they are not tokens.
+
+    Args:
+        x: input of a linear layer (…, d), or the ids of an embedding.
+        masks: of a batch whose sizes differ from one another (see ``probe`` in
+            :mod:`merganser.collection.inputs`).
+        ids: ``x`` holds the ids of an embedding.
+    """
+    leading = tuple(x.shape) if ids else tuple(x.shape[:-1])
+    batch = masks.examples
+    sides: list[tuple[RowKind, Side | None]] = [("tokens", masks.tokens), ("decoder", masks.decoder)]
+    for kind, side in sides:
+        if side is None:
+            continue
+        length = side.mask.shape[1]
+        if leading[:2] == (batch, length) or (len(leading) == 1 and leading[0] == batch * length):
+            return kind
+        if ids and leading in ((1, length), (length,)):
+            return kind
+    if leading in ((batch,), (batch, 1)):
+        return "examples"
+    return None
+
+
+def token_rows(x: Tensor, kind: RowKind, masks: BatchMasks) -> tuple[Tensor, Tensor | None]:
+    """The rows of a linear layer's input as (n, d), and which of them count (None: all).
+
+    Raises:
+        ValueError: the input does not have the shape that its kind promises.
+    """
+    flat = x.reshape(-1, x.shape[-1])
+    side = masks.side(kind)
+    if side is None:
+        if kind == "examples" and flat.shape[0] != masks.examples:
+            raise ValueError(f"{tuple(x.shape)} is not one row for each of {masks.examples} examples")
+        return flat, None
+    size = side.mask.numel()
+    if flat.shape[0] == size:
+        return flat, side.index
+    if tuple(x.shape[:2]) != tuple(side.mask.shape):
+        raise ValueError(f"{tuple(x.shape)} does not begin with {tuple(side.mask.shape)}")
+    # several rows a token, such as one a head
+    return side.take(x.reshape(size, -1)).reshape(-1, x.shape[-1]), None
+
+
+def token_ids(ids: Tensor, kind: RowKind, masks: BatchMasks) -> Tensor:
+    """The ids (n,) that an embedding looks up for real tokens.
+
+    Raises:
+        ValueError: the ids do not have the shape that their kind promises.
+    """
+    side = masks.side(kind)
+    if side is None:
+        return ids.reshape(-1)
+    batch, length = side.mask.shape
+    if ids.numel() == length and batch * length != length:
+        ids = ids.reshape(1, length).expand(batch, length)
+    if ids.numel() != batch * length:
+        raise ValueError(f"ids {tuple(ids.shape)} do not fit the mask {(batch, length)}")
+    return side.take(ids.reshape(-1))
+
+
+def decoder_length(batch: Mapping[str, Any], model: nn.Module) -> int | None:
+    """Length of the decoder's inputs where the batch gives them (or the labels that become them)."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return None
+    for key in ("decoder_input_ids", "decoder_inputs_embeds"):
+        if batch.get(key) is not None:
+            return int(batch[key].shape[1])
+    labels = batch.get("labels")
+    if labels is not None and labels.ndim == 2 and not labels.is_floating_point():
+        return int(labels.shape[1])
+    return None  # no decoder, or one that reads the inputs once more
+
+
+def model_inputs(batch: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    """What the model is called with: labels only where they become the decoder's inputs, and no loss otherwise."""
+    given = any(batch.get(key) is not None for key in ("decoder_input_ids", "decoder_inputs_embeds"))
+    if decoder_length(batch, model) is not None and not given:
+        return dict(batch)
+    return {key: value for key, value in batch.items() if key != "labels"}
+
+
+def _decoder(batch: Mapping[str, Any], model: nn.Module) -> Side | None:
+    length = decoder_length(batch, model)
+    if length is None:
+        return None
+    examples = _first(batch, "input_ids", "inputs_embeds", "decoder_input_ids").shape[0]
+    labels = batch.get("labels")
+    if batch.get("decoder_attention_mask") is None and labels is not None and labels.ndim == 2:
+        real = (labels != IGNORED).long()
+        return _side(real.flip(1).cummax(1).values.flip(1).bool())  # up to the last label
+    shape = torch.empty(examples, length, device=_first(batch, "input_ids", "inputs_embeds").device)
+    return _side(_given(batch, "decoder_attention_mask", shape))
+
+
+def _first(batch: Mapping[str, Any], *keys: str) -> Tensor:
+    for key in keys:
+        value = batch.get(key)
+        if isinstance(value, Tensor):
+            return value
+    raise DataError(f"a batch has none of {', '.join(keys)}", mend="give batches that model(**batch) accepts")
+
+
+def _given(batch: Mapping[str, Any], key: str, like: Tensor) -> Tensor:
+    mask = batch.get(key)
+    if mask is None:
+        return torch.ones(like.shape[:2], dtype=torch.bool, device=like.device)
+    if mask.ndim != 2 or tuple(mask.shape) != tuple(like.shape[:2]):
+        raise DataError(
+            f"{key} has the shape {list(mask.shape)}, the tokens have {list(like.shape[:2])}",
+            mend="give masks of shape (batch, tokens)",
+        )
+    return mask.bool()
+
+
+def _side(mask: Tensor) -> Side:
+    if bool(mask.all()):
+        return Side(mask, None)
+    return Side(mask, mask.reshape(-1).nonzero().squeeze(1))
+
+
+def take_rows(batch: Batch, size: int, rows: slice | Tensor) -> Batch:
+    """Some examples of a batch of ``size``."""
+    return {key: value[rows] if has_rows(value, size) else value for key, value in batch.items()}
+
+
+def split_by_count(batch: Batch, model: nn.Module, most: int) -> list[Batch]:
+    """A batch in pieces of at most ``most`` examples, in their order."""
+    size = batch_masks(batch, model).examples
+    return [take_rows(batch, size, slice(start, start + most)) for start in range(0, size, most)]
+
+
+def split_by_mask(batch: Batch, model: nn.Module) -> list[Batch]:
+    """A batch in pieces of examples whose masks are the same: of one length, and so without padding of its own."""
+    size = batch_masks(batch, model).examples
+    masks = [value for key, value in batch.items() if key.endswith(MASK) and has_rows(value, size)]
+    if not masks:
+        return [batch]
+    distinct, group = torch.cat(masks, 1).unique(dim=0, return_inverse=True)
+    return [take_rows(batch, size, (group == one).nonzero().squeeze(1)) for one in range(len(distinct))]
+
+
+def trimmed(batch: Batch, model: nn.Module) -> Batch:
+    """A batch without the columns at its end in which no example has a token; a decoder's stay."""
+    mask = batch_masks(batch, model).tokens.mask
+    width = int(mask.any(0).nonzero().max()) + 1 if bool(mask.any()) else mask.shape[1]
+    if width == mask.shape[1]:
+        return batch
+    decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+    def narrow(key: str, value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.shape[:2] != mask.shape:
+            return value
+        if decoder and (key == "labels" or key.startswith("decoder_")):
+            return value
+        return value[:, :width]
+
+    return {key: narrow(key, value) for key, value in batch.items()}
+
+
+def split_by_length(batch: Batch, model: nn.Module, most_tokens: int | None = None) -> list[Batch]:
+    """A batch in pieces of similar length, where that saves more padding than the extra passes cost.
+
+    On a GPU, where a pass costs as much as thousands of tokens, it is cut for ``most_tokens`` alone. Batches that hold
+    anything but one row of at most two dimensions an example stay whole.
+
+    Args:
+        batch: ready for ``model(**batch)``.
+        model: told from its configuration whether it has a decoder.
+        most_tokens: padded tokens of a piece, unless one example has more.
+    """
+    mask = batch_masks(batch, model).tokens.mask
+    size, width = mask.shape
+    tensors = [value for value in batch.values() if isinstance(value, Tensor)]
+    if size < 2 or not all(has_rows(value, size) and value.ndim <= 2 for value in tensors):
+        return [batch]
+    on_cpu = mask.device.type == "cpu"
+    if not on_cpu and (most_tokens is None or mask.numel() <= most_tokens):
+        return [batch]
+    lengths, order = (mask.cumsum(1).argmax(1) + 1).sort(stable=True)  # up to the last real token
+    ascending = lengths.tolist()
+    groups = length_runs(ascending, PIECE_COST) if on_cpu else [(0, size)]
+    if most_tokens is not None:
+        groups = [part for start, stop in groups for part in _halved_run(start, stop, ascending, most_tokens)]
+    if len(groups) == 1 and ascending[-1] == width:
+        return [batch]
+    return [trimmed(take_rows(batch, size, order[start:stop]), model) for start, stop in groups]
+
+
+def _halved_run(start: int, stop: int, lengths: list[int], most: int) -> list[tuple[int, int]]:
+    if stop - start < 2 or (stop - start) * lengths[stop - 1] <= most:
+        return [(start, stop)]
+    middle = (start + stop) // 2
+    return _halved_run(start, middle, lengths, most) + _halved_run(middle, stop, lengths, most)
+
+
+def length_runs(lengths: list[int], cost: int) -> list[tuple[int, int]]:
+    """Cut ascending lengths into runs, each as long as its last, while a cut saves more than ``cost`` tokens."""
+    best, where = cost, 0
+    for cut in range(1, len(lengths)):
+        saved = cut * (lengths[-1] - lengths[cut - 1])
+        if saved > best:
+            best, where = saved, cut
+    if not where:
+        return [(0, len(lengths))]
+    left, right = length_runs(lengths[:where], cost), length_runs(lengths[where:], cost)
+    return left + [(start + where, stop + where) for start, stop in right]
+
+
+def has_rows(value: Any, size: int) -> bool:
+    """Whether a value of a batch of ``size`` is a tensor with a row for each example."""
+    return isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == size

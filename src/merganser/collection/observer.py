@@ -1,0 +1,307 @@
+"""Running a model over batches while hooks gather its layers' inputs into accumulators."""
+
+from __future__ import annotations
+
+import contextvars
+import math
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from merganser.checkpoints.layers import Layer
+from merganser.collection.gram import Gram, Workers, buffer_rows, fill
+from merganser.collection.inputs import Identity, Wiring, identity_of, input_hooks
+from merganser.collection.masks import (
+    Batch,
+    BatchMasks,
+    batch_masks,
+    model_inputs,
+    split_by_length,
+    token_ids,
+    token_rows,
+)
+from merganser.collection.sampling import SPARE, Sampling, describe_sampling, shares
+from merganser.errors import StatisticsError
+from merganser.statistics import LayerStatistics
+from merganser.tensors import pack_upper
+
+PIECES = 8  # forward passes that fill the buffers once, at least: enough for as many threads
+
+
+class _Enough(Exception):
+    """Everything needed of this forward pass has been seen."""
+
+
+@dataclass
+class _Pass:
+    """One forward pass: its batch, the places reserved for its rows, and what has been seen of it.
+
+    Attributes:
+        places: by leader and number of the call (of those that count).
+        kept: numbers of the rows that were drawn, where an input is sampled, by leader and call.
+        loose: rows without a place, by leader, in the order of the calls.
+    """
+
+    batch: Batch
+    masks: BatchMasks
+    places: dict[tuple[str, int], Tensor | None]
+    kept: dict[tuple[str, int], Tensor]
+    loose: list[tuple[str, Tensor]] = field(default_factory=list)
+    inputs: dict[tuple[str, int], Identity] = field(default_factory=dict)
+    calls: dict[str, int] = field(default_factory=dict)
+    seen: int = 0
+
+
+class Observer:
+    """Accumulates the inputs of a model's layers.
+
+    Places in the buffers are reserved in the order in which batches come, so that it does not matter which
+    thread fills them when. Models too wide for buffers, and models on another device than the CPU, are run one
+    batch after the other, with the threads inside torch.
+
+    Attributes:
+        grams: by leader, of the layers that see the same input.
+        counts: of each embedding's rows.
+        notes: what was left out, assumed or sampled.
+
+    Args:
+        model: in eval mode.
+        layers: as :func:`~merganser.collection.inputs.discover` was given.
+        wiring: what it found.
+        workers: run forward passes and products.
+        device: of the model's inputs.
+        sampling: of the tokens of wide inputs; None: all are counted.
+        one_at_a_time: a forward pass changes the model, as it does where weights come from the disk: run one
+            after the other, with the threads inside torch.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[Layer],
+        wiring: Wiring,
+        workers: Workers,
+        device: torch.device,
+        sampling: Sampling | None = None,
+        *,
+        one_at_a_time: bool = False,
+    ) -> None:
+        self._model, self._wiring, self._workers = model, wiring, workers
+        self._layers = [layer for layer in layers if layer.module in wiring.calls]
+        self._sampling, self._one_at_a_time = sampling, one_at_a_time
+        self._expected = sum(len(calls) for calls in wiring.calls.values())
+        self._shares = shares(wiring.widths, sampling)
+        room = {name: min(1.0, SPARE * share) for name, share in self._shares.items()}
+        widths = [math.ceil(room[name] * width) for name, width in wiring.widths.items()]
+        self._capacity = buffer_rows(widths) if device.type == "cpu" else 0
+        self.grams = {
+            name: Gram(width, math.ceil(room[name] * self._capacity), device)
+            for name, width in wiring.widths.items()
+        }
+        self.counts = {
+            layer.module: torch.zeros(_vocabulary(model, layer.module), dtype=torch.int64, device=device)
+            for layer in self._layers
+            if layer.kind == "embedding"
+        }
+        sampled = [describe_sampling(wiring.widths, sampling)] if sampling else []
+        self.notes = [*wiring.notes, *sampled]
+        self._shard = self._passes = 0
+        self._drawn = dict.fromkeys(self.grams, 0)
+        self._waiting: list[_Pass] = []
+        self._now = threading.local()
+        self._lock = threading.Lock()
+
+    def pieces(self, batch: Batch) -> list[Batch]:
+        """A batch in the pieces that had better be added, without padding; whole where a pass costs more than that."""
+        if self._one_at_a_time:
+            return [batch]
+        return split_by_length(batch, self._model, self._capacity // PIECES if self._capacity else None)
+
+    def start(self, shard: int) -> None:
+        """Begin anew, for the shard of this number; what was drawn depends on it."""
+        self._shard, self._passes, self._waiting = shard, 0, []
+        for gram in self.grams.values():
+            gram.clear()
+        self._drawn = dict.fromkeys(self.grams, 0)
+        for counts in self.counts.values():
+            counts.zero_()
+
+    def add(self, batch: Batch) -> None:
+        """Count a batch, now or when there is enough to do for all threads.
+
+        Raises:
+            StatisticsError: the layers are not called as they were in the probe.
+        """
+        masks = batch_masks(batch, self._model)
+        counts = {
+            (name, number): call.rows(masks)
+            for name in self.grams
+            for number, call in enumerate(c for c in self._wiring.calls[name] if c is not None)
+        }
+        kept = self._draw(counts)
+        counts |= {call: len(drawn) for call, drawn in kept.items()}
+        rows = dict.fromkeys(self.grams, 0)
+        for (name, _), count in counts.items():
+            rows[name] += count
+        if not all(self.grams[name].fits(count) for name, count in rows.items()):
+            self.finish()
+        places = {
+            (name, number): self.grams[name].reserve(count)
+            if rows[name] <= self.grams[name].capacity
+            else None
+            for (name, number), count in counts.items()
+        }
+        self._waiting.append(_Pass(batch, masks, places, kept))
+        self._passes += 1
+        if not self._capacity:
+            self.finish()
+
+    def finish(self) -> None:
+        """Run what waits, and multiply what the buffers hold; the largest first, so that threads end together."""
+        waiting, self._waiting = self._waiting, []
+        with input_hooks(self._model, list(self._wiring.calls), self._see):
+            if self._capacity and not self._one_at_a_time:
+                ordered = sorted(waiting, key=lambda one: -one.masks.tokens.mask.numel())
+                self._workers.run([partial(self._run, one) for one in ordered])
+            else:
+                for one in waiting:
+                    self._run(one)
+        grams = sorted(self.grams.values(), key=lambda gram: -gram.width)
+        self._workers.run([task for gram in grams for task in gram.flush()])
+        for one in waiting:
+            for name, block in one.loose:
+                self._workers.run(self.grams[name].add(block))
+
+    def result(self) -> tuple[tuple[LayerStatistics, ...], dict[str, Tensor]]:
+        """The layers that were seen, and their Gram matrices, means and token counts. Used up until :meth:`start`.
+
+        Raises:
+            StatisticsError: a layer's inputs are not finite.
+        """
+        self.finish()
+        tensors: dict[str, Tensor] = {}
+        for name, gram in self.grams.items():
+            if not gram.rows:
+                continue
+            mean, packed = gram.mean(), pack_upper(gram.mean_product())
+            if not bool(torch.isfinite(packed).all()):
+                raise StatisticsError(
+                    f"the inputs of layer {name} are not finite, or too large for float32 sums",
+                    mend="check the model on these examples",
+                )
+            tensors[f"gram.{name}"], tensors[f"mean.{name}"] = packed, mean
+        entries = []
+        for layer in self._layers:
+            leader = self._wiring.leaders.get(layer.module)
+            rows = int(self.counts[layer.module].sum()) if leader is None else self.grams[leader].seen
+            if rows:
+                entries.append(LayerStatistics(**asdict(layer), input=leader, rows=rows))
+                if leader is None:
+                    tensors[f"count.{layer.module}"] = self.counts[layer.module].cpu().clone()
+        return tuple(entries), tensors
+
+    def _draw(self, counts: Mapping[tuple[str, int], int]) -> dict[tuple[str, int], Tensor]:
+        """The rows that sampled inputs keep of one pass, by leader and call."""
+        kept: dict[tuple[str, int], Tensor] = {}
+        if self._sampling is None:
+            return kept
+        for (name, number), count in counts.items():
+            if self._shares[name] < 1 and count:
+                place = (self._shard, self._passes, number)
+                first = self._drawn[name] == 0
+                kept[name, number] = self._sampling.draw(name, place, count, some=first)
+                self._drawn[name] += len(kept[name, number])
+        return kept
+
+    def _run(self, one: _Pass) -> None:
+        self._now.one = one
+        try:
+            # context variables of its own: a pass that is cut short leaves nothing behind in them
+            contextvars.copy_context().run(self._forward, one.batch)
+        except _Enough:
+            pass
+        finally:
+            self._now.one = None
+        if one.seen != self._expected:
+            calls = self._wiring.calls.items()
+            raise _changed(
+                next(n for n, c in calls if one.calls.get(n, 0) != len(c)), "it is called less often"
+            )
+
+    def _forward(self, batch: Batch) -> None:
+        with torch.no_grad():  # each thread has its own
+            self._model(**model_inputs(batch, self._model))
+
+    def _see(self, name: str, x: Tensor) -> None:
+        one: _Pass = self._now.one
+        expected, number = self._wiring.calls[name], one.calls.get(name, 0)
+        if number >= len(expected):
+            raise _changed(name, "it is called more often")
+        one.calls[name] = number + 1
+        one.seen += 1
+        if expected[number] is not None:
+            try:
+                self._count(name, number, x, one)
+            except ValueError as error:
+                raise _changed(name, f"its input of {error}") from None
+        if one.seen == self._expected:
+            raise _Enough
+
+    def _count(self, name: str, number: int, x: Tensor, one: _Pass) -> None:
+        calls = self._wiring.calls[name]
+        call = calls[number]
+        if call is None:
+            return
+        if name in self.counts:
+            total = self.counts[name]
+            found = torch.bincount(token_ids(x, call.kind, one.masks), minlength=total.numel())
+            with self._lock:
+                total += found
+            return
+        leader = self._wiring.leaders[name]
+        number = sum(c is not None for c in calls[:number])  # of those that count
+        if leader != name:
+            if one.inputs.get((leader, number)) != identity_of(x):
+                raise _changed(name, f"it no longer sees the same input as {leader}")
+            return
+        one.inputs[name, number] = identity_of(x)
+        rows, index = token_rows(x, call.kind, one.masks)
+        count = rows.shape[0] if index is None else index.shape[0]
+        with self._lock:
+            self.grams[name].seen += count
+        kept = one.kept.get((name, number))
+        if kept is not None:
+            if call.rows(one.masks) != count:
+                raise ValueError(f"{tuple(x.shape)} has {count} rows that count, not {call.rows(one.masks)}")
+            kept = kept.to(x.device)
+            index, count = kept if index is None else index[kept], len(kept)
+            if not count:
+                return
+        place = one.places[name, number]
+        if place is None:
+            # a copy: later layers may change their input in place
+            block = rows.clone() if index is None else rows.index_select(0, index)
+            if self._capacity:
+                one.loose.append((name, block))
+            else:  # this is not a worker, and they are idle
+                self._workers.run(self.grams[name].add(block))
+        elif len(place) != count:
+            raise ValueError(f"{tuple(x.shape)} has {count} rows that count, not {len(place)}")
+        else:
+            fill(place, rows, index)
+
+
+def _changed(name: str, how: str) -> StatisticsError:
+    return StatisticsError(
+        f"layer {name} does not behave as in the first batch: {how}",
+        mend="models whose structure depends on the data cannot be observed; merge them with a method "
+        "that needs no Gram matrices",
+    )
+
+
+def _vocabulary(model: nn.Module, embedding: str) -> int:
+    return int(model.get_parameter(f"{embedding}.weight").shape[0])

@@ -1,0 +1,316 @@
+"""The verb ``collect``: run next to private data, write the statistics that a merge needs, and nothing else.
+
+merganser collect MODEL --data reviews.jsonl
+merganser.collect("model", "reviews.jsonl")
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+from merganser.checkpoints import home_of
+from merganser.collection.examples import Examples, annotated_rows, encode, find_columns
+from merganser.collection.jobs import make_jobs, run_jobs
+from merganser.collection.placement import choose_placement
+from merganser.collection.sampling import Sampling
+from merganser.collection.scores import describe_left_out
+from merganser.collection.shards import SHARD_EXAMPLES, fixed_shards, shard_collector, sum_shards
+from merganser.collection.stopping import StoppingRule
+from merganser.engines import Engine, make_engine
+from merganser.errors import ErrorCollector, StatisticsError, UserError, did_you_mean, raise_all
+from merganser.files import parse_size
+from merganser.progress import bar
+from merganser.statistics import FILE_NAME, FisherKind, Statistics, write_statistics
+from merganser.statistics.storage import compress, parse_storage
+from merganser.tasks import task_for
+from merganser.tasks.base import Task
+from merganser.tasks.columns import Columns
+from merganser.tasks.data import Rows, read_rows, selected
+from merganser.tasks.models import Opened, load_tokenizer, open_model
+
+
+def collect(
+    model: str | Path,
+    data: str | Path | Rows,
+    *,
+    task: str | Task = "auto",
+    fisher: str | None = None,
+    fisher_examples: int | None = None,
+    grams: bool = True,
+    output: str | Path | None = None,
+    columns: Columns | Mapping[str, str | None] | None = None,
+    split: str | None = None,
+    limit: int | None = None,
+    batch_size: int = 16,
+    max_length: int | None = None,
+    use_labels: bool = True,
+    until_converged: float | None = None,
+    sample_tokens: float | int | None = None,
+    shard_examples: int = SHARD_EXAMPLES,
+    seed: int = 0,
+    storage: str = "float32",
+    engine: str | Engine = "serial",
+    ray_address: str | None = None,
+    cpus: float = 1,
+    device: str = "cpu",
+    max_memory: str | int | None = None,
+    offload_folder: str | Path | None = None,
+    label: str = "",
+    overwrite: bool = False,
+    allow_pickle: bool = False,
+) -> Path:
+    """Collect the statistics of a model on data and write them beside its weights.
+
+    Everything that can be wrong is looked for before the model is loaded; the file appears whole or not at
+    all.
+
+    Args:
+        model: a model folder, ``folder::heads/name`` or ``org/name@revision``.
+        data: rows, or what :func:`merganser.tasks.data.read_rows` takes; of several splits, ``train`` is taken.
+        task: a name of :data:`merganser.tasks.TASKS`, or ``auto`` to go by the model's configuration.
+        fisher: also collect diagonal Fisher information: ``expected`` (over the model's own labels),
+            ``empirical`` (the labels of the data) or ``predicted`` (the most probable label).
+        fisher_examples: from so many of the first examples; None: from all.
+        grams: collect Gram matrices, means and token counts.
+        output: the file to write; by default ``merge_statistics.safetensors`` in the model folder. A model on
+            the Hub needs one.
+        columns: names of the columns; what is not given is found by its usual name.
+        split: of data that have several.
+        limit: use at most this many rows, the first ones.
+        batch_size: examples in a batch. It changes speed, and no number beyond rounding.
+        max_length: tokens at which a text is cut; by default 128, and never more than the model takes.
+        use_labels: read the labels where there are some. They are checked, and a row without any annotated one is
+            left out of all statistics. Gram matrices need none.
+        until_converged: stop when the estimated relative error of the Gram matrices is at most this, see
+            :mod:`merganser.collection.stopping`; None: use all examples.
+        sample_tokens: wide inputs keep a seeded sample of their tokens, see
+            :mod:`merganser.collection.sampling`: a float is the share, an integer their number if all examples
+            are used; None: all.
+        shard_examples: examples whose sums are computed together, see :mod:`merganser.collection.shards`.
+        seed: of the order of ``until_converged`` and the sample of ``sample_tokens``.
+        storage: ``float32``, ``bfloat16`` or ``lowrank:r``, see :mod:`merganser.statistics.storage`.
+        engine: ``serial``: one shard after the other, here; ``ray``: shards are jobs on a cluster, and the bytes
+            are the same; or an engine itself.
+        ray_address: of a running cluster; None: what ``RAY_ADDRESS`` says, or this machine's.
+        cpus: that each job of a cluster takes.
+        device: ``cpu``, ``cuda`` or ``auto``.
+        max_memory: bytes of weights in memory, or a size such as ``2GB``; the others stay on the disk, see
+            :mod:`merganser.collection.placement`. None: all are in memory.
+        offload_folder: for weights that cannot stay in the checkpoint's own files.
+        label: free text for the header, such as what the data are. Published with the statistics.
+        overwrite: replace an existing file.
+        allow_pickle: accept pickled weights (read with ``weights_only``).
+
+    Returns:
+        The file that was written.
+
+    Raises:
+        UserError: any mistake in the arguments, the model or the data, before the model is loaded.
+    """
+    kind = _fisher_kind(fisher)
+    _check_numbers(
+        batch_size=batch_size,
+        max_length=max_length,
+        fisher_examples=fisher_examples,
+        shard_examples=shard_examples,
+    )
+    if not grams and kind is None:
+        raise UserError("there is nothing to collect", where="collect", mend="ask for grams, fisher or both")
+    _check_options(grams, until_converged, sample_tokens)
+    stop = (
+        None
+        if until_converged is None
+        else StoppingRule(until_converged, seed, shard_examples, fisher_examples)
+    )
+    stored = parse_storage(storage)
+    elsewhere = _engine(engine, ray_address, cpus)
+    if elsewhere is not None:
+        _check_elsewhere(until_converged, device, max_memory)
+    limit_bytes = parse_size(max_memory) if isinstance(max_memory, str) else max_memory
+    errors = ErrorCollector()
+    opened = errors.catch(open_model, model, allow_pickle=allow_pickle)
+    rows = errors.catch(_rows, data, split, limit)
+    target = None if opened is None else errors.catch(_target, opened, output, overwrite)
+    chosen = None if opened is None else errors.catch(_task, opened, task, kind)
+    placement = (
+        None
+        if opened is None
+        else errors.catch(
+            choose_placement, device, limit_bytes, offload_folder, opened, fisher=kind is not None
+        )
+    )
+    errors.raise_all()
+    if opened is None or rows is None or target is None or chosen is None or placement is None:
+        raise RuntimeError("a step failed without an error")
+    found, references = find_columns(rows, chosen, opened, Columns.of(columns), kind, use_labels)
+    numbers = annotated_rows(rows, chosen, references, kind)
+    labels = None if kind is None else references
+    examples = encode(rows, chosen, opened, load_tokenizer(opened), found, labels, max_length, numbers)
+    sampling, notes = _sampling(sample_tokens, examples, seed)
+    if len(numbers) < len(rows):
+        notes.append(describe_left_out(len(rows) - len(numbers)))
+    wanted: dict[str, Any] = {
+        "grams": grams, "fisher": kind, "sampling": sampling, "label": label, "allow_pickle": allow_pickle
+    }  # fmt: skip
+    shards = fixed_shards(len(examples), shard_examples, fisher_examples, grams=grams)
+    if elsewhere is not None:
+        staging = tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.", suffix=".shards")
+        with staging as folder:
+            jobs = make_jobs(
+                examples, shards, Path(folder),
+                data=data, split=split, labelled=labels is not None, batch_size=batch_size, cpus=cpus, **wanted,
+            )  # fmt: skip
+            sums, tally = sum_shards(run_jobs(elsewhere, jobs))
+    else:
+        with (
+            bar(len(examples), "collecting", "ex") as progress,
+            shard_collector(examples, placement, batch_size, progress.update, **wanted) as collect_shard,
+        ):
+            if stop is not None:
+                sums, tally, note = stop.run(len(examples), collect_shard)
+                notes.append(note)
+            else:
+                sums, tally = sum_shards(map(collect_shard, shards))
+    header, tensors = sums.result()
+    notes = [*header.notes, f"task: {chosen.name}", *tally.notes(examples.encoded.max_length), *notes]
+    whole = Statistics.in_memory(header.model_copy(update={"notes": tuple(notes)}), tensors)
+    return write_statistics(target, *compress(whole, stored))
+
+
+def _rows(data: str | Path | Rows, split: str | None, limit: int | None) -> Rows:
+    if isinstance(data, Rows):
+        return data if limit is None else selected(data, range(min(limit, len(data))))
+    return read_rows(data, split=split, limit=limit, prefer=("train",))
+
+
+def _task(opened: Opened, task: str | Task, kind: FisherKind | None) -> Task:
+    """The task, which must suit the model's head."""
+    chosen = task_for(task, opened.config)
+    chosen.check_head(opened)
+    if kind is not None and chosen.problem is None:
+        raise UserError(
+            f"Fisher information needs a head, which {chosen.name} has not",
+            where="--fisher",
+            mend="leave it out, or collect on a fine-tuned checkpoint",
+        )
+    return chosen
+
+
+def _engine(engine: str | Engine, ray_address: str | None, cpus: float) -> Engine | None:
+    """Where shards are jobs; None for this process."""
+    if not 0 < cpus < float("inf"):
+        raise UserError(f"a job on {cpus:g} cpus", where="--cpus", mend="give a number above 0")
+    if isinstance(engine, Engine):
+        return engine
+    if engine != "ray":
+        if ray_address is not None:
+            raise UserError(
+                "the address of a cluster has no meaning without it",
+                where="--ray-address",
+                mend="add --engine ray",
+            )
+        make_engine(engine)  # or an error that names it
+        return None
+    return make_engine(engine, address=ray_address, description="collecting")
+
+
+def _check_elsewhere(until_converged: float | None, device: str, max_memory: str | int | None) -> None:
+    """Refuse what jobs on other machines cannot do."""
+    problems = []
+    if until_converged is not None:
+        problems.append(("--until-converged", "it is decided after each shard, so shards cannot run at once"))
+    if device not in ("cpu", "auto"):
+        problems.append(("--device", "jobs run on CPUs"))
+    if max_memory is not None:
+        problems.append(("--max-memory", "jobs load their model into memory, and say how much they take"))
+    raise_all(
+        [
+            UserError(what, where=f"{option} with --engine ray", mend="leave one of the two out")
+            for option, what in problems
+        ]
+    )
+
+
+def _check_options(grams: bool, until_converged: float | None, sample_tokens: float | int | None) -> None:
+    """Refuse ways of collecting less that mean nothing."""
+    if isinstance(sample_tokens, float):
+        Sampling(sample_tokens)
+    elif sample_tokens is not None and sample_tokens < 1:
+        raise UserError(
+            f"a sample of {sample_tokens} tokens is empty",
+            where="--sample-tokens",
+            mend="give a number of tokens of at least 1, or a share such as 0.25",
+        )
+    if not grams and (until_converged is not None or sample_tokens is not None):
+        option = "--until-converged" if until_converged is not None else "--sample-tokens"
+        raise UserError(
+            "it is about Gram matrices, and none are collected",
+            where=option,
+            mend="leave it out, or collect Gram matrices, too",
+        )
+
+
+def _sampling(
+    sample_tokens: float | int | None, examples: Examples, seed: int
+) -> tuple[Sampling | None, list[str]]:
+    """The sampling that was asked for, and a note where there is none to do."""
+    if sample_tokens is None:
+        return None, []
+    if isinstance(sample_tokens, float):
+        return Sampling(sample_tokens, seed), []
+    tokens = examples.tokens
+    if sample_tokens >= tokens:
+        return None, [f"no sample was taken: there are {tokens} tokens, at most {sample_tokens} were wanted"]
+    return Sampling(sample_tokens / tokens, seed), []
+
+
+def _fisher_kind(fisher: str | None) -> FisherKind | None:
+    kinds: dict[str, FisherKind] = {kind: kind for kind in get_args(FisherKind)}
+    if fisher is None:
+        return None
+    if fisher not in kinds:
+        raise UserError(
+            f"unknown kind of Fisher information {fisher!r}",
+            where="--fisher",
+            mend=did_you_mean(fisher, kinds),
+        )
+    return kinds[fisher]
+
+
+def _check_numbers(**numbers: int | None) -> None:
+    for name, value in numbers.items():
+        if value is not None and value < 1:
+            raise UserError(
+                f"{name} is {value}", where=f"--{name.replace('_', '-')}", mend="give a number of at least 1"
+            )
+
+
+def _target(opened: Opened, output: str | Path | None, overwrite: bool) -> Path:
+    """The file to write, which must not be there and whose folder must take it."""
+    home = home_of(opened.checkpoint)
+    if output is None and home.revision is not None:
+        raise StatisticsError(
+            "statistics of a model on the Hub are not written into its cached copy",
+            where=opened.name,
+            mend=f"say where with -o (in a copy of the repository: {FILE_NAME})",
+        )
+    target = home.path / FILE_NAME if output is None else Path(output).expanduser()
+    if target.is_dir():
+        target = target / FILE_NAME
+    if target.exists() and not overwrite:
+        raise StatisticsError(
+            "the statistics file exists", where=target, mend="choose another with -o, or --overwrite it"
+        )
+    folder = target.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        state = "is not writable" if folder.is_dir() else "does not exist"
+        raise StatisticsError(
+            f"the folder of the output {state}",
+            where=target,
+            mend="make the folder, or choose another with -o",
+        )
+    return target
