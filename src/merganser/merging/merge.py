@@ -186,8 +186,11 @@ def prepare(
         sources = [place.path for one in opened for place in (one, home_of(one))]
         if problem := check_output(output, overwrite, sources):
             problems.append(problem)
-        if plan.kept is not None and (problem := check_sums(plan.kept.folder, plan, output)):
-            problems.append(problem)
+        if plan.kept is not None:
+            units = (step.unit for step in plan.steps if step.method == plan.method.name)
+            models = (parent.checkpoint.path for parent in plan.parents)
+            if problem := check_sums(plan.kept.folder, plan.method, units, models, output):
+                problems.append(problem)
         if problem := space_error(output, plan.bytes_written + _SPARE):
             problems.append(problem)
     raise_all(problems)

@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -30,12 +29,10 @@ from merganser.merging.memory import anonymous_bytes
 from merganser.merging.parents import Parent, open_base, open_parents
 from merganser.merging.recipe import Recipe, method_options
 from merganser.merging.rows import LabelPlan, Rows, match_labels
+from merganser.merging.running_sums import RunningSums
 from merganser.merging.step import Step
 from merganser.methods import METHODS, Facts, Method, Unit, choose
 from merganser.tensors import DTYPE_NAMES, DTYPES, is_floating
-
-if TYPE_CHECKING:
-    from merganser.merging.running_sums import RunningSums
 
 _HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head")  # what configurations call it
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,9 +23,8 @@ from merganser.checkpoints import hash_tensor
 from merganser.errors import CheckpointError, FileError, UserError
 from merganser.files import new_file, space_error
 from merganser.merging.parents import Parent
-from merganser.merging.plan import Plan
 from merganser.methods import GramSums, Method, Unit
-from merganser.methods.base import input_width
+from merganser.methods.base import elements, input_width
 from merganser.statistics import Statistics
 
 FORMAT = 3
@@ -118,11 +117,20 @@ class RunningSums:
         return self.folder / f"{hashlib.sha256(value.encode()).hexdigest()[:32]}{_SUFFIX}"
 
 
-def check_sums(folder: Path, plan: Plan, output: Path) -> UserError | None:
-    """Why ``folder`` cannot keep the running sums of a merge into ``output``, if it cannot."""
+def check_sums(
+    folder: Path, method: Method, units: Iterable[Unit], models: Iterable[Path], output: Path
+) -> UserError | None:
+    """Why ``folder`` cannot keep the running sums of a merge of ``models`` into ``output``, if it cannot.
+
+    Args:
+        folder: of the sums.
+        method: of the merge.
+        units: that it treats.
+        models: folders of the contributors.
+        output: folder of the merge.
+    """
     place = folder.resolve()
-    taken = [output, *(parent.checkpoint.path for parent in plan.parents)]
-    if any(place == model.resolve() for model in taken) or output.resolve() in place.parents:
+    if any(place == model.resolve() for model in (output, *models)) or output.resolve() in place.parents:
         return CheckpointError(
             "the folder of running sums is a model folder", where=folder, mend="give it a place of its own"
         )
@@ -132,20 +140,15 @@ def check_sums(folder: Path, plan: Plan, output: Path) -> UserError | None:
         )
     return space_error(
         folder,
-        sums_bytes(plan),
+        sums_bytes(unit for unit in units if method.additive(unit)),
         "running sums take",
         "free some space, give a folder on another disk, or merge without keeping sums",
     )
 
 
-def sums_bytes(plan: Plan) -> int:
+def sums_bytes(units: Iterable[Unit]) -> int:
     """The size of the sums of a merge, float64 at most: a system and three sums of weights for each additive unit."""
-    total = 0
-    for step in plan.steps:
-        if step.method == plan.method.name and plan.method.additive(step.unit):
-            elements = sum(torch.Size(fact.shape).numel() for fact in step.unit.facts)
-            total += 8 * (input_width(step.unit.facts[0]) ** 2 + 3 * elements)
-    return total
+    return sum(8 * (input_width(unit.facts[0]) ** 2 + 3 * elements(unit)) for unit in units)
 
 
 def _hash_of(statistics: Statistics | None) -> str | None:
