@@ -29,7 +29,7 @@ import yaml
 from merganser.checkpoints import open_checkpoint
 from merganser.engines import SerialEngine
 from merganser.errors import CheckpointError, UserError, require
-from merganser.files import free_bytes, new_folder, write_text
+from merganser.files import new_folder, remove, space_error, write_text
 from merganser.lab.grid.cells import expand, models_of
 from merganser.lab.grid.loading import load_config
 from merganser.lab.grid.models import Models
@@ -266,21 +266,11 @@ def _prepare_folder(output: Path, files: Mapping[str, str], overwrite: bool, nee
             )
         return
     for name in _OURS:
-        _remove(output / name)
-    free = free_bytes(output)
-    if needed > free:
-        raise UserError(
-            f"the demo takes up to {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free",
-            where=output,
-            mend="free some space, or choose a folder on another disk with -o",
-        )
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+        remove(output / name)
+    mend = "free some space, or choose a folder on another disk with -o"
+    problem = space_error(output, needed, "the demo takes up to", mend)
+    if problem is not None:
+        raise problem
 
 
 def _publish(models: Models, folder: Path) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
-from merganser.errors import CheckpointError, RecipeError, StatisticsError, UserError, require
+from merganser.errors import CheckpointError, RecipeError, StatisticsError, UserError
 from merganser.merging.parents import Parent
 from merganser.merging.recipe import Recipe
 from merganser.merging.rows import Rows, match_vocabulary
@@ -115,12 +116,14 @@ def check_needs(
     method: Method, recipe: Recipe, parents: Sequence[Parent], base: Parent | None, problems: list[UserError]
 ) -> None:
     """The method has what it needs: a package, base model, statistics of these tensors, coefficients with a meaning."""
-    if method.needs.package is not None:
-        package, extra = method.needs.package
-        try:
-            require(extra, f"method {method.name!r}", package, where="method")
-        except UserError as error:
-            problems.append(error)
+    if method.needs.package and importlib.util.find_spec(method.needs.package[0]) is None:
+        problems.append(
+            RecipeError(
+                f"method {method.name!r} needs {method.needs.package[1]}, which is not installed",
+                where="method",
+                mend=f"pip install {method.needs.package[1]}",
+            )
+        )
     if method.needs.models is not None and len(parents) != method.needs.models:
         problems.append(
             RecipeError(

@@ -175,7 +175,7 @@ class Needs:
         layers: which tensors are weights of linear layers; statistics say it anyway.
         models: exactly so many contributors; None: any number.
         signed: negative coefficients have a meaning.
-        package: a package beyond those of merganser, as (name to import, extra that brings it).
+        package: a package beyond those of merganser, as (name to import, name to install).
     """
 
     base: bool = False

@@ -276,6 +276,6 @@ OPTIMAL_TRANSPORT = OptimalTransport(
     name="ot",
     title="Optimal transport",
     summary="average of hidden units and attention heads matched by optimal transport; needs POT",
-    needs=Needs(layers=True, package=("ot", "ot")),
+    needs=Needs(layers=True, package=("ot", "POT")),
     options=OptimalTransportOptions.model_validate({}),
 )

@@ -11,9 +11,6 @@ from merganser.files import RemoteFolder
 from merganser.lab.zoo.keys import ZooError
 from merganser.lab.zoo.record import ENTRY, MAX_BYTES, FileRecord, is_id, record_file
 
-#: Protocols without folders: what is absent there is the bucket, and that is not ours to create.
-_OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss"}
-
 
 class Folder:
     """Entries in a local folder.
