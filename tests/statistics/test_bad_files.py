@@ -185,8 +185,6 @@ def test_statistics_of_other_weights_do_not_add(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_write_leaves_nothing(published: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from merganser.statistics import writing
-
     statistics = Statistics.open(published)
     tensors = {name: statistics.packed(name) for name in statistics.tensors}
     target = published.parent / "other" / FILE_NAME
@@ -195,7 +193,7 @@ def test_an_interrupted_write_leaves_nothing(published: Path, monkeypatch: pytes
     def stopped(*arguments: object, **named: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(writing.os, "replace", stopped)
+    monkeypatch.setattr(Path, "replace", stopped)
     with pytest.raises(KeyboardInterrupt):
         write_statistics(target, statistics.header, tensors)
     assert list(target.parent.iterdir()) == []
