@@ -85,8 +85,10 @@ def plan_experiment(
     known = order is not None or not needs_order(config)
     cells = expand(config, order)
     present = finished(folder) if folder.is_dir() else set()
-    there = {cell: known and cell_id(models, cell) in present for cell in cells}
-    needs = {need: is_there(models, need) for need in unique_needs(config, cells)}
+    # Where nothing was computed yet, no key is looked up, so that no data set is hashed.
+    there = {cell: known and bool(present) and cell_id(models, cell) in present for cell in cells}
+    filled = bool(models.zoo.ls())
+    needs = {need: filled and is_there(models, need) for need in unique_needs(config, cells)}
     lines = []
     for need, cached in needs.items():
         args = models.args(ModelSpec(**need.payload["spec"])) if need.what == "model" else None
