@@ -83,7 +83,9 @@ def test_what_is_there_and_what_is_left(
 ) -> None:
     from merganser.lab.grid import estimate as estimates
 
-    rates = estimates._Rates(1e-6, 2e-6)  # what a busy machine measures twice may differ by more than the work
+    rates = estimates._Rates(
+        1e-6, 2e-6
+    )  # what a busy machine measures twice may differ by more than the work
     monkeypatch.setattr(estimates, "_calibrate", lambda *arguments: rates)
     config = trial(
         seeds=[1], methods=["simple", "fisher", "regmean"], comparators=["individual", "multitask"]
