@@ -16,6 +16,7 @@ from adapter_examples import PREFIX, adapt_linears, factors, oracle, write_adapt
 from conftest import ARCHITECTURES, VOCABULARY, make_model
 from merganser.checkpoints import AdapterCheckpoint, Checkpoint, open_checkpoint
 from merganser.errors import Problems, UserError
+from merganser.tensors import one_thread
 
 Save = Callable[..., Path]
 TARGETS = {
@@ -77,9 +78,8 @@ def test_the_same_bits_however_it_is_cut(tmp_path: Path, transposed: bool) -> No
     whole = checkpoint.read("x.weight")
     for start, stop in ((0, 1), (127, 129), (128, 256), (5, 299), (299, 300), (250, 400), (10, 10)):
         assert torch.equal(checkpoint.read("x.weight", start, stop), whole[start:stop]), (start, stop)
-    torch.set_num_threads(1)
-    assert torch.equal(checkpoint.read("x.weight"), whole)
-    torch.set_num_threads(2)
+    with one_thread():
+        assert torch.equal(checkpoint.read("x.weight"), whole)
 
 
 def test_patterns_of_rank_and_alpha(save_model: Save, tmp_path: Path) -> None:

@@ -54,10 +54,11 @@ def test_from_pretrained_opens_every_architecture(family, tmp_path: Path, archit
 @pytest.mark.parametrize("method", ["simple", "regmean", "fisher", "actmat"])
 def test_threads_do_not_change_a_byte(family, tmp_path: Path, method: str) -> None:
     base, models = family("bert", 3, fisher="expected")
+    before = torch.get_num_threads()
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         merge(models, tmp_path / f"out{threads}", method=method, base=base, threads=threads)
-    torch.set_num_threads(2)
+    torch.set_num_threads(before)
     first = files_of(tmp_path / "out1")
     assert first == files_of(tmp_path / "out2") == files_of(tmp_path / "out3")
 
