@@ -165,10 +165,12 @@ print("datasets" in loaded, "merged", len(regmean))
 
 
 def run_alone(cells: list[str], hidden: set[str], **settings: str) -> subprocess.CompletedProcess[str]:
+    """Run cells in a Python that cannot import what is hidden, with the corpora that the settings name or none."""
+    inherited = {name: value for name, value in os.environ.items() if name != "MERGANSER_RESOURCES"}
     return subprocess.run(
         [sys.executable, "-c", ALONE],
         input=json.dumps([sorted(hidden), cells]),
-        env={**os.environ, "REGMEAN_TEST_TEXTS": "4", "REGMEAN_GRAM_TEXTS": "8", **settings},
+        env={**inherited, "REGMEAN_TEST_TEXTS": "4", "REGMEAN_GRAM_TEXTS": "8", **settings},
         capture_output=True,
         text=True,
     )
