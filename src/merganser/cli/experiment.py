@@ -18,12 +18,8 @@ if TYPE_CHECKING:
 
 _LISTS = {"--templates", "--filter-model"}
 MADE = ("multi-task models", "gram matrices", "fisher information")  # what is made beside models and cells
-_CONFIGS = {
-    "--config",
-    "--configs",
-    "--config-file",
-    "--config-files",
-}  # the original's word before the files
+#: The original's word before the files.
+_CONFIGS = {"--config", "--configs", "--config-file", "--config-files"}
 
 
 class _ListOptions(click.Command):

@@ -118,21 +118,36 @@ def load_recipe(path: Path) -> dict[str, Any]:
     """The values of a recipe file.
 
     Raises:
+        RecipeError: see :func:`read_mapping`.
+    """
+    return read_mapping(path, "a recipe", "'contributors:' and 'method:'")
+
+
+def read_mapping(path: Path, what: str, keys: str) -> dict[str, Any]:
+    """The mapping that a YAML file holds.
+
+    Args:
+        path: of the file.
+        what: it is, such as ``a recipe``.
+        keys: some that it could have, for the mend.
+
+    Raises:
         RecipeError: unreadable, not YAML, or not a mapping.
     """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"unreadable: {error}", where=path, mend="check the path") from None
+        reason = getattr(error, "strerror", None) or error
+        raise RecipeError(f"unreadable: {reason}", where=path, mend="check the path") from None
     except yaml.YAMLError as error:
         raise RecipeError(
             f"not YAML: {' '.join(str(error).split())}", where=path, mend="correct the file"
         ) from None
     if not isinstance(values, dict):
         raise RecipeError(
-            f"a recipe is a mapping, this is {type(values).__name__}",
+            f"{what} is a mapping, this is {type(values).__name__}",
             where=path,
-            mend="write keys such as 'contributors:' and 'method:'",
+            mend=f"write keys such as {keys}",
         )
     return values
 

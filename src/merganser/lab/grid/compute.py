@@ -109,15 +109,11 @@ def compute(models: Models, cell: Cell, cell_id: str, sums: Path | None = None) 
     }
 
 
-#: Which statistics a method wants.
-METHOD_STATISTICS = {
-    name: method.needs.statistics for name, method in METHODS.items() if method.needs.statistics
-}
-
-
 def statistics_of(config: ExperimentConfig, cell: Cell) -> str:
     """The kind of statistics that a cell wants of each contributor; empty for none."""
-    return METHOD_STATISTICS.get(config.method(cell.method).method, "") if cell.kind == "merge" else ""
+    if cell.kind != "merge":
+        return ""
+    return METHODS[config.method(cell.method).method].needs.statistics or ""
 
 
 def scored_on(config: ExperimentConfig, cell: Cell) -> list[Test]:

@@ -72,9 +72,7 @@ def estimate(models: Models, needs: Sequence[Need], cells: Sequence[Cell]) -> Es
     tokens = _Tokens(models)
     try:
         rates = _calibrate(models, tokens.limit(_TOKENS))
-    except (
-        Exception
-    ) as error:  # an architecture that its configuration alone does not build, or too large a one
+    except Exception as error:  # whatever an architecture does that its configuration alone does not build
         return Estimate(None, f"the model could not be timed ({type(error).__name__}: {error})")
     parts = {"training": 0.0, "statistics": 0.0, "scoring": 0.0}
     for need in needs:
@@ -137,9 +135,8 @@ def _network(models: Models) -> nn.Module:
         network: nn.Module = getattr(transformers, task.model_class(opened.config)).from_config(config)
     parameters = list(network.parameters())
     most = max(parameter.numel() for parameter in parameters)
-    memory = 0.05 * torch.randn(
-        most, device=models.device
-    )  # of equal numbers, or of zeros, others are denormal
+    # Of equal numbers, or of zeros, others are denormal.
+    memory = 0.05 * torch.randn(most, device=models.device)
     for parameter in parameters:
         parameter.data = memory[: parameter.numel()].view(parameter.shape)
     return network.to(models.device).eval()

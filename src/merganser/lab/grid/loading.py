@@ -15,11 +15,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 import merganser
 from merganser.errors import ErrorCollector, RecipeError, UserError, did_you_mean, raise_all
 from merganser.lab.grid.config import ExperimentConfig, make_config
+from merganser.merging.recipe import read_mapping
 
 _TEMPLATE = re.compile(r"\{(\w+)\}")
 _INTEGER = re.compile(r"[+-]?\d+")
@@ -79,8 +78,7 @@ def named_configurations() -> dict[str, str]:
     for path in sorted(folder.rglob("*.yaml")):
         inside = path.relative_to(folder)
         whole = inside.parts[0] not in ("datasets", "exps", "models")
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        found[inside.with_suffix("").as_posix()] = str(values.get("description", "")) if whole else ""
+        found[inside.with_suffix("").as_posix()] = str(_read(path).get("description", "")) if whole else ""
     return found
 
 
@@ -92,26 +90,16 @@ def read_values(file: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """
     if file.resolve() in seen:
         raise RecipeError("extends itself", where=file, mend="remove the circle of extends")
-    try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise RecipeError(f"unreadable: {reason}", where=file, mend="check the path") from None
-    except yaml.YAMLError as error:
-        raise RecipeError(
-            f"not YAML: {' '.join(str(error).split())}", where=file, mend="correct it"
-        ) from None
-    if not isinstance(values, dict):
-        raise RecipeError(
-            f"a configuration is a mapping, this is {type(values).__name__}",
-            where=file,
-            mend="write keys such as 'suite:' and 'methods:'",
-        )
+    values = _read(file)
     parents = values.pop("extends", None) or []
     merged: dict[str, Any] = {}
     for parent in [parents] if isinstance(parents, str) else parents:
         merged = merge_values(merged, read_values(file.parent / str(parent), (*seen, file.resolve())))
     return merge_values(merged, values)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    return read_mapping(file, "a configuration", "'suite:' and 'methods:'")
 
 
 def merge_values(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:

@@ -115,7 +115,8 @@ def run_experiment(
     grid = _Grid(models, folder, engine or SerialEngine(), common)
     cells = {cell_id(models, cell): cell for cell in grid.expanded()}
     recall(folder, set(cells))
-    left = {name: cell for name, cell in cells.items() if name not in finished(folder)}
+    present = finished(folder)
+    left = {name: cell for name, cell in cells.items() if name not in present}
     grid.prepare(list(left.values()))
     done = grid.work(left)
     if not grid.failures:
