@@ -7,7 +7,8 @@ method needs is refused from its words alone; provenance says what was really us
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,11 @@ import torch
 from safetensors.torch import load_file
 
 from merganser.checkpoints import open_checkpoint
-from merganser.checkpoints.layers import describe_layers
+from merganser.checkpoints.layers import Layer, describe_layers
 from merganser.errors import MerganserError
 from merganser.merging import merge
 from merganser.merging.cutting import SLICE
-from merganser.methods import METHODS, Method
+from merganser.methods import METHODS, Facts, Method
 from merganser.methods.elementwise import Position
 from merganser.statistics import FILE_NAME, Statistics
 from merging.test_bytes import write_family
@@ -29,6 +30,7 @@ from methods.examples.dare import DARE
 from methods.examples.kronecker import KRONECKER
 from methods.examples.slerp import SLERP
 from methods.examples.truncated_svd import TRUNCATED_SVD
+from other_device import DEVICE, OtherDevice
 
 EXAMPLES: dict[str, Method] = {m.name: m for m in (DARE, SLERP, TRUNCATED_SVD, KRONECKER)}
 COEFFICIENTS = [1.0, 2.0]
@@ -220,6 +222,51 @@ def test_provenance_says_what_was_really_used(
     assert all(entry["reason"] for name, entry in tensors.items() if name not in layers)
 
 
+@pytest.mark.parametrize("method", ["dare", "slerp", "truncated_svd", "ties", "task_arithmetic", "actmat"])
+def test_on_another_device_it_computes_the_same(method: str) -> None:
+    """Random numbers, sums and factors lie where the weights do."""
+    draw = torch.Generator().manual_seed(2)
+    base, one, two = (torch.randn(6, 5, generator=draw) for _ in range(3))
+    fact = Facts("w", (6, 5), Layer("m", "linear", "w", None, False), in_base=True)
+    chosen = METHODS[method]
+    (unit,), _ = chosen.units([fact])
+
+    def merged(move: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        shares = [InMemory(n, c, move(w), move(base)) for n, c, w in ((0, 1.0, one), (1, 2.0, two))]
+        return chosen.merge(unit, shares).tensors["w"]
+
+    here = merged(torch.Tensor.clone)
+    with OtherDevice():
+        far = merged(lambda tensor: tensor.to(DEVICE))
+        assert str(far.device) == DEVICE
+        back = far.to("cpu")
+    assert torch.equal(here, back)
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """A contributor of one weight."""
+
+    number: int
+    coefficient: float
+    weight: torch.Tensor
+    origin: torch.Tensor
+
+    def stored(self, name: str) -> torch.Tensor:
+        return self.weight.clone()
+
+    tensor = stored
+
+    def base(self, name: str) -> torch.Tensor:
+        return self.origin.clone()
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        return self.weight[start:stop].clone()
+
+    def base_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        return self.origin[start:stop].clone()
+
+
 @pytest.mark.parametrize(
     ("method", "lines"), [("dare", 25), ("truncated_svd", 30), ("slerp", 25), ("kronecker", 40)]
 )
@@ -231,7 +278,7 @@ def test_a_method_is_short(method: str, lines: int) -> None:
 
 def test_a_slice_of_random_numbers_is_a_part_of_the_whole() -> None:
     def drawn(rows: Any, width: int = 7) -> torch.Tensor:
-        return Position("w", (len(rows), width), rows, [0, 3]).uniform(1, 5)
+        return Position("w", rows, [0, 3]).uniform(torch.empty(len(rows), width), 1, 5)
 
     whole = drawn(range(50))
     assert float(whole.min()) >= 0 and float(whole.max()) < 1

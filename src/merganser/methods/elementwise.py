@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -27,29 +28,27 @@ class Position:
 
     Attributes:
         name: of the tensor.
-        shape: of what is given.
         rows: which rows of the whole tensor these are.
         contributors: the number of each, from 0.
         whole: what ``reduce`` found of the whole tensor.
     """
 
     name: str
-    shape: tuple[int, ...]
     rows: Sequence[int]
     contributors: Sequence[int]
     whole: Any = None
 
-    def uniform(self, index: int, seed: int) -> Tensor:
-        """Random numbers from [0, 1) in float32 for the δ of this index, shaped like it.
+    def uniform(self, delta: Tensor, index: int, seed: int) -> Tensor:
+        """Random numbers from [0, 1) in float32 for the δ of this index, shaped like it and on its device.
 
         They depend on the seed, the tensor's name, the contributor's number and the place in the whole tensor
         (counter-based: Salmon et al. 2011), and so on nothing that a run could choose.
         """
         identity = f"{seed} {self.contributors[index]} {self.name}".encode()
         key = int.from_bytes(hashlib.sha256(identity).digest()[:16], "little")
-        width = int(np.prod(self.shape[1:], dtype=np.int64))
+        width = prod(delta.shape[1:])
         found = [_uniform(key, start * width, stop * width) for start, stop in _runs(self.rows)]
-        return torch.from_numpy(np.concatenate(found)).reshape(self.shape)
+        return torch.from_numpy(np.concatenate(found)).reshape(delta.shape).to(delta.device)
 
 
 Function = Callable[[Any, Iterator[Tensor], Sequence[float], Any, Position], Tensor]
@@ -119,7 +118,7 @@ class Elementwise(Method):
                 yield tensor if base is None else tensor.sub_(base)
 
         rows = range(fact.shape[0] if fact.shape else 1) if fact.rows is None else fact.rows
-        position = Position(name, fact.shape, rows, [share.number for share in shares], whole)
+        position = Position(name, rows, [share.number for share in shares], whole)
         coefficients = [share.coefficient for share in shares]
         found = self.function(base, deltas(), coefficients, self.options, position)
         return Merged(

@@ -7,10 +7,9 @@ rounding does is in proportion to how much the contributors differ.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,20 +36,18 @@ ROWS = 64
 _TOLERANCE, _STEPS = 1e-10, 2000  # of conjugate gradients, relative to the right-hand side
 
 
-class Metric(ABC):
-    """What a contributor's errors in one parameter cost: ‖Δ‖²_M = ⟨Δ, M(Δ)⟩, M linear, symmetric, not negative."""
+Form = TypeVar("Form", bound="Metric")
 
-    @abstractmethod
-    def apply(self, difference: Tensor) -> Tensor:
-        """M(Δ) in float64, for Δ shaped like the parameter; a weight is (out, in)."""
+
+class Metric:
+    """What a contributor's errors in one parameter cost: ‖Δ‖²_M = ⟨Δ, M(Δ)⟩, M linear, symmetric, not negative.
+
+    The solver has a way of its own for each of the three forms below, and conjugate gradients for any other one.
+    """
 
 
 class Identity(Metric):
     """Every number costs the same: the weighted average."""
-
-    def apply(self, difference: Tensor) -> Tensor:
-        """Δ."""
-        return difference
 
 
 @dataclass(frozen=True)
@@ -63,10 +60,6 @@ class Diagonal(Metric):
 
     values: Tensor
 
-    def apply(self, difference: Tensor) -> Tensor:
-        """m ⊙ Δ."""
-        return difference * self.values.to(torch.float64)
-
 
 @dataclass(frozen=True)
 class Gram(Metric):
@@ -78,9 +71,13 @@ class Gram(Metric):
 
     matrix: Tensor
 
+
+class Operator(Metric):
+    """Any other metric, by what it does, such as one of Kronecker factors."""
+
     def apply(self, difference: Tensor) -> Tensor:
-        """ΔG."""
-        return difference @ self.matrix.to(torch.float64)
+        """M(Δ) in float64, for Δ shaped like the parameter; a weight is (out, in)."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -88,7 +85,7 @@ class Rule:
     """How some tensors get their metric.
 
     Attributes:
-        form: the class of the metric; what it is not known of (slices, sums) the solver does by :meth:`Metric.apply`.
+        form: the class of the metric.
         metric: of a unit and one contributor's share of it, and the options.
         local: whether the metric of some rows is told by these rows alone, or by none.
     """
@@ -131,10 +128,6 @@ class LeastSquares(Method):
         """The class of a unit's metrics."""
         return self.rules[unit.kind].form
 
-    def metric(self, unit: Unit, share: Share) -> Metric:
-        """A contributor's."""
-        return self.rules[unit.kind].metric(unit, share, self.options)
-
     def units(self, facts: Sequence[Facts]) -> tuple[list[Unit], dict[str, str]]:
         """Those that ``treat`` has a rule for, and what joins them."""
         units, reasons = separately(facts, lambda fact: self.treat(fact, self.options), self.rules)
@@ -158,7 +151,7 @@ class LeastSquares(Method):
         solution = solve_iteratively(
             [oriented(share.tensor(name), fact) for share in shares],
             [share.coefficient for share in shares],
-            [self.metric(unit, share) for share in shares],
+            [self._metric(unit, share, Operator) for share in shares],
             self.ridge,
         )
         return Merged({name: oriented(solution.value, fact)}, solution.note)
@@ -243,17 +236,19 @@ class LeastSquares(Method):
         return Merged(_unstacked(solution.value, unit), solution.note)
 
     def _gram(self, unit: Unit, share: Share) -> Tensor:
-        metric = self.metric(unit, share)
-        if not isinstance(metric, Gram):
-            raise TypeError(f"method {self.name!r} promised a Gram matrix of {unit.names[0]}")
-        return metric.matrix
+        return self._metric(unit, share, Gram).matrix
 
     def diagonal(self, unit: Unit, share: Share) -> Tensor:
         """A contributor's metric where it is diagonal, broadcastable to the tensor."""
-        metric = self.metric(unit, share)
-        if not isinstance(metric, Diagonal):
-            raise TypeError(f"method {self.name!r} promised a diagonal metric of {unit.names[0]}")
-        return metric.values
+        return self._metric(unit, share, Diagonal).values
+
+    def _metric(self, unit: Unit, share: Share, form: type[Form]) -> Form:
+        metric = self.rules[unit.kind].metric(unit, share, self.options)
+        if not isinstance(metric, form):
+            raise TypeError(
+                f"method {self.name!r}: {type(metric).__name__} is not a metric of {form.__name__}"
+            )
+        return metric
 
     def _elementwise(self, unit: Unit, shares: Sequence[Share], mean: float | None) -> Merged:
         (name,) = unit.names
@@ -357,7 +352,7 @@ def summed_diagonal(metrics: Iterable[Tensor], coefficients: Sequence[float]) ->
 
 
 def solve_iteratively(
-    tensors: Sequence[Tensor], coefficients: Sequence[float], metrics: Sequence[Metric], ridge: float
+    tensors: Sequence[Tensor], coefficients: Sequence[float], metrics: Sequence[Operator], ridge: float
 ) -> Solution:
     """Solution for metrics of any form, by conjugate gradients (Hestenes & Stiefel 1952) in float64.
 

@@ -16,7 +16,7 @@ class DAREOptions(Options):
 def _sum(base, deltas, coefficients, options, position):  # type: ignore[no-untyped-def]
     total = torch.zeros_like(base)
     for index, (delta, coefficient) in enumerate(zip(deltas, coefficients, strict=True)):
-        kept = position.uniform(index, options.seed) < options.density
+        kept = position.uniform(delta, index, options.seed) < options.density
         total = added(total, delta.mul_(kept), coefficient / options.density)
     return total
 

@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor
 
 from merganser.methods.base import Needs, Options
-from merganser.methods.least_squares import LeastSquares, Metric, Rule, oriented
+from merganser.methods.least_squares import LeastSquares, Operator, Rule, oriented
 
 
 class KroneckerOptions(Options):
@@ -15,7 +15,7 @@ class KroneckerOptions(Options):
 
 
 @dataclass(frozen=True)
-class Kronecker(Metric):
+class Kronecker(Operator):
     outputs: Tensor
     inputs: Tensor
 

@@ -7,10 +7,10 @@ from merganser.methods.elementwise import Elementwise
 
 
 def _angle(read, shape, coefficients, options):  # type: ignore[no-untyped-def]
-    sums = torch.zeros(3, dtype=torch.float64)
+    sums = 0.0
     for start in range(0, shape[0] if shape else 1, 1024):
         one, two = (tensor.double() for tensor in read(start, start + 1024))
-        sums += torch.stack([(one * two).sum(), one.square().sum(), two.square().sum()])
+        sums = sums + torch.stack([(one * two).sum(), one.square().sum(), two.square().sum()])
     return torch.acos((sums[0] / (sums[1] * sums[2]).sqrt().clamp_min(1e-300)).clamp(-1, 1))
 
 
