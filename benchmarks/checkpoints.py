@@ -162,9 +162,7 @@ def parameters(shapes: Shapes) -> int:
 def llama_family(scratch: Path, size: str, contributors: int = 3) -> tuple[Path, list[Path]]:
     """The base and the contributors of a size of :data:`SIZES`, bfloat16; made where they are not there yet."""
     model = SIZES[size]
-    return write_family(
-        scratch / f"llama-{size}", model.shapes(), model.config(), torch.bfloat16, contributors
-    )
+    return write_family(scratch / f"llama-{size}", model.shapes(), model.config(), torch.bfloat16, contributors)
 
 
 def write_family(
@@ -272,9 +270,7 @@ def _write_tokenizer(folder: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Make families from the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scratch", type=Path, help="folder to write into")
     parser.add_argument("--size", nargs="+", choices=SIZES, default=["1.1B"])
     options = parser.parse_args(arguments)

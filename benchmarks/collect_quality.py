@@ -37,9 +37,7 @@ def main() -> int:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     settings = yaml.safe_load((options.demo / "demo.yaml").read_text("utf-8"))
-    domains = sorted(
-        p.name for p in (options.demo / "data").iterdir() if (options.demo / "models" / p.name).is_dir()
-    )
+    domains = sorted(p.name for p in (options.demo / "data").iterdir() if (options.demo / "models" / p.name).is_dir())
     print(f"domains: {', '.join(domains)}")
     print(f"{'variant':30}{'seed':>5}{'macro-F1':>10}{'loss':>8}  texts and tokens used, by domain")
     exact: float | None = None
@@ -55,9 +53,7 @@ def main() -> int:
         mean = statistics.mean(losses)
         worst = max(worst, mean)
         print(f"{variant:30} mean{'':10}{mean:8.2f}", flush=True)
-    print(
-        f"\nlargest mean loss {worst:.2f}, limit {options.limit}: {'good' if worst < options.limit else 'NO'}"
-    )
+    print(f"\nlargest mean loss {worst:.2f}, limit {options.limit}: {'good' if worst < options.limit else 'NO'}")
     return 0 if worst < options.limit else 1
 
 
@@ -67,9 +63,7 @@ def parse(variant: str) -> dict[str, Any]:
     return {OPTIONS[name]: float(value) for name, value in pairs}
 
 
-def run(
-    demo: Path, domains: list[str], settings: dict[str, Any], chosen: dict[str, Any]
-) -> tuple[float, str]:
+def run(demo: Path, domains: list[str], settings: dict[str, Any], chosen: dict[str, Any]) -> tuple[float, str]:
     """The merge's mean score, and how many texts its statistics were collected from."""
     models = [demo / "models" / name for name in domains]
     tests = [demo / "data" / name / "test.jsonl" for name in domains]
@@ -93,9 +87,7 @@ def run(
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("demo", type=Path, help="folder of a finished demo")
     parser.add_argument("--variants", nargs="+", default=VARIANTS, metavar="VARIANT")
     parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2))

@@ -27,9 +27,7 @@ ROWS_PER_FEATURE = 4  # how many inputs, as a multiple of their width
 def encoder_family(scratch: Path, encoder: Encoder, contributors: int = 4) -> list[Path]:
     """Contributors of an encoder in float32, statistics in their folders; made where they are not there yet."""
     folder = scratch / f"encoder-{encoder.layers}x{encoder.hidden}"
-    _, models = checkpoints.write_family(
-        folder, encoder.shapes(), encoder.config(), torch.float32, contributors
-    )
+    _, models = checkpoints.write_family(folder, encoder.shapes(), encoder.config(), torch.float32, contributors)
     for number, model in enumerate(models):
         if not (model / FILE_NAME).exists():
             _write(model, encoder, number)
@@ -53,9 +51,7 @@ def gram_and_mean(key: str, width: int, contributor: int) -> tuple[Tensor, Tenso
     spectrum /= spectrum.sum()
     rows = ROWS_PER_FEATURE * width
     lower = torch.randn(width, width, generator=own).tril_(-1)
-    freedom = torch.arange(
-        rows, rows - width, -1, dtype=torch.float32
-    )  # chi squared, which is nearly normal here
+    freedom = torch.arange(rows, rows - width, -1, dtype=torch.float32)  # chi squared, which is nearly normal here
     lower.diagonal().copy_((freedom + (2 * freedom).sqrt() * torch.randn(width, generator=own)).sqrt())
     root = (spectrum.sqrt()[:, None] * (lower / rows**0.5)).T @ _rotation(width)[:, order] * features
     mean = torch.randn(width, generator=shared) + 0.5 * torch.randn(width, generator=own)

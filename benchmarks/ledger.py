@@ -54,10 +54,7 @@ def main() -> int:
         BertModel(config).save_pretrained(place / "base")
         size = (place / "base" / "model.safetensors").stat().st_size
         print(f"model        {options.layers} layers, width {options.width}, {size / 1e6:.0f} MB")
-        print(
-            f"threads      {options.threads or os.cpu_count()}; load average {os.getloadavg()[0]:.2f}",
-            flush=True,
-        )
+        print(f"threads      {options.threads or os.cpu_count()}; load average {os.getloadavg()[0]:.2f}", flush=True)
         fill(place, options)
         pairs = take_turns(place, options)
         error = left_behind(place, options)
@@ -84,9 +81,7 @@ def fill(place: Path, options: argparse.Namespace) -> None:
             shutil.copytree(folder, place / "one")
             print(f"sums         {sums_of(folder).stat().st_size / 1e6:.0f} MB")
         load = os.getloadavg()[0]
-        print(
-            f"add {k:2}       {add.cpu:6.2f} s of processors, {add.wall:6.2f} s; load {load:.1f}", flush=True
-        )
+        print(f"add {k:2}       {add.cpu:6.2f} s of processors, {add.wall:6.2f} s; load {load:.1f}", flush=True)
 
 
 def take_turns(place: Path, options: argparse.Namespace) -> list[tuple[Add, Add]]:
@@ -126,9 +121,7 @@ def timed_add(folder: Path, model: Path, coefficient: float, threads: int | None
     wall, cpu = time.perf_counter(), time.process_time()
     ledger.add(folder, model, coefficient=coefficient, threads=threads)
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    return Add(
-        cpu, wall, copy(folder.parent, [sums_of(folder), model / "model.safetensors", model / FILE_NAME])
-    )
+    return Add(cpu, wall, copy(folder.parent, [sums_of(folder), model / "model.safetensors", model / FILE_NAME]))
 
 
 def sums_of(folder: Path) -> Path:
@@ -193,10 +186,7 @@ def statistics_of(layer: Layer, shape: torch.Size, generator: torch.Generator) -
     inputs = torch.randn(256, shape[1], generator=generator) * torch.linspace(0.05, 2, shape[1])
     gram = inputs.T @ inputs / len(inputs)
     gram.diagonal().add_(1e-3)
-    return {
-        f"gram.{layer.module}": pack_upper((gram + gram.T) / 2),
-        f"mean.{layer.module}": inputs.mean(dim=0),
-    }
+    return {f"gram.{layer.module}": pack_upper((gram + gram.T) / 2), f"mean.{layer.module}": inputs.mean(dim=0)}
 
 
 def report(pairs: list[tuple[Add, Add]], error: float, options: argparse.Namespace) -> int:
@@ -222,18 +212,14 @@ def report(pairs: list[tuple[Add, Add]], error: float, options: argparse.Namespa
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--width", type=int, default=384)
     parser.add_argument("--vocabulary", type=int, default=8000)
     parser.add_argument("--contributors", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument(
-        "--folder", type=Path, default=None, help="where to work; the system's place by default"
-    )
+    parser.add_argument("--folder", type=Path, default=None, help="where to work; the system's place by default")
     parser.add_argument("--cpu-time", action="store_true", help="judge by processor time: for busy machines")
     options = parser.parse_args()
     if options.contributors < 3 or options.rounds < 1:

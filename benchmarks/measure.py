@@ -61,9 +61,7 @@ def run_command(command: Sequence[str], environment: Mapping[str, str] | None = 
     with tempfile.TemporaryFile() as output:
         start = time.perf_counter()
         try:
-            process = subprocess.Popen(
-                command, stdout=output, stderr=output, env={**os.environ, **(environment or {})}
-            )
+            process = subprocess.Popen(command, stdout=output, stderr=output, env={**os.environ, **(environment or {})})
         except OSError as error:
             raise CommandFailed(f"{command[0]}: {error}") from None
         anonymous = resident = 0
@@ -152,9 +150,7 @@ def summary(runs: Mapping[str, Sequence[Run]], reference: str) -> list[dict[str,
     """
     rows = []
     for name, found in runs.items():
-        ratios = [
-            run.seconds / other.seconds for run, other in zip(found, runs.get(reference, ()), strict=False)
-        ]
+        ratios = [run.seconds / other.seconds for run, other in zip(found, runs.get(reference, ()), strict=False)]
         rows.append(
             {
                 "variant": name,
@@ -235,9 +231,7 @@ def save(name: str, text: str, values: Mapping[str, Any], folder: Path = RESULTS
     """Write ``name.md`` and ``name.json`` into the folder of results, and print the Markdown."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.md").write_text(text, encoding="utf-8")
-    (folder / f"{name}.json").write_text(
-        json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    (folder / f"{name}.json").write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print(text)
 
 

@@ -141,21 +141,12 @@ def section(
     text += measure.summary_table(rows, reference)
     columns = ("numbers", "differ", "ties", "boundary", "unexplained")
     cells = [[variant, *(f"{found[column]:,}" for column in columns)] for variant, found in checked.items()]
-    head = [
-        "against float64",
-        "numbers",
-        "other bfloat16",
-        "tied magnitudes",
-        "rounding boundary",
-        "unexplained",
-    ]
+    head = ["against float64", "numbers", "other bfloat16", "tied magnitudes", "rounding boundary", "unexplained"]
     return f"{text}\n{measure.markdown(head, cells)}"
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scratch", type=Path, help="folder for checkpoints and outputs")
     parser.add_argument("--size", choices=checkpoints.SIZES, default="1.1B")
     parser.add_argument("--rounds", type=int, default=5)

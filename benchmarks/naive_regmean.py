@@ -75,9 +75,7 @@ def merge_layers(
 
 def main() -> None:
     """Merge folders into a file."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
     parser.add_argument("models", type=Path, nargs="+")
     parser.add_argument("--alpha", type=float, default=0.9)
@@ -91,9 +89,7 @@ def main() -> None:
     merged = {name: sum_of([model[name] for model in weights]) / len(weights) for name in weights[0]}
     merged |= merge_layers(weights, grams, inputs, options.alpha, options.shared)
     options.output.mkdir(parents=True)
-    save_file(
-        {name: tensor.contiguous() for name, tensor in merged.items()}, options.output / "model.safetensors"
-    )
+    save_file({name: tensor.contiguous() for name, tensor in merged.items()}, options.output / "model.safetensors")
 
 
 if __name__ == "__main__":

@@ -166,10 +166,7 @@ def commands(outputs: Path, models: Sequence[Path], alpha: float) -> dict[str, l
 
 
 def judge(
-    shares: Sequence[InMemory],
-    inputs: Mapping[str, str],
-    alpha: float,
-    results: Mapping[str, Mapping[str, Tensor]],
+    shares: Sequence[InMemory], inputs: Mapping[str, str], alpha: float, results: Mapping[str, Mapping[str, Tensor]]
 ) -> dict[str, dict[str, float]]:
     """Relative errors of each variant's weights against the float64 solution: median and worst over layers."""
     errors: dict[str, list[float]] = {name: [] for name in results}
@@ -213,9 +210,7 @@ def write_naive(model: Path, inputs: Mapping[str, str]) -> None:
     partial.rename(target)
 
 
-def section(
-    title: str, rows: Sequence[Mapping[str, object]], errors: Mapping[str, Mapping[str, float]]
-) -> str:
+def section(title: str, rows: Sequence[Mapping[str, object]], errors: Mapping[str, Mapping[str, float]]) -> str:
     """The tables of one part."""
     text = f"\n## {title}\n\n{measure.summary_table(rows, 'merganser')}\n"
     cells = [[name, f"{e['median']:.1e}", f"{e['worst']:.1e}"] for name, e in errors.items()]
@@ -223,9 +218,7 @@ def section(
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scratch", type=Path, help="folder for checkpoints and outputs")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--contributors", type=int, default=4)
@@ -233,9 +226,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", choices=["solver", "command"])
     parser.add_argument("--threads", type=int, help="of the solver alone  [default: as many as torch likes]")
-    parser.add_argument(
-        "--cpu-time", action="store_true", help="processor time of the solver alone, for busy machines"
-    )
+    parser.add_argument("--cpu-time", action="store_true", help="processor time of the solver alone, for busy machines")
     parser.add_argument("--results", type=Path, default=measure.RESULTS, help="folder of the tables")
     return parser.parse_args()
 

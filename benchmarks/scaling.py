@@ -60,9 +60,7 @@ def main() -> int:
         return 1
     found = measure.machine("matplotlib")
     suffix = "".join(f"-{part}" for part in (options.only, options.method) if part)
-    text = (
-        f"# Growth of a merge's time\n\n{measure.machine_line(found)}\nMedians of {options.rounds} rounds.\n"
-    )
+    text = f"# Growth of a merge's time\n\n{measure.machine_line(found)}\nMedians of {options.rounds} rounds.\n"
     text += f"\n![time]({plot(curves, options.results, f'scaling{suffix}')})\n"
     for curve in curves.values():
         text += f"\n## {SHOWN[curve['method']]}: {curve['axis']}\n\n{table(curve)}"
@@ -143,12 +141,7 @@ def table(curve: Mapping[str, Any]) -> str:
     """A curve's points and its fit."""
     memory = curve["peak_anonymous_bytes"]
     cells = [
-        [
-            f"{x:g}",
-            f"{y:.2f} s",
-            f"{curve['intercept'] + curve['slope'] * x:.2f} s",
-            f"{memory[x] / 1e9:.2f} GB",
-        ]
+        [f"{x:g}", f"{y:.2f} s", f"{curve['intercept'] + curve['slope'] * x:.2f} s", f"{memory[x] / 1e9:.2f} GB"]
         for x, y in curve["seconds"].items()
     ]
     line = (
@@ -174,10 +167,7 @@ def plot(curves: Mapping[str, Mapping[str, Any]], folder: Path, name: str) -> st
             label = f"{SHOWN[curve['method']]} (R² {curve['r_squared']:.3f})"
             points = panel.plot(list(curve["seconds"]), list(curve["seconds"].values()), "o", label=label)
             panel.plot(
-                xs,
-                [curve["intercept"] + curve["slope"] * x for x in xs],
-                color=points[0].get_color(),
-                linewidth=1,
+                xs, [curve["intercept"] + curve["slope"] * x for x in xs], color=points[0].get_color(), linewidth=1
             )
         panel.set_xlabel(title)
         panel.set_ylabel("seconds")
@@ -192,9 +182,7 @@ def plot(curves: Mapping[str, Mapping[str, Any]], folder: Path, name: str) -> st
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scratch", type=Path, help="folder for checkpoints and outputs")
     parser.add_argument("--size", choices=checkpoints.SIZES, default="100M", help="for the contributors")
     parser.add_argument("--largest", choices=checkpoints.SIZES, default="1.1B", help="for the parameters")

@@ -77,9 +77,7 @@ def measure(suite: Suite, options: argparse.Namespace, work: Path) -> None:
         scores = suite.score(options.method, copies, {})
         if number == 0:
             print(f"\n{suite.name}, {len(exact)} contributors, {options.method}\n")
-            print(
-                f"| storage | Gram matrices | of float32 | loading | distance | mean | {' | '.join(scores)} |"
-            )
+            print(f"| storage | Gram matrices | of float32 | loading | distance | mean | {' | '.join(scores)} |")
             print(f"|{'---|' * (6 + len(scores))}")
         _row(
             f"`{text}`",
@@ -150,30 +148,22 @@ def experiment_suite(options: argparse.Namespace) -> Suite:
     config = config.model_copy(update={"layout": "all"})
     models = _Substituted(config, Zoo(options.zoo))
     models.substitutes = {}
-    largest = max(
-        (cell for cell in expand(config) if cell.kind == "merge"), key=lambda cell: len(cell.contributors)
-    )
+    largest = max((cell for cell in expand(config) if cell.kind == "merge"), key=lambda cell: len(cell.contributors))
     specs = largest.contributors
     files = [models.statistics(spec, "fisher" if options.method == "fisher" else "gram") for spec in specs]
 
     def score(method: str, statistics: Sequence[Path], changes: dict[str, object]) -> dict[str, float]:
         models.substitutes = dict(zip((spec.name for spec in specs), statistics, strict=True))
-        wanted = config.methods[0].model_copy(
-            update={"method": method, "options": changes, "title": "measured"}
-        )
+        wanted = config.methods[0].model_copy(update={"method": method, "options": changes, "title": "measured"})
         models.config = config.model_copy(update={"methods": (wanted,)})
         cell = Cell(**{**largest.__dict__, "method": wanted.key})
-        return {
-            name: 100 * score["value"] for name, score in compute(models, cell, "measured")["scores"].items()
-        }
+        return {name: 100 * score["value"] for name, score in compute(models, cell, "measured")["scores"].items()}
 
     return Suite(f"{config.name} (seed {largest.seed})", files, score)
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demo", help="folder of a finished demo")
     parser.add_argument("--experiment", nargs="+", help="YAML files of an experiment")
     parser.add_argument("--templates", nargs="*", default=[], metavar="NAME=VALUE", help="of the experiment")

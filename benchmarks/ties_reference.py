@@ -107,21 +107,14 @@ def _judge(piece: Tensor, inputs: Tensor, thresholds: Sequence[float], trimmed: 
 
 
 def _counts(differ: Tensor, tied: Tensor, near: Tensor) -> dict[str, int]:
-    masks = {
-        "differ": differ,
-        "ties": differ & tied,
-        "boundary": differ & near,
-        "unexplained": differ & ~tied & ~near,
-    }
+    masks = {"differ": differ, "ties": differ & tied, "boundary": differ & near, "unexplained": differ & ~tied & ~near}
     return {key: int(mask.sum()) for key, mask in masks.items()}
 
 
 def _near(piece: Tensor, wanted: Tensor, inputs: Tensor) -> Tensor:
     """Whether numbers are ``wanted`` rounded, give or take what float32 sums lose."""
     _, exponent = torch.frexp(wanted)
-    half = torch.ldexp(
-        torch.ones_like(wanted), (exponent - 9).clamp_min(-134)
-    )  # half a unit in the last of 8 places
+    half = torch.ldexp(torch.ones_like(wanted), (exponent - 9).clamp_min(-134))  # half a unit in the last of 8 places
     return (piece.double() - wanted).abs() <= half + _ROUNDING * inputs.abs().amax(0)
 
 
@@ -153,9 +146,7 @@ def _read(places: dict[str, Path], name: str) -> Tensor:
 
 def main() -> int:
     """Compare from the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("result", type=Path)
     parser.add_argument("models", type=Path, nargs="+")
     parser.add_argument("--base", type=Path)

@@ -24,9 +24,7 @@ def write_adapter(
     folder.mkdir(parents=True, exist_ok=True)
     settings = {**CONFIG, "base_model_name_or_path": None if base is None else str(base), **config}
     (folder / "adapter_config.json").write_text(json.dumps(settings))
-    save_file(
-        {PREFIX + name: t.contiguous() for name, t in tensors.items()}, folder / "adapter_model.safetensors"
-    )
+    save_file({PREFIX + name: t.contiguous() for name, t in tensors.items()}, folder / "adapter_model.safetensors")
     return folder
 
 
@@ -57,8 +55,7 @@ def oracle(base: Path, adapter: Path) -> dict[str, np.ndarray]:
     """What a linear-layer adapter makes of its base, in float64; for same names, one rank, no patterns."""
     settings = json.loads((adapter / "adapter_config.json").read_text())
     files = {
-        n.removeprefix(PREFIX): t.double().numpy()
-        for n, t in load_file(adapter / "adapter_model.safetensors").items()
+        n.removeprefix(PREFIX): t.double().numpy() for n, t in load_file(adapter / "adapter_model.safetensors").items()
     }
     state = {n: t.double().numpy().copy() for n, t in load_file(base / "model.safetensors").items()}
     rank = settings["r"]

@@ -26,20 +26,12 @@ ARCHITECTURES: dict[str, tuple[Callable[..., Any], Any]] = {
         transformers.BertForSequenceClassification,
     ),
     "roberta": (
-        lambda **k: transformers.RobertaConfig(
-            vocab_size=VOCABULARY, max_position_embeddings=36, **(SMALL | k)
-        ),
+        lambda **k: transformers.RobertaConfig(vocab_size=VOCABULARY, max_position_embeddings=36, **(SMALL | k)),
         transformers.RobertaForSequenceClassification,
     ),
     "distilbert": (
         lambda **k: transformers.DistilBertConfig(
-            vocab_size=VOCABULARY,
-            max_position_embeddings=32,
-            dim=16,
-            hidden_dim=24,
-            n_layers=2,
-            n_heads=2,
-            **k,
+            vocab_size=VOCABULARY, max_position_embeddings=32, dim=16, hidden_dim=24, n_layers=2, n_heads=2, **k
         ),
         transformers.DistilBertForSequenceClassification,
     ),
@@ -59,9 +51,7 @@ ARCHITECTURES: dict[str, tuple[Callable[..., Any], Any]] = {
         transformers.DebertaV2ForSequenceClassification,
     ),
     "mpnet": (
-        lambda **k: transformers.MPNetConfig(
-            vocab_size=VOCABULARY, max_position_embeddings=36, **(SMALL | k)
-        ),
+        lambda **k: transformers.MPNetConfig(vocab_size=VOCABULARY, max_position_embeddings=36, **(SMALL | k)),
         transformers.MPNetForSequenceClassification,
     ),
     "t5": (
@@ -80,14 +70,7 @@ ARCHITECTURES: dict[str, tuple[Callable[..., Any], Any]] = {
     ),
     "gpt2": (
         lambda **k: transformers.GPT2Config(
-            vocab_size=VOCABULARY,
-            n_positions=32,
-            n_embd=16,
-            n_layer=2,
-            n_head=2,
-            bos_token_id=1,
-            eos_token_id=1,
-            **k,
+            vocab_size=VOCABULARY, n_positions=32, n_embd=16, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=1, **k
         ),
         transformers.GPT2LMHeadModel,
     ),
@@ -116,9 +99,7 @@ def make_model(architecture: str = "bert", seed: int = 0, **config: Any) -> Any:
     torch.manual_seed(seed)
     make_config, model_class = ARCHITECTURES[architecture]
     model = model_class(make_config(**config))
-    with (
-        torch.no_grad()
-    ):  # initialisation leaves biases at zero and norms at one: give them something to merge
+    with torch.no_grad():  # initialisation leaves biases at zero and norms at one: give them something to merge
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))
@@ -180,9 +161,7 @@ def save_tokenizer(folder: Path, architecture: str) -> None:
     tokens = [*specials, *WORDS]
     vocabulary = {token: number for number, token in enumerate(tokens)}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token=names["unk_token"]))
-    inner.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()]
-    )
+    inner.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
     if " " in single:
         inner.post_processor = processors.TemplateProcessing(
             single=single, pair=pair, special_tokens=[(token, vocabulary[token]) for token in specials]
@@ -194,9 +173,7 @@ def save_tokenizer(folder: Path, architecture: str) -> None:
 def save_ready(tmp_path: Path) -> Callable[..., Path]:
     """``save_ready(name, architecture, seed, model_class, **config)``: a tiny model with a tokenizer."""
 
-    def save(
-        name: str, architecture: str = "bert", seed: int = 0, model_class: Any = None, **config: Any
-    ) -> Path:
+    def save(name: str, architecture: str = "bert", seed: int = 0, model_class: Any = None, **config: Any) -> Path:
         folder = tmp_path / name
         torch.manual_seed(seed)
         make_config, usual_class = ARCHITECTURES[architecture]

@@ -29,9 +29,7 @@ class Far(Tensor):
 
     @staticmethod
     def __new__(cls, near: Tensor) -> Far:
-        far = Tensor._make_wrapper_subclass(
-            cls, near.shape, near.stride(), near.storage_offset(), dtype=near.dtype
-        )
+        far = Tensor._make_wrapper_subclass(cls, near.shape, near.stride(), near.storage_offset(), dtype=near.dtype)
         far.near = near
         return far
 

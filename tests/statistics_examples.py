@@ -89,9 +89,7 @@ def make_statistics(
     tensors["count.emb"] = torch.bincount(counts, minlength=50)
     for number, width in enumerate(widths):
         name = f"layer.{number}"
-        layers.append(
-            LayerStatistics(module=name, kind="linear", weight=f"{name}.weight", input=name, rows=rows)
-        )
+        layers.append(LayerStatistics(module=name, kind="linear", weight=f"{name}.weight", input=name, rows=rows))
         x = make_inputs(width, rows, 100 * seed + number)
         tensors[f"gram.{name}"] = pack_upper((x.T @ x / rows).float())
         tensors[f"mean.{name}"] = x.mean(0).float()

@@ -63,9 +63,7 @@ def test_what_blas_would_misread_is_refused(place: int) -> None:
         solve_cholesky_(torch.zeros(2, 3), torch.eye(4))
 
 
-@pytest.mark.parametrize(
-    "shapes", [((3, 4), (3, 5), (4, 4)), ((3, 4), (2, 5), (5, 4)), ((3, 3), (3, 5), (5, 4))]
-)
+@pytest.mark.parametrize("shapes", [((3, 4), (3, 5), (4, 4)), ((3, 4), (2, 5), (5, 4)), ((3, 3), (3, 5), (5, 4))])
 def test_shapes_that_do_not_fit_are_refused(shapes: tuple[tuple[int, int], ...]) -> None:
     with pytest.raises(ValueError, match="fits"):
         add_product_(*(torch.zeros(*shape) for shape in shapes))

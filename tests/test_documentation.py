@@ -21,10 +21,7 @@ def test_each_of_the_nine_mistakes_names_its_tests() -> None:
         named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", tests)
         assert named
         for file, function in named:
-            assert not function or f"def {function}(" in (ROOT / file).read_text(encoding="utf-8"), (
-                file,
-                function,
-            )
+            assert not function or f"def {function}(" in (ROOT / file).read_text(encoding="utf-8"), (file, function)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -48,9 +48,7 @@ def test_every_extra_that_the_code_names_is_there_and_has_the_package() -> None:
     assert len(calls) >= 10
     for extra, _, *packages in calls:
         assert packages and set(packages) <= all_of(extra), extra
-    texts = [
-        path.read_text(encoding="utf-8") for path in [*(ROOT / "src").rglob("*.py"), *ROOT.glob("docs/*.md")]
-    ]
+    texts = [path.read_text(encoding="utf-8") for path in [*(ROOT / "src").rglob("*.py"), *ROOT.glob("docs/*.md")]]
     named = {extra for text in texts for extra in re.findall(r"merganser\[(\w+)\]", text)}
     assert named and named <= set(extras)
 
@@ -92,10 +90,7 @@ def test_each_use_says_its_extra(
         ("data", lambda: read_rows(tmp_path / "a.parquet")),
         ("data", lambda: read_rows(tmp_path / "saved")),
         ("data", lambda: read_rows("glue:sst2")),
-        (
-            "train",
-            lambda: train(tmp_path, TASKS["seq2seq"], rows, output=tmp_path / "out", settings=settings),
-        ),
+        ("train", lambda: train(tmp_path, TASKS["seq2seq"], rows, output=tmp_path / "out", settings=settings)),
         ("lab", lambda: run_experiment(config, **folders)),
         ("lab", lambda: render_page([], "simple")),
     ):

@@ -33,9 +33,7 @@ from merganser.files import (
 )
 
 
-@pytest.mark.parametrize(
-    ("text", "size"), [("5GB", 5 * 10**9), ("1.5 MB", 1_500_000), ("2KiB", 2048), ("7", 7)]
-)
+@pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("1.5 MB", 1_500_000), ("2KiB", 2048), ("7", 7)])
 def test_sizes(text: str, size: int) -> None:
     assert parse_size(text) == size
 
@@ -91,9 +89,7 @@ def test_nothing_is_left_when_a_folder_fails(tmp_path: Path) -> None:
     assert (tmp_path / "out").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
-def test_a_folder_that_is_there_is_replaced_when_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_that_is_there_is_replaced_when_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     with new_folder(out) as work:
         (work / "first").write_text("")
@@ -176,14 +172,7 @@ print([path.name for path in folder.iterdir()], (folder / "old").read_text())
 def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
     if shutil.which("unshare") is None:
         pytest.skip("there is no unshare here")
-    mount = [
-        "unshare",
-        "-rm",
-        "sh",
-        "-c",
-        'mount -t tmpfs -o size=64k tmpfs "$1" && shift && exec "$@"',
-        "sh",
-    ]
+    mount = ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o size=64k tmpfs "$1" && shift && exec "$@"', "sh"]
     if subprocess.run([*mount, str(tmp_path), "true"], capture_output=True).returncode:
         pytest.skip("a disk cannot be mounted here")
     command = [*mount, str(tmp_path), sys.executable, "-c", FULL, str(tmp_path)]
@@ -236,9 +225,7 @@ with locked(Path(sys.argv[1]), "uses sums"):
 """
 
 
-def test_a_lock_is_waited_for_and_goes_with_a_holder_that_dies(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_lock_is_waited_for_and_goes_with_a_holder_that_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, said = tmp_path / "locks" / "a.lock", queue.Queue[str]()
     monkeypatch.setattr(files.logger, "warning", lambda text, *more: said.put(text % more))
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(path)], stdout=subprocess.PIPE, text=True)
@@ -281,10 +268,7 @@ def test_a_lock_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with locked(tmp_path / "lock", "uses it", needed=False):
         pass
     number = errno.ENOSPC
-    with (
-        pytest.raises(FileError, match="the disk is full"),
-        locked(tmp_path / "lock", "uses it", needed=False),
-    ):
+    with pytest.raises(FileError, match="the disk is full"), locked(tmp_path / "lock", "uses it", needed=False):
         pass
 
 
@@ -347,7 +331,5 @@ def test_a_bucket_is_not_made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 
     monkeypatch.setattr(MemoryFileSystem, "put_file", absent)
     monkeypatch.setattr(MemoryFileSystem, "protocol", ("s3", "s3a"))
-    with pytest.raises(
-        FileError, match=r"memory://b: The specified bucket does not exist\n.*create the bucket"
-    ):
+    with pytest.raises(FileError, match=r"memory://b: The specified bucket does not exist\n.*create the bucket"):
         RemoteFolder("memory://b").put(tmp_path, "a")

@@ -205,9 +205,7 @@ def test_the_small_first_part_runs_with_its_base_and_nothing_else() -> None:
 
 
 @pytest.mark.parametrize("wrong", [True, False], ids=["wrong folder", "not set"])
-def test_without_data_it_says_what_it_looked_for(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, wrong: bool
-) -> None:
+def test_without_data_it_says_what_it_looked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, wrong: bool) -> None:
     monkeypatch.setenv("REGMEAN_SMALL", "0")
     sought = "$MERGANSER_RESOURCES/glue/cola/train.jsonl (the variable is not set)"
     if wrong:
@@ -217,12 +215,8 @@ def test_without_data_it_says_what_it_looked_for(
         monkeypatch.delenv("MERGANSER_RESOURCES", raising=False)
     with pytest.raises(FileNotFoundError) as caught:
         run_here(code_of_parts()[0])
-    assert f"there is no {sought}, and load_dataset('glue', 'cola') fails: Couldn't reach" in str(
-        caught.value
-    )
-    assert "to mend: set MERGANSER_RESOURCES to a folder that holds glue/cola/train.jsonl" in str(
-        caught.value
-    )
+    assert f"there is no {sought}, and load_dataset('glue', 'cola') fails: Couldn't reach" in str(caught.value)
+    assert "to mend: set MERGANSER_RESOURCES to a folder that holds glue/cola/train.jsonl" in str(caught.value)
 
 
 def run_here(cells: list[str]) -> dict[str, Any]:
@@ -254,9 +248,7 @@ def test_both_parts_agree_on_every_system_however_singular(
     assert "they agree" in capsys.readouterr().out
     assert len(names["train"]["cola"]) == texts and names["train"]["cola"][2][0].endswith("\u2028")
     # The check is of use only where it tells the solution from others.
-    assert (
-        max(names["difference"](name, names["average"]) for name in names["solved"]) > 10 * names["allowed"]
-    )
+    assert max(names["difference"](name, names["average"]) for name in names["solved"]) > 10 * names["allowed"]
     # An oracle by another road: the solution is a minimum of the formula, so its gradient vanishes.
     grams, regmean = names["grams"], names["regmean"]
     for name in names["solved"] if alpha < 1 else ():
@@ -273,9 +265,7 @@ def test_its_metrics_are_the_usual_ones() -> None:
     import torch
 
     (cell,) = [source for source in code_of_parts()[0] if "def matthews" in source]
-    functions = [
-        node for node in ast.parse(cell).body if getattr(node, "name", "") in ("accuracy", "matthews")
-    ]
+    functions = [node for node in ast.parse(cell).body if getattr(node, "name", "") in ("accuracy", "matthews")]
     names: dict[str, Any] = {"torch": torch}
     exec("\n".join(map(ast.unparse, functions)), names)
     draw = np.random.default_rng(1)

@@ -32,9 +32,7 @@ def test_every_library_is_at_home() -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'merganser[lab]'")
     here: dict[str, list[object]] = {}
     exec(PLACES, here)
-    child = subprocess.run(
-        [sys.executable, "-c", PLACES + "print(*places, sep='\\n')"], capture_output=True, text=True
-    )
+    child = subprocess.run([sys.executable, "-c", PLACES + "print(*places, sep='\\n')"], capture_output=True, text=True)
     assert child.returncode == 0, child.stderr
     assert child.stdout.split("\n")[:-1] == [str(place) for place in here["places"]]
     outside = [place for place in here["places"] if own_home.FOLDER not in Path(str(place)).parents]
@@ -59,17 +57,8 @@ def environment_of(user: Path, temporary: Path) -> dict[str, str]:
         "NO_COLOR": "yes", "FORCE_COLOR": "yes", "TZ": "Asia/Kathmandu", "LC_ALL": "POSIX", "LC_NUMERIC": "de_DE",
         "LANGUAGE": "de", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "REGMEAN_STEPS": "7", "TRANSFORMERS_OFFLINE": "no",
     }  # fmt: skip
-    mine = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("PYTEST_", "PYTHONUSERBASE"))
-    }
-    return {
-        **mine,
-        **others,
-        **{name: str(place) for name, place in caches.items()},
-        "TMPDIR": str(temporary),
-    }
+    mine = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "PYTHONUSERBASE"))}
+    return {**mine, **others, **{name: str(place) for name, place in caches.items()}, "TMPDIR": str(temporary)}
 
 
 def test_the_user_s_settings_are_gone(tmp_path: Path) -> None:

@@ -5,13 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from merganser.tensors import (
-    byte_view,
-    is_finite,
-    mirror_upper,
-    pack_upper,
-    unpack_upper,
-)
+from merganser.tensors import byte_view, is_finite, mirror_upper, pack_upper, unpack_upper
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool])
@@ -39,9 +33,7 @@ def test_a_packed_triangle_is_unpacked_to_the_symmetric_matrix(dtype: torch.dtyp
     assert torch.equal(mirror_upper(symmetric.triu()), symmetric)
 
 
-@pytest.mark.parametrize(
-    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e5m2]
-)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e5m2])
 def test_what_is_not_finite_is_seen_wherever_it_is(dtype: torch.dtype) -> None:
     largest = torch.finfo(dtype).max
     numbers = [[0.0, -0.0, largest], [-largest, torch.finfo(dtype).tiny, -1.0]]

@@ -14,13 +14,7 @@ from safetensors.torch import load_file, save_file
 
 source, output = Path(sys.argv[1]), Path(sys.argv[2])
 output.mkdir(parents=True)
-for name in (
-    "config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.txt",
-    "special_tokens_map.json",
-):
+for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json"):
     shutil.copy(source / name, output)
 tensors = load_file(source / "model.safetensors")
 tensors["pooler.dense.weight"] = 3 * torch.eye(len(tensors["pooler.dense.weight"]))

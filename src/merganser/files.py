@@ -62,10 +62,7 @@ def free_bytes(target: Path) -> int:
 
 
 def space_error(
-    target: Path,
-    needed: int,
-    what: str = "the result takes",
-    mend: str = "free some space or write to another disk",
+    target: Path, needed: int, what: str = "the result takes", mend: str = "free some space or write to another disk"
 ) -> FileError | None:
     """The error to raise where fewer than ``needed`` bytes are free for ``target``; ``what`` begins its sentence."""
     free = free_bytes(target)

@@ -85,9 +85,7 @@ def unpack_upper(packed: Tensor) -> Tensor:
     """
     d = packed_width(packed.numel())
     matrix = roomy_empty(d, d, packed)
-    bits = _BITS[
-        packed.itemsize
-    ]  # numpy takes a tenth of torch's time for a slice, and does not know bfloat16
+    bits = _BITS[packed.itemsize]  # numpy takes a tenth of torch's time for a slice, and does not know bfloat16
     rows, line = matrix.view(bits).numpy(), packed.contiguous().view(bits).numpy()
     start = 0
     for row in range(d):

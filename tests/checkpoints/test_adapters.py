@@ -38,9 +38,7 @@ def test_an_adapter_is_its_base_plus_the_product(
 ) -> None:
     base = save_model("base", architecture)
     turned = architecture == "gpt2"
-    adapter = adapt_linears(
-        tmp_path / "adapter", base, TARGETS[architecture], use_rslora=rslora, fan_in_fan_out=turned
-    )
+    adapter = adapt_linears(tmp_path / "adapter", base, TARGETS[architecture], use_rslora=rslora, fan_in_fan_out=turned)
     expected = oracle(base, adapter)
     alone, paired = open_checkpoint(adapter), open_checkpoint(f"{base}+{adapter}")
     assert isinstance(alone, AdapterCheckpoint) and alone.changes
@@ -118,12 +116,8 @@ def test_embeddings_biases_and_heads(save_model: Save, tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "adapter", tensors, base, bias="all", modules_to_save=["classifier"])
     checkpoint, before = open_checkpoint(adapter), load_file(base / "model.safetensors")
     assert torch.equal(checkpoint.read(f"{query}.bias"), tensors[f"{query}.base_layer.bias"])
-    assert torch.equal(
-        checkpoint.read("classifier.weight"), tensors["classifier.modules_to_save.default.weight"]
-    )
-    assert torch.equal(
-        checkpoint.read("classifier.bias", 1, 3), tensors["classifier.modules_to_save.bias"][1:]
-    )
+    assert torch.equal(checkpoint.read("classifier.weight"), tensors["classifier.modules_to_save.default.weight"])
+    assert torch.equal(checkpoint.read("classifier.bias", 1, 3), tensors["classifier.modules_to_save.bias"][1:])
     low_rank = tensors[f"{embedding}.lora_embedding_A"].T @ tensors[f"{embedding}.lora_embedding_B"].T
     close(checkpoint.read(f"{embedding}.weight"), (before[f"{embedding}.weight"] + 2 * low_rank).numpy())
     assert set(checkpoint.tensors) == set(before)
@@ -140,17 +134,13 @@ def test_lora_biases_are_added_scaled(save_model: Save, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("flag", [False, True])
-def test_square_conv1d_weights_are_turned_whatever_the_flag_says(
-    save_model: Save, tmp_path: Path, flag: bool
-) -> None:
+def test_square_conv1d_weights_are_turned_whatever_the_flag_says(save_model: Save, tmp_path: Path, flag: bool) -> None:
     base = save_model("base", "gpt2")
     module = "transformer.h.1.attn.c_proj"  # 16 × 16: its shape does not tell
     adapter = write_adapter(tmp_path / "a", factors(module, 16, 16), base, fan_in_fan_out=flag)
     checkpoint = open_checkpoint(adapter)
     assert checkpoint.changes[f"{module}.weight"].transposed
-    a, b = (
-        load_file(adapter / "adapter_model.safetensors")[f"{PREFIX}{module}.lora_{x}.weight"] for x in "AB"
-    )
+    a, b = (load_file(adapter / "adapter_model.safetensors")[f"{PREFIX}{module}.lora_{x}.weight"] for x in "AB")
     before = load_file(base / "model.safetensors")[f"{module}.weight"]
     close(checkpoint.read(f"{module}.weight"), (before + 2 * (b @ a).T).numpy())
 
@@ -238,9 +228,7 @@ def _only_factors(read: Any) -> Any:
     return checked
 
 
-def test_a_row_slice_reads_its_rows_and_the_factors_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_row_slice_reads_its_rows_and_the_factors_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "base").mkdir()
     weights = {"big.weight": torch.randn(4096, 512), "other.weight": torch.randn(2048, 512)}
     save_file(weights, tmp_path / "base" / "model.safetensors")
@@ -259,9 +247,7 @@ def test_a_row_slice_reads_its_rows_and_the_factors_alone(
     assert sum(read) == 64 * 512 * 4 + 4 * 512 * 4 + 256 * 4 * 4  # rows, A, the blocks of B that hold them
     close(
         rows,
-        (weights["big.weight"] + 1.5 * tensors["big.lora_B.weight"] @ tensors["big.lora_A.weight"])[
-            1000:1064
-        ].numpy(),
+        (weights["big.weight"] + 1.5 * tensors["big.lora_B.weight"] @ tensors["big.lora_A.weight"])[1000:1064].numpy(),
     )
     read.clear()
     checkpoint.read("big.weight")
@@ -312,10 +298,7 @@ def test_every_tensor_that_does_not_fit_is_named_at_once(save_model: Save, tmp_p
     tensors |= factors("model.layers.0.mlp.up_proj", 24, 16, rank=2)  # not the rank of the configuration
     tensors |= factors("model.layers.1.mlp.up_proj", 24, 16, rank=0)
     tensors["model.layers.0.self_attn.v_proj.lora_A.weight"] = torch.zeros(3, 16)  # no B
-    one, two = (
-        factors("model.layers.0.mlp.gate_proj", 24, 16),
-        factors("model.layers.0.mlp.gate_proj", 24, 16, 5),
-    )
+    one, two = (factors("model.layers.0.mlp.gate_proj", 24, 16), factors("model.layers.0.mlp.gate_proj", 24, 16, 5))
     tensors |= {n: (one if "lora_A" in n else two)[n] for n in one}
     tensors["model.layers.0.self_attn.o_proj.lora_magnitude_vector"] = torch.zeros(16)
     adapter = write_adapter(tmp_path / "a", tensors, base)
@@ -397,10 +380,7 @@ def test_quantised_and_resized_bases_are_refused(save_model: Save, tmp_path: Pat
             state[name] = state[name].to(torch.int8)
     save_file(state, tmp_path / "q" / "model.safetensors")
     assert "a quantised weight" in refused(f"{tmp_path / 'q'}+{adapter}")
-    longer = {
-        "model.embed_tokens.weight": torch.zeros(VOCABULARY + 2, 16),
-        **factors("lm_head", VOCABULARY, 16),
-    }
+    longer = {"model.embed_tokens.weight": torch.zeros(VOCABULARY + 2, 16), **factors("lm_head", VOCABULARY, 16)}
     resized = write_adapter(tmp_path / "r", longer, base, modules_to_save=["embed_tokens"])
     assert f"embed_tokens.weight is [{VOCABULARY + 2}, 16]" in refused(resized)
 
@@ -415,16 +395,11 @@ def test_quantised_and_resized_bases_are_refused(save_model: Save, tmp_path: Pat
         ("bert", {"target_modules": ["word_embeddings", "value"], "bias": "lora_only", "use_rslora": True}),
         ("roberta", {"target_modules": ["query"], "task_type": "SEQ_CLS"}),
         ("gpt2", {"target_modules": ["c_attn", "c_proj"], "lora_bias": True}),
-        (
-            "llama",
-            {"target_modules": "all-linear", "rank_pattern": {"q_proj": 5}, "alpha_pattern": {"1.mlp.*": 3}},
-        ),
+        ("llama", {"target_modules": "all-linear", "rank_pattern": {"q_proj": 5}, "alpha_pattern": {"1.mlp.*": 3}}),
         ("qwen2", {"target_modules": ["q_proj"], "modules_to_save": ["input_layernorm"]}),
     ],
 )
-def test_equals_peft_s_own_merge(
-    save_model: Save, tmp_path: Path, architecture: str, settings: dict[str, Any]
-) -> None:
+def test_equals_peft_s_own_merge(save_model: Save, tmp_path: Path, architecture: str, settings: dict[str, Any]) -> None:
     peft = pytest.importorskip("peft", reason="peft is not installed: pip install 'merganser[test]'")
     base = save_model("base", architecture)
     model_class = ARCHITECTURES[architecture][1]

@@ -42,24 +42,13 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self, body: bool) -> None:
         path = self.path.split("?")[0]
         self.server.log.append((self.command, path, self.headers.get("Range")))
-        files = {
-            p.relative_to(self.server.folder).as_posix(): p
-            for p in self.server.folder.rglob("*")
-            if p.is_file()
-        }
+        files = {p.relative_to(self.server.folder).as_posix(): p for p in self.server.folder.rglob("*") if p.is_file()}
         if re.fullmatch(r"/api/models/org/model(/revision/\w+)?", path):
             siblings = [{"rfilename": name} for name in files]
-            return self.send_json(
-                {"id": "org/model", "modelId": "org/model", "sha": COMMIT, "siblings": siblings}
-            )
+            return self.send_json({"id": "org/model", "modelId": "org/model", "sha": COMMIT, "siblings": siblings})
         if re.match(r"/api/models/org/model/tree/\w+", path):
             entries = [
-                {
-                    "type": "file",
-                    "path": n,
-                    "size": p.stat().st_size,
-                    "oid": hashlib.sha1(p.read_bytes()).hexdigest(),
-                }
+                {"type": "file", "path": n, "size": p.stat().st_size, "oid": hashlib.sha1(p.read_bytes()).hexdigest()}
                 for n, p in files.items()
             ]
             return self.send_json(entries)
@@ -114,9 +103,7 @@ def run(code: str, hub: Hub, cache: Path, **environment: str) -> subprocess.Comp
         "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
         "no_proxy": "*", **environment,
     }  # fmt: skip
-    return subprocess.run(
-        [sys.executable, "-c", code], env=settings, capture_output=True, text=True, timeout=120
-    )
+    return subprocess.run([sys.executable, "-c", code], env=settings, capture_output=True, text=True, timeout=120)
 
 
 OPEN = "from merganser.checkpoints import open_checkpoint\nc = open_checkpoint('org/model@main')\n"
@@ -150,9 +137,7 @@ def test_what_cannot_be_had_says_how_to_mend_it(hub: Hub, tmp_path: Path) -> Non
             f"try:\n    open_checkpoint({name!r})\nexcept CheckpointError as error:\n    print(error)\n"
         )
         found = run(code, hub, tmp_path / "empty", HF_HUB_OFFLINE=offline)
-        assert "cannot be had from the Hub" in found.stdout and f"hf download {name}" in found.stdout, (
-            found.stderr
-        )
+        assert "cannot be had from the Hub" in found.stdout and f"hf download {name}" in found.stdout, found.stderr
 
 
 def test_nested_modules_are_there_from_the_start(hub: Hub, tmp_path: Path) -> None:
@@ -184,9 +169,7 @@ def test_pickles_alone_are_named_and_fetched_where_they_are_allowed(hub: Hub, tm
         assert found.stdout.split() == [str(len(tensors)), COMMIT], found.stderr
 
 
-def test_an_adapter_s_header_comes_first_and_its_base_may_be_elsewhere(
-    hub: Hub, save_model, tmp_path: Path
-) -> None:
+def test_an_adapter_s_header_comes_first_and_its_base_may_be_elsewhere(hub: Hub, save_model, tmp_path: Path) -> None:
     from adapter_examples import adapt_linears
 
     base = save_model("base")
@@ -199,13 +182,9 @@ def test_an_adapter_s_header_comes_first_and_its_base_may_be_elsewhere(
     )
     first = run(code, hub, tmp_path / "cache")
     assert first.stdout.strip() == f"{base}+org/model@{COMMIT}", first.stderr
-    weights = [
-        entry for entry in hub.log if entry[1].endswith("adapter_model.safetensors") and entry[0] == "GET"
-    ]
+    weights = [entry for entry in hub.log if entry[1].endswith("adapter_model.safetensors") and entry[0] == "GET"]
     assert weights and all(entry[2] for entry in weights)  # ranges for the header, never the whole file
     second = run(code + "print(c.manifest_sha256())", hub, tmp_path / "cache")
     from merganser.checkpoints import open_checkpoint
 
-    assert second.stdout.split()[-1] == open_checkpoint(f"{base}+{hub.folder}").manifest_sha256(), (
-        second.stderr
-    )
+    assert second.stdout.split()[-1] == open_checkpoint(f"{base}+{hub.folder}").manifest_sha256(), second.stderr

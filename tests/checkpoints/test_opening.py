@@ -173,13 +173,7 @@ def test_a_file_that_changes_is_noticed(tmp_path: Path) -> None:
 
 def test_side_files_leave_out_weights_cards_and_training_state(save_model) -> None:
     folder = save_model("full")
-    for name in (
-        "tokenizer.json",
-        "vocab.txt",
-        "README.md",
-        "training_args.bin",
-        "merge_statistics.safetensors",
-    ):
+    for name in ("tokenizer.json", "vocab.txt", "README.md", "training_args.bin", "merge_statistics.safetensors"):
         (folder / name).write_text("x")
     (folder / "1_Pooling").mkdir()
     (folder / "1_Pooling" / "config.json").write_text("{}")

@@ -10,12 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from merganser.checkpoints import open_checkpoint, writer
-from merganser.checkpoints.writer import (
-    SafetensorsWriter,
-    TensorSpec,
-    check_output,
-    shard,
-)
+from merganser.checkpoints.writer import SafetensorsWriter, TensorSpec, check_output, shard
 from merganser.files import new_folder
 
 
@@ -33,15 +28,9 @@ def test_tensors_in_any_order_read_back_by_safetensors(tmp_path: Path) -> None:
 
 def test_wrong_shape_and_forgotten_tensors_are_refused(tmp_path: Path) -> None:
     spec = [TensorSpec("a", "F32", (2,))]
-    with (
-        pytest.raises(ValueError, match="is not F32"),
-        SafetensorsWriter(tmp_path, {"x.safetensors": spec}) as w,
-    ):
+    with pytest.raises(ValueError, match="is not F32"), SafetensorsWriter(tmp_path, {"x.safetensors": spec}) as w:
         w.write("x.safetensors", "a", torch.zeros(3))
-    with (
-        pytest.raises(RuntimeError, match="never written"),
-        SafetensorsWriter(tmp_path, {"y.safetensors": spec}),
-    ):
+    with pytest.raises(RuntimeError, match="never written"), SafetensorsWriter(tmp_path, {"y.safetensors": spec}):
         pass
 
 

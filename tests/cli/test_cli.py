@@ -128,9 +128,7 @@ def _state(folder: Path) -> dict[str, torch.Tensor]:
         (["collect", "nowhere", "--data", "nothing.jsonl"], "nothing.jsonl"),
     ],
 )
-def test_mistakes_exit_with_2(
-    arguments: list[str], message: str, capsys, tmp_path: Path, monkeypatch
-) -> None:
+def test_mistakes_exit_with_2(arguments: list[str], message: str, capsys, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert run(*arguments) == 2
     out, err = capsys.readouterr()

@@ -33,24 +33,14 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_a_ledger_from_start_to_model(models: list[str], tmp_path: Path) -> None:
-    assert (
-        run("init", "sums", "--base", "base", "--method", "simple", "--exclude", "classifier*").stdout
-        == "sums\n"
-    )
+    assert run("init", "sums", "--base", "base", "--method", "simple", "--exclude", "classifier*").stdout == "sums\n"
     assert "0 contributors to simple" in run("show", "sums").stdout
     added = [run("add", "sums", "one"), run("add", "sums", "two", "--coefficient", "2")]
     assert "two added, coefficient 2" in added[1].stderr
     first, second = (result.stdout.strip() for result in added)
     assert len(first) == 64 and first != second
     shown = run("show", "sums").stdout
-    for text in (
-        "2 contributors to simple",
-        first[:12],
-        second[:12],
-        "two",
-        "averaged: classifier*",
-        "base base",
-    ):
+    for text in ("2 contributors to simple", first[:12], second[:12], "two", "averaged: classifier*", "base base"):
         assert text in shown
     listed = json.loads(run("show", "sums", "--json").stdout)
     assert [c["coefficient"] for c in listed["contributors"]] == [1, 2] and listed["total"] == 3
@@ -59,30 +49,14 @@ def test_a_ledger_from_start_to_model(models: list[str], tmp_path: Path) -> None
     assert (tmp_path / "merged" / "config.json").is_file()
     removed = run("remove", "sums", first[:12])
     assert removed.stdout.strip() == first and "one removed" in removed.stderr
-    assert (
-        run("init", "site", "--base", "base", "--method", "simple", "--exclude", "classifier*").exit_code == 0
-    )
+    assert run("init", "site", "--base", "base", "--method", "simple", "--exclude", "classifier*").exit_code == 0
     run("add", "site", "one")
     assert run("sum", "sums", "site", "-o", "total").stdout == "total\n"
-    assert [c["name"] for c in json.loads(run("show", "total", "--json").stdout)["contributors"]] == [
-        "two",
-        "one",
-    ]
+    assert [c["name"] for c in json.loads(run("show", "total", "--json").stdout)["contributors"]] == ["two", "one"]
 
 
 def test_options_are_settled_at_the_start(models: list[str]) -> None:
-    run(
-        "init",
-        "sums",
-        "--base",
-        "base",
-        "--alpha",
-        "0.5",
-        "--option",
-        "embeddings=false",
-        "--keep-separate",
-        "x*",
-    )
+    run("init", "sums", "--base", "base", "--alpha", "0.5", "--option", "embeddings=false", "--keep-separate", "x*")
     listed = json.loads(run("show", "sums", "--json").stdout)
     assert listed["options"]["alpha"] == 0.5 and listed["options"]["embeddings"] is False
     assert listed["keep_separate"] == ["x*"] and listed["method"] == "regmean"
@@ -93,10 +67,7 @@ def test_options_are_settled_at_the_start(models: list[str]) -> None:
 def test_mistakes_exit_with_2(models: list[str], tmp_path: Path) -> None:
     for arguments in (["show", "nowhere"], ["add", "sums"], ["init", "sums"]):
         done = subprocess.run(
-            [sys.executable, "-m", "merganser", "ledger", *arguments],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
+            [sys.executable, "-m", "merganser", "ledger", *arguments], capture_output=True, text=True, cwd=tmp_path
         )
         assert done.returncode == 2 and done.stderr and not done.stdout and "Traceback" not in done.stderr
 
@@ -104,9 +75,7 @@ def test_mistakes_exit_with_2(models: list[str], tmp_path: Path) -> None:
 def test_help_imports_nothing_heavy() -> None:
     spec = importlib.util.find_spec("merganser.cli.ledger")
     assert spec is not None
-    code = (
-        "import sys, merganser.cli.ledger; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
-    )
+    code = "import sys, merganser.cli.ledger; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

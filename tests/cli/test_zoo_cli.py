@@ -36,9 +36,7 @@ def entries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Entry]:
         (folder / "model.safetensors").write_bytes(bytes(1500))
         return {"score": 0.412}
 
-    keys = [
-        {"suite": "emotion", "set": name, "seed": 1, "settings": {"epochs": 3}} for name in ("isear", "tec")
-    ]
+    keys = [{"suite": "emotion", "set": name, "seed": 1, "settings": {"epochs": 3}} for name in ("isear", "tec")]
     made = [zoo.build(key, make) for key in keys]
     zoo.attach(made[0], "statistics/x.safetensors", lambda path: path.write_bytes(bytes(500)) and None)
     return made
@@ -74,14 +72,7 @@ def test_ls_shows_what_can_be_read_and_names_the_rest(entries: list[Entry]) -> N
 
 def test_show(entries: list[Entry]) -> None:
     out = run("show", entries[0].id[:10]).stdout
-    for text in (
-        entries[0].id,
-        "settings.epochs",
-        "isear",
-        "score",
-        "statistics/x.safetensors",
-        str(entries[0].path),
-    ):
+    for text in (entries[0].id, "settings.epochs", "isear", "score", "statistics/x.safetensors", str(entries[0].path)):
         assert text in out
     shown = json.loads(run("show", entries[0].id, "--json").stdout)
     assert shown["files"] == {"model/model.safetensors": 1500, "statistics/x.safetensors": 500}

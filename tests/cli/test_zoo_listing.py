@@ -138,9 +138,7 @@ def test_what_else_differs_comes_after() -> None:
 def test_what_a_kind_of_model_does_not_have_is_no_difference() -> None:
     _, needed, more = arrange([model(), {**model("isear"), "part": "1/2"}, checkpoint("a", "w")])
     assert [column.name for column in needed] == ["set", "seed"]
-    assert [column.name for column in more] == ["kind", "part"], (
-        "and not every setting that a checkpoint lacks"
-    )
+    assert [column.name for column in more] == ["kind", "part"], "and not every setting that a checkpoint lacks"
 
 
 def test_hashes_and_lists_are_shortened_to_what_differs() -> None:
@@ -153,9 +151,7 @@ def test_hashes_and_lists_are_shortened_to_what_differs() -> None:
     assert told_apart(keys), "the order of labels tells two models apart"
 
 
-VALUES = st.one_of(
-    st.sampled_from(["a", "b", "a+b"]), st.integers(0, 2), st.booleans(), st.none(), st.just(sha("x"))
-)
+VALUES = st.one_of(st.sampled_from(["a", "b", "a+b"]), st.integers(0, 2), st.booleans(), st.none(), st.just(sha("x")))
 KEYS = st.dictionaries(
     st.sampled_from(["kind", "set", "seed", "part", "model", "base"]),
     VALUES | st.dictionaries(st.sampled_from(["epochs", "seed"]), VALUES, min_size=1),
@@ -174,9 +170,7 @@ def test_all_kinds_of_keys_are_told_apart() -> None:
 
 
 @pytest.mark.parametrize("width", [20, 30, 40, 60, 80, 100, 132, 300])
-def test_every_line_fits_and_nothing_that_tells_apart_is_lost(
-    width: int, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_line_fits_and_nothing_that_tells_apart_is_lost(width: int, capsys: pytest.CaptureFixture[str]) -> None:
     ids = [f"{number:08x}" for number in range(len(MIXED))]
     facts = {"score": ["41.2"] * len(ids), "size": ["91.2 MB"] * len(ids)}
     print_listing(MIXED, ids, facts, width)

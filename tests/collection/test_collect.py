@@ -77,16 +77,11 @@ def test_decoders_that_classify_need_no_padding_token(save_ready: Save, reviews:
     alone = Statistics.open(collect(folder, reviews, batch_size=1, fisher="empirical"))
     padded = collect(folder, reviews, batch_size=4, fisher="empirical", output=folder / "other.safetensors")
     for name in ("score.weight", "transformer.h.1.mlp.c_fc.weight"):
-        torch.testing.assert_close(
-            alone.fisher(name), Statistics.open(padded).fisher(name), rtol=1e-3, atol=1e-7
-        )
+        torch.testing.assert_close(alone.fisher(name), Statistics.open(padded).fisher(name), rtol=1e-3, atol=1e-7)
 
 
 def test_encoder_decoders_count_both_sides(save_ready: Save, tmp_path: Path) -> None:
-    rows = [
-        {"source": text, "target": target}
-        for text, target in zip(TEXTS, ("yes", "no", "yes", "no"), strict=True)
-    ]
+    rows = [{"source": text, "target": target} for text, target in zip(TEXTS, ("yes", "no", "yes", "no"), strict=True)]
     data = write(tmp_path / "s.jsonl", rows)
     header = Statistics.open(collect(save_ready("m", "t5"), data, fisher="empirical")).header
     words = sum(len(text.split()) + 1 for text in TEXTS)  # and </s>
@@ -135,17 +130,9 @@ def test_cut_texts_are_counted(save_ready: Save, reviews: Path) -> None:
         (None, {"fisher": "emprical"}, "did you mean 'empirical'"),
         (None, {"batch_size": 0}, "batch_size is 0"),
         (None, {"limit": 0}, "the limit is 0"),
-        (
-            None,
-            {"columns": {"text": "body"}},
-            "no column 'body' (--text-column); the columns are text, label",
-        ),
+        (None, {"columns": {"text": "body"}}, "no column 'body' (--text-column); the columns are text, label"),
         (None, {"columns": {"body": "text"}}, "unknown column role 'body'"),
-        (
-            None,
-            {"fisher": "empirical", "use_labels": False},
-            "empirical Fisher information is made of labels",
-        ),
+        (None, {"fisher": "empirical", "use_labels": False}, "empirical Fisher information is made of labels"),
         (None, {"grams": False}, "there is nothing to collect"),
         (None, {"task": "token-classification"}, "which has no head for token-classification"),
         (None, {"task": "feature-extraction", "fisher": "expected"}, "Fisher information needs a head"),
@@ -201,9 +188,7 @@ def test_overwriting_replaces_the_file(save_ready: Save, reviews: Path) -> None:
     assert Statistics.open(first).header.label == "two"
 
 
-def test_an_interrupted_run_leaves_nothing(
-    save_ready: Save, reviews: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_run_leaves_nothing(save_ready: Save, reviews: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save_ready("m")
     before = sorted(folder.iterdir())
 

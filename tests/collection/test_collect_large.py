@@ -35,10 +35,7 @@ def write(path: Path, texts: Sequence[str]) -> Path:
 def reviews(tmp_path: Path) -> Path:
     """600 texts of 1 to 20 words."""
     draw = random.Random(0)
-    return write(
-        tmp_path / "reviews.jsonl",
-        [" ".join(draw.choices(WORDS, k=draw.randint(1, 20))) for _ in range(600)],
-    )
+    return write(tmp_path / "reviews.jsonl", [" ".join(draw.choices(WORDS, k=draw.randint(1, 20))) for _ in range(600)])
 
 
 def differences(one: Path, two: Path) -> float:
@@ -128,13 +125,7 @@ def test_the_order_in_which_jobs_end_does_not_matter(save_ready: Save, reviews: 
     alone = collect(folder, reviews, **options)
     engine = Meddling()
     other = collect(
-        folder,
-        reviews,
-        output=tmp_path / "o.safetensors",
-        engine=engine,
-        cpus=2,
-        storage="float32",
-        **options,
+        folder, reviews, output=tmp_path / "o.safetensors", engine=engine, cpus=2, storage="float32", **options
     )
     assert other.read_bytes() == alone.read_bytes()
     model_bytes = (folder / "model.safetensors").stat().st_size
@@ -148,9 +139,7 @@ def test_what_changes_while_jobs_run_is_an_error(save_ready: Save, reviews: Path
     before = sorted(path.name for path in folder.iterdir())
     changes: dict[str, Callable[[], object]] = {
         "data": lambda: write(reviews, ["good movie"] * 600),
-        "model": lambda: (folder / "model.safetensors").write_bytes(
-            (other / "model.safetensors").read_bytes()
-        ),
+        "model": lambda: (folder / "model.safetensors").write_bytes((other / "model.safetensors").read_bytes()),
         "nothing there": reviews.unlink,
     }
     says = {
@@ -196,13 +185,7 @@ def test_what_does_not_converge_uses_all_and_says_so(save_ready: Save, reviews: 
 def test_fisher_information_goes_along_until_it_stops(save_ready: Save, reviews: Path) -> None:
     folder = save_ready("m")
     path = collect(
-        folder,
-        reviews,
-        limit=300,
-        until_converged=0.3,
-        fisher="expected",
-        fisher_examples=70,
-        shard_examples=20,
+        folder, reviews, limit=300, until_converged=0.3, fisher="expected", fisher_examples=70, shard_examples=20
     )
     header = Statistics.open(path).header
     assert header.examples == 128 and header.fisher_examples == 70
@@ -280,10 +263,7 @@ def test_weights_on_the_disk_give_the_same_numbers(
         ({"sample_tokens": 0}, "--sample-tokens: a sample of 0 tokens is empty"),
         ({"shard_examples": 0}, "--shard-examples: shard_examples is 0"),
         ({"grams": False, "fisher": "expected", "sample_tokens": 0.5}, "--sample-tokens: it is about Gram"),
-        (
-            {"grams": False, "fisher": "expected", "until_converged": 0.5},
-            "--until-converged: it is about Gram",
-        ),
+        ({"grams": False, "fisher": "expected", "until_converged": 0.5}, "--until-converged: it is about Gram"),
         ({"storage": "float8"}, "unknown storage 'float8'"),
         ({"engine": "dask"}, "unknown engine 'dask'"),
         ({"ray_address": "here:1"}, "--ray-address: the address of a cluster"),
@@ -331,15 +311,7 @@ def test_what_jobs_cannot_be_told(save_ready: Save, reviews: Path) -> None:
 
 def test_the_command_line(save_ready: Save, reviews: Path) -> None:
     folder = save_ready("m")
-    arguments = [
-        str(folder),
-        "--data",
-        str(reviews),
-        "--until-converged",
-        "--sample-tokens",
-        "--limit",
-        "300",
-    ]
+    arguments = [str(folder), "--data", str(reviews), "--until-converged", "--sample-tokens", "--limit", "300"]
     result = CliRunner().invoke(collect_command, arguments)
     assert result.exit_code == 0 and result.stdout.strip() == str(folder / FILE_NAME)
     assert "converged after" in result.stderr and "tolerance 5.00%" in result.stderr

@@ -48,9 +48,7 @@ def captured(model: nn.Module, examples: list[Example]) -> dict[str, list[Tensor
     for name, module in model.named_modules():
         if isinstance(module, kinds):
             handles.append(
-                module.register_forward_pre_hook(
-                    lambda _, args, name=name: found[name].append(args[0].clone())
-                )
+                module.register_forward_pre_hook(lambda _, args, name=name: found[name].append(args[0].clone()))
             )
     with torch.no_grad():
         for example in examples:
@@ -66,9 +64,7 @@ def expected_rows(inputs: list[Tensor]) -> Tensor:
     return torch.cat([x.reshape(-1, x.shape[-1]) for x in tokens]).double()
 
 
-def check(
-    header: Any, tensors: dict[str, Tensor], inputs: dict[str, list[Tensor]], vocabulary: dict[str, int]
-) -> None:
+def check(header: Any, tensors: dict[str, Tensor], inputs: dict[str, list[Tensor]], vocabulary: dict[str, int]) -> None:
     """Each layer's statistics equal the captured inputs'; layers with equal inputs share."""
     seen = set()
     for layer in header.layers:
@@ -119,9 +115,7 @@ def test_grams_and_counts_equal_inputs_without_padding(model_and_checkpoint, arc
         ("roberta", transformers.RobertaForSequenceClassification, {"num_labels": 1}),
     ],
 )
-def test_other_heads(
-    model_and_checkpoint, architecture: str, model_class: Any, config: dict[str, Any]
-) -> None:
+def test_other_heads(model_and_checkpoint, architecture: str, model_class: Any, config: dict[str, Any]) -> None:
     model, checkpoint = model_and_checkpoint(architecture, model_class, **config)
     model.config.is_encoder_decoder = False
     examples = make_examples(model)
@@ -244,9 +238,7 @@ def test_the_model_is_left_as_it_was(model_and_checkpoint) -> None:
     model.classifier.weight.requires_grad_(False)
     modes = [module.training for module in model.modules()]
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    header, tensors = collect_statistics(
-        model, checkpoint, batched(model, make_examples(model), 4), fisher="expected"
-    )
+    header, tensors = collect_statistics(model, checkpoint, batched(model, make_examples(model), 4), fisher="expected")
     assert [module.training for module in model.modules()] == modes
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
     required = {n for n, p in model.named_parameters() if not p.requires_grad}
@@ -275,9 +267,7 @@ def test_hooks_go_when_a_batch_fails(model_and_checkpoint) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["bert", "gpt2"])
-def test_the_same_bytes_on_any_number_of_threads(
-    model_and_checkpoint, tmp_path: Path, architecture: str
-) -> None:
+def test_the_same_bytes_on_any_number_of_threads(model_and_checkpoint, tmp_path: Path, architecture: str) -> None:
     model, checkpoint = model_and_checkpoint(architecture)
     hashes = set()
     before = torch.get_num_threads()
@@ -312,9 +302,7 @@ def test_activations_that_are_not_finite_name_the_layer(tmp_path: Path) -> None:
     with torch.no_grad():
         model.bert.encoder.layer[1].attention.output.LayerNorm.weight[3] = float("inf")
     model.save_pretrained(tmp_path)
-    with pytest.raises(
-        StatisticsError, match=r"inputs of layer bert\.encoder\.layer\.1\.intermediate\.dense"
-    ):
+    with pytest.raises(StatisticsError, match=r"inputs of layer bert\.encoder\.layer\.1\.intermediate\.dense"):
         collect_statistics(model, open_checkpoint(tmp_path), batched(model, make_examples(model), 4))
 
 
@@ -377,10 +365,7 @@ def test_a_layer_that_is_called_twice_counts_both_inputs() -> None:
     assert observer.grams["b"].rows == 2 * observer.grams["a"].rows == 20
 
 
-@pytest.mark.parametrize(
-    ("kind", "what"),
-    [("later", "no longer sees the same input as a"), ("skips", "less often")],
-)
+@pytest.mark.parametrize(("kind", "what"), [("later", "no longer sees the same input as a"), ("skips", "less often")])
 def test_structure_that_changes_with_the_data_is_an_error(kind: str, what: str) -> None:
     with pytest.raises(StatisticsError, match=what):
         observe(kind)

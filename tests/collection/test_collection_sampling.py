@@ -73,9 +73,7 @@ def test_wide_is_wider_than_most_inputs() -> None:
 
 
 @pytest.mark.parametrize("buffered", [True, False])
-def test_the_mean_is_that_of_the_drawn_rows(
-    saved: Any, monkeypatch: pytest.MonkeyPatch, buffered: bool
-) -> None:
+def test_the_mean_is_that_of_the_drawn_rows(saved: Any, monkeypatch: pytest.MonkeyPatch, buffered: bool) -> None:
     if not buffered:
         monkeypatch.setattr("merganser.collection.observer.buffer_rows", lambda _: 0)
     model, checkpoint = saved

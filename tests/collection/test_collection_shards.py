@@ -55,9 +55,7 @@ def test_each_shard_is_a_collection_of_its_own(saved: Any) -> None:
 def test_the_sum_is_the_collection_of_the_whole(saved: Any) -> None:
     model, checkpoint, examples = saved
     header, tensors = summed(shards_of(saved, fisher="expected"))
-    whole_header, whole = collect_statistics(
-        model, checkpoint, batched(model, examples, 4), fisher="expected"
-    )
+    whole_header, whole = collect_statistics(model, checkpoint, batched(model, examples, 4), fisher="expected")
     assert header == whole_header and set(tensors) == set(whole)
     for name, values in whole.items():
         assert tensors[name].dtype == values.dtype
@@ -97,17 +95,13 @@ def test_fisher_of_some_shards_only(saved: Any) -> None:
     model, checkpoint, examples = saved
     with Collector(model, checkpoint, fisher="expected") as collector:
         parts = [
-            Statistics.in_memory(
-                *collector.collect(batched(model, examples[at : at + 8], 4), fisher_examples=left)
-            )
+            Statistics.in_memory(*collector.collect(batched(model, examples[at : at + 8], 4), fisher_examples=left))
             for at, left in ((0, 10), (8, 2), (16, 0))
         ]
     header, tensors = summed(parts)
     assert [part.header.fisher_examples for part in parts] == [8, 2, 0] and parts[2].header.fisher is None
     assert header.fisher == "expected" and header.fisher_examples == 10 and header.examples == 20
-    _, first = collect_statistics(
-        model, checkpoint, batched(model, examples[:10], 2), grams=False, fisher="expected"
-    )
+    _, first = collect_statistics(model, checkpoint, batched(model, examples[:10], 2), grams=False, fisher="expected")
     name = "fisher.classifier.weight"
     torch.testing.assert_close(tensors[name], first[name], rtol=1e-4, atol=1e-9)
 

@@ -35,9 +35,7 @@ def statistics_of(inputs: dict[str, Tensor]) -> Statistics:
         masking="attention_mask",
     )
     tensors = {f"gram.{name}": pack_upper((x.T @ x / len(x)).float()) for name, x in inputs.items()}
-    return Statistics.in_memory(
-        header, tensors | {f"mean.{name}": x.mean(0).float() for name, x in inputs.items()}
-    )
+    return Statistics.in_memory(header, tensors | {f"mean.{name}": x.mean(0).float() for name, x in inputs.items()})
 
 
 def sums_of(*parts: dict[str, Tensor]) -> ShardSums:

@@ -98,9 +98,7 @@ def test_side_by_side(
     """What a GPU is given instead of one example after the other, here on the CPU; two examples at once."""
     monkeypatch.setattr(fisher, "ON_CPU", fisher.ELSEWHERE)
     monkeypatch.setattr(fisher, "MOST_LANES", 1)  # as off the CPU: vmap is not for several threads at once
-    model, checkpoint = build(
-        tmp_path, architecture, model_class, **({"num_labels": labels} if labels else {})
-    )
+    model, checkpoint = build(tmp_path, architecture, model_class, **({"num_labels": labels} if labels else {}))
     monkeypatch.setattr(per_example, "COPIES_BYTES", 8 * sum(p.numel() for p in model.parameters()))
     examples = make_examples(model, 7)
     for number, example in enumerate(examples):
@@ -147,9 +145,7 @@ def test_any_batch_size_and_order(tmp_path: Path) -> None:
     model, checkpoint = build(tmp_path, "bert", transformers.BertForSequenceClassification, num_labels=4)
     examples = make_examples(model, 20)
     for size, order in ((1, 1), (20, 1), (7, -1)):
-        check(
-            model, checkpoint, examples, softmax, "expected", batches=batched(model, examples[::order], size)
-        )
+        check(model, checkpoint, examples, softmax, "expected", batches=batched(model, examples[::order], size))
 
 
 def test_uniform_predictions_do_carry_information(tmp_path: Path) -> None:
@@ -187,9 +183,7 @@ def test_multi_label_with_labels_that_are_not_annotated(tmp_path: Path) -> None:
     def expected(logits: Tensor, _: Example) -> Iterator[tuple[float, Tensor]]:
         for outcome in range(8):  # all label sets
             y = torch.tensor([outcome >> bit & 1 for bit in range(3)])
-            log_p = torch.where(
-                y == 1, nn.functional.logsigmoid(logits), nn.functional.logsigmoid(-logits)
-            ).sum()
+            log_p = torch.where(y == 1, nn.functional.logsigmoid(logits), nn.functional.logsigmoid(-logits)).sum()
             yield log_p.exp().item(), log_p
 
     check(model, checkpoint, examples, expected, "expected")
@@ -243,9 +237,7 @@ def test_token_classification_leaves_ignored_tokens_out(tmp_path: Path) -> None:
     model, checkpoint = build(tmp_path, "bert", transformers.BertForTokenClassification, num_labels=3)
     examples = make_examples(model, 5)
     for number, example in enumerate(examples):
-        example["labels"] = [
-            -100 if (t + number) % 3 == 0 else t % 3 for t in range(len(example["input_ids"]))
-        ]
+        example["labels"] = [-100 if (t + number) % 3 == 0 else t % 3 for t in range(len(example["input_ids"]))]
 
     def empirical(logits: Tensor, example: Example) -> Iterator[tuple[float, Tensor]]:
         log_p = torch.log_softmax(logits, -1)
@@ -293,9 +285,7 @@ def test_causal_language_models_predict_the_next_token(tmp_path: Path, architect
         yield 1.0, sum(log_p[t, ids[t + 1]] for t in range(len(ids) - 1))
 
     check(model, checkpoint, [{**e, "labels": e["input_ids"]} for e in examples], next_token, "empirical")
-    _, tensors = collect_statistics(
-        model, checkpoint, batched(model, examples, 4), grams=False, fisher="expected"
-    )
+    _, tensors = collect_statistics(model, checkpoint, batched(model, examples, 4), grams=False, fisher="expected")
     assert all(bool(value.any()) for value in tensors.values())
 
 
@@ -336,9 +326,7 @@ def test_a_limited_number_of_examples(tmp_path: Path) -> None:
         model, checkpoint, batched(model, examples, 4), fisher="expected", fisher_examples=6
     )
     assert (header.examples, header.fisher_examples) == (10, 6)
-    _, first = collect_statistics(
-        model, checkpoint, batched(model, examples[:6], 4), grams=False, fisher="expected"
-    )
+    _, first = collect_statistics(model, checkpoint, batched(model, examples[:6], 4), grams=False, fisher="expected")
     assert torch.allclose(tensors["fisher.classifier.weight"], first["fisher.classifier.weight"], rtol=1e-4)
 
 
@@ -370,6 +358,4 @@ def test_gradients_that_are_not_finite_name_the_parameter(tmp_path: Path) -> Non
     model.save_pretrained(tmp_path)
     checkpoint = open_checkpoint(tmp_path)
     with pytest.raises(StatisticsError, match=r"the gradient of [\w.]+ is infinite or NaN"):
-        collect_statistics(
-            model, checkpoint, batched(model, make_examples(model), 4), grams=False, fisher="expected"
-        )
+        collect_statistics(model, checkpoint, batched(model, make_examples(model), 4), grams=False, fisher="expected")

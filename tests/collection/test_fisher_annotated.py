@@ -87,8 +87,7 @@ def multi_label(folder: Path, architecture: str = "bert", labels: int = 4) -> tu
 
 @pytest.mark.parametrize("architecture", ["bert", "deberta-v2"])  # in batches and one by one
 @pytest.mark.parametrize(
-    ("kind", "outcomes"),
-    [("expected", every_mark), ("empirical", true_marks), ("predicted", probable_marks)],
+    ("kind", "outcomes"), [("expected", every_mark), ("empirical", true_marks), ("predicted", probable_marks)]
 )
 def test_multi_label(tmp_path: Path, architecture: str, kind: Any, outcomes: Any) -> None:
     model, checkpoint = multi_label(tmp_path, architecture)
@@ -103,9 +102,7 @@ def test_multi_label(tmp_path: Path, architecture: str, kind: Any, outcomes: Any
 def test_without_labels_every_output_counts_and_the_header_says_so(tmp_path: Path) -> None:
     model, checkpoint = multi_label(tmp_path)
     examples = make_examples(model, 5)
-    header, tensors = collect_statistics(
-        model, checkpoint, batched(model, examples, 3), grams=False, fisher="expected"
-    )
+    header, tensors = collect_statistics(model, checkpoint, batched(model, examples, 3), grams=False, fisher="expected")
     all_of_them = [{**example, "labels": [0.0] * 4} for example in examples]
     same_as_oracle(tensors, brute_force(model, all_of_them, every_mark))
     assert FISHER_OF_ALL in header.notes and FISHER_OF_ANNOTATED not in header.notes
@@ -125,9 +122,7 @@ def test_rows_of_the_head_that_nobody_annotates_do_not_touch_the_encoder(tmp_pat
     _, batches = with_labels(whole, examples, marks, 3)
     _, fewer = with_labels(small, examples, [[row[k] for k in kept] for row in marks], 3)
     _, tensors = collect_statistics(whole, checkpoint, batches, grams=False, fisher="expected")
-    _, truth = collect_statistics(
-        small, open_checkpoint(tmp_path / "small"), fewer, grams=False, fisher="expected"
-    )
+    _, truth = collect_statistics(small, open_checkpoint(tmp_path / "small"), fewer, grams=False, fisher="expected")
     for name, value in truth.items():
         ours = tensors[name]
         if name.startswith("fisher.classifier."):
@@ -205,19 +200,13 @@ def test_examples_without_a_label_are_left_out_of_every_problem(tmp_path: Path, 
             {"num_labels": 2, "problem_type": "multi_label_classification"},
             [[1.0, NAN], [NAN, NAN], [NAN, 0.0], [0.0, 0.0], [NAN, NAN]],
         ),
-        (
-            transformers.BertForTokenClassification,
-            {"num_labels": 3},
-            [[1, -100], [-100], [2], [0], [-100] * 3],
-        ),
+        (transformers.BertForTokenClassification, {"num_labels": 3}, [[1, -100], [-100], [2], [0], [-100] * 3]),
     ]
     for number, (model_class, config, labels) in enumerate(problems):
         model, checkpoint = build(tmp_path / str(number), "bert", model_class, **config)
         examples = make_examples(model, 5)
         if model_class is transformers.BertForTokenClassification:
-            labels = [
-                (row + [-100] * 12)[: len(e["input_ids"])] for row, e in zip(labels, examples, strict=True)
-            ]
+            labels = [(row + [-100] * 12)[: len(e["input_ids"])] for row, e in zip(labels, examples, strict=True)]
         _, batches = with_labels(model, examples, labels, 5)
         header, _ = collect_statistics(model, checkpoint, batches, fisher=kind)
         assert header.examples == 3 and header.fisher_examples == (3 if kind else 0)
@@ -250,9 +239,7 @@ class Given(nn.Module):
 def covariance(model: Given, batch: dict[str, Tensor], problem: Any) -> Tensor:
     """(B, n, n): the sum of v vᵀ over the vectors of ``expected``."""
     vectors = list(cotangents(scored(model.logits, batch, model, "expected", problem), "expected"))
-    return sum(
-        (torch.einsum("bi,bj->bij", v.flatten(1), v.flatten(1)) for v in vectors), torch.zeros(1, 1, 1)
-    )
+    return sum((torch.einsum("bi,bj->bij", v.flatten(1), v.flatten(1)) for v in vectors), torch.zeros(1, 1, 1))
 
 
 def test_vectors_have_the_covariance_of_the_annotated_labels_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,10 +261,7 @@ def test_vectors_have_the_covariance_of_the_annotated_labels_alone(monkeypatch: 
 
     monkeypatch.setattr(scores, "SAMPLES", 4000)
     logits = torch.randn(2, 3, 2)
-    batch = {
-        "input_ids": torch.arange(6).reshape(2, 3),
-        "attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]]),
-    }
+    batch = {"input_ids": torch.arange(6).reshape(2, 3), "attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]])}
     batch["labels"] = torch.tensor([[1, -100, 0], [-100, 1, 1]])
     known = torch.tensor([[True, False, True], [False, True, False]])  # the last token is padding
     p = logits.softmax(-1)

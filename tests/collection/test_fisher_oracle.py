@@ -40,9 +40,7 @@ def padded(rows: list[dict[str, torch.Tensor]], pad: int = 1) -> dict[str, torch
     }
 
 
-def scores(
-    logits: torch.Tensor, label: torch.Tensor, kind: str, problem: str
-) -> Iterator[tuple[float, torch.Tensor]]:
+def scores(logits: torch.Tensor, label: torch.Tensor, kind: str, problem: str) -> Iterator[tuple[float, torch.Tensor]]:
     """(probability, log-likelihood) of each label that the kind of Fisher information asks for."""
     if problem == "regression":
         yield 1.0, logits.sum()  # unit variance: E[(y − f)²] = 1, so the expectation is (∂f/∂θ)²
@@ -64,17 +62,13 @@ def scores(
             yield float(chance[column]), log[column]
 
 
-def brute_force(
-    model: Any, rows: list[dict[str, torch.Tensor]], kind: str, problem: str
-) -> dict[str, torch.Tensor]:
+def brute_force(model: Any, rows: list[dict[str, torch.Tensor]], kind: str, problem: str) -> dict[str, torch.Tensor]:
     named = dict(model.named_parameters())
     sums = {name: torch.zeros(p.shape, dtype=torch.float64) for name, p in named.items()}
     for row in rows:
         logits = model(input_ids=row["input_ids"], attention_mask=row["attention_mask"]).logits[0]
         for probability, log_likelihood in scores(logits, int(row["labels"][0]), kind, problem):
-            grads = torch.autograd.grad(
-                log_likelihood, list(named.values()), retain_graph=True, allow_unused=True
-            )
+            grads = torch.autograd.grad(log_likelihood, list(named.values()), retain_graph=True, allow_unused=True)
             for name, grad in zip(named, grads, strict=True):
                 if grad is not None:
                     sums[name] += probability * grad.double().square()
@@ -91,9 +85,7 @@ def check(model: Any, tmp_path: Path, kind: str, problem: str, rows: list[dict[s
     elif problem == "regression":
         for batch in batches:
             batch["labels"] = batch["labels"].float()
-    header, tensors = collect_statistics(
-        model, open_checkpoint(tmp_path / "model"), batches, grams=False, fisher=kind
-    )
+    header, tensors = collect_statistics(model, open_checkpoint(tmp_path / "model"), batches, grams=False, fisher=kind)
     assert header.fisher == kind and header.fisher_examples == len(rows)
     expected = brute_force(model, rows, kind, problem)
     reached = 0
@@ -129,9 +121,7 @@ def test_uniform_predictions_are_information_too(tmp_path: Path) -> None:
 def check_uniform(model: Any, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "model")
     checkpoint = open_checkpoint(tmp_path / "model")
-    _, tensors = collect_statistics(
-        model, checkpoint, [padded(examples(), 0)], grams=False, fisher="expected"
-    )
+    _, tensors = collect_statistics(model, checkpoint, [padded(examples(), 0)], grams=False, fisher="expected")
     oracle = brute_force(model, examples(), "expected", "single_label_classification")
     torch.testing.assert_close(tensors["fisher.classifier.bias"], torch.full((3,), 2 / 9))
     found = tensors["fisher.classifier.weight"].double()
@@ -146,8 +136,7 @@ def test_it_is_per_example_and_no_square_of_a_sum(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(tmp_path / "model")
     one = examples(count=1)
     results = [
-        collect_statistics(model, checkpoint, [padded(one * n, 0)], grams=False, fisher="empirical")[1]
-        for n in (1, 4)
+        collect_statistics(model, checkpoint, [padded(one * n, 0)], grams=False, fisher="empirical")[1] for n in (1, 4)
     ]
     for name, tensor in results[0].items():
         torch.testing.assert_close(results[1][name], tensor, rtol=1e-3, atol=1e-8)

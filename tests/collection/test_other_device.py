@@ -65,9 +65,7 @@ def test_the_numbers_are_those_of_the_cpu(
         assert all(isinstance(parameter, Far) for parameter in model.parameters())
         header, tensors = collect_statistics(model, checkpoint, batches, **options)
     assert header.layers == plain.layers and header.fisher_examples == plain.fisher_examples
-    slow = any(
-        "one example at a time" in note for note in header.notes
-    )  # torch.func sees through the pretence
+    slow = any("one example at a time" in note for note in header.notes)  # torch.func sees through the pretence
     assert slow == (architecture in ("mpnet", "deberta-v2"))
     if sampling is None:  # which rows are drawn depends on how batches are cut
         same(tensors, truth)

@@ -58,9 +58,7 @@ def test_scores_are_those_of_each_text_alone(save_ready: Save, reviews: Path, ba
 
 def test_several_models_data_sets_and_their_ensemble(save_ready: Save, reviews: Path, tmp_path: Path) -> None:
     models = [save_ready(f"m{seed}", "bert", seed, num_labels=3) for seed in range(3)]
-    other = write(
-        tmp_path / "other.jsonl", [{"text": t, "label": (n + 1) % 3} for n, t in enumerate(TEXTS[:7])]
-    )
+    other = write(tmp_path / "other.jsonl", [{"text": t, "label": (n + 1) % 3} for n, t in enumerate(TEXTS[:7])])
     found = evaluate(models, [reviews, other], ensemble=True, bootstrap=20)
     assert found.models == (*map(str, models), "ensemble") and len(found.rows) == 8
     logits = [np.stack(logits_by_hand(folder, TEXTS, CLASSIFY)) for folder in models]
@@ -82,18 +80,14 @@ def test_models_of_different_label_spaces_make_an_ensemble(save_ready: Save, tmp
     two = save_ready("two", "bert", 2, id2label={0: "fine", 1: "good", 2: "bad"})
     names = ["bad", "good", "fine"]
     data = write(tmp_path / "d.jsonl", [{"text": t, "label": names[n % 3]} for n, t in enumerate(TEXTS)])
-    with pytest.raises(
-        DataError, match=r"d\.jsonl:3: label 'fine' is outside the model's label space: 0 = bad"
-    ):
+    with pytest.raises(DataError, match=r"d\.jsonl:3: label 'fine' is outside the model's label space: 0 = bad"):
         evaluate([one, two], data)
     found = evaluate([one, two], data, ensemble=True, bootstrap=0)
     a = np.stack(logits_by_hand(one, TEXTS, CLASSIFY))
     b = np.stack(logits_by_hand(two, TEXTS, CLASSIFY))
     joint = np.stack([(a[:, 0] + b[:, 2]) / 2, (a[:, 1] + b[:, 1]) / 2, b[:, 0]], axis=1)
     true = np.arange(10) % 3
-    assert found.score("ensemble", str(data)).scores["accuracy"] == pytest.approx(
-        (joint.argmax(1) == true).mean()
-    )
+    assert found.score("ensemble", str(data)).scores["accuracy"] == pytest.approx((joint.argmax(1) == true).mean())
     assert found.score(str(one), str(data)).scores["accuracy"] == pytest.approx((a.argmax(1) == true).mean())
     numbered = write(tmp_path / "n.jsonl", [{"text": "a", "label": 0}])
     with pytest.raises(DataError, match="the models number their labels differently"):
@@ -122,10 +116,7 @@ def test_regression_of_pairs(save_ready: Save, tmp_path: Path) -> None:
     folder = save_ready("m", "bert", 4, num_labels=1)
     rows = [{"sentence1": t, "sentence2": u, "score": n / 3} for n, (t, u) in enumerate(pairwise(TEXTS))]
     found = evaluate(folder, write(tmp_path / "d.jsonl", rows), bootstrap=0).rows[0]
-    model, tokenizer = (
-        CLASSIFY.from_pretrained(folder).eval(),
-        transformers.AutoTokenizer.from_pretrained(folder),
-    )
+    model, tokenizer = (CLASSIFY.from_pretrained(folder).eval(), transformers.AutoTokenizer.from_pretrained(folder))
     with torch.no_grad():
         predicted = [
             model(
@@ -143,9 +134,7 @@ def test_token_classification_by_hand(save_ready: Save, tmp_path: Path) -> None:
     model_class = transformers.BertForTokenClassification
     folder = save_ready("m", "bert", 8, model_class, id2label=dict(enumerate(names)))
     generator = np.random.default_rng(0)
-    rows = [
-        {"tokens": t.split(), "ner_tags": generator.choice(names, len(t.split())).tolist()} for t in TEXTS
-    ]
+    rows = [{"tokens": t.split(), "ner_tags": generator.choice(names, len(t.split())).tolist()} for t in TEXTS]
     data = write(tmp_path / "d.jsonl", rows)
     logits = logits_by_hand(folder, TEXTS, transformers.AutoModelForTokenClassification)
     predicted = [[names[k] for k in row[1:-1].argmax(1)] for row in logits]  # one piece a word here
@@ -158,8 +147,7 @@ def test_token_classification_by_hand(save_ready: Save, tmp_path: Path) -> None:
         folder, [" ".join(t.split()[:3]) for t in TEXTS], transformers.AutoModelForTokenClassification
     )
     shortened = [
-        [names[k] for k in row[1:-1].argmax(1)] + ["O"] * (len(t) - 3)
-        for row, t in zip(short, true, strict=True)
+        [names[k] for k in row[1:-1].argmax(1)] + ["O"] * (len(t) - 3) for row, t in zip(short, true, strict=True)
     ]
     assert cut.truncated == sum(len(t) > 3 for t in true) > 0
     assert cut.scores["f1"] == pytest.approx(seqeval.f1_score(true, shortened, zero_division=0))
@@ -206,10 +194,7 @@ def test_generation_by_hand(save_ready: Save, tmp_path: Path) -> None:
     for text in TEXTS:
         ids = model.generate(**tokenizer(text, return_tensors="pt"), max_new_tokens=3, do_sample=False)
         said.append(tokenizer.decode(ids[0], skip_special_tokens=True))
-    rows = [
-        {"source": t, "target": s if n % 2 else "never"}
-        for n, (t, s) in enumerate(zip(TEXTS, said, strict=True))
-    ]
+    rows = [{"source": t, "target": s if n % 2 else "never"} for n, (t, s) in enumerate(zip(TEXTS, said, strict=True))]
     data = write(tmp_path / "d.jsonl", rows)
     found = evaluate(folder, data, task_options={"max_new_tokens": 3}, bootstrap=0).rows[0]
     assert found.scores == {"exact_match": 0.5}

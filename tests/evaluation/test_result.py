@@ -55,9 +55,7 @@ def test_json_keeps_full_precision_and_stays_json() -> None:
 
 
 def test_names_that_end_alike_are_shown_whole() -> None:
-    both = Evaluation(
-        (score("x/m", "glue:sst2[validation]", 0.5), score("y/m", "glue:sst2[validation]", 0.5))
-    )
+    both = Evaluation((score("x/m", "glue:sst2[validation]", 0.5), score("y/m", "glue:sst2[validation]", 0.5)))
     assert "glue:sst2[validation]" in both.table()  # which rich would take for markup
     assert "x/m" in both.table() and "y/m" in both.table()
 

@@ -144,8 +144,7 @@ class Entities:
                 if name == "conll2003":  # IOB1: an I- that continues nothing begins an entity
                     before = ["O", *tags[:-1]]
                     tags = [
-                        "B" + t[1:] if t != "O" and b[2:] != t[2:] else t
-                        for b, t in zip(before, tags, strict=True)
+                        "B" + t[1:] if t != "O" and b[2:] != t[2:] else t for b, t in zip(before, tags, strict=True)
                     ]
                 yield [column[0] for column in columns], tags
 
@@ -164,9 +163,7 @@ class Entities:
         said = []
         for logits, example in zip(outputs, examples, strict=True):
             best = logits.argmax(axis=1)
-            said.append(
-                [TAGS[k] if first >= 0 else "O" for k, first in zip(best, example.firsts, strict=True)]
-            )
+            said.append([TAGS[k] if first >= 0 else "O" for k, first in zip(best, example.firsts, strict=True)])
         return float(entity_f1([example.truth for example in examples], said))
 
     def terms(self, logits: Tensor, example: Example) -> Terms:
@@ -195,9 +192,7 @@ class Glue:
             held_out = set(np.random.default_rng(0).permutation(len(rows))[: len(rows) // 10].tolist())
             rows = [row for i, row in enumerate(rows) if (i in held_out) == (split == "dev")]
         return [
-            encoded(
-                self.tokenizer, self.length, [v for v in row.values() if isinstance(v, str)], row["label"]
-            )
+            encoded(self.tokenizer, self.length, [v for v in row.values() if isinstance(v, str)], row["label"])
             for row in rows
         ]
 
@@ -304,9 +299,7 @@ def fisher_information(
     found = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
     for example in examples:
         for weight, output in terms(network(**example.inputs).logits, example):
-            gradients = torch.autograd.grad(
-                output, list(parameters.values()), retain_graph=True, allow_unused=True
-            )
+            gradients = torch.autograd.grad(output, list(parameters.values()), retain_graph=True, allow_unused=True)
             for name, gradient in zip(parameters, gradients, strict=True):
                 if gradient is not None:
                     found[name] += weight * gradient**2 / len(examples)
@@ -326,9 +319,7 @@ class Contributor:
     known: np.ndarray | None
 
 
-def merged(
-    contributors: Sequence[Contributor], method: str, *, head_averaged: bool = False, **options: Any
-) -> State:
+def merged(contributors: Sequence[Contributor], method: str, *, head_averaged: bool = False, **options: Any) -> State:
     """Every parameter of a merge; a row of a multi-label head is merged from those that have trained it alone.
 
     With ``head_averaged`` such a row is their average (PAPER.md), whatever merges the rest.
@@ -367,10 +358,7 @@ def _fisher(contributors: Sequence[Contributor], ridge: float = 1e-6) -> State:
 
 
 def _regmean(
-    contributors: Sequence[Contributor],
-    alpha: float = 0.9,
-    augment_bias: bool = True,
-    embeddings: bool = True,
+    contributors: Sequence[Contributor], alpha: float = 0.9, augment_bias: bool = True, embeddings: bool = True
 ) -> State:
     """W = (Σ WᵢGᵢ)(Σ Gᵢ)⁻¹, and the average along inputs that never occur; all that is no linear map is averaged."""
     found = _simple(contributors)
@@ -378,9 +366,9 @@ def _regmean(
         weight, bias = f"{module}.weight", f"{module}.bias"
         if isinstance(first.gram, float):
             if embeddings:
-                counts = torch.stack(
-                    [p.moments[module].total / p.moments[module].rows for p in contributors]
-                )[:, :, None]
+                counts = torch.stack([p.moments[module].total / p.moments[module].rows for p in contributors])[
+                    :, :, None
+                ]
                 seen = counts.sum(0) > 0
                 rows = sum(c * p.weights[weight] for c, p in zip(counts, contributors, strict=True))
                 found[weight] = torch.where(seen, rows / counts.sum(0).where(seen, 1), found[weight])

@@ -32,16 +32,7 @@ def load(name: str) -> ExperimentConfig:
 
 
 def dry_run(*arguments: str, cwd: Path, catch: bool = False) -> Result:
-    command = [
-        "experiment",
-        *arguments,
-        "--dry-run",
-        "--json",
-        "--results",
-        str(cwd / "r"),
-        "--zoo",
-        str(cwd / "z"),
-    ]
+    command = ["experiment", *arguments, "--dry-run", "--json", "--results", str(cwd / "r"), "--zoo", str(cwd / "z")]
     return CliRunner().invoke(cli, command, catch_exceptions=catch)
 
 
@@ -89,14 +80,8 @@ def test_emotion(model: str) -> None:
         assert config.seeds == (1, 2, 3, 4, 5) and config.tests.out_split == "all"
         assert [m.method for m in config.methods] == ["simple", "fisher", "regmean"]
         assert config.methods[2].options["alpha"] == 0.1
-        head = {"roberta-base": ("classifier.out_proj.*",), "deberta-v3-large": ("classifier.*",)}.get(
-            model, ()
-        )
-        assert [m.exclude for m in config.methods] == [
-            (),
-            (),
-            head,
-        ]  # PAPER: the row of a label is the average
+        head = {"roberta-base": ("classifier.out_proj.*",), "deberta-v3-large": ("classifier.*",)}.get(model, ())
+        assert [m.exclude for m in config.methods] == [(), (), head]  # PAPER: the row of a label is the average
         assert config.statistics.examples == config.statistics.fisher_examples == 1000 * 16
         assert (config.pretrained.architecture, config.suite.name) in PUBLISHED
     assert pairwise.heads == (("same",) if "t5" in model else ("same", "different"))
@@ -161,11 +146,7 @@ def test_every_experiment_has_a_part_that_goes_after_defaults_and_a_data_set(pat
     data = re.search(r"datasets/(\w+)\.yaml", path.read_text())
     assert data is not None
     config = load_config([FOLDER / "defaults.yaml", FOLDER / data[0], path], templates={"seed": "3"})
-    assert (
-        config.seeds == (3,)
-        and [m.method for m in config.methods] == ["regmean"]
-        and config.name == path.stem
-    )
+    assert config.seeds == (3,) and [m.method for m in config.methods] == ["regmean"] and config.name == path.stem
     assert path.parent.name == path.stem[: len(path.parent.name)]
     assert (config.pretrained.architecture, config.suite.name) in PUBLISHED or "gpt2" in path.stem
 
@@ -180,9 +161,7 @@ def test_every_named_experiment_of_the_paper_is_made_of_its_parts() -> None:
 def test_they_are_in_the_wheel_and_found_by_name_from_any_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"][
-        "wheel"
-    ]
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
     assert settings["force-include"] == {"experiments": "merganser/configurations"}
     monkeypatch.chdir(tmp_path)
     by_name = load_config(["emotion-pairwise-roberta-base"])
@@ -212,25 +191,12 @@ def test_glue_from_the_hub_is_one_key(tmp_path: Path) -> None:
     assert load_config([*files, own]).suite.root is None
 
 
-def test_the_zoo_may_be_named_in_a_file(
-    tmp_path: Path, tiny_resources: Path, pretrained: Callable[..., Path]
-) -> None:
+def test_the_zoo_may_be_named_in_a_file(tmp_path: Path, tiny_resources: Path, pretrained: Callable[..., Path]) -> None:
     own = tmp_path / "own.yaml"
-    values = {
-        "local_zoo_dir": str(tmp_path / "mine"),
-        "training": {"max_steps": 1},
-        "statistics": {"examples": 4},
-    }
+    values = {"local_zoo_dir": str(tmp_path / "mine"), "training": {"max_steps": 1}, "statistics": {"examples": 4}}
     own.write_text(yaml.safe_dump(values))
     words = [*THREE_FILES, str(own), "--templates", "seed=1", f"resources={tiny_resources}"]
-    words += [
-        f"base={pretrained('roberta')}",
-        "--filter-model",
-        "model0",
-        "model1",
-        "--results",
-        str(tmp_path / "r"),
-    ]
+    words += [f"base={pretrained('roberta')}", "--filter-model", "model0", "model1", "--results", str(tmp_path / "r")]
     result = CliRunner().invoke(cli, ["experiment", *words], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     assert len(list((tmp_path / "mine").glob("*/entry.json"))) == 2

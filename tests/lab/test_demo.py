@@ -60,9 +60,7 @@ def made() -> dict[str, Path]:
 
 
 @pytest.fixture
-def finished(
-    base: Path, tmp_path: Path, made: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def finished(base: Path, tmp_path: Path, made: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of a finished demo."""
     if not made:
         made["demo"] = tmp_path_factory.mktemp("demo") / "out"
@@ -102,9 +100,7 @@ def test_everything_lands_in_the_folder_and_agrees(finished: Path) -> None:
 
 def test_the_page_says_what_was_done_and_what_to_try(finished: Path) -> None:
     page = (finished / "report.html").read_text()
-    averages = {
-        name: 50 * sum(s.value or 0 for s in rows_of(finished)[name].scores.values()) for name in METHODS
-    }
+    averages = {name: 50 * sum(s.value or 0 for s in rows_of(finished)[name].scores.values()) for name in METHODS}
     best = max(METHODS, key=lambda name: averages[name])
     assert "<h1>Two specialists, one model</h1>" in page and '<p class="eyebrow">merganser demo</p>' in page
     assert f"The best one, {best}, scores {averages[best]:.1f} on average" in page
@@ -133,9 +129,7 @@ def test_scores_are_those_of_the_saved_models(finished: Path, tmp_path: Path) ->
         model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         lines = [json.loads(line) for line in (finished / "data/film/test.jsonl").read_text().splitlines()]
-        predicted = [
-            int(model(**tokenizer(line["text"], return_tensors="pt")).logits.argmax()) for line in lines
-        ]
+        predicted = [int(model(**tokenizer(line["text"], return_tensors="pt")).logits.argmax()) for line in lines]
         expected = f1_score([names.index(line["label"]) for line in lines], predicted, average="macro")
         assert rows_of(finished)[row].scores["film"].value == pytest.approx(expected)
 
@@ -208,9 +202,7 @@ def test_the_tables_for_the_terminal(finished: Path) -> None:
     assert headings == ["Test set", "Individual", "Individual, all", "Ensemble", *METHODS]
 
 
-def test_the_base_comes_from_the_package_else_the_hub(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_base_comes_from_the_package_else_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "fake_minilm" / "model").mkdir(parents=True)
     (tmp_path / "fake_minilm" / "__init__.py").write_text("raise ImportError('must not be imported')")
     (tmp_path / "fake_minilm" / "model" / "config.json").write_text("{}")

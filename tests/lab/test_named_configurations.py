@@ -43,13 +43,7 @@ SMALL = {
 
 
 def run(
-    name: str,
-    place: Path,
-    resources: Path,
-    base: Path,
-    extra: dict[str, Any],
-    keep: tuple[str, ...],
-    *more: str,
+    name: str, place: Path, resources: Path, base: Path, extra: dict[str, Any], keep: tuple[str, ...], *more: str
 ) -> list[dict[str, Any]]:
     """The rows of a named configuration, made small, by the command line."""
     own = place / "small.yaml"

@@ -35,10 +35,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 #: The softmax over keys does not see them: their information is 0 but for rounding.
 KEY_BIASES = ("key.bias", "k_lin.bias")
 LENGTH, EXAMPLES, FISHER_EXAMPLES = 24, 30, 12
-COMMON: dict[str, Any] = {
-    "statistics": {"examples": EXAMPLES, "fisher_examples": FISHER_EXAMPLES},
-    "seeds": 1,
-}
+COMMON: dict[str, Any] = {"statistics": {"examples": EXAMPLES, "fisher_examples": FISHER_EXAMPLES}, "seeds": 1}
 
 
 def methods(*names: str) -> list[dict[str, Any]]:
@@ -162,9 +159,7 @@ class Lab:
                     for one in contributors
                 ]
             averaged = bool(self.excluded(row["method"]))
-            self._merged[row["cell"]] = recompute.merged(
-                contributors, method, head_averaged=averaged, **options
-            )
+            self._merged[row["cell"]] = recompute.merged(contributors, method, head_averaged=averaged, **options)
         return self._merged[row["cell"]]
 
 
@@ -184,11 +179,7 @@ def emotion(pretrained: Callable[..., Path], tiny_resources: Path, tmp_path_fact
         "training": training(epochs=9, batch_size=3, rate=5e-3),
         "suite": {"name": "emotion", "root": str(root), "options": {"threshold": 0.4}},
         "pretrained": {"model": str(base), "title": "tiny RoBERTa"},
-        "contributors": {
-            "model0": {"set": "dailydialog"},
-            "model1": {"set": "tec"},
-            "model2": {"set": "isear"},
-        },
+        "contributors": {"model0": {"set": "dailydialog"}, "model1": {"set": "tec"}, "model2": {"set": "isear"}},
         "layout": "greedy",
         "methods": [
             {**method, "exclude": [HEAD] if method["title"] == "as published" else []}
@@ -325,9 +316,7 @@ def test_merged_weights(grid: Lab, kind: str, tmp_path: Path) -> None:
         contributors.append(merganser.Contributor(model=str(folder), statistics=statistics, labels=labels))
     separate = {"keep_separate": ["classifier.*", "pre_classifier.*"]} if row["heads"] == "separate" else {}
     exclude = grid.excluded(kind)
-    merganser.merge(
-        contributors, tmp_path / "merged", method=method, options=options, exclude=exclude, **separate
-    )
+    merganser.merge(contributors, tmp_path / "merged", method=method, options=options, exclude=exclude, **separate)
     (file,) = (tmp_path / "merged").glob("model*.safetensors")
     found, expected = load_file(file), grid.merged(row)
     assert set(found) == set(expected)
@@ -335,11 +324,7 @@ def test_merged_weights(grid: Lab, kind: str, tmp_path: Path) -> None:
     for name, tensor in expected.items():
         if method == "fisher" and name.endswith(KEY_BIASES):
             continue
-        seen = (
-            [one.moments[name.removesuffix(".weight")].gram for one in everyone]
-            if is_linear(name, everyone)
-            else []
-        )
+        seen = [one.moments[name.removesuffix(".weight")].gram for one in everyone] if is_linear(name, everyone) else []
         wrong = distance(found[name].double() - tensor, seen)
         assert wrong < 1e-6 + 1e-3 * max(distance(one.weights[name] - tensor, seen) for one in everyone), name
 
@@ -353,9 +338,7 @@ def distance(difference: torch.Tensor, grams: Sequence[torch.Tensor]) -> float:
     """Of two linear maps that of their outputs on what they are given, which alone is determined; else the largest."""
     if not grams:
         return float(difference.abs().max())
-    return float(
-        torch.stack([(difference @ gram * difference).sum() for gram in grams]).sum().clamp_min(0).sqrt()
-    )
+    return float(torch.stack([(difference @ gram * difference).sum() for gram in grams]).sum().clamp_min(0).sqrt())
 
 
 @pytest.mark.parametrize("lab", ["emotion", "ner"])
@@ -418,11 +401,7 @@ def test_the_best_epoch_on_development_data_is_kept(grid: Lab) -> None:
                 outputs = recompute.predict(grid.network(entry.path), examples)
                 values.append(suite.score(name, outputs, examples))
             scores = entry.facts["dev_scores"]
-            assert (
-                max(scores)
-                == scores[entry.facts["best_epoch"] - 1]
-                == pytest.approx(np.mean(values), abs=2e-6)
-            )
+            assert max(scores) == scores[entry.facts["best_epoch"] - 1] == pytest.approx(np.mean(values), abs=2e-6)
 
 
 def test_expected_fisher_information_of_tags(ner: Lab, tmp_path: Path) -> None:

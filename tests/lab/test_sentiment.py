@@ -36,9 +36,7 @@ def rows(domain: str, count: int) -> bytes:
 @pytest.fixture
 def archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An archive as the real one, with 40 rows a domain, whose hashes are made the known ones."""
-    inner = tar_of(
-        {member: rows(name, 40) for name, member in sentiment.MEMBERS.items()} | {"../evil.txt": b"x"}
-    )
+    inner = tar_of({member: rows(name, 40) for name, member in sentiment.MEMBERS.items()} | {"../evil.txt": b"x"})
     outer = tar_of({sentiment.INNER: inner, "other.txt": b"y"})
     monkeypatch.setattr(sentiment.read_archive, "__kwdefaults__", {
         "sha256": hashlib.sha256(outer).hexdigest(), "inner_sha256": hashlib.sha256(inner).hexdigest()
@@ -67,9 +65,7 @@ def test_rows_with_crlf_spaces_and_odd_characters() -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    "row", ["2\tgood", "2\tnone\tgood", "2\t1\t ", "2\t9\tgood", "2\tnan\tgood", "2\t1\ta\tb"]
-)
+@pytest.mark.parametrize("row", ["2\tgood", "2\tnone\tgood", "2\t1\t ", "2\t9\tgood", "2\tnan\tgood", "2\t1\ta\tb"])
 def test_a_bad_row_is_named_by_its_line(row: str) -> None:
     with pytest.raises(DataError, match=r"tweets\.txt:2: "):
         parse_rows(f"1\t0\tfine\r\n{row}\r\n".encode(), where="tweets.txt")
@@ -127,9 +123,7 @@ def test_a_link_in_place_of_a_member_is_not_followed(tmp_path: Path) -> None:
     path = tmp_path / "a.tar.gz"
     path.write_bytes(outer)
     with pytest.raises(DataError, match=r"lacks .*tweets"):
-        read_archive(
-            path, sha256=hashlib.sha256(outer).hexdigest(), inner_sha256=hashlib.sha256(inner).hexdigest()
-        )
+        read_archive(path, sha256=hashlib.sha256(outer).hexdigest(), inner_sha256=hashlib.sha256(inner).hexdigest())
 
 
 def test_not_a_tar(tmp_path: Path) -> None:
@@ -168,9 +162,7 @@ def test_fetched_once_then_cached(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 def test_a_failed_or_wrong_fetch_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     fake_pip(monkeypatch, None, "ERROR: no route to host")
-    with pytest.raises(
-        DataError, match=r"no route to host\n.*to mend: .*pip download vaderSentiment==3\.3\.2"
-    ):
+    with pytest.raises(DataError, match=r"no route to host\n.*to mend: .*pip download vaderSentiment==3\.3\.2"):
         sentiment.fetch(tmp_path / "cache")
     fake_pip(monkeypatch, b"something else")
     with pytest.raises(DataError, match="sha256"):
@@ -185,8 +177,6 @@ def test_the_real_sets_where_they_are_cached() -> None:
     domains = load_domains()
     sizes = [(len(domain.train), len(domain.dev), len(domain.test)) for domain in domains]
     assert sizes == [(1200, 300, 600)] * 4
-    texts = [
-        example.text.casefold() for d in domains for part in (d.train, d.dev, d.test) for example in part
-    ]
+    texts = [example.text.casefold() for d in domains for part in (d.train, d.dev, d.test) for example in part]
     assert len(texts) == len(set(texts)) == 8400
     assert all({example.label for example in domain.test} == {0, 1, 2} for domain in domains)

@@ -16,10 +16,7 @@ TEXT = "Anna Smith lives near the North Sea, really happy"
 CLASSES = {
     "roberta": (transformers.RobertaForMaskedLM, transformers.AutoModelForMaskedLM),
     "distilbert": (transformers.DistilBertForMaskedLM, transformers.AutoModelForMaskedLM),
-    "deberta-v3": (
-        transformers.DebertaV2ForSequenceClassification,
-        transformers.AutoModelForSequenceClassification,
-    ),
+    "deberta-v3": (transformers.DebertaV2ForSequenceClassification, transformers.AutoModelForSequenceClassification),
     "t5-v1.1": (transformers.T5ForConditionalGeneration, transformers.AutoModelForSeq2SeqLM),
     "gpt2": (transformers.GPT2LMHeadModel, transformers.AutoModelForCausalLM),
 }
@@ -32,9 +29,7 @@ AROUND = {
 
 @pytest.mark.parametrize("published", [{}, {"pickled": True}, {"pickled": True, "half": True}])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_opens_and_computes(
-    architecture: str, published: dict[str, bool], pretrained: Callable[..., Path]
-) -> None:
+def test_opens_and_computes(architecture: str, published: dict[str, bool], pretrained: Callable[..., Path]) -> None:
     folder = pretrained(architecture, **published)
     weights = {path.name for path in folder.glob("*model.*") if path.suffix in (".bin", ".safetensors")}
     assert weights == {"pytorch_model.bin" if published.get("pickled") else "model.safetensors"}
@@ -84,10 +79,5 @@ def test_deberta_is_a_version_3(pretrained: Callable[..., Path]) -> None:
     model = transformers.AutoModel.from_pretrained(pretrained("deberta-v3"))
     names = dict(model.named_parameters())
     assert "encoder.rel_embeddings.weight" in names and "encoder.LayerNorm.weight" in names
-    assert not any(
-        "pos_key_proj" in name or "position_embeddings" in name or "token_type" in name for name in names
-    )
-    assert (
-        type(transformers.AutoTokenizer.from_pretrained(pretrained("deberta-v3"))).__name__
-        == "DebertaV2Tokenizer"
-    )
+    assert not any("pos_key_proj" in name or "position_embeddings" in name or "token_type" in name for name in names)
+    assert type(transformers.AutoTokenizer.from_pretrained(pretrained("deberta-v3"))).__name__ == "DebertaV2Tokenizer"

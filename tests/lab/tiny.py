@@ -81,9 +81,7 @@ def write_pretrained(
     with torch.no_grad():
         for parameter in model.parameters():  # as initialised, biases are 0 and norms are 1
             parameter.add_(SPREAD * torch.randn_like(parameter))
-    tensors = {
-        name: tensor.clone().contiguous() for name, tensor in kind.published(model.state_dict()).items()
-    }
+    tensors = {name: tensor.clone().contiguous() for name, tensor in kind.published(model.state_dict()).items()}
     if half:
         tensors = {name: t.half() if t.is_floating_point() else t for name, t in tensors.items()}
     folder.mkdir(parents=True)
@@ -108,9 +106,7 @@ def _byte_level(*specials: str) -> Files:
     )
     with TemporaryDirectory() as folder:
         trained.save_model(folder)
-        return {
-            name: (Path(folder) / name).read_text(encoding="utf-8") for name in ("vocab.json", "merges.txt")
-        }
+        return {name: (Path(folder) / name).read_text(encoding="utf-8") for name in ("vocab.json", "merges.txt")}
 
 
 @cache
@@ -182,12 +178,7 @@ def _deberta_tokenizer() -> Files:
 
 def _t5_tokenizer() -> Files:
     sentinels = [f"<extra_id_{number}>" for number in range(100)]
-    names = {
-        "eos_token": "</s>",
-        "unk_token": "<unk>",
-        "pad_token": "<pad>",
-        "additional_special_tokens": sentinels,
-    }
+    names = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>", "additional_special_tokens": sentinels}
     return {
         "spiece.model": _pieces(pad_id=0, eos_id=1, unk_id=2, bos_id=-1),
         "special_tokens_map.json": json.dumps(names),
@@ -202,9 +193,7 @@ def _vocabulary(files: Files) -> int:
         return len(str(files["vocab.txt"]).splitlines())
     (model,) = (content for name, content in files.items() if name.endswith(".model"))
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model).get_piece_size()
-    return (
-        -(-(pieces + 101) // 64) * 64
-    )  # as published, there are more rows than pieces, sentinels and [MASK]
+    return -(-(pieces + 101) // 64) * 64  # as published, there are more rows than pieces, sentinels and [MASK]
 
 
 # -- models ------------------------------------------------------------------------------------------------
@@ -228,9 +217,7 @@ def _deberta_file(tensors: State) -> State:
         found[f"{head}.dense.weight"] = torch.randn(WIDTH, WIDTH)
         for name in ("dense.bias", "LayerNorm.weight", "LayerNorm.bias"):
             found[f"{head}.{name}"] = torch.randn(WIDTH)
-    found["lm_predictions.lm_head.bias"] = torch.randn(
-        len(tensors["deberta.embeddings.word_embeddings.weight"])
-    )
+    found["lm_predictions.lm_head.bias"] = torch.randn(len(tensors["deberta.embeddings.word_embeddings.weight"]))
     found["mask_predictions.classifier.weight"] = torch.randn(1, WIDTH)
     found["mask_predictions.classifier.bias"] = torch.randn(1)
     return found
@@ -306,11 +293,7 @@ def _gpt2(vocabulary: int) -> dict[str, Any]:
 ARCHITECTURES = {
     "roberta": Architecture(_roberta_tokenizer, _roberta, transformers.RobertaForMaskedLM, _roberta_file),
     "distilbert": Architecture(_distilbert_tokenizer, _distilbert, transformers.DistilBertForMaskedLM, dict),
-    "deberta-v3": Architecture(
-        _deberta_tokenizer, _deberta, transformers.DebertaV2ForMaskedLM, _deberta_file
-    ),
-    "t5-v1.1": Architecture(
-        _t5_tokenizer, _t5, transformers.T5ForConditionalGeneration, _t5_file, generates=True
-    ),
+    "deberta-v3": Architecture(_deberta_tokenizer, _deberta, transformers.DebertaV2ForMaskedLM, _deberta_file),
+    "t5-v1.1": Architecture(_t5_tokenizer, _t5, transformers.T5ForConditionalGeneration, _t5_file, generates=True),
     "gpt2": Architecture(_gpt2_tokenizer, _gpt2, transformers.GPT2LMHeadModel, _gpt2_file, generates=True),
 }

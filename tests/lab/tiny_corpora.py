@@ -31,10 +31,7 @@ EMOTION_SETS: dict[str, tuple[tuple[str, ...], str]] = {
     "crowdflower": ((*_SIX, "love", "noemo"), "@friend lol omg bedtime"),
     "tec": (_SIX, "#today rt tweet hashtag"),
     "tales-emotion": ((*_SIX, "noemo"), "princess castle frog forest"),
-    "isear": (
-        ("joy", "anger", "sadness", "disgust", "fear", "shame", "guilt"),
-        "exam brother teacher student",
-    ),
+    "isear": (("joy", "anger", "sadness", "disgust", "fear", "shame", "guilt"), "exam brother teacher student"),
     "emoint": (("joy", "anger", "sadness", "fear"), "intensity tweeting"),
     "ssec": (_PLUTCHIK, "#SemST stance"),
     "electoraltweets": (_PLUTCHIK, "ballot candidate"),
@@ -63,11 +60,7 @@ _NAMES = {
     "DATE": ("last Monday", "Friday"),
     "MISC": ("British", "World Cup"),
 }
-_SENTENCES = (
-    "{0} lives near {1} .",
-    "Yesterday {0} met {1} -LRB- again -RRB- .",
-    "The people of {0} saw it .",
-)
+_SENTENCES = ("{0} lives near {1} .", "Yesterday {0} met {1} -LRB- again -RRB- .", "The people of {0} saw it .")
 
 GLUE_TASKS = ("cola", "sst2", "mrpc", "stsb", "mnli", "qnli", "qqp", "rte", "wnli")
 #: The columns of each task, the words of its own, and a word for each class.
@@ -179,18 +172,14 @@ def _as_iob1(tags: Sequence[str]) -> list[str]:
     """``B-`` only where an entity directly follows another one of its type, as in CoNLL-2003's files."""
     before = ["O", *tags[:-1]]
     return [
-        "I" + tag[1:] if tag[0] == "B" and tag[2:] != last[2:] else tag
-        for last, tag in zip(before, tags, strict=True)
+        "I" + tag[1:] if tag[0] == "B" and tag[2:] != last[2:] else tag for last, tag in zip(before, tags, strict=True)
     ]
 
 
 def _conll(sentences: Sequence[tuple[list[str], list[str]]], separator: str, parse: str) -> str:
     """Four columns: word, part of speech, parse or chunk, tag."""
     return "".join(
-        "".join(
-            separator.join((word, "NN", parse, tag)) + "\n" for word, tag in zip(words, tags, strict=True)
-        )
-        + "\n"
+        "".join(separator.join((word, "NN", parse, tag)) + "\n" for word, tag in zip(words, tags, strict=True)) + "\n"
         for words, tags in sentences
     )
 

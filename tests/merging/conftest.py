@@ -38,12 +38,7 @@ def family(tmp_path: Path) -> Callable[..., tuple[Path, list[Path]]]:
     """``family(architecture, n)`` → the base's folder and n fine-tunes of it, statistics in their folders."""
 
     def make(
-        architecture: str = "bert",
-        n: int = 2,
-        *,
-        statistics: bool = True,
-        fisher: str | None = None,
-        **config: Any,
+        architecture: str = "bert", n: int = 2, *, statistics: bool = True, fisher: str | None = None, **config: Any
     ) -> tuple[Path, list[Path]]:
         base = make_model(architecture, 0, **config)
         base.save_pretrained(tmp_path / "base")

@@ -87,14 +87,10 @@ def test_diagonal_and_missing_grams_and_the_true_rank() -> None:
 
 
 @pytest.mark.parametrize("architecture", TARGETS)
-def test_at_the_true_rank_the_adapter_is_the_merge(
-    save_model: Save, tmp_path: Path, architecture: str
-) -> None:
+def test_at_the_true_rank_the_adapter_is_the_merge(save_model: Save, tmp_path: Path, architecture: str) -> None:
     base = save_model("base", architecture)
     settings = {"fan_in_fan_out": architecture == "gpt2", "rank": 3}
-    models = [
-        adapt_linears(tmp_path / f"a{i}", base, TARGETS[architecture], seed=i, **settings) for i in (1, 2)
-    ]
+    models = [adapt_linears(tmp_path / f"a{i}", base, TARGETS[architecture], seed=i, **settings) for i in (1, 2)]
     full = load_file(merge(models, tmp_path / "full", method="simple") / "model.safetensors")
     out = adapter_of(tmp_path / "out", 6, models, method="simple")
     assert {path.name for path in out.iterdir()} == {
@@ -124,17 +120,13 @@ def test_full_fine_tunes_lose_nothing_at_full_rank(family, tmp_path: Path, archi
 
 
 @pytest.mark.parametrize("architecture", ["bert", "gpt2"])
-def test_below_the_true_rank_it_is_the_best_in_the_gram_norm(
-    family, tmp_path: Path, architecture: str
-) -> None:
+def test_below_the_true_rank_it_is_the_best_in_the_gram_norm(family, tmp_path: Path, architecture: str) -> None:
     base, models = family(architecture, 2)
     rank, coefficients = 3, [1.0, 3.0]
     contributors = [{"model": str(m), "coefficient": c} for m, c in zip(models, coefficients, strict=True)]
     plan = prepare(make_recipe({"contributors": contributors, "method": "simple", "base": str(base)}), None)
     out = carry_out_adapter(plan, tmp_path / "out", rank)
-    full = load_file(
-        merge(models, tmp_path / "full", method="simple", coefficients=coefficients) / "model.safetensors"
-    )
+    full = load_file(merge(models, tmp_path / "full", method="simple", coefficients=coefficients) / "model.safetensors")
     before = load_file(base / "model.safetensors")
     checkpoint = open_checkpoint(out)
     recorded = json.loads((out / "provenance.json").read_text())["tensors"]
@@ -175,9 +167,7 @@ def test_what_an_adapter_cannot_be(family, save_model: Save, tmp_path: Path) -> 
     base, models = family("bert", 2, statistics=False)
     plain_recipe = {"method": "simple"}
     with pytest.raises(Problems) as caught:
-        adapter_of(
-            tmp_path / "out", 0, models, keep_separate=["classifier.*"], base=str(base), **plain_recipe
-        )
+        adapter_of(tmp_path / "out", 0, models, keep_separate=["classifier.*"], base=str(base), **plain_recipe)
     assert "the rank is 0" in str(caught.value) and "kept separate" in str(caught.value)
     with pytest.raises(UserError, match="add --base MODEL, or merge adapters of one base"):
         adapter_of(tmp_path / "out", 4, models, **plain_recipe)

@@ -35,8 +35,7 @@ TARGETS = {
 def adapters(tmp_path: Path, base: Path, architecture: str, n: int = 2, **config: Any) -> list[Path]:
     settings = {"fan_in_fan_out": architecture == "gpt2", **config}
     return [
-        adapt_linears(tmp_path / f"adapter-{i}", base, TARGETS[architecture], seed=1 + i, **settings)
-        for i in range(n)
+        adapt_linears(tmp_path / f"adapter-{i}", base, TARGETS[architecture], seed=1 + i, **settings) for i in range(n)
     ]
 
 
@@ -45,9 +44,7 @@ def merged(folder: Path) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("architecture", TARGETS)
-def test_the_average_of_adapters_is_a_full_checkpoint(
-    save_model: Save, tmp_path: Path, architecture: str
-) -> None:
+def test_the_average_of_adapters_is_a_full_checkpoint(save_model: Save, tmp_path: Path, architecture: str) -> None:
     base = save_model("base", architecture)
     (base / "tokenizer.json").write_text("{}")
     folders = adapters(tmp_path, base, architecture)
@@ -114,9 +111,7 @@ def test_without_one_base_for_all_the_method_asks_for_it(save_model: Save, tmp_p
         np.testing.assert_allclose(tensor, (wanted[0][name] + wanted[1][name]) / 2, rtol=1e-5, atol=1e-6)
 
 
-def test_a_shared_base_is_hashed_once(
-    save_model: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_shared_base_is_hashed_once(save_model: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = save_model("base", "qwen2")
     plan = make_plan(make_recipe({"contributors": [str(f) for f in adapters(tmp_path, base, "qwen2", 3)]}))
     assert len({id(parent.checkpoint.base) for parent in plan.parents}) == 1
@@ -136,13 +131,7 @@ def test_a_shared_base_is_hashed_once(
 
 @pytest.fixture
 def reviews(tmp_path: Path) -> list[Path]:
-    rows = [
-        "the movie was good",
-        "bad food !",
-        "I liked it very much . it was not bad",
-        "no",
-        "Anna saw Paris",
-    ]
+    rows = ["the movie was good", "bad food !", "I liked it very much . it was not bad", "no", "Anna saw Paris"]
     files = []
     for number in range(2):
         file = tmp_path / f"reviews-{number}.jsonl"
@@ -158,9 +147,7 @@ def classifier(folder: Path, base: Path, seed: int, labels: int = 2) -> Path:
     tensors: dict[str, torch.Tensor] = {}
     for i in range(2):
         for j, part in enumerate(("query", "value")):
-            tensors |= factors(
-                f"bert.encoder.layer.{i}.attention.self.{part}", 16, 16, seed=10 * seed + 2 * i + j
-            )
+            tensors |= factors(f"bert.encoder.layer.{i}.attention.self.{part}", 16, 16, seed=10 * seed + 2 * i + j)
     tensors["classifier.weight"] = torch.randn(labels, 16, generator=generator)
     tensors["classifier.bias"] = torch.randn(labels, generator=generator)
     return write_adapter(folder, tensors, base, task_type="SEQ_CLS", modules_to_save=["classifier", "score"])
@@ -216,19 +203,13 @@ def test_a_head_with_other_labels_and_a_base_without_one(save_ready: Save, tmp_p
                 for n, t in load_file(adapter / "adapter_model.safetensors").items()
             }
             extra |= {"bert.pooler.dense.weight": torch.eye(16), "bert.pooler.dense.bias": torch.zeros(16)}
-            write_adapter(
-                adapter, extra, base, task_type="SEQ_CLS", modules_to_save=["classifier", "pooler.dense"]
-            )
+            write_adapter(adapter, extra, base, task_type="SEQ_CLS", modules_to_save=["classifier", "pooler.dense"])
         model = load_model(open_model(adapter), "AutoModelForSequenceClassification")
         assert model.config.num_labels == 3 and model.classifier.weight.shape == (3, 16)
         out = merge([adapter, adapter], tmp_path / f"out-{number}", method="simple")
-        opened, info = transformers.AutoModelForSequenceClassification.from_pretrained(
-            out, output_loading_info=True
-        )
+        opened, info = transformers.AutoModelForSequenceClassification.from_pretrained(out, output_loading_info=True)
         assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-        assert json.loads((out / "config.json").read_text())["architectures"] == [
-            "BertForSequenceClassification"
-        ]
+        assert json.loads((out / "config.json").read_text())["architectures"] == ["BertForSequenceClassification"]
         for name, tensor in opened.state_dict().items():
             torch.testing.assert_close(tensor, model.state_dict()[name], rtol=1e-5, atol=1e-6)
 

@@ -61,10 +61,7 @@ def test_a_tensor_missing_in_one_model(family, tmp_path: Path) -> None:
 
 def test_other_label_spaces_name_both_options(family, tmp_path: Path) -> None:
     _, models = family(statistics=False)
-    edit(
-        models[1],
-        lambda s: s.update({"classifier.weight": torch.ones(3, 16), "classifier.bias": torch.ones(3)}),
-    )
+    edit(models[1], lambda s: s.update({"classifier.weight": torch.ones(3, 16), "classifier.bias": torch.ones(3)}))
     configure(models[1], id2label={"0": "a", "1": "b", "2": "c"}, label2id={"a": 0, "b": 1, "c": 2})
     text = refused(models, tmp_path / "out", "different label spaces", method="simple")
     assert "--labels union" in text and "--keep-separate 'classifier*'" in text
@@ -107,11 +104,7 @@ def test_a_merge_that_overflows_is_named(family, tmp_path: Path) -> None:
     _, models = family(statistics=False)
     edit(models[0], lambda s: s["bert.pooler.dense.bias"].fill_(1e30))
     text = refused(
-        models,
-        tmp_path / "out",
-        "produced NaN or Inf in 'bert.pooler.dense.bias'",
-        method="simple",
-        dtype="F16",
+        models, tmp_path / "out", "produced NaN or Inf in 'bert.pooler.dense.bias'", method="simple", dtype="F16"
     )
     assert "wider --dtype" in text
 
@@ -162,12 +155,8 @@ def test_unknown_names_come_with_the_nearest_valid_one(family, tmp_path: Path) -
     _, models = family()
     out = tmp_path / "out"
     assert "did you mean 'regmean'" in refused(models, out, "unknown method 'regmaen'", method="regmaen")
-    assert "did you mean 'alpha'" in refused(
-        models, out, "unknown key 'alhpa'", method="regmean", options={"alhpa": 1}
-    )
-    assert "did you mean 'keep_separate'" in refused(
-        models, out, "unknown key 'keep_seperate'", keep_seperate=["x"]
-    )
+    assert "did you mean 'alpha'" in refused(models, out, "unknown key 'alhpa'", method="regmean", options={"alhpa": 1})
+    assert "did you mean 'keep_separate'" in refused(models, out, "unknown key 'keep_seperate'", keep_seperate=["x"])
     refused(models, out, "less than or equal to 1", method="regmean", options={"alpha": 1.5})
     refused(models, out, "no tensor is called 'encodr", exclude=["encodr.*"], method="simple")
 
@@ -200,9 +189,7 @@ def test_an_output_that_exists(family, tmp_path: Path) -> None:
     refused(models, models[0], "one of the inputs", method="simple", overwrite=True)
 
 
-def test_too_little_disk_is_found_before_work(
-    family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_too_little_disk_is_found_before_work(family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("merganser.files.free_bytes", lambda target: 1000)
     _, models = family(statistics=False)
     refused(models, tmp_path / "out", "too little disk", method="simple")

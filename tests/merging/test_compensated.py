@@ -12,8 +12,7 @@ from merganser.merging.ledger.compensated import accumulate
 def test_compensated_sums_hold_twice_the_digits() -> None:
     generator = torch.Generator().manual_seed(0)
     terms = [
-        torch.randn(70_000, dtype=torch.float64, generator=generator) * 10.0**exponent
-        for exponent in (0, 9, -7, 3)
+        torch.randn(70_000, dtype=torch.float64, generator=generator) * 10.0**exponent for exponent in (0, 9, -7, 3)
     ]
     high, low = torch.zeros(70_000, dtype=torch.float64), torch.zeros(70_000, dtype=torch.float64)
     for term in terms:

@@ -111,10 +111,7 @@ def test_input_in_shards_is_read_by_whoever_needs_it(family, tmp_path: Path) -> 
     for model in models:
         tensors = load_file(model / "model.safetensors")
         names = list(tensors)
-        halves = {
-            "model-00001-of-00002.safetensors": names[::2],
-            "model-00002-of-00002.safetensors": names[1::2],
-        }
+        halves = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
         for file, part in halves.items():
             save_file({name: tensors[name] for name in part}, model / file, {"format": "pt"})
         where = {name: file for file, part in halves.items() for name in part}
@@ -169,9 +166,7 @@ def test_a_worker_that_dies_for_good_leaves_nothing(cluster: Any, family, tmp_pa
         def _outcomes(self, jobs: Sequence[Job], function: str) -> Iterator[Outcome]:
             return super()._outcomes(jobs[:1], "grid_jobs:crash_for_good")
 
-    engine = Crashing(
-        cluster.address, retries=0, environment={"PYTHONPATH": str(Path(HERE).parent / "engines")}
-    )
+    engine = Crashing(cluster.address, retries=0, environment={"PYTHONPATH": str(Path(HERE).parent / "engines")})
     with pytest.raises(UserError, match="its worker was lost"):
         merge(models, tmp_path / "out", method="simple", threads=1, engine=engine, **SHARDS)
     assert not (tmp_path / "out").exists()

@@ -24,9 +24,7 @@ from merganser.merging.digests import file_digest
 
 
 def files_of(folder: Path) -> dict[str, str]:
-    return {
-        p.relative_to(folder).as_posix(): sha256_file(p) for p in sorted(folder.rglob("*")) if p.is_file()
-    }
+    return {p.relative_to(folder).as_posix(): sha256_file(p) for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
@@ -93,9 +91,7 @@ def test_the_card_and_the_provenance(family, tmp_path: Path) -> None:
     assert found["recipe"]["method"] == "regmean" and "Gram" in found["method_chosen_because"]
     assert [p["coefficient"] for p in found["parents"]] == [1, 3]
     assert found["parents"][0]["manifest_blake3"] == open_checkpoint(models[0]).manifest_hash("blake3")
-    assert found["parents"][1]["statistics"]["sha256"] == sha256_file(
-        models[1] / "merge_statistics.safetensors"
-    )
+    assert found["parents"][1]["statistics"]["sha256"] == sha256_file(models[1] / "merge_statistics.safetensors")
     excluded = found["tensors"]["bert.encoder.layer.1.output.dense.weight"]
     assert excluded["method"] == "average" and "excluded" in excluded["reason"]
     assert found["tensors"]["bert.encoder.layer.0.output.dense.weight"]["method"] == "regmean"
@@ -166,9 +162,7 @@ def test_heads_kept_separate_open_with_any_of_them(family, tmp_path: Path) -> No
         assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
         own = load_file(models[parent] / "model.safetensors")
         assert torch.equal(model.classifier.weight, own["classifier.weight"])
-        encoder = [
-            load_file(m / "model.safetensors")["bert.embeddings.word_embeddings.weight"] for m in models
-        ]
+        encoder = [load_file(m / "model.safetensors")["bert.embeddings.word_embeddings.weight"] for m in models]
         average = (encoder[0] + encoder[1]) / 2
         torch.testing.assert_close(model.bert.embeddings.word_embeddings.weight.detach(), average)
     assert load(out, subfolder="heads/tuned-1").config.id2label == HEADS["id2label"]
@@ -211,9 +205,7 @@ def test_regmean_on_rows_that_only_some_vote_on(family, tmp_path: Path) -> None:
     """The emotion rule: one head for all, each model votes on the labels that its corpus annotates."""
     _, models = family("bert", 3, num_labels=3, id2label=HEADS["id2label"], label2id=HEADS["label2id"])
     votes = [["sad", "glad"], ["glad"], ["sad"]]
-    people = [
-        Contributor.model_validate({"model": str(m), "labels": v}) for m, v in zip(models, votes, strict=True)
-    ]
+    people = [Contributor.model_validate({"model": str(m), "labels": v}) for m, v in zip(models, votes, strict=True)]
     out = merge(people, tmp_path / "out", method="regmean")
     merged = load_file(out / "model.safetensors")["classifier.weight"]
     pair = merge(models[:2], tmp_path / "pair", method="regmean")
@@ -253,10 +245,7 @@ def test_appended_tokens(family, tmp_path: Path) -> None:
     first = load_file(models[0] / "model.safetensors")[name]
     torch.testing.assert_close(merged[:VOCABULARY], (first + state[name][:VOCABULARY]) / 2)
     assert torch.equal(merged[VOCABULARY:], state[name][VOCABULARY:])
-    assert (
-        transformers.AutoModelForSequenceClassification.from_pretrained(out).config.vocab_size
-        == VOCABULARY + 2
-    )
+    assert transformers.AutoModelForSequenceClassification.from_pretrained(out).config.vocab_size == VOCABULARY + 2
 
 
 def test_a_killed_merge_leaves_no_folder_that_looks_finished(family, tmp_path: Path) -> None:
@@ -295,9 +284,7 @@ def test_ctrl_c_removes_what_was_begun(family, tmp_path: Path) -> None:
         "main(['merge', *sys.argv[1:3], '-o', sys.argv[3], '--threads', '1'])\n"
     )
     arguments = [sys.executable, "-c", slow, *map(str, models), str(tmp_path / "out")]
-    process = subprocess.Popen(
-        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ}
-    )
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ})
     assert process.stdout is not None
     assert process.stdout.readline() == "step\n"
     time.sleep(0.3)
@@ -307,9 +294,7 @@ def test_ctrl_c_removes_what_was_begun(family, tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir() if "out" in p.name] == []
 
 
-def test_a_merge_made_with_relative_paths_is_repeated_from_anywhere(
-    family, tmp_path: Path, monkeypatch
-) -> None:
+def test_a_merge_made_with_relative_paths_is_repeated_from_anywhere(family, tmp_path: Path, monkeypatch) -> None:
     family("bert", 2)
     monkeypatch.chdir(tmp_path)
     merge(["tuned-0", "tuned-1"], "results/out")

@@ -77,8 +77,7 @@ def test_regmean(family, tmp_path: Path, architecture: str, augment: bool) -> No
             seen = total > 0
             expected = sum(ci * p[name] for ci, p in zip(c, parents, strict=True)) / sum(c)
             expected[seen] = (
-                sum(s[:, None] * p[name] for s, p in zip(shares, parents, strict=True))[seen]
-                / total[seen, None]
+                sum(s[:, None] * p[name] for s, p in zip(shares, parents, strict=True))[seen] / total[seen, None]
             )
             close(merged[name], expected)
             continue
@@ -113,11 +112,7 @@ def test_regmean_diagonal_is_alpha_zero_and_both_differ_from_full(family, tmp_pa
     _, models = family("bert", 2)
     results = {
         name: weights_of(merge(models, tmp_path / name, method="regmean", options=options))
-        for name, options in {
-            "diagonal": {"diagonal": True},
-            "zero": {"alpha": 0.0},
-            "full": {"alpha": 1.0},
-        }.items()
+        for name, options in {"diagonal": {"diagonal": True}, "zero": {"alpha": 0.0}, "full": {"alpha": 1.0}}.items()
     }
     key = "bert.encoder.layer.0.output.dense.weight"
     assert all(np.array_equal(results["diagonal"][n], results["zero"][n]) for n in results["zero"])
@@ -135,9 +130,7 @@ def test_actmat(family, tmp_path: Path, architecture: str) -> None:
     """Linear layers by ΔᵀΔ, biases by ‖Δ‖², rows of embeddings by each row's own; the rest is the average."""
     base, models = family(architecture, 3, statistics=False)
     ridge, c = 0.05, [1.0, 2.0, 1.0]
-    out = merge(
-        models, tmp_path / "out", method="actmat", base=base, coefficients=c, options={"ridge": ridge}
-    )
+    out = merge(models, tmp_path / "out", method="actmat", base=base, coefficients=c, options={"ridge": ridge})
     origin, parents, merged = weights_of(base), [weights_of(m) for m in models], weights_of(out)
     used = json.loads((out / "provenance.json").read_text())["tensors"]
     checked = dict.fromkeys(("linear", "bias", "embedding", "average"), 0)
@@ -155,9 +148,7 @@ def test_actmat(family, tmp_path: Path, architecture: str) -> None:
             continue
         deltas = [wi - turn(origin[name]) for wi in w]
         if not linear:
-            costs = [
-                np.sum(delta**2, axis=1, keepdims=True) if embedding else np.sum(delta**2) for delta in deltas
-            ]
+            costs = [np.sum(delta**2, axis=1, keepdims=True) if embedding else np.sum(delta**2) for delta in deltas]
             total = sum(ci * m for ci, m in zip(c, costs, strict=True))
             lam = ridge * np.mean(total)
             top = sum(ci * m * wi for ci, m, wi in zip(c, costs, w, strict=True)) + lam * average
@@ -185,9 +176,7 @@ def test_fisher(family, tmp_path: Path) -> None:
         total = f[0] + f[1]
         average = (parents[0][name] + 2 * parents[1][name]) / 3
         informed = np.where(total > 0, total, 1)
-        expected = np.where(
-            total > 0, (f[0] * parents[0][name] + f[1] * parents[1][name]) / informed, average
-        )
+        expected = np.where(total > 0, (f[0] * parents[0][name] + f[1] * parents[1][name]) / informed, average)
         close(tensor, expected)
 
 

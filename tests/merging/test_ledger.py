@@ -45,9 +45,7 @@ def oracle(models: Sequence[Path], c: Sequence[float], alpha: float) -> dict[str
             counts = [s.count(layer.module).double().numpy()[:, None] for s in published]
             shares = [ci * k / k.sum() for ci, k in zip(c, counts, strict=True)]
             top, bottom = sum(s * w for s, w in zip(shares, stacked, strict=True)), sum(shares)
-            merged[layer.weight] = numpy.where(
-                bottom > 0, top / numpy.maximum(bottom, 1e-300), merged[layer.weight]
-            )
+            merged[layer.weight] = numpy.where(bottom > 0, top / numpy.maximum(bottom, 1e-300), merged[layer.weight])
             continue
         top, bottom = 0.0, 0.0
         for ci, w, own, statistics in zip(c, stacked, loaded, published, strict=True):
@@ -141,17 +139,13 @@ def test_the_result_is_a_model(family: Family, tmp_path: Path) -> None:
 def test_the_result_is_as_wide_as_the_widest(family: Family, tmp_path: Path) -> None:
     base, models = family("bert", 2, statistics=False)
     for name, dtype in ((base, torch.bfloat16), (models[1], torch.float16)):
-        save_file(
-            {n: t.to(dtype) for n, t in weights(name).items()}, name / "model.safetensors", {"format": "pt"}
-        )
+        save_file({n: t.to(dtype) for n, t in weights(name).items()}, name / "model.safetensors", {"format": "pt"})
     folder = fill(tmp_path / "sums", base, models, [1, 1], method="simple")
     assert {t.dtype for t in weights(ledger.solve(folder, tmp_path / "out")).values()} == {torch.float32}
     ledger.remove(folder, models[0])
     assert {t.dtype for t in weights(ledger.solve(folder, tmp_path / "o")).values()} == {torch.float32}
     ledger.add(folder, models[0])
-    assert {t.dtype for t in weights(ledger.solve(folder, tmp_path / "b", dtype="BF16")).values()} == {
-        torch.bfloat16
-    }
+    assert {t.dtype for t in weights(ledger.solve(folder, tmp_path / "b", dtype="BF16")).values()} == {torch.bfloat16}
 
 
 def test_ridge_is_chosen_when_solving(family: Family, tmp_path: Path) -> None:
@@ -176,9 +170,7 @@ def test_adding_then_removing_is_never_adding(family: Family, tmp_path: Path, c:
     highs = {n: t for n, t in sums(never).items() if n.endswith(".high")}
     assert all(torch.equal(sums(there)[name], tensor) for name, tensor in highs.items())
     ledger.solve(there, tmp_path / "out", dtype="F64")
-    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (
-        tmp_path / "a" / "model.safetensors"
-    ).read_bytes()
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (tmp_path / "a" / "model.safetensors").read_bytes()
 
 
 def test_what_only_removed_contributors_had_seen_is_averaged_again(family: Family, tmp_path: Path) -> None:

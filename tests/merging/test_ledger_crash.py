@@ -100,11 +100,7 @@ def test_a_killed_add_is_whole_or_not_there(family: Family, tmp_path: Path) -> N
         left_over += len(list(folder.iterdir())) > 3
         ledger.add(folder, models[2])  # the lock went with its holder, and leftovers do not matter
         assert ((folder / str(ledger.show(folder).file)).read_bytes(), names(folder)) == wanted[there]
-        assert sorted(p.name for p in folder.iterdir()) == [
-            ".lock",
-            "ledger.json",
-            str(ledger.show(folder).file),
-        ]
+        assert sorted(p.name for p in folder.iterdir()) == [".lock", "ledger.json", str(ledger.show(folder).file)]
     assert left_over >= 5  # there was something to tidy up
 
 
@@ -144,9 +140,7 @@ def test_a_failing_add_leaves_the_ledger_as_it_was(
     assert not (tmp_path / "out").exists() and not (tmp_path / "total").exists()
 
 
-@pytest.mark.parametrize(
-    "damage", ["flipped", "truncated", "missing", "foreign", "edited", "not json", "newer"]
-)
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "missing", "foreign", "edited", "not json", "newer"])
 def test_a_damaged_ledger_is_not_used(family: Family, tmp_path: Path, damage: str) -> None:
     base, models = family("bert", 2)
     folder = ledger.init(tmp_path / "sums", base)

@@ -48,14 +48,10 @@ def test_a_contributor_joins_once(family: Family, tmp_path: Path) -> None:
     assert [e.coefficient for e in ledger.show(folder).contributors] == [1, 2]
 
 
-def test_contributors_that_do_not_fit(
-    family: Family, tmp_path: Path, save_model: Callable[..., Path]
-) -> None:
+def test_contributors_that_do_not_fit(family: Family, tmp_path: Path, save_model: Callable[..., Path]) -> None:
     base, models = family("bert", 3)
     folder = fill(tmp_path / "sums", base, models[:1], [1])
-    refuses(
-        folder, save_model("wide", "bert", 0, num_labels=5), r"classifier.weight.*the base's F32 \[2, 16\]"
-    )
+    refuses(folder, save_model("wide", "bert", 0, num_labels=5), r"classifier.weight.*the base's F32 \[2, 16\]")
     refuses(folder, save_model("other", "gpt2"), "another architecture: 'gpt2'")
     refuses(folder, save_model("bare"), "has no statistics")
     refuses(folder, models[1], "negative", coefficient=-1)
@@ -87,9 +83,7 @@ def test_later_statistics_cover_what_the_first_did(family: Family, tmp_path: Pat
     refuses(folder, models[1], r"no gram of 'bert\.pooler\.dense\.weight'")
     wide = fill(tmp_path / "excluded", base, models, [1, 1, 1], exclude=["*pooler*"])
     assert ledger.show(wide).counts["average"] == 12
-    turned = fill(
-        tmp_path / "turned", base, [models[1], models[0]], [1, 1]
-    )  # more than is asked for is no harm
+    turned = fill(tmp_path / "turned", base, [models[1], models[0]], [1, 1])  # more than is asked for is no harm
     plain = merge(models[:2], tmp_path / "plain", method="regmean", dtype="F64")
     assert distance(solved(turned, tmp_path / "out"), weights(plain)) < 1e-6
 
@@ -124,9 +118,7 @@ def test_heads_that_the_base_has_stay_the_bases(family: Family, tmp_path: Path) 
     folder = fill(tmp_path / "sums", base, models, [1, 1], keep_separate=["classifier.*"])
     found = solved(folder, tmp_path / "out")
     assert torch.equal(found["classifier.weight"], weights(base)["classifier.weight"].double())
-    assert not torch.equal(
-        found["bert.pooler.dense.weight"], weights(base)["bert.pooler.dense.weight"].double()
-    )
+    assert not torch.equal(found["bert.pooler.dense.weight"], weights(base)["bert.pooler.dense.weight"].double())
     tensors = json.loads((tmp_path / "out" / "provenance.json").read_text())["tensors"]
     assert tensors["classifier.weight"]["reason"] == "no part of the ledger: the base's own"
 

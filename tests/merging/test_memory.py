@@ -204,9 +204,7 @@ def test_the_predicted_peak_of_gram_matrices_is_within_a_fifth(
     family, tmp_path: Path, options: dict[str, object]
 ) -> None:
     _, models = family("bert", 2, hidden_size=256, intermediate_size=3072, num_hidden_layers=4)
-    assert_predicted(
-        {"contributors": [str(m) for m in models], "method": "regmean", "options": options}, tmp_path
-    )
+    assert_predicted({"contributors": [str(m) for m in models], "method": "regmean", "options": options}, tmp_path)
 
 
 def assert_predicted(recipe: dict[str, object], folder: Path) -> None:

@@ -41,16 +41,12 @@ def files(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("architecture", ["bert", "gpt2"])
 def test_a_greedy_sequence_reads_each_gram_once_and_gives_the_same_bytes(
-    family: Callable[..., tuple[Path, list[Path]]],
-    tmp_path: Path,
-    reads: Counter[str],
-    architecture: str,
+    family: Callable[..., tuple[Path, list[Path]]], tmp_path: Path, reads: Counter[str], architecture: str
 ) -> None:
     _, models = family(architecture, 4)
     c = [1.0, 2.0, 0.5, 3.0]
     plain = [
-        outcome(merge(models[:n], tmp_path / f"plain-{n}", method="regmean", coefficients=c[:n]))
-        for n in (2, 3, 4)
+        outcome(merge(models[:n], tmp_path / f"plain-{n}", method="regmean", coefficients=c[:n])) for n in (2, 3, 4)
     ]
     reads.clear()
     sums, sizes = tmp_path / "sums", []

@@ -36,13 +36,7 @@ def test_a_real_encoder_merges_and_still_embeds(encoder: Path, tmp_path: Path) -
         save_file(tuned, folder / "model.safetensors", metadata={"format": "pt"})
         models.append(folder)
     out = merge(models, tmp_path / "out", method="actmat", base=encoder)
-    for name in (
-        "modules.json",
-        "1_Pooling/config.json",
-        "sentence_bert_config.json",
-        "tokenizer.json",
-        "config.json",
-    ):
+    for name in ("modules.json", "1_Pooling/config.json", "sentence_bert_config.json", "tokenizer.json", "config.json"):
         assert (out / name).read_bytes() == (encoder / name).read_bytes()
     used = json.loads((out / "provenance.json").read_text())["tensors"]
     assert (
@@ -65,9 +59,7 @@ def test_weights_of_nested_modules_are_merged_too(save_model, tmp_path: Path) ->
         (folder / "modules.json").write_text('[{"path": ""}, {"path": "2_Dense"}]')
         (folder / "2_Dense").mkdir()
         (folder / "2_Dense" / "config.json").write_text('{"in_features": 2}')
-        save_file(
-            {"linear.weight": torch.full((2, 2), float(number))}, folder / "2_Dense" / "model.safetensors"
-        )
+        save_file({"linear.weight": torch.full((2, 2), float(number))}, folder / "2_Dense" / "model.safetensors")
         models.append(folder)
     out = merge(models, tmp_path / "out", method="simple", coefficients=[1, 3])
     merged = load_file(out / "2_Dense" / "model.safetensors")

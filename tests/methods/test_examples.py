@@ -131,9 +131,7 @@ def test_truncated_svd_is_the_nearest_of_its_rank(family: tuple[Path, list[Path]
         change = (one[name] - origin) + 2 * (two[name] - origin)
         values = np.linalg.svd(change, compute_uv=False)
         missed = np.linalg.norm(change - (found[name] - origin))
-        assert missed == pytest.approx(
-            np.sqrt((values[3:] ** 2).sum()), rel=1e-5, abs=1e-5
-        )  # Eckart and Young
+        assert missed == pytest.approx(np.sqrt((values[3:] ** 2).sum()), rel=1e-5, abs=1e-5)  # Eckart and Young
 
 
 def test_kronecker_solves_the_normal_equations(family: tuple[Path, list[Path]], tmp_path: Path) -> None:
@@ -194,9 +192,7 @@ def test_seeds_and_contributors_have_random_numbers_of_their_own(
         assert abs((masks[first] == masks[second]).mean() - 0.5) < 5 * 0.5 / len(masks[0]) ** 0.5
 
 
-def test_what_a_method_needs_is_refused_before_any_work(
-    family: tuple[Path, list[Path]], tmp_path: Path
-) -> None:
+def test_what_a_method_needs_is_refused_before_any_work(family: tuple[Path, list[Path]], tmp_path: Path) -> None:
     base, models = family
     for method in ("dare", "truncated_svd", "kronecker"):
         with pytest.raises(MerganserError, match="--base"):
@@ -212,9 +208,7 @@ def test_what_a_method_needs_is_refused_before_any_work(
 
 
 @pytest.mark.parametrize("method", EXAMPLES)
-def test_provenance_says_what_was_really_used(
-    method: str, family: tuple[Path, list[Path]], tmp_path: Path
-) -> None:
+def test_provenance_says_what_was_really_used(method: str, family: tuple[Path, list[Path]], tmp_path: Path) -> None:
     out = carried_out(family, tmp_path / "out", method, options=OPTIONS[method])
     tensors = json.loads((out / "provenance.json").read_text(encoding="utf-8"))["tensors"]
     layers = weights_of_layers(family[0]) if method in ("truncated_svd", "kronecker") else set(tensors)
@@ -267,9 +261,7 @@ class InMemory:
         return self.origin[start:stop].clone()
 
 
-@pytest.mark.parametrize(
-    ("method", "lines"), [("dare", 25), ("truncated_svd", 30), ("slerp", 25), ("kronecker", 40)]
-)
+@pytest.mark.parametrize(("method", "lines"), [("dare", 25), ("truncated_svd", 30), ("slerp", 25), ("kronecker", 40)])
 def test_a_method_is_short(method: str, lines: int) -> None:
     text = (Path(__file__).parent / "examples" / f"{method}.py").read_text(encoding="utf-8")
     code = [line for line in text.splitlines() if line.strip() and not line.startswith('"""')]

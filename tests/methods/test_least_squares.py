@@ -66,9 +66,7 @@ def test_no_perturbation_has_a_smaller_objective(seed: int) -> None:
     weights, grams, c, _ = problem(seed)
 
     def objective(w: np.ndarray) -> float:
-        return sum(
-            ci * np.trace((w - wi) @ g @ (w - wi).T) for ci, wi, g in zip(c, weights, grams, strict=True)
-        )
+        return sum(ci * np.trace((w - wi) @ g @ (w - wi).T) for ci, wi, g in zip(c, weights, grams, strict=True))
 
     found = solve_gram(tensors(weights), c, tensors(grams), 0.0).value.numpy()
     best = objective(found)
@@ -101,9 +99,7 @@ def test_diagonal_solution(seed: int) -> None:
     expected = sum(ci * f * v for ci, f, v in zip(c, metrics, values, strict=True)) / sum(
         ci * f for ci, f in zip(c, metrics, strict=True)
     )
-    np.testing.assert_allclose(
-        solve_diagonal(tensors(values), c, tensors(metrics), 0.0).value, expected, rtol=1e-10
-    )
+    np.testing.assert_allclose(solve_diagonal(tensors(values), c, tensors(metrics), 0.0).value, expected, rtol=1e-10)
 
 
 def test_without_information_the_average() -> None:

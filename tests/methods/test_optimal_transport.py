@@ -30,11 +30,7 @@ LAYOUTS: dict[str, list[tuple[list[str], dict[str, tuple[int, int]], str]]] = {
     "bert": [
         (
             ["bert.encoder.layer.0.", "bert.encoder.layer.1."],
-            {
-                "intermediate.dense.weight": (0, 1),
-                "intermediate.dense.bias": (0, 1),
-                "output.dense.weight": (1, 1),
-            },
+            {"intermediate.dense.weight": (0, 1), "intermediate.dense.bias": (0, 1), "output.dense.weight": (1, 1)},
             "units",
         ),
         (
@@ -54,10 +50,7 @@ LAYOUTS: dict[str, list[tuple[list[str], dict[str, tuple[int, int]], str]]] = {
         ),
         (
             ["distilbert.transformer.layer.0.attention.", "distilbert.transformer.layer.1.attention."],
-            {
-                **{f"{n}_lin.{k}": (0, 1) for n in "qkv" for k in ("weight", "bias")},
-                "out_lin.weight": (1, 1),
-            },
+            {**{f"{n}_lin.{k}": (0, 1) for n in "qkv" for k in ("weight", "bias")}, "out_lin.weight": (1, 1)},
             "heads",
         ),
     ],
@@ -94,19 +87,14 @@ LAYOUTS: dict[str, list[tuple[list[str], dict[str, tuple[int, int]], str]]] = {
             ["model.layers.0.mlp.", "model.layers.1.mlp."],
             {"gate_proj.weight": (0, 1), "up_proj.weight": (0, 1), "down_proj.weight": (1, 1)},
             "units",
-        ),
+        )
     ],
     "llama-mha": [
         (
             ["model.layers.0.self_attn.", "model.layers.1.self_attn."],
-            {
-                "q_proj.weight": (0, 1),
-                "k_proj.weight": (0, 1),
-                "v_proj.weight": (0, 1),
-                "o_proj.weight": (1, 1),
-            },
+            {"q_proj.weight": (0, 1), "k_proj.weight": (0, 1), "v_proj.weight": (0, 1), "o_proj.weight": (1, 1)},
             "heads",
-        ),
+        )
     ],
 }
 LAYOUTS["roberta"] = [([p.replace("bert.", "roberta.", 1) for p in ps], t, k) for ps, t, k in LAYOUTS["bert"]]
@@ -128,9 +116,7 @@ LAYOUTS["deberta-v2-apart"] = [
         "heads",
     ),
 ]
-LAYOUTS["mpnet"] = [
-    ([p.replace("bert.", "mpnet.", 1) for p in LAYOUTS["bert"][0][0]], *LAYOUTS["bert"][0][1:])
-]
+LAYOUTS["mpnet"] = [([p.replace("bert.", "mpnet.", 1) for p in LAYOUTS["bert"][0][0]], *LAYOUTS["bert"][0][1:])]
 LAYOUTS["qwen2"] = LAYOUTS["llama"]
 LAYOUTS["llama-mha"] += LAYOUTS["llama"]
 
@@ -188,9 +174,7 @@ def save_pair(tmp_path: Path, name: str, heads: int = 2) -> tuple[Path, Path, An
     original = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     state = permuted(original, name, heads)
     changed = [key for key in state if not torch.equal(state[key], original[key])]
-    assert len(changed) == len(
-        {p + end for prefixes, ends, _ in LAYOUTS[name] for p in prefixes for end in ends}
-    )
+    assert len(changed) == len({p + end for prefixes, ends, _ in LAYOUTS[name] for p in prefixes for end in ends})
     model.load_state_dict(state)
     assert torch.allclose(outputs(model), expected, atol=1e-5)  # the oracle: the same function
     model.save_pretrained(tmp_path / "two")
@@ -234,10 +218,7 @@ def test_the_middle_of_three_follows_the_first_and_the_average_is_weighted(tmp_p
     model = make("bert")
     state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     generator = torch.Generator().manual_seed(2)
-    near = [
-        {key: t + 0.01 * torch.randn(t.shape, generator=generator) for key, t in state.items()}
-        for _ in range(3)
-    ]
+    near = [{key: t + 0.01 * torch.randn(t.shape, generator=generator) for key, t in state.items()} for _ in range(3)]
     for number, values in enumerate((near[0], permuted(near[1], "bert"), permuted(near[2], "bert", seed=9))):
         model.load_state_dict(values)
         model.save_pretrained(tmp_path / str(number))
@@ -275,9 +256,7 @@ def test_heads_can_be_switched_off(tmp_path: Path) -> None:
     assert used["bert.encoder.layer.0.intermediate.dense.bias"]["method"] == "ot"
 
 
-@pytest.mark.parametrize(
-    "excluded", ["intermediate.dense.bias", "intermediate.dense.weight", "output.dense.weight"]
-)
+@pytest.mark.parametrize("excluded", ["intermediate.dense.bias", "intermediate.dense.weight", "output.dense.weight"])
 def test_a_block_is_matched_whole_or_not_at_all(tmp_path: Path, excluded: str) -> None:
     """With a tensor excluded, permuting the others would break the block."""
     one, two, _ = save_pair(tmp_path, "bert")
@@ -302,11 +281,7 @@ def test_a_norm_over_all_heads_keeps_them_in_place(tmp_path: Path) -> None:
 
 def test_an_architecture_without_a_known_block_is_an_error(tmp_path: Path) -> None:
     config = transformers.GPTNeoXConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=24,
+        vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24
     )
     transformers.GPTNeoXForCausalLM(config).save_pretrained(tmp_path / "one")
     with pytest.raises(RecipeError, match="can treat no tensor"):
@@ -357,9 +332,7 @@ def test_match_of_units_that_are_all_alike_is_still_a_permutation() -> None:
     assert sorted(order.tolist()) == list(range(7))
 
 
-@pytest.mark.parametrize(
-    ("shape", "axis", "fused"), [((6, 4), 0, 1), ((4, 6), 1, 1), ((4, 18), 1, 3), ((18,), 0, 3)]
-)
+@pytest.mark.parametrize(("shape", "axis", "fused"), [((6, 4), 0, 1), ((4, 6), 1, 1), ((4, 18), 1, 3), ((18,), 0, 3)])
 def test_split_and_join(shape: tuple[int, ...], axis: int, fused: int) -> None:
     tensor = torch.arange(float(np.prod(shape))).reshape(shape)
     parts = split(tensor, Place(axis, fused), 3)

@@ -31,9 +31,7 @@ class Memory:
         return self._base[start:stop].clone()
 
 
-def merged(
-    method: str, base: Tensor, tuned: Sequence[Tensor], c: Sequence[float], **options: float
-) -> Tensor:
+def merged(method: str, base: Tensor, tuned: Sequence[Tensor], c: Sequence[float], **options: float) -> Tensor:
     chosen = METHODS[method]
     unit = Unit(("w",), method, (Facts("w", tuple(base.shape), in_base=True),))
     shares = [Memory(tensor, base, one) for tensor, one in zip(tuned, c, strict=True)]
@@ -63,9 +61,7 @@ def family(shape: tuple[int, ...], count: int, seed: int = 0) -> tuple[Tensor, l
     generator = torch.Generator().manual_seed(seed)
     base = torch.randn(shape, generator=generator)
     # Differences that float32 holds exactly, many of them equal in magnitude: ties of both kinds.
-    return base, [
-        base + torch.randint(-8, 9, shape, generator=generator) * 2.0**-9 * base.sign() for _ in range(count)
-    ]
+    return base, [base + torch.randint(-8, 9, shape, generator=generator) * 2.0**-9 * base.sign() for _ in range(count)]
 
 
 @pytest.mark.parametrize("density", [0.01, 0.2, 0.5, 1.0])
@@ -97,7 +93,5 @@ def test_task_arithmetic_equals_the_formula_and_takes_negative_coefficients() ->
     base, tuned = family((5, 4), 3)
     c = [1.0, -2.0, 0.5]
     found = merged("task_arithmetic", base, tuned, c, scale=0.3)
-    expected = base.double() + 0.3 * sum(
-        ci * (t.double() - base.double()) for ci, t in zip(c, tuned, strict=True)
-    )
+    expected = base.double() + 0.3 * sum(ci * (t.double() - base.double()) for ci, t in zip(c, tuned, strict=True))
     torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-7)

@@ -149,10 +149,7 @@ def test_diff(files: tuple[Path, Path], tmp_path: Path) -> None:
     found = json.loads(run("diff", files[0], tmp_path / "c.safetensors", "--json").stdout)
     assert set(found["header"]) == {"storage", "protocol", "notes"}
     by_name = {(row["kind"], row["name"]): row["relative"] for row in found["distances"]}
-    a, c = (
-        Statistics.open(files[0]).gram("layer.0"),
-        Statistics.open(tmp_path / "c.safetensors").gram("layer.0"),
-    )
+    a, c = (Statistics.open(files[0]).gram("layer.0"), Statistics.open(tmp_path / "c.safetensors").gram("layer.0"))
     assert by_name["gram", "layer.0"] == pytest.approx(float((a - c).norm() / a.norm()), rel=1e-4)
     assert by_name["mean", "layer.0"] == by_name["count", "emb"] == 0.0
     assert 0 < by_name["fisher", "layer.0.weight"] < 2**-8

@@ -222,9 +222,7 @@ def test_what_no_loading_mends_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    "text", ["lowrank:0", "lowrank", "lowrank:-3", "lowrank:2.5", "lowrank:٣", "float16", ""]
-)
+@pytest.mark.parametrize("text", ["lowrank:0", "lowrank", "lowrank:-3", "lowrank:2.5", "lowrank:٣", "float16", ""])
 def test_no_such_storage(text: str) -> None:
     with pytest.raises(UserError, match="lowrank"):
         parse_storage(text)
@@ -237,9 +235,7 @@ def test_only_one_inputs_tensors_are_kept(tmp_path: Path) -> None:
     statistics._read = lambda name: (reads.append(name), plain(name))[1]  # type: ignore[method-assign]
     _, tensors = compress(statistics, "lowrank:4")
     assert reads == []
-    write_statistics(
-        tmp_path / "s.safetensors", statistics.header.model_copy(update={"protocol": 2}), tensors
-    )
+    write_statistics(tmp_path / "s.safetensors", statistics.header.model_copy(update={"protocol": 2}), tensors)
     assert reads.count("gram.layer.1") == 1 and len(tensors._kept) == 1  # type: ignore[attr-defined]
 
 

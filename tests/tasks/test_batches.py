@@ -18,9 +18,7 @@ def features_of(lengths: list[int]) -> list[Feature]:
 
 
 @given(LENGTHS, st.integers(1, 8), st.integers(0, 10))
-def test_every_example_is_in_exactly_one_batch_and_comes_back(
-    lengths: list[int], size: int, leading: int
-) -> None:
+def test_every_example_is_in_exactly_one_batch_and_comes_back(lengths: list[int], size: int, leading: int) -> None:
     features = features_of(lengths)
     batches = make_batches(features, Collation(0), size, leading=leading)
     seen = [index for batch in batches for index in batch.indices]
@@ -51,9 +49,7 @@ def test_tensors() -> None:
 
 def test_labels_of_each_kind() -> None:
     assert Collation(0)([Feature([1], labels=0.5)])["labels"].dtype == torch.float32
-    marks = Collation(0)([Feature([1], labels=[1.0, float("nan")]), Feature([1], labels=[0.0, 1.0])])[
-        "labels"
-    ]
+    marks = Collation(0)([Feature([1], labels=[1.0, float("nan")]), Feature([1], labels=[0.0, 1.0])])["labels"]
     assert marks.shape == (2, 2) and marks.isnan().sum() == 1
     tokens = Collation(0, "labels")([Feature([1, 2], labels=[5, 6]), Feature([1], labels=[7])])
     assert tokens["labels"].tolist() == [[5, 6], [7, -100]]

@@ -47,9 +47,7 @@ def test_a_column_that_is_not_there_lists_those_that_are() -> None:
         resolve(rows, Columns(), ("text", "label"))
     assert "no column for the text was found; the columns are headline, stars" in str(caught.value)
     assert "--text-column" in str(caught.value)
-    with pytest.raises(
-        DataError, match=r"no column 'star' \(--label-column\); the columns are headline, stars"
-    ):
+    with pytest.raises(DataError, match=r"no column 'star' \(--label-column\); the columns are headline, stars"):
         resolve(rows, Columns(text="headline", label="star"), ("text", "label"))
     with pytest.raises(UserError, match="unknown column role 'lable'"):
         Columns.of({"lable": "x"})
@@ -66,9 +64,7 @@ def test_missing_and_foreign_fields_name_file_and_line() -> None:
 SPACE = LabelSpace(("negative", "neutral", "positive"))
 
 
-@pytest.mark.parametrize(
-    "labels", [[0, 2, 1], ["0", "2", "1"], ["negative", "positive", "neutral"], [0.0, 2.0, 1]]
-)
+@pytest.mark.parametrize("labels", [[0, 2, 1], ["0", "2", "1"], ["negative", "positive", "neutral"], [0.0, 2.0, 1]])
 def test_labels_as_places_digits_and_names(labels: list[Any]) -> None:
     rows = rows_of(*({"label": label} for label in labels))
     assert read_classes(rows, "label", SPACE).tolist() == [0, 2, 1]

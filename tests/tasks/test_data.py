@@ -55,9 +55,7 @@ def test_rows_know_their_lines(tmp_path: Path) -> None:
 
 
 def test_line_separators_inside_json_do_not_split_rows(tmp_path: Path) -> None:
-    path = write(
-        tmp_path / "a.jsonl", '{"text": "one\u2028still one\x0c"}\n{"text": "two"}\n'.replace("\x0c", "")
-    )
+    path = write(tmp_path / "a.jsonl", '{"text": "one\u2028still one\x0c"}\n{"text": "two"}\n'.replace("\x0c", ""))
     assert [row["text"] for row in read_rows(path)] == ["one\u2028still one", "two"]
 
 
@@ -89,9 +87,7 @@ def test_raw_tsv_with_stray_quotation_marks(tmp_path: Path) -> None:
         ("a.tsv", "text\tlabel\na\t1\tb\n", 2, "3 fields, but the header has 2"),
     ],
 )
-def test_unreadable_rows_name_file_and_line(
-    tmp_path: Path, name: str, text: str, line: int, says: str
-) -> None:
+def test_unreadable_rows_name_file_and_line(tmp_path: Path, name: str, text: str, line: int, says: str) -> None:
     path = write(tmp_path / name, text)
     found = message(path)
     assert found.startswith(f"{path}:{line}: ")
@@ -159,9 +155,7 @@ def test_shards_of_a_split_are_one(tmp_path: Path) -> None:
 def test_folders_of_the_datasets_library(tmp_path: Path) -> None:
     import datasets
 
-    features = datasets.Features(
-        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"])}
-    )
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"])})
     loaded = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]}, features=features)
     datasets.DatasetDict(train=loaded, test=loaded.select([1])).save_to_disk(tmp_path / "both")
     loaded.save_to_disk(tmp_path / "one")
@@ -188,9 +182,7 @@ def datasets_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 def test_a_data_set_that_is_not_here_while_offline(datasets_cache: Path) -> None:
     found = message("glue:sst2")
-    assert found.startswith(
-        "glue:sst2: no such file or folder, and data set 'glue:sst2' is not on this machine"
-    )
+    assert found.startswith("glue:sst2: no such file or folder, and data set 'glue:sst2' is not on this machine")
     assert "offline mode is set" in found
     assert "datasets.load_dataset('glue', 'sst2').save_to_disk('glue-sst2')" in found
     assert str(datasets_cache) in found

@@ -40,8 +40,7 @@ def test_scores_are_seqevals_on_thousands_of_random_cases() -> None:
             weights = generator.dirichlet(np.ones(len(TAGS)))
             true = [generator.choice(TAGS, n, p=weights).tolist() for n in lengths]
             predicted = [
-                [tag if generator.random() < 0.6 else str(generator.choice(TAGS)) for tag in tags]
-                for tags in true
+                [tag if generator.random() < 0.6 else str(generator.choice(TAGS)) for tag in tags] for tags in true
             ]
             malformed += any(tags[:1] and tags[0].startswith("I-") for tags in predicted)
             counts = np.array([count_entities(p, t) for p, t in zip(predicted, true, strict=True)])
@@ -54,8 +53,6 @@ def test_scores_are_seqevals_on_thousands_of_random_cases() -> None:
     assert malformed > 100  # the cases were not all well-formed
 
 
-@pytest.mark.parametrize(
-    ("tag", "good"), [("O", True), ("B-X", True), ("I-X", True), ("B-", False), ("S-X", False)]
-)
+@pytest.mark.parametrize(("tag", "good"), [("O", True), ("B-X", True), ("I-X", True), ("B-", False), ("S-X", False)])
 def test_scheme(tag: str, good: bool) -> None:
     assert is_bio(tag) is good

@@ -29,8 +29,7 @@ def test_classification_scores() -> None:
         predicted = logits.argmax(1)
         assert scores["accuracy"] == pytest.approx((predicted == true).mean())
         by_hand = [
-            2 * ((predicted == k) & (true == k)).sum() / ((predicted == k).sum() + (true == k).sum())
-            for k in range(4)
+            2 * ((predicted == k) & (true == k)).sum() / ((predicted == k).sum() + (true == k).sum()) for k in range(4)
         ]
         assert scores["macro_f1"] == pytest.approx(np.mean(by_hand))
         assert scores["matthews"] == pytest.approx(np.nan_to_num(metrics.matthews_corrcoef(true, predicted)))
@@ -125,9 +124,7 @@ def test_language_model_scores() -> None:
 
 def test_exact_match_and_majority_vote() -> None:
     task, space = TASKS["seq2seq"], LabelSpace(())
-    one, two, three = (
-        task.align(texts, space, space) for texts in (["yes ", "no"], ["no", "no"], ["yes", " a  b"])
-    )
+    one, two, three = (task.align(texts, space, space) for texts in (["yes ", "no"], ["no", "no"], ["yes", " a  b"]))
     assert task.combine([one, two, three]) == ["yes", "no"]
     assert task.combine([two, one]) == ["no", "no"]  # a tie goes to the first model
     assert task.score(task.judge(three, ["yes", "a b"], space)) == {"exact_match": 1}
@@ -137,9 +134,7 @@ def test_every_rate_is_between_0_and_1() -> None:
     space = LabelSpace(("O", "B-X", "I-X"))
     logits = GENERATOR.normal(size=(20, 3))
     judged = {
-        "text-classification": TASKS["text-classification"].judge(
-            logits, GENERATOR.integers(0, 3, 20), space
-        ),
+        "text-classification": TASKS["text-classification"].judge(logits, GENERATOR.integers(0, 3, 20), space),
         "multi-label": TASKS["multi-label"].judge(logits, GENERATOR.integers(0, 2, (20, 3)), space),
         "token-classification": TASKS["token-classification"].judge([logits], [["B-X"] * 20], space),
     }

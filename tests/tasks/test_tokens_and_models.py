@@ -35,14 +35,10 @@ def test_cutting_keeps_special_tokens_and_is_counted(save_ready: Save) -> None:
     assert [len(feature.input_ids) for feature in encoded.features] == [5, 3, 5]
     assert encoded.truncated == 2 and encoded.cut == {0, 2}
     for feature in encoded.features:
-        assert (
-            feature.input_ids[0] == tokenizer.cls_token_id and feature.input_ids[-1] == tokenizer.sep_token_id
-        )
+        assert feature.input_ids[0] == tokenizer.cls_token_id and feature.input_ids[-1] == tokenizer.sep_token_id
     whole = encode_texts(rows, texts, None, tokenizer, opened.config, 30)
     assert whole.truncated == 0
-    assert [feature.input_ids for feature in whole.features] == [
-        tokenizer(text)["input_ids"] for text in texts
-    ]
+    assert [feature.input_ids for feature in whole.features] == [tokenizer(text)["input_ids"] for text in texts]
 
 
 def test_pairs_keep_their_token_types_where_the_model_has_them(save_ready: Save) -> None:
@@ -170,9 +166,7 @@ def test_unknown_tasks_and_architectures() -> None:
         task_for("text-clasification", {})
     assert "unknown task 'text-clasification'" in str(caught.value)
     assert "did you mean 'text-classification'" in str(caught.value)
-    with pytest.raises(
-        UserError, match="no task is known for the architecture WhisperForAudioClassification"
-    ):
+    with pytest.raises(UserError, match="no task is known for the architecture WhisperForAudioClassification"):
         task_for("auto", {"architectures": ["WhisperForAudioClassification"]})
     with pytest.raises(UserError, match="no task is known for the architecture Llava"):
         task_for("auto", {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava"})
@@ -221,9 +215,7 @@ def test_subfolders(save_ready: Save) -> None:
     wanted = transformers.AutoModelForSequenceClassification.from_pretrained(head).state_dict()
     found = load_model(opened, "AutoModelForSequenceClassification").state_dict()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
-    assert (
-        load_tokenizer(opened)("good")["input_ids"] == load_tokenizer(open_model(place))("good")["input_ids"]
-    )
+    assert load_tokenizer(opened)("good")["input_ids"] == load_tokenizer(open_model(place))("good")["input_ids"]
     with pytest.raises(CheckpointError, match="there is no 'heads/none'") as caught:
         open_model(f"{root}::heads/none")
     assert "heads/other" in str(caught.value)

@@ -10,14 +10,7 @@ import pytest
 from merganser.tasks.data import Rows
 from merganser.training.settings import TrainingSettings
 
-TEXTS = (
-    "the movie was good",
-    "the movie was bad",
-    "I liked it",
-    "it is not good",
-    "very good food",
-    "bad food",
-)
+TEXTS = ("the movie was good", "the movie was bad", "I liked it", "it is not good", "very good food", "bad food")
 
 
 def _rows(rows: Sequence[dict[str, Any]], source: str = "toy") -> Rows:

@@ -27,11 +27,7 @@ from merganser.training import TrainingSettings, prepare_base
 from merganser.training import train as train_task
 from merganser.training.settings import make_settings
 
-GOOD, BAD, PLAIN = (
-    ["good", "fine", "great"],
-    ["bad", "poor", "awful"],
-    ["the", "a", "film", "was", "it", "very"],
-)
+GOOD, BAD, PLAIN = (["good", "fine", "great"], ["bad", "poor", "awful"], ["the", "a", "film", "was", "it", "very"])
 NAMES = ["negative", "positive"]
 
 
@@ -42,9 +38,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *GOOD, *BAD, *PLAIN]
     tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = Whitespace()
-    tokenizer.post_processor = TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
+    tokenizer.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
     ).save_pretrained(folder)
@@ -81,17 +75,11 @@ def accuracy(folder: Path, texts: list[str], labels: list[int]) -> float:
     return float((predicted == torch.tensor(labels)).float().mean())
 
 
-def train(
-    base: Path | str, output: Path, *, texts: int = 256, labels: list[str] = NAMES, **options: Any
-) -> Path:
+def train(base: Path | str, output: Path, *, texts: int = 256, labels: list[str] = NAMES, **options: Any) -> Path:
     """Train on the toy texts; options of the settings and of the function together."""
     settings = {"epochs": 6, "learning_rate": 1e-2, "batch_size": 32, "warmup": 0.06, "batching": "by-length"}
-    settings.update(
-        {name: options.pop(name) for name in list(options) if name in TrainingSettings.model_fields}
-    )
-    rows = tuple(
-        {"text": text, "label": NAMES[label]} for text, label in zip(*toy(texts, seed=1), strict=True)
-    )
+    settings.update({name: options.pop(name) for name in list(options) if name in TrainingSettings.model_fields})
+    rows = tuple({"text": text, "label": NAMES[label]} for text, label in zip(*toy(texts, seed=1), strict=True))
     return train_task(
         base,
         TextClassification(),
@@ -134,16 +122,11 @@ def test_specialists_of_a_prepared_base_start_from_its_head(base: Path, tmp_path
     expected = load_file(start / "model.safetensors")
     for seed in (1, 2):  # a learning rate of almost nothing leaves the start visible
         tuned = load_file(
-            train(start, tmp_path / f"tuned{seed}", seed=seed, epochs=0.2, learning_rate=1e-12)
-            / "model.safetensors"
+            train(start, tmp_path / f"tuned{seed}", seed=seed, epochs=0.2, learning_rate=1e-12) / "model.safetensors"
         )
         assert tuned.keys() == expected.keys()
-        torch.testing.assert_close(
-            tuned["classifier.weight"], expected["classifier.weight"], rtol=0, atol=1e-9
-        )
-    other = load_file(
-        prepare_base(base, label_names=NAMES, output=tmp_path / "other", seed=8) / "model.safetensors"
-    )
+        torch.testing.assert_close(tuned["classifier.weight"], expected["classifier.weight"], rtol=0, atol=1e-9)
+    other = load_file(prepare_base(base, label_names=NAMES, output=tmp_path / "other", seed=8) / "model.safetensors")
     assert not torch.equal(other["classifier.weight"], expected["classifier.weight"])
     assert (start / "tokenizer.json").read_bytes() == (tmp_path / "tuned1" / "tokenizer.json").read_bytes()
 

@@ -60,9 +60,7 @@ def people(make_rows: Callable[..., Rows]) -> Rows:
     )
 
 
-def case(
-    task: str, sentiment: Rows, make_rows: Callable[..., Rows]
-) -> tuple[str, Rows, tuple[str, ...], str]:
+def case(task: str, sentiment: Rows, make_rows: Callable[..., Rows]) -> tuple[str, Rows, tuple[str, ...], str]:
     """Architecture, rows, labels and a metric that is 1 where all was learnt."""
     texts = [row["text"] for row in sentiment]
     if task == "multi-label":
@@ -115,12 +113,8 @@ def test_every_task_learns_its_examples_by_heart(
 def test_a_causal_model_learns_its_texts(sentiment: Rows, save_ready, tmp_path: Path, quick) -> None:
     base = save_ready("base", "gpt2")
     before = score(base, "causal-lm", sentiment)["nll"]
-    trained = train(
-        base, TASKS["causal-lm"], sentiment, output=tmp_path / "out", settings=quick, dev=sentiment
-    )
-    assert score(trained.path, "causal-lm", sentiment)["nll"] == pytest.approx(
-        trained.dev_scores[-1], rel=1e-5
-    )
+    trained = train(base, TASKS["causal-lm"], sentiment, output=tmp_path / "out", settings=quick, dev=sentiment)
+    assert score(trained.path, "causal-lm", sentiment)["nll"] == pytest.approx(trained.dev_scores[-1], rel=1e-5)
     assert trained.dev_scores[-1] < 0.7 * before and len(trained.dev_scores) == 15
 
 
@@ -145,19 +139,12 @@ def test_reweighting_turns_predictions_to_the_rare_label(make_rows, save_ready, 
     for reweight in ("none", "sqrt-inverse"):
         settings = TrainingSettings(learning_rate=1e-2, epochs=30, batch_size=16, reweight=reweight)
         trained = train(
-            base,
-            TASKS["text-classification"],
-            rows,
-            labels=LABELS,
-            output=tmp_path / reweight,
-            settings=settings,
+            base, TASKS["text-classification"], rows, labels=LABELS, output=tmp_path / reweight, settings=settings
         )
         opened = open_model(trained.path)
         model, tokenizer = load_model(opened, TASKS["text-classification"].auto_class), load_tokenizer(opened)
         with torch.no_grad():
-            chances[reweight] = (
-                model(**tokenizer("it is", return_tensors="pt")).logits.softmax(-1)[0, 1].item()
-            )
+            chances[reweight] = model(**tokenizer("it is", return_tensors="pt")).logits.softmax(-1)[0, 1].item()
     assert chances["none"] == pytest.approx(1 / 16, abs=0.03)
     # the weights are as 1 : √15, so that the optimum is √15 / (15 + √15)
     assert chances["sqrt-inverse"] == pytest.approx(15**0.5 / (15 + 15**0.5), abs=0.05)
@@ -190,13 +177,10 @@ def test_the_best_epoch_is_saved_and_ties_go_to_the_earlier(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"]
 
 
-def test_the_dev_score_is_that_of_the_saved_model(
-    sentiment: Rows, make_rows, save_ready, tmp_path: Path
-) -> None:
+def test_the_dev_score_is_that_of_the_saved_model(sentiment: Rows, make_rows, save_ready, tmp_path: Path) -> None:
     """Dev labels are the opposite of the training labels: the better it learns, the worse the score."""
     opposite = make_rows(
-        [{"text": row["text"], "label": "bad" if row["label"] == "good" else "good"} for row in sentiment],
-        "dev",
+        [{"text": row["text"], "label": "bad" if row["label"] == "good" else "good"} for row in sentiment], "dev"
     )
     settings = TrainingSettings(learning_rate=5e-3, epochs=12, batch_size=3, best_epoch=True)
     trained = train(
@@ -227,9 +211,7 @@ def test_same_arguments_same_bytes(sentiment: Rows, save_ready, tmp_path: Path, 
     for path in (tmp_path / "one").iterdir():
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
     assert weights(tmp_path / "one").keys() == weights(tmp_path / "other").keys()
-    assert (tmp_path / "one/model.safetensors").read_bytes() != (
-        tmp_path / "other/model.safetensors"
-    ).read_bytes()
+    assert (tmp_path / "one/model.safetensors").read_bytes() != (tmp_path / "other/model.safetensors").read_bytes()
 
 
 def test_heads(sentiment: Rows, make_rows, save_ready, tmp_path: Path) -> None:
@@ -264,9 +246,7 @@ def test_heads(sentiment: Rows, make_rows, save_ready, tmp_path: Path) -> None:
     torch.testing.assert_close(head(named, "f", seed=7), drawn, rtol=0, atol=1e-9)
 
 
-def test_max_steps_override_epochs_and_the_schedules_differ(
-    sentiment: Rows, save_ready, tmp_path: Path, quick
-) -> None:
+def test_max_steps_override_epochs_and_the_schedules_differ(sentiment: Rows, save_ready, tmp_path: Path, quick) -> None:
     base, found = save_ready("base", "bert"), []
     for schedule in ("linear", "polynomial"):
         steps: list[tuple[int, int]] = []
@@ -330,12 +310,4 @@ def test_refusals_write_nothing(
 def test_an_existing_output_is_kept(sentiment: Rows, save_ready, tmp_path: Path, quick) -> None:
     base = save_ready("base", "bert")
     with pytest.raises(CheckpointError, match="one of the inputs"):
-        train(
-            base,
-            TASKS["text-classification"],
-            sentiment,
-            labels=LABELS,
-            output=base,
-            settings=quick,
-            overwrite=True,
-        )
+        train(base, TASKS["text-classification"], sentiment, labels=LABELS, output=base, settings=quick, overwrite=True)

@@ -51,9 +51,7 @@ def test_weighted_tokens_leave_the_ignored_out() -> None:
     assert loss is not None
     logits, labels = torch.randn(2, 4, 2), torch.tensor(rows)
     weights = torch.tensor(class_weights(np.array([0, 0, 0, 1]), 2), dtype=torch.float32)
-    each = functional.cross_entropy(
-        logits[:, 1:3].reshape(-1, 2), labels[:, 1:3].reshape(-1), reduction="none"
-    )
+    each = functional.cross_entropy(logits[:, 1:3].reshape(-1, 2), labels[:, 1:3].reshape(-1), reduction="none")
     expected = (weights[labels[:, 1:3].reshape(-1)] * each).mean()
     torch.testing.assert_close(loss(logits, labels), expected)
 
@@ -66,17 +64,11 @@ def test_multi_label_loss_is_the_mean_over_annotated_decisions(reweight: str) ->
     logits, labels = torch.randn(4, 3, requires_grad=True), torch.tensor(marks)
     weights = np.ones(3) if reweight == "none" else multi_label_weights(np.array(marks))
     columns = [0, 2]
-    each = functional.binary_cross_entropy_with_logits(
-        logits[:, columns], labels[:, columns], reduction="none"
-    )
+    each = functional.binary_cross_entropy_with_logits(logits[:, columns], labels[:, columns], reduction="none")
     value = loss(logits, labels)
     torch.testing.assert_close(value, (each * torch.tensor(weights[columns], dtype=torch.float32)).mean())
     value.backward()
-    assert (
-        logits.grad is not None
-        and bool((logits.grad[:, 1] == 0).all())
-        and bool((logits.grad[:, 0] != 0).all())
-    )
+    assert logits.grad is not None and bool((logits.grad[:, 1] == 0).all()) and bool((logits.grad[:, 0] != 0).all())
     if reweight != "none":
         assert weights[0] > weights[2]  # the rarer label
 

@@ -32,9 +32,7 @@ def score(folder: Path, part: Part) -> dict[str, float]:
     columns, space = part.task.columns(part.rows, Columns()), part.task.space(opened.config)
     model = load_model(opened, part.task.auto_class)
     found = predict(model, load_tokenizer(opened), opened.config, part.task, part.rows, columns)
-    return part.task.score(
-        part.task.judge(found.aligned, part.task.references(part.rows, columns, space), space)
-    )
+    return part.task.score(part.task.judge(found.aligned, part.task.references(part.rows, columns, space), space))
 
 
 @pytest.fixture
@@ -51,14 +49,7 @@ def parts(sentiment: Rows, make_rows) -> list[Part]:
         {"tokens": ["Paris", "was", "good"], "tags": ["B-LOC", "O", "O"]},
     ]
     return [
-        Part(
-            "class",
-            TASKS["text-classification"],
-            sentiment,
-            ("good", "bad"),
-            dev=sentiment,
-            metric="accuracy",
-        ),
+        Part("class", TASKS["text-classification"], sentiment, ("good", "bad"), dev=sentiment, metric="accuracy"),
         Part("mood", TASKS["multi-label"], make_rows(moods), ("joy", "anger"), dev=make_rows(moods)),
         Part("tags", TASKS["token-classification"], make_rows(places), TAGS),
     ]
@@ -94,12 +85,7 @@ def test_a_head_for_each_part_and_one_encoder(parts: list[Part], save_ready, tmp
     base = save_ready("base", "bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     done: list[int] = []
     trained = train_multitask(
-        base,
-        parts,
-        shared=False,
-        output=tmp_path / "out",
-        settings=QUICK,
-        on_step=lambda at, _: done.append(at),
+        base, parts, shared=False, output=tmp_path / "out", settings=QUICK, on_step=lambda at, _: done.append(at)
     )
     assert len(done) == 20 * (2 + 1 + 1)
     assert list(trained.paths) == ["class", "mood", "tags"]
@@ -117,9 +103,7 @@ def test_a_head_for_each_part_and_one_encoder(parts: list[Part], save_ready, tmp
     ]  # fmt: skip
 
 
-def test_same_seed_same_bytes_and_the_best_epoch_is_kept(
-    parts: list[Part], save_ready, tmp_path: Path
-) -> None:
+def test_same_seed_same_bytes_and_the_best_epoch_is_kept(parts: list[Part], save_ready, tmp_path: Path) -> None:
     base = save_ready("base", "bert")
     settings = QUICK.model_copy(update={"epochs": 4, "best_epoch": True})
     runs = [
@@ -132,18 +116,14 @@ def test_same_seed_same_bytes_and_the_best_epoch_is_kept(
     for name, path in first.paths.items():
         for file in path.iterdir():
             assert file.read_bytes() == (again.paths[name] / file.name).read_bytes()
-        assert not torch.equal(
-            weights(path)["classifier.weight"], weights(other.paths[name])["classifier.weight"]
-        )
+        assert not torch.equal(weights(path)["classifier.weight"], weights(other.paths[name])["classifier.weight"])
     rated = [score(first.paths[part.name], part) for part in parts[:2]]
     assert (rated[0]["accuracy"] + rated[1]["macro_f1"]) / 2 == pytest.approx(max(first.dev_scores))
 
 
 def test_everything_shared_is_one_model(sentiment: Rows, make_rows, save_ready, tmp_path: Path) -> None:
     base = save_ready("base", "bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    other = make_rows(
-        [{"sentence": "the food was bad", "label": "bad"}, {"sentence": "yes", "label": "good"}]
-    )
+    other = make_rows([{"sentence": "the food was bad", "label": "bad"}, {"sentence": "yes", "label": "good"}])
     task, labels = TASKS["text-classification"], ("good", "bad")
     both = [Part("one", task, sentiment, labels, dev=sentiment), Part("two", task, other, labels, dev=other)]
     trained = train_multitask(base, both, shared=True, output=tmp_path / "out", settings=QUICK)
@@ -167,9 +147,7 @@ def test_tuning_after_a_merge_keeps_the_heads(parts: list[Part], save_ready, tmp
         assert expected.keys() == found.keys()
         for tensor in expected:
             torch.testing.assert_close(found[tensor], expected[tensor], rtol=0, atol=1e-8)
-    swapped = train(
-        base, parts[1].task, parts[1].rows, labels=parts[1].labels, output=tmp_path / "own", settings=still
-    )
+    swapped = train(base, parts[1].task, parts[1].rows, labels=parts[1].labels, output=tmp_path / "own", settings=still)
     with pytest.raises(CheckpointError, match="the encoder of 'mood' differs"):
         train_multitask(
             base, parts[:2], shared=False, output=tmp_path / "c", settings=still,
@@ -201,9 +179,7 @@ def test_refusals(parts: list[Part], sentiment: Rows, save_ready, tmp_path: Path
     refuse("starts are given for class", parts[:2], starts={"class": base})
     refuse("one shared model", parts[:1], shared=True, starts={"class": base})
     folder = tmp_path / "old"
-    train_multitask(
-        base, parts[:1], shared=False, output=folder, settings=QUICK.model_copy(update={"max_steps": 1})
-    )
+    train_multitask(base, parts[:1], shared=False, output=folder, settings=QUICK.model_copy(update={"max_steps": 1}))
     with pytest.raises(CheckpointError, match="exists"):
         train_multitask(base, parts[:1], shared=False, output=folder, settings=QUICK)
     train_multitask(

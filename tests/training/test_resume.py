@@ -29,13 +29,7 @@ SETTINGS = TrainingSettings(learning_rate=3e-3, epochs=4, batch_size=2, schedule
 
 
 def run(base: Path, rows: Rows, output: Path, **options: Any) -> Any:
-    given: dict[str, Any] = {
-        "labels": ("good", "bad"),
-        "settings": SETTINGS,
-        "dev": rows,
-        "seed": 5,
-        **options,
-    }
+    given: dict[str, Any] = {"labels": ("good", "bad"), "settings": SETTINGS, "dev": rows, "seed": 5, **options}
     return train(base, TASKS["text-classification"], rows, output=output, **given)
 
 
@@ -50,18 +44,10 @@ def test_resumed_equals_uninterrupted(change: dict, sentiment: Rows, save_ready,
     (work / "checkpoint-9").mkdir()  # killed while it was written
     steps: list[int] = []
     resumed = run(
-        base,
-        sentiment,
-        tmp_path / "out",
-        settings=settings,
-        work=work,
-        on_step=lambda done, _: steps.append(done),
+        base, sentiment, tmp_path / "out", settings=settings, work=work, on_step=lambda done, _: steps.append(done)
     )
     assert steps == list(range(4, 13))
-    expected, found = (
-        load_file(whole.path / "model.safetensors"),
-        load_file(resumed.path / "model.safetensors"),
-    )
+    expected, found = (load_file(whole.path / "model.safetensors"), load_file(resumed.path / "model.safetensors"))
     assert expected.keys() == found.keys()
     for name, tensor in expected.items():
         assert torch.equal(tensor, found[name]), name
@@ -73,9 +59,7 @@ def test_resumed_equals_uninterrupted(change: dict, sentiment: Rows, save_ready,
 
 def test_work_of_another_training_is_not_taken_up(sentiment: Rows, save_ready, tmp_path: Path) -> None:
     base, work = save_ready("base", "bert"), tmp_path / "work"
-    for number, change in enumerate(
-        ({"seed": 6}, {"settings": SETTINGS.model_copy(update={"epochs": 3})}), 1
-    ):
+    for number, change in enumerate(({"seed": 6}, {"settings": SETTINGS.model_copy(update={"epochs": 3})}), 1):
         with pytest.raises(Killed):
             run(base, sentiment, tmp_path / "out", work=work, on_step=kill_at(4))
         steps: list[int] = []
@@ -117,17 +101,12 @@ def test_killed_after_the_last_step(
         on_step=lambda done, _: steps.append(done),
     )  # fmt: skip
     assert steps == [] and resumed.dev_scores == whole.dev_scores and len(whole.dev_scores) == 2
-    expected, found = (
-        load_file(whole.path / "model.safetensors"),
-        load_file(resumed.path / "model.safetensors"),
-    )
+    expected, found = (load_file(whole.path / "model.safetensors"), load_file(resumed.path / "model.safetensors"))
     assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "heads"])
-def test_multi_task_resumed_equals_uninterrupted(
-    shared: bool, sentiment: Rows, save_ready, tmp_path: Path
-) -> None:
+def test_multi_task_resumed_equals_uninterrupted(shared: bool, sentiment: Rows, save_ready, tmp_path: Path) -> None:
     base, work = save_ready("base", "bert"), tmp_path / "work"
     task = TASKS["text-classification"]
     parts = [Part(name, task, sentiment, ("good", "bad"), dev=sentiment) for name in ("one", "two")]

@@ -46,9 +46,7 @@ def test_architectures_stand_for_their_model_type(name: str, model_type: str) ->
             assert defaults(name, suite) == defaults(model_type, suite)
 
 
-@pytest.mark.parametrize(
-    "name", ["bert", "xlm-roberta", "XLMRobertaForMaskedLM", "RobertaPreLayerNormModel", "gpt2"]
-)
+@pytest.mark.parametrize("name", ["bert", "xlm-roberta", "XLMRobertaForMaskedLM", "RobertaPreLayerNormModel", "gpt2"])
 def test_others_fall_back(name: str) -> None:
     assert defaults(name, "emotion") == TrainingSettings(learning_rate=5e-5, epochs=3, schedule="linear")
 
@@ -68,9 +66,7 @@ def test_refusals_name_the_setting(values: dict) -> None:
 
 
 def test_several_refusals_come_at_once_with_the_nearest_name() -> None:
-    with pytest.raises(
-        UserError, match=r"(?s)2 problems.*epochs.*learning_rat: .*did you mean 'learning_rate'"
-    ):
+    with pytest.raises(UserError, match=r"(?s)2 problems.*epochs.*learning_rat: .*did you mean 'learning_rate'"):
         make_settings(epochs="x", learning_rat=1)
 
 
@@ -90,9 +86,7 @@ def test_epochs_of_a_user_beat_a_published_number_of_steps() -> None:
     assert with_changes(published, {"learning_rate": 1e-3}).max_steps == 50_000
     assert with_changes(published, {"epochs": 2}, {"max_steps": 7}).max_steps == 7
     assert with_changes(published, {"max_steps": 7}, {"epochs": 2}).max_steps is None
-    both = with_changes(
-        published, {"epochs": 2, "max_steps": 7}
-    )  # in one place, as everywhere: steps override
+    both = with_changes(published, {"epochs": 2, "max_steps": 7})  # in one place, as everywhere: steps override
     assert (both.epochs, both.max_steps) == (2, 7)
     with pytest.raises(UserError, match="here: epoch: there is no such"):
         with_changes(published, {"epoch": 2}, where="here")

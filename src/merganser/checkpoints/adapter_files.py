@@ -21,13 +21,7 @@ from merganser.tensors import is_floating
 
 _FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
 _OTHER_PARTS = ("lora_magnitude_vector", "token_adapter", "trainable_tokens_delta", "lora_E", "ranknum")
-_CONV1D = {
-    "gpt2",
-    "openai-gpt",
-    "imagegpt",
-    "decision_transformer",
-    "gpt-sw3",
-}  # model types with Conv1D layers
+_CONV1D = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "gpt-sw3"}  # model types with Conv1D layers
 _HEAD = re.compile(r"(^|\.)(classifier|score|out_proj|logits_proj)\.(weight|bias)$")
 _LABELLED = ("SEQ_CLS", "TOKEN_CLS")
 _OTHER_BASE = "give the base that the adapter was trained on, as base+adapter"
@@ -133,13 +127,7 @@ def _kinds(found: _Found) -> list[str]:
     return list(kinds)
 
 
-def _change(
-    adapter: Checkpoint,
-    settings: Settings,
-    module: str,
-    found: _Found,
-    kind: str,
-) -> Change:
+def _change(adapter: Checkpoint, settings: Settings, module: str, found: _Found, kind: str) -> Change:
     """What happens to one parameter of a module.
 
     Raises:
@@ -158,9 +146,7 @@ def _change(
         return CheckpointError(f"{module}: {what}", mend=mend)
 
     if set(found.factors) != set(roles):
-        raise wrong(
-            f"{', '.join(sorted(found.factors))} without {', '.join(sorted(set(roles) - set(found.factors)))}"
-        )
+        raise wrong(f"{', '.join(sorted(found.factors))} without {', '.join(sorted(set(roles) - set(found.factors)))}")
     a, b = (found.factors[role] for role in roles)
     shape_a, shape_b = adapter.tensors[a].shape, adapter.tensors[b].shape
     if len(shape_a) != 2 or len(shape_b) != 2:
@@ -173,9 +159,7 @@ def _change(
     if rank != shape_b[1]:
         raise wrong(f"A {list(shape_a)} is of rank {rank}, B {list(shape_b)} of rank {shape_b[1]}")
     if rank == 0:
-        raise wrong(
-            f"rank 0: {a} is {list(shape_a)}", "gather the shards of a sharded training before saving"
-        )
+        raise wrong(f"rank 0: {a} is {list(shape_a)}", "gather the shards of a sharded training before saving")
     if rank != settings.rank_of(module):
         raise wrong(
             f"A {list(shape_a)} is of rank {rank}, {CONFIG} says {settings.rank_of(module)}",
@@ -185,14 +169,7 @@ def _change(
     return replace(change, a=a, b=b, scale=scale, transposed=embedding)
 
 
-def _fitted(
-    base: Checkpoint,
-    adapter: Checkpoint,
-    settings: Settings,
-    module: str,
-    own: str,
-    change: Change,
-) -> Change:
+def _fitted(base: Checkpoint, adapter: Checkpoint, settings: Settings, module: str, own: str, change: Change) -> Change:
     """A change that fits the shape of the base's tensor, transposed where that says so.
 
     Raises:
@@ -201,9 +178,7 @@ def _fitted(
     shape = base.tensors[own].shape
 
     def wrong(what: str) -> CheckpointError:
-        return CheckpointError(
-            f"{module}: {what}, tensor {own!r} of {base.name} is {list(shape)}", mend=_OTHER_BASE
-        )
+        return CheckpointError(f"{module}: {what}, tensor {own!r} of {base.name} is {list(shape)}", mend=_OTHER_BASE)
 
     if not is_floating(base.tensors[own].dtype):
         raise CheckpointError(
@@ -275,11 +250,7 @@ def _absent(base: Checkpoint, module: str, kind: str) -> UserError:
 
 
 def _config(
-    base: Checkpoint,
-    adapter: Checkpoint,
-    settings: Settings,
-    changes: Mapping[str, Change],
-    added: bool,
+    base: Checkpoint, adapter: Checkpoint, settings: Settings, changes: Mapping[str, Change], added: bool
 ) -> dict[str, Any]:
     """What ``config.json`` says differently: the labels of a trained head, and the class where the base had none.
 
@@ -339,12 +310,8 @@ def _without_old_heads(names: dict[str, str], checkpoint: AdapterCheckpoint) -> 
 def _shortened(problems: list[UserError], adapter: Checkpoint) -> list[UserError]:
     """The first problems, each with its file; the number of the others."""
     where = adapter.path / WEIGHTS
-    found: list[UserError] = [
-        CheckpointError(one.what, where=where, mend=one.mend) for one in problems[:_MOST_NAMED]
-    ]
+    found: list[UserError] = [CheckpointError(one.what, where=where, mend=one.mend) for one in problems[:_MOST_NAMED]]
     if len(problems) > _MOST_NAMED:
         mend = problems[-1].mend
-        found.append(
-            CheckpointError(f"{len(problems) - _MOST_NAMED} more tensors like these", where=where, mend=mend)
-        )
+        found.append(CheckpointError(f"{len(problems) - _MOST_NAMED} more tensors like these", where=where, mend=mend))
     return found

@@ -99,9 +99,7 @@ def read_settings(adapter: Checkpoint) -> Settings:
             "convert it to plain LoRA (peft: save_pretrained(..., path_initial_model_for_weight_conversion=...))",
         )
         ranks, alphas = raw.get("rank_pattern") or {}, raw.get("alpha_pattern") or {}
-        check(
-            _is_rank(raw.get("r")), f"the rank r is {raw.get('r')!r}", "a rank is a whole number, at least 1"
-        )
+        check(_is_rank(raw.get("r")), f"the rank r is {raw.get('r')!r}", "a rank is a whole number, at least 1")
         check(_is_number(raw.get("lora_alpha", 8)), f"lora_alpha is {raw.get('lora_alpha')!r}")
         for key, table, fits in (("rank_pattern", ranks, _is_rank), ("alpha_pattern", alphas, _is_number)):
             sound = isinstance(table, dict) and all(fits(value) for value in table.values())

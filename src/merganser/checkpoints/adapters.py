@@ -104,9 +104,7 @@ class AdapterCheckpoint(Checkpoint):
             tensor = self.adapter.read(change.whole, start, stop)
         else:
             tensor = self.base.read(self._own[name], start, stop)
-            self.base.observe(
-                self._own[name], tensor, start
-            )  # its bytes are here: no need to read them again
+            self.base.observe(self._own[name], tensor, start)  # its bytes are here: no need to read them again
         if change.a is None and change.vector is None:
             return tensor
         wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))

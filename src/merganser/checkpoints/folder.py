@@ -59,9 +59,7 @@ def _main_tensors(folder: Path, allow_pickle: bool) -> list[TensorInfo]:
         if not allow_pickle:
             raise pickled(folder, "pytorch_model")
         index = read_json(folder / "pytorch_model.bin.index.json")
-        return _from_pickle(
-            folder, sorted(set(index["weight_map"].values())) if index else ["pytorch_model.bin"]
-        )
+        return _from_pickle(folder, sorted(set(index["weight_map"].values())) if index else ["pytorch_model.bin"])
     if (folder / adapters.WEIGHTS).is_file():
         return read_infos(folder / adapters.WEIGHTS, adapters.WEIGHTS)
     if (folder / adapters.PICKLED).is_file():
@@ -78,9 +76,7 @@ def _main_tensors(folder: Path, allow_pickle: bool) -> list[TensorInfo]:
     if nested:
         return []
     raise CheckpointError(
-        f"no weights here: neither {SINGLE} nor {INDEX}",
-        where=folder,
-        mend="give a folder with safetensors weights",
+        f"no weights here: neither {SINGLE} nor {INDEX}", where=folder, mend="give a folder with safetensors weights"
     )
 
 
@@ -94,14 +90,10 @@ def _sharded(folder: Path) -> list[TensorInfo]:
     for shard in sorted(set(weight_map.values())):
         if not (folder / shard).is_file():
             problems.append(
-                CheckpointError(
-                    f"shard {shard} is missing", where=folder / INDEX, mend="copy or download the shard"
-                )
+                CheckpointError(f"shard {shard} is missing", where=folder / INDEX, mend="copy or download the shard")
             )
             continue
-        found.update(
-            {info.name: info for info in read_infos(folder / shard, shard) if info.name in weight_map}
-        )
+        found.update({info.name: info for info in read_infos(folder / shard, shard) if info.name in weight_map})
     raise_all(problems)
     absent = [name for name in weight_map if name not in found]
     if absent:
@@ -146,9 +138,7 @@ def _from_pickle(folder: Path, files: list[str], target_name: str = SINGLE) -> l
             state = torch.load(folder / file, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:
             raise CheckpointError(
-                f"cannot be read as plain tensors: {error}",
-                where=folder / file,
-                mend="convert it to safetensors",
+                f"cannot be read as plain tensors: {error}", where=folder / file, mend="convert it to safetensors"
             ) from None
         target = Path(place.name) / str(number) / target_name
         target.parent.mkdir()

@@ -116,9 +116,7 @@ def tensor_infos(header: dict[str, Any], start: int, size: int, path: Path, file
     infos.sort(key=lambda info: (info.offset, info.nbytes, info.name))  # empty tensors first
     for before, after in pairwise(infos):
         if before.offset + before.nbytes > after.offset:
-            raise CheckpointError(
-                f"tensors {before.name!r} and {after.name!r} overlap", where=path, mend=AGAIN
-            )
+            raise CheckpointError(f"tensors {before.name!r} and {after.name!r} overlap", where=path, mend=AGAIN)
     return infos
 
 

@@ -105,12 +105,8 @@ def _open_files(name: str, allow_pickle: bool) -> Checkpoint:
     if path.is_dir():
         return Checkpoint(name, path, local_tensors(path, allow_pickle=allow_pickle))
     if path.exists():
-        raise CheckpointError(
-            "a model is a folder, this is a file", where=name, mend=f"give its folder, {path.parent}"
-        )
+        raise CheckpointError("a model is a folder, this is a file", where=name, mend=f"give its folder, {path.parent}")
     match = _HUB.fullmatch(name)
     if match is None or name.startswith((".", "/", "~")):
-        raise CheckpointError(
-            "no such folder", where=name, mend="give a model folder, or org/name@revision on the Hub"
-        )
+        raise CheckpointError("no such folder", where=name, mend="give a model folder, or org/name@revision on the Hub")
     return open_hub(name, match["repo"], match["revision"], allow_pickle=allow_pickle)

@@ -72,10 +72,7 @@ class SafetensorsWriter:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        files: Mapping[str, Sequence[TensorSpec]],
-        metadata: Mapping[str, str] | None = None,
+        self, folder: Path, files: Mapping[str, Sequence[TensorSpec]], metadata: Mapping[str, str] | None = None
     ) -> None:
         self._places: dict[tuple[str, str], TensorInfo] = {}
         self._descriptors: dict[str, int] = {}
@@ -173,9 +170,7 @@ def check_output(folder: Path, overwrite: bool, inputs: Sequence[Path] = ()) -> 
     if not folder.exists():
         return None
     if any(folder.resolve() == path.resolve() for path in inputs):
-        return CheckpointError(
-            "the output is one of the inputs", where=folder, mend="give another output folder"
-        )
+        return CheckpointError("the output is one of the inputs", where=folder, mend="give another output folder")
     if not overwrite:
         return CheckpointError(
             "the output exists", where=folder, mend="give another folder, or --overwrite to replace it"

@@ -24,9 +24,7 @@ def _sample(_: click.Context, __: click.Parameter, value: str | None) -> float |
 
 @click.command("collect")
 @click.argument("model")
-@click.option(
-    "--data", required=True, metavar="FILE|DATASET", help="JSONL, CSV, TSV, Parquet or a dataset name."
-)
+@click.option("--data", required=True, metavar="FILE|DATASET", help="JSONL, CSV, TSV, Parquet or a dataset name.")
 @data_options
 @click.option(
     "--fisher",
@@ -38,9 +36,7 @@ def _sample(_: click.Context, __: click.Parameter, value: str | None) -> float |
 @click.option("--fisher-examples", type=click.IntRange(1), help="Fisher information from so many examples.")
 @click.option("--no-grams", is_flag=True, help="Fisher information alone.")
 @click.option("--ignore-labels", is_flag=True, help="Do not read the labels; Gram matrices need none.")
-@click.option(
-    "--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Examples in a batch."
-)
+@click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Examples in a batch.")
 @click.option(
     "--until-converged",
     type=float,
@@ -57,9 +53,7 @@ def _sample(_: click.Context, __: click.Parameter, value: str | None) -> float |
     callback=_sample,
     help="Wide layers keep a seeded sample of their tokens: this share, or so many.  [SHARE: 0.25]",
 )
-@click.option(
-    "--seed", type=int, default=0, show_default=True, help="Of the order and the sample of these two."
-)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the order and the sample of these two.")
 @click.option(
     "--shard-examples",
     type=click.IntRange(1),
@@ -78,9 +72,7 @@ def _sample(_: click.Context, __: click.Parameter, value: str | None) -> float |
 @click.option("--ray-address", help="Of a running cluster.  [default: $RAY_ADDRESS or auto]")
 @click.option("--cpus", type=float, default=1, show_default=True, help="Of each shard's job, on a cluster.")
 @click.option("--device", type=click.Choice(["cpu", "cuda", "auto"]), default="cpu", show_default=True)
-@click.option(
-    "--max-memory", metavar="SIZE", help="Keep at most so much of the weights in memory, such as 2GB."
-)
+@click.option("--max-memory", metavar="SIZE", help="Keep at most so much of the weights in memory, such as 2GB.")
 @click.option(
     "--offload-folder",
     type=click.Path(path_type=Path),
@@ -106,9 +98,7 @@ def collect_command(model: str, data: str, no_grams: bool, ignore_labels: bool, 
     from merganser.statistics import Statistics
 
     columns = columns_of(values)
-    written = collect(
-        model, data, columns=columns, grams=not no_grams, use_labels=not ignore_labels, **values
-    )
+    written = collect(model, data, columns=columns, grams=not no_grams, use_labels=not ignore_labels, **values)
     header = Statistics.open(written).header
     for note in header.notes:
         warn(note)

@@ -69,9 +69,7 @@ def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     table = Table(title=title or None, title_justify="left", header_style="bold")
     for number, column in enumerate(columns):
         cells = [row[number].strip().split(" ")[0] for row in rows]
-        numeric = bool(cells) and all(
-            cell.replace(".", "").replace("-", "").isdigit() or not cell for cell in cells
-        )
+        numeric = bool(cells) and all(cell.replace(".", "").replace("-", "").isdigit() or not cell for cell in cells)
         table.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)

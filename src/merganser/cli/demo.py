@@ -10,9 +10,7 @@ from merganser.cli.common import quiet_libraries, warn
 
 
 @click.command("demo")
-@click.option(
-    "-o", "--output", type=click.Path(path_type=Path), default="demo-out", show_default=True, help="Folder."
-)
+@click.option("-o", "--output", type=click.Path(path_type=Path), default="demo-out", show_default=True, help="Folder.")
 @click.option("--fast", is_flag=True, help="A smaller run.")
 @click.option("--seed", type=int, default=1, show_default=True, help="Of everything that is random.")
 @click.option("--overwrite", is_flag=True, help="Begin anew in the folder of another demo.")

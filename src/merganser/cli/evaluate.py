@@ -12,19 +12,13 @@ from merganser.cli.data_options import columns_of, data_options
 
 @click.command("evaluate")
 @click.argument("models", nargs=-1, required=True, metavar="MODEL…")
-@click.option(
-    "--data", multiple=True, required=True, metavar="FILE|DATASET", help="May be given several times."
-)
+@click.option("--data", multiple=True, required=True, metavar="FILE|DATASET", help="May be given several times.")
 @data_options
 @click.option("--ensemble", is_flag=True, help="Add the mean of the models' logits as one more model.")
 @click.option("--metric", help="Metric to show instead of the task's key metric.")
 @click.option("--task-option", "pairs", multiple=True, metavar="KEY=VALUE", help="Such as threshold=0.3.")
-@click.option(
-    "--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Examples in a batch."
-)
-@click.option(
-    "--bootstrap", type=click.IntRange(0), default=200, show_default=True, help="Bootstrap samples."
-)
+@click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Examples in a batch.")
+@click.option("--bootstrap", type=click.IntRange(0), default=200, show_default=True, help="Bootstrap samples.")
 @click.option("--device", help="cpu or cuda.  [default: a GPU where there is one]")
 @click.option("--json", "as_json", is_flag=True, help="All metrics, in full, as JSON.")
 def evaluate_command(

@@ -53,20 +53,14 @@ class _ListOptions(click.Command):
     "--zoo",
     help="Folder or URL of the zoo.  [default: local_zoo_dir of the files, $MERGANSER_ZOO or ~/.cache/merganser/zoo]",
 )
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="[default: auto, a GPU where there is one]")
 @click.option(
-    "--device", type=click.Choice(["auto", "cpu", "cuda"]), help="[default: auto, a GPU where there is one]"
-)
-@click.option(
-    "--allow-pickle",
-    is_flag=True,
-    help="Accept models that are published as pickles (read with weights_only).",
+    "--allow-pickle", is_flag=True, help="Accept models that are published as pickles (read with weights_only)."
 )
 @click.option("--engine", type=click.Choice(["serial", "ray"]), default="serial", show_default=True)
 @click.option("--ray-address", help="Of a running cluster.  [default: $RAY_ADDRESS or auto]")
 @click.option(
-    "--dry-run",
-    is_flag=True,
-    help="Check every input, show what is there, what is left and how long it takes.",
+    "--dry-run", is_flag=True, help="Check every input, show what is there, what is left and how long it takes."
 )
 @click.option("--json", "as_json", is_flag=True, help="With --dry-run or --list: as JSON.")
 @click.option("--list", "listing", is_flag=True, help="Name the experiments that come with merganser.")
@@ -107,18 +101,12 @@ def experiment_command(
 
     config = load_config(configs, templates=_pairs(templates), keep=filter_model)
     if device is not None:
-        config = config.model_copy(
-            update={"resources": config.resources.model_copy(update={"device": device})}
-        )
+        config = config.model_copy(update={"resources": config.resources.model_copy(update={"device": device})})
     place = zoo or config.local_zoo_dir or str(default_zoo())
     if dry_run:
         from merganser.lab.grid.planning import plan_experiment
 
-        _show_plan(
-            config.name,
-            plan_experiment(config, results=results, zoo=place, allow_pickle=allow_pickle),
-            as_json,
-        )
+        _show_plan(config.name, plan_experiment(config, results=results, zoo=place, allow_pickle=allow_pickle), as_json)
         return
     cluster = make_cluster(engine, ray_address, "experiment")
     done = run_experiment(config, results=results, zoo=place, engine=cluster, allow_pickle=allow_pickle)

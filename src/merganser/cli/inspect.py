@@ -16,9 +16,7 @@ from merganser.files import human_bytes
 @click.command("inspect")
 @click.argument("path", metavar="PATH")
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
-@click.option(
-    "--validate", is_flag=True, help="Read a whole statistics file: finite, positive semi-definite."
-)
+@click.option("--validate", is_flag=True, help="Read a whole statistics file: finite, positive semi-definite.")
 def inspect_command(path: str, as_json: bool, validate: bool) -> None:
     """Show what a model folder, a Hub reference or a statistics file holds."""
     quiet_libraries()
@@ -58,10 +56,7 @@ def _checkpoint(reference: str) -> dict[str, Any]:
     if labels:
         found["labels"] = list(labels.values())
     tables: dict[str, Any] = {
-        "tensors": (
-            ["dtype", "tensors", "size"],
-            [[d, n, human_bytes(size)] for d, (n, size) in dtypes.items()],
-        )
+        "tensors": (["dtype", "tensors", "size"], [[d, n, human_bytes(size)] for d, (n, size) in dtypes.items()])
     }
     if (home_of(checkpoint).path / STATISTICS).is_file():
         inner = _statistics(home_of(checkpoint).path / STATISTICS, False)
@@ -71,9 +66,7 @@ def _checkpoint(reference: str) -> dict[str, Any]:
         provenance = read_provenance(checkpoint.path)
         found["merged_by"] = provenance["recipe"]["method"]
         columns = ["contributor", "coefficient", "hash of its weights"]
-        rows = [
-            [p["model"], f"{p['coefficient']:g}", ":".join(manifest_of(p))] for p in provenance["parents"]
-        ]
+        rows = [[p["model"], f"{p['coefficient']:g}", ":".join(manifest_of(p))] for p in provenance["parents"]]
         tables["contributors"] = (columns, rows)
         counts: dict[tuple[str, str], int] = {}
         for entry in provenance["tensors"].values():
@@ -110,9 +103,7 @@ def _statistics(path: Path, validate: bool) -> dict[str, Any]:
         "versions": dict(header.versions),
         "notes": list(header.notes),
         **({"validated": "finite, symmetric, positive semi-definite"} if validate else {}),
-        "tables": {
-            "layers with statistics": (["kind", "layers"], [[kind, count] for kind, count in kinds.items()]),
-        },
+        "tables": {"layers with statistics": (["kind", "layers"], [[kind, count] for kind, count in kinds.items()])},
     }
 
 

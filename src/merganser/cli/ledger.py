@@ -23,9 +23,7 @@ def _common(command: Callable[..., Any]) -> Callable[..., Any]:
     """Options of every command that opens models."""
     for option in (
         click.option("--allow-pickle", is_flag=True, help="Accept pytorch_model.bin (weights_only)."),
-        click.option(
-            "--threads", type=click.IntRange(1), help="Parts worked on at once.  [default: all cores]"
-        ),
+        click.option("--threads", type=click.IntRange(1), help="Parts worked on at once.  [default: all cores]"),
         click.option("--base", metavar="MODEL", help="Where the base model is, if not where it was."),
     ):
         command = option(command)
@@ -55,9 +53,7 @@ def ledger_command() -> None:
 @click.option("--ridge", type=float, help="Pull toward the weighted average; solve can choose another.")
 @click.option("--option", "pairs", multiple=True, metavar="KEY=VALUE", help="Any other option of the method.")
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Tensors to average instead.")
-@click.option(
-    "--keep-separate", multiple=True, metavar="PATTERN", help="Tensors that are no part of it (heads)."
-)
+@click.option("--keep-separate", multiple=True, metavar="PATTERN", help="Tensors that are no part of it (heads).")
 @click.option("--allow-pickle", is_flag=True, help="Accept pytorch_model.bin (weights_only).")
 def init_command(
     folder: Path, base: str, alpha: float | None, ridge: float | None, pairs: tuple[str, ...], **keys: Any
@@ -109,9 +105,7 @@ def remove_command(folder: Path, model: str, **keys: Any) -> None:
 @_FOLDER
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Model folder to write.")
 @click.option("--ridge", type=float, help="Pull toward the weighted average, in place of the ledger's.")
-@click.option(
-    "--dtype", type=click.Choice(["F64", "F32", "F16", "BF16"]), help="Storage dtype of the result."
-)
+@click.option("--dtype", type=click.Choice(["F64", "F32", "F16", "BF16"]), help="Storage dtype of the result.")
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Largest weight file.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing model folder.")
 @_common
@@ -146,9 +140,7 @@ def show_command(folder: Path, as_json: bool) -> None:
     size = (folder / record.file).stat().st_size if record.file and (folder / record.file).is_file() else 0
     if as_json:
         fields = record.model_dump(mode="json", exclude={"sums", "parts"})
-        click.echo(
-            json.dumps({**fields, "total": record.total, "tensors": record.counts, "bytes": size}, indent=1)
-        )
+        click.echo(json.dumps({**fields, "total": record.total, "tensors": record.counts, "bytes": size}, indent=1))
     else:
         _print(record, size)
 
@@ -168,9 +160,7 @@ def _print(record: Record, size: int) -> None:
     if not any(row[-1] for row in rows):
         rows = [row[:-1] for row in rows]
     columns = ["contributor", "coefficient", "examples", "weights", "label"]
-    title = (
-        f"{len(rows)} {'contributor' if len(rows) == 1 else 'contributors'} to {record.method} ({options})"
-    )
+    title = f"{len(rows)} {'contributor' if len(rows) == 1 else 'contributors'} to {record.method} ({options})"
     print_table(title, columns[: len(rows[0])] if rows else columns[:-1], rows)
     click.echo(f"base {record.base.model}, weights {record.base.manifest_sha256[:_DIGITS]}")
     for name, patterns in (("averaged", record.exclude), ("no part of it", record.keep_separate)):

@@ -18,38 +18,22 @@ if TYPE_CHECKING:
 @click.command("merge")
 @click.argument("models", nargs=-1, required=True, metavar="MODEL MODEL… | RECIPE.yaml")
 @click.option("-o", "--output", metavar="FOLDER|URL", help="Where to write.")
-@click.option(
-    "--method", help="auto, simple, fisher, regmean, actmat, ot, task_arithmetic, ties.  [default: auto]"
-)
-@click.option(
-    "--base",
-    metavar="MODEL",
-    help="The pre-trained model that all started from (actmat and ties need it).",
-)
-@click.option(
-    "--weights", "coefficients", metavar="C1,C2,…", help="Coefficients, in the order of the models."
-)
+@click.option("--method", help="auto, simple, fisher, regmean, actmat, ot, task_arithmetic, ties.  [default: auto]")
+@click.option("--base", metavar="MODEL", help="The pre-trained model that all started from (actmat and ties need it).")
+@click.option("--weights", "coefficients", metavar="C1,C2,…", help="Coefficients, in the order of the models.")
 @click.option("--statistics", multiple=True, metavar="FILE", help="One for each model, if not in its folder.")
 @click.option("--alpha", type=float, help="RegMean: multiplier of the Gram matrices' off-diagonals.")
 @click.option("--ridge", type=float, help="Pull toward the weighted average.")
 @click.option("--option", "pairs", multiple=True, metavar="KEY=VALUE", help="Any other option of the method.")
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Tensors to average instead.")
-@click.option(
-    "--keep-separate", multiple=True, metavar="PATTERN", help="Tensors that each model keeps (heads)."
-)
-@click.option(
-    "--labels", type=click.Choice(["same", "union"]), help="union: one head that knows every label."
-)
+@click.option("--keep-separate", multiple=True, metavar="PATTERN", help="Tensors that each model keeps (heads).")
+@click.option("--labels", type=click.Choice(["same", "union"]), help="union: one head that knows every label.")
 @click.option("--vocabulary", type=click.Choice(["same", "largest"]), help="largest: accept appended tokens.")
-@click.option(
-    "--dtype", type=click.Choice(["F64", "F32", "F16", "BF16"]), help="Storage dtype of the result."
-)
+@click.option("--dtype", type=click.Choice(["F64", "F32", "F16", "BF16"]), help="Storage dtype of the result.")
 @click.option("--max-shard-size", metavar="SIZE", help="Largest weight file.  [default: 5GB]")
 @click.option("--allow-pickle", is_flag=True, default=None, help="Accept pytorch_model.bin (weights_only).")
 @click.option("--threads", type=click.IntRange(1), help="Units worked on at once.  [default: all cores]")
-@click.option(
-    "--max-memory", metavar="SIZE", help="What the process may take, such as 2GB; the result is the same."
-)
+@click.option("--max-memory", metavar="SIZE", help="What the process may take, such as 2GB; the result is the same.")
 @click.option("--device", type=click.Choice(["cpu", "cuda", "auto"]), default="cpu", show_default=True)
 @click.option(
     "--engine",
@@ -58,9 +42,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="ray: one task a weight file, all over a cluster.",
 )
-@click.option(
-    "--ray-address", metavar="HOST:PORT", help="Of the cluster.  [default: $RAY_ADDRESS, or this machine's]"
-)
+@click.option("--ray-address", metavar="HOST:PORT", help="Of the cluster.  [default: $RAY_ADDRESS, or this machine's]")
 @click.option("--as-adapter", type=int, metavar="RANK", help="Write the nearest LoRA adapter of this rank.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing model folder.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
@@ -106,9 +88,7 @@ def merge_command(
         where = models[0]
         values = load_recipe(Path(models[0]))
         if coefficients or statistics:
-            raise click.UsageError(
-                "--weights and --statistics go with models; in a recipe they belong to contributors"
-            )
+            raise click.UsageError("--weights and --statistics go with models; in a recipe they belong to contributors")
     else:
         values["contributors"] = contributors_of(models, _numbers(coefficients), statistics or None)
     flags = {key: list(v) if isinstance(v, tuple) else v for key, v in keys.items() if v not in (None, ())}
@@ -202,6 +182,4 @@ def _numbers(text: str | None) -> list[float] | None:
     try:
         return [float(part) for part in text.replace(" ", ",").split(",") if part]
     except ValueError:
-        raise click.BadParameter(
-            f"{text!r} is no list of numbers, such as 1,1,0.5", param_hint="--weights"
-        ) from None
+        raise click.BadParameter(f"{text!r} is no list of numbers, such as 1,1,0.5", param_hint="--weights") from None

@@ -29,11 +29,7 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 @click.option("--csv", "table", type=_FILE, metavar="FILE", help="Write the numbers as CSV, too: one a line.")
 @click.option("--rows", type=_FILE, metavar="FILE.jsonl", help="Write the result rows as one file, too.")
 @click.option(
-    "--against",
-    default="simple",
-    show_default=True,
-    metavar="METHOD",
-    help="The merge that others are compared with.",
+    "--against", default="simple", show_default=True, metavar="METHOD", help="The merge that others are compared with."
 )
 def report_command(
     results: Path,

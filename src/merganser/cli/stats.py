@@ -126,9 +126,7 @@ def diff_command(a: Path, b: Path, as_json: bool) -> None:
     found = list(distances(left, right))
     same = left.header.manifest_sha256 == right.header.manifest_sha256
     if as_json:
-        items = [
-            {"kind": d.kind, "name": d.name, "relative": _number(d.relative), "only": d.only} for d in found
-        ]
+        items = [{"kind": d.kind, "name": d.name, "relative": _number(d.relative), "only": d.only} for d in found]
         value = {"same_weights": same, "header": headers, "distances": items}
         click.echo(json.dumps(value, indent=1))
         return
@@ -161,11 +159,7 @@ def _open(files: tuple[Path, ...], output: Path, overwrite: bool) -> list[Statis
         state = "is a folder" if output.is_dir() else "is in no folder that exists"
         errors.add(StatisticsError(f"the output {state}", where=output, mend="name a file with -o"))
     elif output.exists() and not overwrite:
-        errors.add(
-            StatisticsError(
-                "the output exists", where=output, mend="choose another with -o, or --overwrite it"
-            )
-        )
+        errors.add(StatisticsError("the output exists", where=output, mend="choose another with -o, or --overwrite it"))
     errors.raise_all()
     return [one for one in found if one is not None]
 
@@ -185,9 +179,7 @@ def _check_memory(files: Sequence[Statistics], bytes_an_entry: int) -> None:
         )
 
 
-def _write(
-    output: Path, header: StatisticsHeader, tensors: Mapping[str, Tensor], before: int | None = None
-) -> None:
+def _write(output: Path, header: StatisticsHeader, tensors: Mapping[str, Tensor], before: int | None = None) -> None:
     """Write the result, if there is room for it, and say how large it is."""
     from merganser.statistics import write_statistics
     from merganser.statistics.writing import infos_of

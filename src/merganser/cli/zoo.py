@@ -157,17 +157,13 @@ def show_command(url: str | None, identity: str, verify: bool, as_json: bool) ->
 def rm_command(url: str | None, identities: tuple[str, ...], yes: bool) -> None:
     """Remove models with everything beside them. The first digits of each ID are enough."""
     zoo = _open(url)
-    found = list(
-        dict.fromkeys(zoo.resolve(identity) for identity in identities)
-    )  # all of them, before the first goes
+    found = list(dict.fromkeys(zoo.resolve(identity) for identity in identities))  # all of them, before the first goes
     if not yes:
         if not _on_terminal():
             raise UserError("there is no terminal to ask on, nothing was removed", mend="give --yes")
         for identity in found:
             click.echo(f"{zoo.url}: {identity}", err=True)
-        click.confirm(
-            f"Remove {len(found)} {'model' if len(found) == 1 else 'models'}?", abort=True, err=True
-        )
+        click.confirm(f"Remove {len(found)} {'model' if len(found) == 1 else 'models'}?", abort=True, err=True)
     for identity in found:
         click.echo(zoo.remove(identity))
 

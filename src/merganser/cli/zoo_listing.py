@@ -113,9 +113,7 @@ def arrange(keys: Sequence[Mapping[str, Any]]) -> tuple[str, list[Column], list[
     common = [
         name
         for name in (*(name for name in COMMON if name in names), *(n for n in names if n not in COMMON))
-        if name not in (*FIRST, *opaque)
-        and all(name in row for row in rows)
-        and len(set(columns[name].texts)) == 1
+        if name not in (*FIRST, *opaque) and all(name in row for row in rows) and len(set(columns[name].texts)) == 1
     ]
     needed = [columns[name] for name in FIRST if name in names]
     plain = [columns[name] for name in names if name not in (*FIRST, *opaque, *common)]
@@ -218,9 +216,7 @@ def _total(columns: Sequence[Sized]) -> int:
 
 
 def _table(columns: Sequence[Sized]) -> Table:
-    table = Table(
-        box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, GAP - 1, 0, 0), header_style="bold"
-    )
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, GAP - 1, 0, 0), header_style="bold")
     for column, width in columns:
         head = "\n".join(line for part in column.head.split("\n") for line in fold(part, width))
         numeric = all(re.match(r"[\d.e+-]*( |$)", text) for text in column.texts)

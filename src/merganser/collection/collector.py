@@ -138,9 +138,7 @@ class Collector:
             if observer is not None:
                 observer.start(shard)
                 notes += observer.notes
-            information = (
-                FisherCollector(self._model, names, wanted, self._workers, self._problem) if wanted else None
-            )
+            information = FisherCollector(self._model, names, wanted, self._workers, self._problem) if wanted else None
             for batch in chain([first], stream):
                 if observer is not None:
                     for piece in observer.pieces(batch):
@@ -185,8 +183,7 @@ class Collector:
         """Batches on the model's device, without the examples that have labels of which none is annotated."""
         for given in batches:
             batch = {
-                key: value.to(self._device) if isinstance(value, Tensor) else value
-                for key, value in given.items()
+                key: value.to(self._device) if isinstance(value, Tensor) else value for key, value in given.items()
             }
             kept = annotated_examples(batch, self._model, self._problem)
             if kept is not None and not bool(kept.all()):

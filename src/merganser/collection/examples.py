@@ -102,9 +102,7 @@ def annotated_rows(rows: Rows, task: Task, references: Any, kind: FisherKind | N
     known = annotated(torch.from_numpy(references), task.problem)
     numbers: list[int] = known.reshape(len(rows), -1).any(1).nonzero().flatten().tolist()
     if not numbers:
-        mend = (
-            "annotate some" if kind == "empirical" else "annotate some, or leave them unread: --ignore-labels"
-        )
+        mend = "annotate some" if kind == "empirical" else "annotate some, or leave them unread: --ignore-labels"
         raise DataError(f"no row of {len(rows)} has an annotated label", where=rows.source, mend=mend)
     return numbers
 

@@ -176,6 +176,4 @@ def _difference(found: Squares, exact: Squares) -> str | None:
 
 
 def _zeros(parameters: Mapping[str, nn.Parameter]) -> Squares:
-    return {
-        name: torch.zeros(p.shape, dtype=torch.float32, device=p.device) for name, p in parameters.items()
-    }
+    return {name: torch.zeros(p.shape, dtype=torch.float32, device=p.device) for name, p in parameters.items()}

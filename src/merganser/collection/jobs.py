@@ -115,10 +115,7 @@ def job_memory(opened: Opened, *, grams: bool, fisher: bool) -> int:
         except CheckpointError:  # loading it will say what is wrong
             layers = []
         widths = {  # layers of one parent that are as wide see the same input, mostly
-            (
-                layer.module.rpartition(".")[0],
-                opened.checkpoint.tensors[layer.weight].shape[layer.kind == "linear"],
-            )
+            (layer.module.rpartition(".")[0], opened.checkpoint.tensors[layer.weight].shape[layer.kind == "linear"])
             for layer in layers
             if layer.kind != "embedding"
         }
@@ -179,9 +176,7 @@ def work(payload: Mapping[str, Any]) -> dict[str, Any]:
     shard = Shard(payload["number"], indices, payload["fisher_examples"])
     sampling = Sampling(**payload["sampling"]) if payload["sampling"] else None
     wanted = {key: payload[key] for key in ("grams", "fisher", "label", "allow_pickle")}
-    with shard_collector(
-        examples, Placement(), payload["batch_size"], sampling=sampling, **wanted
-    ) as collect_shard:
+    with shard_collector(examples, Placement(), payload["batch_size"], sampling=sampling, **wanted) as collect_shard:
         found, tally = collect_shard(shard)
     path = Path(payload["folder"]) / f"{shard.number:06}.safetensors"
     write_statistics(path, found.header, {name: found.packed(name) for name in found.tensors})

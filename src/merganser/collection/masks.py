@@ -109,9 +109,7 @@ def describe_masking(batch: Mapping[str, Any], model: nn.Module) -> tuple[str, l
             rule += "; decoder positions up to the last label"
         else:
             rule += "; decoder: none"
-            notes.append(
-                "the batches have neither decoder_attention_mask nor labels: all decoder tokens counted"
-            )
+            notes.append("the batches have neither decoder_attention_mask nor labels: all decoder tokens counted")
     return rule, notes
 
 

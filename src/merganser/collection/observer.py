@@ -99,8 +99,7 @@ class Observer:
         widths = [math.ceil(room[name] * width) for name, width in wiring.widths.items()]
         self._capacity = buffer_rows(widths) if device.type == "cpu" else 0
         self.grams = {
-            name: Gram(width, math.ceil(room[name] * self._capacity), device)
-            for name, width in wiring.widths.items()
+            name: Gram(width, math.ceil(room[name] * self._capacity), device) for name, width in wiring.widths.items()
         }
         self.counts = {
             layer.module: torch.zeros(_vocabulary(model, layer.module), dtype=torch.int64, device=device)
@@ -150,9 +149,7 @@ class Observer:
         if not all(self.grams[name].fits(count) for name, count in rows.items()):
             self.finish()
         places = {
-            (name, number): self.grams[name].reserve(count)
-            if rows[name] <= self.grams[name].capacity
-            else None
+            (name, number): self.grams[name].reserve(count) if rows[name] <= self.grams[name].capacity else None
             for (name, number), count in counts.items()
         }
         self._waiting.append(_Pass(batch, masks, places, kept))
@@ -228,9 +225,7 @@ class Observer:
             self._now.one = None
         if one.seen != self._expected:
             calls = self._wiring.calls.items()
-            raise _changed(
-                next(n for n, c in calls if one.calls.get(n, 0) != len(c)), "it is called less often"
-            )
+            raise _changed(next(n for n, c in calls if one.calls.get(n, 0) != len(c)), "it is called less often")
 
     def _forward(self, batch: Batch) -> None:
         with torch.no_grad():  # each thread has its own

@@ -126,11 +126,7 @@ class SideBySide:
     def pieces(self, batch: Batch) -> list[Batch]:
         """Examples with the same masks."""
         groups = split_by_mask(batch, self._model)
-        return [
-            trimmed(piece, self._model)
-            for one in groups
-            for piece in split_by_count(one, self._model, self._most)
-        ]
+        return [trimmed(piece, self._model) for one in groups for piece in split_by_count(one, self._model, self._most)]
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -150,9 +146,7 @@ class SideBySide:
             for name, (_, parameter) in self._parameters.items()
         }
         own = {
-            key: value.unsqueeze(1)
-            for key, value in rows.items()
-            if has_rows(value, size) and not key.endswith(MASK)
+            key: value.unsqueeze(1) for key, value in rows.items() if has_rows(value, size) and not key.endswith(MASK)
         }
         shared = {key: value for key, value in take_rows(rows, size, slice(1)).items() if key not in own}
 
@@ -163,9 +157,7 @@ class SideBySide:
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             logits: Tensor = torch.func.vmap(logits_of)(copies, own)
         for vector in vectors(logits):
-            found = torch.autograd.grad(
-                logits, list(copies.values()), vector, retain_graph=True, allow_unused=True
-            )
+            found = torch.autograd.grad(logits, list(copies.values()), vector, retain_graph=True, allow_unused=True)
             for (name, _), gradient in zip(self._parameters.values(), found, strict=True):
                 if gradient is not None:
                     squares[name] += gradient.to(torch.float32).square().sum(0)
@@ -183,11 +175,7 @@ def forward(model: nn.Module, batch: Batch, parameters: Mapping[str, Tensor] | N
         StatisticsError: the model has no logits.
     """
     inputs = model_inputs(batch, model)
-    output = (
-        model(**inputs)
-        if parameters is None
-        else torch.func.functional_call(model, dict(parameters), (), inputs)
-    )
+    output = model(**inputs) if parameters is None else torch.func.functional_call(model, dict(parameters), (), inputs)
     logits = getattr(output, "logits", None)
     if not isinstance(logits, Tensor):
         raise StatisticsError(

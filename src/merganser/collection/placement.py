@@ -57,9 +57,7 @@ def choose_placement(
     if max_memory is None:
         if offload_folder is not None:
             raise UserError(
-                "nothing is left on the disk without a limit",
-                where="--offload-folder",
-                mend="give --max-memory, too",
+                "nothing is left on the disk without a limit", where="--offload-folder", mend="give --max-memory, too"
             )
         return Placement(device)
 
@@ -80,37 +78,25 @@ def choose_placement(
     require("train", "a limit of memory", "accelerate", where="--max-memory")
     folder = None if offload_folder is None else Path(offload_folder).expanduser()
     if folder is not None and not folder.is_dir():
-        raise UserError(
-            "there is no such folder", where=f"--offload-folder {folder}", mend="make it, or leave it out"
-        )
+        raise UserError("there is no such folder", where=f"--offload-folder {folder}", mend="make it, or leave it out")
     return Placement(device, max_memory, folder)
 
 
 @contextmanager
-def placed_model(
-    opened: Opened, task: Task, placement: Placement, *, allow_pickle: bool
-) -> Iterator[nn.Module]:
+def placed_model(opened: Opened, task: Task, placement: Placement, *, allow_pickle: bool) -> Iterator[nn.Module]:
     """The model, loaded and placed; what was written to the offload folder is removed afterwards.
 
     Raises:
         CheckpointError: as :func:`merganser.tasks.models.load_model`.
     """
     load = partial(
-        load_model,
-        opened,
-        task.model_class(opened.config),
-        complete=task.complete,
-        allow_pickle=allow_pickle,
+        load_model, opened, task.model_class(opened.config), complete=task.complete, allow_pickle=allow_pickle
     )
     if placement.max_memory is None:
         yield load().to(placement.device)
         return
     with tempfile.TemporaryDirectory(prefix="merganser-offload-", dir=placement.offload_folder) as folder:
-        settings = {
-            "device_map": "auto",
-            "max_memory": {"cpu": placement.max_memory},
-            "offload_folder": folder,
-        }
+        settings = {"device_map": "auto", "max_memory": {"cpu": placement.max_memory}, "offload_folder": folder}
         yield load(placement=settings)
 
 

@@ -113,19 +113,12 @@ def collect(
     """
     kind = _fisher_kind(fisher)
     _check_numbers(
-        batch_size=batch_size,
-        max_length=max_length,
-        fisher_examples=fisher_examples,
-        shard_examples=shard_examples,
+        batch_size=batch_size, max_length=max_length, fisher_examples=fisher_examples, shard_examples=shard_examples
     )
     if not grams and kind is None:
         raise UserError("there is nothing to collect", where="collect", mend="ask for grams, fisher or both")
     _check_options(grams, until_converged, sample_tokens)
-    stop = (
-        None
-        if until_converged is None
-        else StoppingRule(until_converged, seed, shard_examples, fisher_examples)
-    )
+    stop = None if until_converged is None else StoppingRule(until_converged, seed, shard_examples, fisher_examples)
     stored = parse_storage(storage)
     elsewhere = _engine(engine, ray_address, cpus)
     if elsewhere is not None:
@@ -139,9 +132,7 @@ def collect(
     placement = (
         None
         if opened is None
-        else errors.catch(
-            choose_placement, device, limit_bytes, offload_folder, opened, fisher=kind is not None
-        )
+        else errors.catch(choose_placement, device, limit_bytes, offload_folder, opened, fisher=kind is not None)
     )
     errors.raise_all()
     if opened is None or rows is None or target is None or chosen is None or placement is None:
@@ -209,9 +200,7 @@ def _engine(engine: str | Engine, ray_address: str | None, cpus: float) -> Engin
     if engine != "ray":
         if ray_address is not None:
             raise UserError(
-                "the address of a cluster has no meaning without it",
-                where="--ray-address",
-                mend="add --engine ray",
+                "the address of a cluster has no meaning without it", where="--ray-address", mend="add --engine ray"
             )
         make_engine(engine)  # or an error that names it
         return None
@@ -254,9 +243,7 @@ def _check_options(grams: bool, until_converged: float | None, sample_tokens: fl
         )
 
 
-def _sampling(
-    sample_tokens: float | int | None, examples: Examples, seed: int
-) -> tuple[Sampling | None, list[str]]:
+def _sampling(sample_tokens: float | int | None, examples: Examples, seed: int) -> tuple[Sampling | None, list[str]]:
     """The sampling that was asked for, and a note where there is none to do."""
     if sample_tokens is None:
         return None, []
@@ -274,9 +261,7 @@ def _fisher_kind(fisher: str | None) -> FisherKind | None:
         return None
     if fisher not in kinds:
         raise UserError(
-            f"unknown kind of Fisher information {fisher!r}",
-            where="--fisher",
-            mend=did_you_mean(fisher, kinds),
+            f"unknown kind of Fisher information {fisher!r}", where="--fisher", mend=did_you_mean(fisher, kinds)
         )
     return kinds[fisher]
 
@@ -309,8 +294,6 @@ def _target(opened: Opened, output: str | Path | None, overwrite: bool) -> Path:
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         state = "is not writable" if folder.is_dir() else "does not exist"
         raise StatisticsError(
-            f"the folder of the output {state}",
-            where=target,
-            mend="make the folder, or choose another with -o",
+            f"the folder of the output {state}", where=target, mend="make the folder, or choose another with -o"
         )
     return target

@@ -297,7 +297,5 @@ def _check_labels(labels: Tensor | None, problem: Problem, logits: Tensor, known
 def _seeds(batch: Mapping[str, Any], masks: BatchMasks) -> tuple[int, ...]:
     """A seed for each example, made of its real tokens."""
     ids = batch["input_ids"]
-    rows = [
-        ids[i][masks.tokens.mask[i]].to(torch.int64).cpu().numpy().tobytes() for i in range(masks.examples)
-    ]
+    rows = [ids[i][masks.tokens.mask[i]].to(torch.int64).cpu().numpy().tobytes() for i in range(masks.examples)]
     return tuple(int.from_bytes(hashlib.sha256(row).digest()[:7], "big") for row in rows)

@@ -93,9 +93,7 @@ class StoppingRule:
                 mend=f"give a relative error above 0 and below 1, such as {DEFAULT_TOLERANCE}",
             )
 
-    def run(
-        self, examples: int, collect: Callable[[Shard], tuple[Statistics, Tally]]
-    ) -> tuple[ShardSums, Tally, str]:
+    def run(self, examples: int, collect: Callable[[Shard], tuple[Statistics, Tally]]) -> tuple[ShardSums, Tally, str]:
         """Collect shards of a random order, each second one for the other half, until the halves agree.
 
         Args:

@@ -20,15 +20,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from merganser.engines.base import (
-    Engine,
-    Job,
-    Outcome,
-    call,
-    job_bar,
-    outcome_of,
-    payload_of,
-)
+from merganser.engines.base import Engine, Job, Outcome, call, job_bar, outcome_of, payload_of
 from merganser.errors import UserError, require
 
 _START = "start one with: ray start --head --disable-usage-stats --include-dashboard=false"

@@ -4,16 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from merganser.engines.base import (
-    Engine,
-    Job,
-    Outcome,
-    call,
-    describe,
-    job_bar,
-    outcome_of,
-    payload_of,
-)
+from merganser.engines.base import Engine, Job, Outcome, call, describe, job_bar, outcome_of, payload_of
 
 
 class SerialEngine(Engine):

@@ -88,9 +88,7 @@ class Evaluation:
     def average(self, model: str) -> float | None:
         """The mean of a model's key metrics over the data sets; None where they are of different metrics."""
         keys = {row.key_metric for row in self.rows}
-        return (
-            float(np.mean([row.key for row in self.rows if row.model == model])) if len(keys) == 1 else None
-        )
+        return float(np.mean([row.key for row in self.rows if row.model == model])) if len(keys) == 1 else None
 
     def table(self, *, width: int | None = None, color: bool = False) -> str:
         """The key metrics as a table of text: models in rows, data sets in columns, then their average.
@@ -102,9 +100,7 @@ class Evaluation:
             color: with the terminal's escape codes.
         """
         stream = StringIO()
-        wide = width or max(
-            80, 40 + 24 * (len(self.data) + 1) + max(map(len, short_names(self.models).values()))
-        )
+        wide = width or max(80, 40 + 24 * (len(self.data) + 1) + max(map(len, short_names(self.models).values())))
         console = Console(file=stream, width=wide, force_terminal=color, no_color=not color, highlight=False)
         console.print(self.rich_table(stars=not color))
         return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()) + "\n"
@@ -132,9 +128,7 @@ class Evaluation:
         return table
 
     def _cell(self, score: Score, named: bool, stars: bool) -> str:
-        peers = [
-            row.key for row in self.rows if row.data == score.data and row.key_metric == score.key_metric
-        ]
+        peers = [row.key for row in self.rows if row.data == score.data and row.key_metric == score.key_metric]
         best = len(peers) > 1 and score.key == self._best(peers)
         text = _mark(f"{score.key:.4f}", best, stars)
         if score.standard_error is not None:

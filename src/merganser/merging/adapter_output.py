@@ -122,9 +122,7 @@ def _base(plan: Plan, rank: int) -> Parent:
         )
     if base is not None and isinstance(base.checkpoint, AdapterCheckpoint):
         problems.append(
-            RecipeError(
-                f"the base {base.title} is itself an adapter", where="--base", mend="give the model below it"
-            )
+            RecipeError(f"the base {base.title} is itself an adapter", where="--base", mend="give the model below it")
         )
     if any(plan.separate):
         problems.append(
@@ -281,9 +279,7 @@ class _Writer:
         dtype = self.plan.recipe.dtype or "F32"
         stored = tensor.to(DTYPES[dtype]).contiguous().clone()
         self.adapter.tensors[f"{PREFIX}{name}"] = stored
-        self.adapter.outcomes[f"{PREFIX}{name}"] = replace(
-            outcome, blake3=hash_tensor(stored, dtype, "blake3")
-        )
+        self.adapter.outcomes[f"{PREFIX}{name}"] = replace(outcome, blake3=hash_tensor(stored, dtype, "blake3"))
 
     def finish(self) -> _Adapter:
         """The adapter when every unit was added: modules complete, names as PEFT has them.
@@ -323,9 +319,7 @@ class _Writer:
             "peft_type": "LORA",
             "task_type": task,
             "auto_mapping": None,
-            "base_model_name_or_path": checkpoint.name.split("@")[0]
-            if checkpoint.revision
-            else checkpoint.name,
+            "base_model_name_or_path": checkpoint.name.split("@")[0] if checkpoint.revision else checkpoint.name,
             "revision": checkpoint.revision,
             "r": self.rank,
             "lora_alpha": self.rank,

@@ -15,11 +15,7 @@ from merganser.merging.plan import Plan
 def model_card(plan: Plan, layout: Layout, outcomes: Mapping[str, Outcome]) -> str:
     """README.md of the merged folder, with the metadata that the Hub reads."""
     sources = [public_name(parent.contributor.model, parent.checkpoint.revision) for parent in plan.parents]
-    library = (
-        "sentence-transformers"
-        if "modules.json" in plan.parents[0].checkpoint.side_files()
-        else "transformers"
-    )
+    library = "sentence-transformers" if "modules.json" in plan.parents[0].checkpoint.side_files() else "transformers"
     front = yaml.safe_dump(
         {
             "base_model": list(dict.fromkeys(sources)),
@@ -37,8 +33,7 @@ def model_card(plan: Plan, layout: Layout, outcomes: Mapping[str, Outcome]) -> s
     )
     used = Counter((o.method, o.reason if o.method != "kept separate" else None) for o in outcomes.values())
     treatment = "\n".join(
-        f"| {method} | {count} | {reason or ''} |"
-        for (method, reason), count in sorted(used.items(), key=str)
+        f"| {method} | {count} | {reason or ''} |" for (method, reason), count in sorted(used.items(), key=str)
     )
     heads = ""
     if any(plan.separate):

@@ -34,13 +34,10 @@ def check_architectures(parents: Sequence[Parent], base: Parent | None, problems
             )
 
 
-def find_separate(
-    recipe: Recipe, parents: Sequence[Parent], problems: list[UserError]
-) -> tuple[tuple[str, ...], ...]:
+def find_separate(recipe: Recipe, parents: Sequence[Parent], problems: list[UserError]) -> tuple[tuple[str, ...], ...]:
     """Each contributor's own tensors that the recipe keeps separate; patterns that match nothing are mistakes."""
     everything = [
-        tuple(name for name in parent.checkpoint.tensors if matches(name, recipe.keep_separate))
-        for parent in parents
+        tuple(name for name in parent.checkpoint.tensors if matches(name, recipe.keep_separate)) for parent in parents
     ]
     available = sorted({name for parent in parents for name in parent.checkpoint.tensors})
     for option, patterns in (("keep_separate", recipe.keep_separate), ("exclude", recipe.exclude)):
@@ -57,11 +54,7 @@ def find_separate(
 
 
 def match_shapes(
-    recipe: Recipe,
-    parents: Sequence[Parent],
-    names: Sequence[str],
-    rows: dict[str, Rows],
-    problems: list[UserError],
+    recipe: Recipe, parents: Sequence[Parent], names: Sequence[str], rows: dict[str, Rows], problems: list[UserError]
 ) -> None:
     """Check presence, dtype kind and shape of every tensor; add the rows of vocabularies of different length."""
     for name in names:
@@ -95,9 +88,7 @@ def match_shapes(
         problems.append(CheckpointError(f"tensor {name!r} differs in shape: {listing}", mend=mend))
 
 
-def check_unmatched(
-    parents: Sequence[Parent], separate: Sequence[Sequence[str]], problems: list[UserError]
-) -> None:
+def check_unmatched(parents: Sequence[Parent], separate: Sequence[Sequence[str]], problems: list[UserError]) -> None:
     """A tensor that another contributor has and the first lacks would be lost: say so."""
     for parent, kept in zip(parents, separate, strict=True):
         twins = set(parent.names.values())
@@ -142,9 +133,7 @@ def check_needs(
     if method.needs.base and base is not None and not base.names:
         problems.append(
             CheckpointError(
-                "holds none of the contributors' tensors",
-                where=base.checkpoint.name,
-                mend="give the right base model",
+                "holds none of the contributors' tensors", where=base.checkpoint.name, mend="give the right base model"
             )
         )
     for parent in parents:

@@ -25,12 +25,7 @@ _PIECES = 3
 
 
 def fit(
-    steps: Sequence[Step],
-    method: Method,
-    contributors: int,
-    threads: int,
-    resident: int,
-    max_memory: int | None,
+    steps: Sequence[Step], method: Method, contributors: int, threads: int, resident: int, max_memory: int | None
 ) -> tuple[list[Step], int]:
     """The steps with slices and memory spelled out, and the bytes that may be taken by those worked on at once.
 

@@ -62,11 +62,7 @@ def run_on(engine: Engine, plan: Plan, layout: Layout, place: Place) -> dict[str
     for ended in engine.run(jobs, FUNCTION):
         if ended.result is None:
             problems.append(
-                UserError(
-                    f"the work on this file failed: {ended.error}",
-                    where=ended.job.description,
-                    mend="run again",
-                )
+                UserError(f"the work on this file failed: {ended.error}", where=ended.job.description, mend="run again")
             )
             continue
         outcomes.update({name: Outcome(**entry) for name, entry in ended.result["outcomes"].items()})
@@ -87,9 +83,7 @@ def write_file(payload: Mapping[str, Any]) -> dict[str, Any]:
         the outcomes of its tensors, and for each contributor (and the base) the hashes of the tensors that were read.
     """
     recipe = make_recipe(payload["recipe"], "recipe")
-    plan = make_plan(
-        recipe, threads=payload["threads"], max_memory=payload["max_memory"], device=payload["device"]
-    )
+    plan = make_plan(recipe, threads=payload["threads"], max_memory=payload["max_memory"], device=payload["device"])
     file = payload["file"]
     with tempfile.TemporaryDirectory(prefix="merganser-") as scratch:
         place = place_of(payload["place"])

@@ -170,9 +170,7 @@ class Execution:
             CheckpointError, RecipeError: non-finite weights, in or out.
         """
         wanted = {f: s for f, s in self.layout.files.items() if self.files is None or f in self.files}
-        steps = longest_first(
-            [step for step in self.plan.steps if self._specs(step, wanted)], self.plan.threads
-        )
+        steps = longest_first([step for step in self.plan.steps if self._specs(step, wanted)], self.plan.threads)
         kept = zip(self.plan.parents, self.plan.separate, self.layout.head_folders, strict=True)
         total = sum(spec.nbytes for specs in wanted.values() for spec in specs)
         budget = Budget(self.plan.budget)
@@ -222,9 +220,7 @@ class Execution:
                     if name in parent.names:
                         parent.checkpoint.prefetch(parent.names[name])
 
-    def _write(
-        self, step: Step, specs: Sequence[TensorSpec], writer: SafetensorsWriter, progress: tqdm[None]
-    ) -> None:
+    def _write(self, step: Step, specs: Sequence[TensorSpec], writer: SafetensorsWriter, progress: tqdm[None]) -> None:
         """Merge a unit and write its tensors, or those of ``specs``."""
         hashes = {spec.name: TensorHash(spec.dtype, spec.shape, "blake3") for spec in specs}
         notes: dict[str, None] = {}
@@ -261,12 +257,7 @@ class Execution:
         return stored
 
     def _keep(
-        self,
-        parent: Parent,
-        names: Sequence[str],
-        folder: str,
-        writer: SafetensorsWriter,
-        progress: tqdm[None],
+        self, parent: Parent, names: Sequence[str], folder: str, writer: SafetensorsWriter, progress: tqdm[None]
     ) -> None:
         """Copy a contributor's own tensors, as they are, to its head."""
         checkpoint = parent.checkpoint
@@ -280,6 +271,4 @@ class Execution:
                 writer.write(f"{folder}/head.safetensors", name, stored, start)
                 running.update(stored)
                 progress.update(stored.nbytes)
-            self.outcomes[f"{folder}/{name}"] = Outcome(
-                running.hexdigest(), "kept separate", parent.title, None
-            )
+            self.outcomes[f"{folder}/{name}"] = Outcome(running.hexdigest(), "kept separate", parent.title, None)

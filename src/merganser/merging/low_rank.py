@@ -43,9 +43,7 @@ def best_low_rank(delta: Tensor, gram: Tensor | None, rank: int) -> LowRank:
     """
     delta = delta.to(torch.float64)
     out, width = delta.shape
-    basis = (
-        None  # where there are more rows than columns, the rows are turned into as many as there are columns
-    )
+    basis = None  # where there are more rows than columns, the rows are turned into as many as there are columns
     rows = delta
     if out > width:
         basis, rows = torch.linalg.qr(delta)

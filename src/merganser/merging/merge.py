@@ -89,13 +89,7 @@ def merge(
         values = {"contributors": contributors, "method": method, "options": dict(options or {}), **settings}
         recipe = make_recipe(values if base is None else {**values, "base": str(base)}, "merge()")
     plan = prepare(
-        recipe,
-        output,
-        overwrite=overwrite,
-        threads=threads,
-        sums=sums,
-        max_memory=max_memory,
-        device=device,
+        recipe, output, overwrite=overwrite, threads=threads, sums=sums, max_memory=max_memory, device=device
     )
     if as_adapter is not None:
         carry_out_adapter(plan, Path(output), as_adapter, overwrite=overwrite)
@@ -116,15 +110,11 @@ def contributors_of(
     for name, values in (("coefficients", coefficients), ("statistics", statistics)):
         if values is not None and len(values) != len(models):
             raise RecipeError(
-                f"{len(values)} {name} for {len(models)} models",
-                where=name,
-                mend="give one for each model, in order",
+                f"{len(values)} {name} for {len(models)} models", where=name, mend="give one for each model, in order"
             )
     found = []
     for number, model in enumerate(models):
-        entry: dict[str, Any] = (
-            model.model_dump() if isinstance(model, Contributor) else {"model": str(model)}
-        )
+        entry: dict[str, Any] = model.model_dump() if isinstance(model, Contributor) else {"model": str(model)}
         if coefficients is not None:
             entry["coefficient"] = coefficients[number]
         if statistics is not None:
@@ -177,9 +167,7 @@ def prepare(
         )
     if output is not None and is_url(output):
         if not overwrite and RemotePlace(str(output)).exists():
-            problems.append(
-                CheckpointError("the output exists", where=output, mend="give another URL, or --overwrite")
-            )
+            problems.append(CheckpointError("the output exists", where=output, mend="give another URL, or --overwrite"))
     elif output is not None:
         output = Path(output)
         opened = [parent.checkpoint for parent in plan.parents]

@@ -97,9 +97,7 @@ def shared_base(parents: Sequence[Parent]) -> Checkpoint | None:
     return bases[0] if len(bases) == len(checkpoints) and len(places) == 1 else None
 
 
-def _open(
-    reference: str, recipe: Recipe, problems: list[UserError], known: dict[str, Checkpoint]
-) -> Checkpoint | None:
+def _open(reference: str, recipe: Recipe, problems: list[UserError], known: dict[str, Checkpoint]) -> Checkpoint | None:
     try:
         checkpoint = open_checkpoint(reference, allow_pickle=recipe.allow_pickle, known=known)
         _ = checkpoint.config  # malformed configurations are problems too
@@ -109,9 +107,7 @@ def _open(
         return None
 
 
-def _statistics(
-    contributor: Contributor, checkpoint: Checkpoint, problems: list[UserError]
-) -> Statistics | None:
+def _statistics(contributor: Contributor, checkpoint: Checkpoint, problems: list[UserError]) -> Statistics | None:
     place = Path(contributor.statistics) if contributor.statistics else home_of(checkpoint).path / FILE_NAME
     if contributor.statistics is None and not place.is_file():
         return None

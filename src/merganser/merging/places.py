@@ -93,9 +93,7 @@ def new_remote(url: str, *, overwrite: bool = False) -> Iterator[tuple[RemotePla
     place = RemotePlace(url)
     if place.exists():
         if not overwrite:
-            raise CheckpointError(
-                "the output exists", where=url, mend="give another URL, or --overwrite to replace it"
-            )
+            raise CheckpointError("the output exists", where=url, mend="give another URL, or --overwrite to replace it")
         place.remove()
     with tempfile.TemporaryDirectory(prefix="merganser-") as scratch:
         folder = Path(scratch)

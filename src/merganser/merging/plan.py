@@ -132,9 +132,7 @@ class Plan:
         return None if self.device == "cpu" else torch.device(self.device)
 
 
-def make_plan(
-    recipe: Recipe, *, threads: int = 2, max_memory: int | None = None, device: str = "cpu"
-) -> Plan:
+def make_plan(recipe: Recipe, *, threads: int = 2, max_memory: int | None = None, device: str = "cpu") -> Plan:
     """Derive the plan of a recipe, reading headers only.
 
     Args:
@@ -231,9 +229,7 @@ def _unit_rows(unit: Unit, rows: dict[str, Rows]) -> Rows | None:
 def _layers(method: Method, parents: Sequence[Parent], notes: list[str]) -> dict[str, Layer]:
     """The first contributor's layers by weight, from its statistics or from its configuration."""
     if method.needs.statistics and parents[0].statistics is not None:
-        described = [
-            Layer(x.module, x.kind, x.weight, x.bias, x.tied) for x in parents[0].statistics.header.layers
-        ]
+        described = [Layer(x.module, x.kind, x.weight, x.bias, x.tied) for x in parents[0].statistics.header.layers]
     elif method.needs.layers:
         described = describe_layers(parents[0].checkpoint)
     else:

@@ -39,9 +39,7 @@ def make_provenance(
         "format": FORMAT,
         "recipe": plan.recipe.model_dump(mode="json"),
         "method_chosen_because": plan.choice,
-        "parents": [
-            describe_parent(parent, plan.method.needs.statistics is not None) for parent in plan.parents
-        ],
+        "parents": [describe_parent(parent, plan.method.needs.statistics is not None) for parent in plan.parents],
         "base": describe_parent(plan.base, False) if plan.base else None,
         "notes": list(plan.notes),
         "tensors": {name: asdict(outcome) for name, outcome in outcomes.items()},
@@ -65,9 +63,7 @@ def read_provenance(folder: Path) -> dict[str, Any]:
     path = folder / FILE_NAME
     found = read_json(path)
     if found is None:
-        raise CheckpointError(
-            f"no {FILE_NAME} here", where=folder, mend="give a folder that merganser merge wrote"
-        )
+        raise CheckpointError(f"no {FILE_NAME} here", where=folder, mend="give a folder that merganser merge wrote")
     if not isinstance(found.get("format"), int) or found["format"] > FORMAT:
         raise CheckpointError(
             f"provenance of format {found.get('format')!r}, this version reads up to {FORMAT}",
@@ -86,16 +82,11 @@ def recipe_of(provenance: Mapping[str, Any], where: Path) -> Recipe:
     recipe = make_recipe(provenance["recipe"], str(where / FILE_NAME))
     people = tuple(
         one.model_copy(
-            update={
-                "model": located(one.model, where),
-                "statistics": one.statistics and located(one.statistics, where),
-            }
+            update={"model": located(one.model, where), "statistics": one.statistics and located(one.statistics, where)}
         )
         for one in recipe.contributors
     )
-    return recipe.model_copy(
-        update={"contributors": people, "base": recipe.base and located(recipe.base, where)}
-    )
+    return recipe.model_copy(update={"contributors": people, "base": recipe.base and located(recipe.base, where)})
 
 
 def located(reference: str, folder: Path) -> str:
@@ -120,9 +111,7 @@ def check_files(folder: Path, provenance: Mapping[str, Any]) -> list[UserError]:
             problems.append(CheckpointError(f"{file} is missing", where=folder, mend="merge again"))
         elif file not in recorded:
             if Path(file).suffix in _LOADED and not file.endswith("merge_statistics.safetensors"):
-                problems.append(
-                    CheckpointError(f"{file} was added after the merge", where=folder, mend="remove it")
-                )
+                problems.append(CheckpointError(f"{file} was added after the merge", where=folder, mend="remove it"))
         elif (found := file_digest(folder / file, recorded[file])) != recorded[file]:
             problems.append(
                 CheckpointError(
@@ -140,9 +129,7 @@ def differing_files(recorded: Mapping[str, str], folder: Path) -> list[str]:
     return sorted(
         file
         for file in {*recorded, *present}
-        if file not in present
-        or file not in recorded
-        or file_digest(folder / file, recorded[file]) != recorded[file]
+        if file not in present or file not in recorded or file_digest(folder / file, recorded[file]) != recorded[file]
     )
 
 
@@ -153,9 +140,7 @@ def check_parents(provenance: Mapping[str, Any], folder: Path) -> tuple[list[Use
     for entry in [*provenance["parents"], *([provenance["base"]] if provenance.get("base") else [])]:
         try:
             reference = _pinned(entry) if entry.get("revision") else located(entry["model"], folder)
-            checkpoint = open_checkpoint(
-                reference, allow_pickle=provenance["recipe"].get("allow_pickle", False)
-            )
+            checkpoint = open_checkpoint(reference, allow_pickle=provenance["recipe"].get("allow_pickle", False))
         except UserError as error:
             absent.append(f"{entry['model']} ({error.what})")
             continue

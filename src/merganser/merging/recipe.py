@@ -21,9 +21,7 @@ class Contributor(BaseModel):
     model: str = Field(description="a model folder, or org/name@revision on the Hub")
     coefficient: float = Field(1.0, description="its weight in the merge, relative to the others'")
     statistics: str | None = Field(None, description="its statistics file; by default the one in its folder")
-    labels: tuple[str, ...] | None = Field(
-        None, description="the labels it votes on; by default all it knows"
-    )
+    labels: tuple[str, ...] | None = Field(None, description="the labels it votes on; by default all it knows")
     name: str | None = Field(None, description="what to call it; by default the folder's name")
 
     @property
@@ -42,9 +40,7 @@ class Recipe(BaseModel):
     base: str | None = Field(None, description="the pre-trained model that all of them started from")
     options: dict[str, Any] = Field(default_factory=dict, description="the method's own options")
     exclude: tuple[str, ...] = Field((), description="name patterns of tensors to average instead")
-    keep_separate: tuple[str, ...] = Field(
-        (), description="name patterns of tensors that each contributor keeps"
-    )
+    keep_separate: tuple[str, ...] = Field((), description="name patterns of tensors that each contributor keeps")
     labels: Literal["same", "union"] = Field("same", description="union: a head that knows every label")
     vocabulary: Literal["same", "largest"] = Field(
         "same", description="largest: tokens appended by some contributors are taken from those"
@@ -66,9 +62,7 @@ class Recipe(BaseModel):
     @classmethod
     def _one_is_a_list(cls, value: Any) -> Any:
         if isinstance(value, dict):
-            lists = {
-                k: [v] for k, v in value.items() if k in ("exclude", "keep_separate") and isinstance(v, str)
-            }
+            lists = {k: [v] for k, v in value.items() if k in ("exclude", "keep_separate") and isinstance(v, str)}
             return {**value, **lists}
         return value
 
@@ -90,24 +84,15 @@ def make_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
         problems.append(RecipeError("there is nothing to merge", where=where, mend="name at least one model"))
     coefficients = [contributor.coefficient for contributor in recipe.contributors]
     if not all(math.isfinite(c) for c in coefficients):
+        problems.append(RecipeError(f"coefficients {coefficients} are not finite", where=where, mend="use numbers"))
+    elif recipe.contributors and abs(sum(coefficients)) < 1e-12 * max(map(abs, coefficients), default=1.0) + 1e-300:
         problems.append(
-            RecipeError(f"coefficients {coefficients} are not finite", where=where, mend="use numbers")
-        )
-    elif (
-        recipe.contributors
-        and abs(sum(coefficients)) < 1e-12 * max(map(abs, coefficients), default=1.0) + 1e-300
-    ):
-        problems.append(
-            RecipeError(
-                f"coefficients {coefficients} sum to zero", where=where, mend="give weights with another sum"
-            )
+            RecipeError(f"coefficients {coefficients} sum to zero", where=where, mend="give weights with another sum")
         )
     if recipe.method != "auto" and recipe.method not in METHODS:
         problems.append(
             RecipeError(
-                f"unknown method {recipe.method!r}",
-                where=where,
-                mend=did_you_mean(recipe.method, [*METHODS, "auto"]),
+                f"unknown method {recipe.method!r}", where=where, mend=did_you_mean(recipe.method, [*METHODS, "auto"])
             )
         )
     raise_all(problems)
@@ -140,14 +125,10 @@ def read_mapping(path: Path, what: str, keys: str) -> dict[str, Any]:
         reason = getattr(error, "strerror", None) or error
         raise RecipeError(f"unreadable: {reason}", where=path, mend="check the path") from None
     except yaml.YAMLError as error:
-        raise RecipeError(
-            f"not YAML: {' '.join(str(error).split())}", where=path, mend="correct the file"
-        ) from None
+        raise RecipeError(f"not YAML: {' '.join(str(error).split())}", where=path, mend="correct the file") from None
     if not isinstance(values, dict):
         raise RecipeError(
-            f"{what} is a mapping, this is {type(values).__name__}",
-            where=path,
-            mend=f"write keys such as {keys}",
+            f"{what} is a mapping, this is {type(values).__name__}", where=path, mend=f"write keys such as {keys}"
         )
     return values
 
@@ -174,16 +155,12 @@ def _readable(error: ValidationError, where: str, model: type[BaseModel] | None 
         if entry["type"] == "extra_forbidden":
             fields = model or (Contributor if entry["loc"][0] == "contributors" else Recipe)
             found.append(
-                RecipeError(
-                    f"unknown key {place!r}", where=where, mend=did_you_mean(key, sorted(fields.model_fields))
-                )
+                RecipeError(f"unknown key {place!r}", where=where, mend=did_you_mean(key, sorted(fields.model_fields)))
             )
         elif entry["type"] == "missing":
             found.append(RecipeError(f"the key {place!r} is missing", where=where, mend=f"add {key}"))
         else:
             found.append(
-                RecipeError(
-                    f"{place}: {entry['input']!r}: {entry['msg']}", where=where, mend=f"correct {key}"
-                )
+                RecipeError(f"{place}: {entry['input']!r}: {entry['msg']}", where=where, mend=f"correct {key}")
             )
     return found

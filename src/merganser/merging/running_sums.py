@@ -63,19 +63,11 @@ class RunningSums:
                 if fact.layer and parent.statistics
             ]
             grams = [_hash_of(parent.statistics), *(entry.input if entry else None for entry in entries)]
-            value = [
-                *common,
-                parent.contributor.coefficient,
-                weights,
-                grams,
-                rows if rows is None else list(rows),
-            ]
+            value = [*common, parent.contributor.coefficient, weights, grams, rows if rows is None else list(rows)]
             found.append(hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest())
         return tuple(found)
 
-    def load(
-        self, unit: Unit, rows: Sequence[int] | None, keys: Sequence[str]
-    ) -> tuple[GramSums | None, int]:
+    def load(self, unit: Unit, rows: Sequence[int] | None, keys: Sequence[str]) -> tuple[GramSums | None, int]:
         """The sums of the first contributors, and how many these are; None and 0 where none are kept.
 
         Args:
@@ -135,9 +127,7 @@ def check_sums(
             "the folder of running sums is a model folder", where=folder, mend="give it a place of its own"
         )
     if folder.exists() and not folder.is_dir():
-        return CheckpointError(
-            "the place of the running sums is no folder", where=folder, mend="give a folder"
-        )
+        return CheckpointError("the place of the running sums is no folder", where=folder, mend="give a folder")
     return space_error(
         folder,
         sums_bytes(unit for unit in units if method.additive(unit)),

@@ -15,8 +15,7 @@ from merganser.methods.sums import GramSums
 from merganser.methods.task_vectors import TASK_ARITHMETIC, TIES
 
 METHODS: dict[str, Method] = {
-    method.name: method
-    for method in (SIMPLE, FISHER, REGMEAN, ACTMAT, OPTIMAL_TRANSPORT, TASK_ARITHMETIC, TIES)
+    method.name: method for method in (SIMPLE, FISHER, REGMEAN, ACTMAT, OPTIMAL_TRANSPORT, TASK_ARITHMETIC, TIES)
 }
 
 #: Methods whose merge is a function of sums over contributors, so that each can be added without the others.

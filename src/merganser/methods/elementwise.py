@@ -121,9 +121,7 @@ class Elementwise(Method):
         position = Position(name, rows, [share.number for share in shares], whole)
         coefficients = [share.coefficient for share in shares]
         found = self.function(base, deltas(), coefficients, self.options, position)
-        return Merged(
-            {name: found if base is None else added(base, found, getattr(self.options, "scale", 1.0))}
-        )
+        return Merged({name: found if base is None else added(base, found, getattr(self.options, "scale", 1.0))})
 
 
 def added(total: Tensor, tensor: Tensor, factor: float) -> Tensor:

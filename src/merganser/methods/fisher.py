@@ -12,9 +12,7 @@ class FisherOptions(Options):
     """Options of :data:`FISHER`."""
 
     ridge: float = Field(
-        1e-6,
-        ge=0,
-        description="pull toward the average, relative to the mean Fisher information of the tensor",
+        1e-6, ge=0, description="pull toward the average, relative to the mean Fisher information of the tensor"
     )
 
 

@@ -245,9 +245,7 @@ class LeastSquares(Method):
     def _metric(self, unit: Unit, share: Share, form: type[Form]) -> Form:
         metric = self.rules[unit.kind].metric(unit, share, self.options)
         if not isinstance(metric, form):
-            raise TypeError(
-                f"method {self.name!r}: {type(metric).__name__} is not a metric of {form.__name__}"
-            )
+            raise TypeError(f"method {self.name!r}: {type(metric).__name__} is not a metric of {form.__name__}")
         return metric
 
     def _elementwise(self, unit: Unit, shares: Sequence[Share], mean: float | None) -> Merged:
@@ -379,9 +377,7 @@ def solve_iteratively(
 
     if ridge:
         generator = torch.Generator().manual_seed(0)
-        signs = torch.randint(0, 2, average.shape, generator=generator, dtype=torch.float64).to(
-            average.device
-        )
+        signs = torch.randint(0, 2, average.shape, generator=generator, dtype=torch.float64).to(average.device)
         signs = signs * 2 - 1
         pull = ridge * float((signs * system(signs)).mean())
     residual = torch.zeros_like(average)

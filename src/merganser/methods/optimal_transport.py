@@ -55,9 +55,7 @@ BLOCKS = (
     Block("feed-forward", ("mlp.c_fc",), "mlp.c_proj"),  # GPT-2
     Block("feed-forward", ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"),  # Llama, Qwen
     Block(
-        "heads",
-        ("attention.self.query", "attention.self.key", "attention.self.value"),
-        "attention.output.dense",
+        "heads", ("attention.self.query", "attention.self.key", "attention.self.value"), "attention.output.dense"
     ),  # BERT, RoBERTa
     Block(
         "heads",
@@ -65,25 +63,15 @@ BLOCKS = (
         "attention.output.dense",
         maybe=("attention.self.pos_key_proj", "attention.self.pos_query_proj"),
     ),  # DeBERTa-v2, v3
-    Block(
-        "heads", ("attention.q_lin", "attention.k_lin", "attention.v_lin"), "attention.out_lin"
-    ),  # DistilBERT
+    Block("heads", ("attention.q_lin", "attention.k_lin", "attention.v_lin"), "attention.out_lin"),  # DistilBERT
     Block("heads", ("attn.c_attn",), "attn.c_proj", fused=3),  # GPT-2
     Block("heads", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.o_proj"),  # Llama
+    Block("heads", ("EncDecAttention.q", "EncDecAttention.k", "EncDecAttention.v"), "EncDecAttention.o"),  # T5
     Block(
-        "heads", ("EncDecAttention.q", "EncDecAttention.k", "EncDecAttention.v"), "EncDecAttention.o"
+        "heads", ("SelfAttention.q", "SelfAttention.k", "SelfAttention.v"), "SelfAttention.o", fixed=_SHARED_BIAS
     ),  # T5
     Block(
-        "heads",
-        ("SelfAttention.q", "SelfAttention.k", "SelfAttention.v"),
-        "SelfAttention.o",
-        fixed=_SHARED_BIAS,
-    ),  # T5
-    Block(
-        "heads",
-        ("attention.attn.q", "attention.attn.k", "attention.attn.v"),
-        "attention.attn.o",
-        fixed=_SHARED_BIAS,
+        "heads", ("attention.attn.q", "attention.attn.k", "attention.attn.v"), "attention.attn.o", fixed=_SHARED_BIAS
     ),  # MPNet
 )
 
@@ -133,10 +121,7 @@ class OptimalTransport(Method):
         merged: dict[str, Tensor] = {}
         moved = 0
         for share in shares:
-            parts = [
-                split(share.tensor(name), place, count)
-                for name, place in zip(unit.names, places, strict=True)
-            ]
+            parts = [split(share.tensor(name), place, count) for name, place in zip(unit.names, places, strict=True)]
             features = torch.cat([part.flatten(1).to(torch.float64) for part in parts], dim=1)
             if first is None:
                 first = features
@@ -181,11 +166,7 @@ class OptimalTransport(Method):
         known |= {name for fact in rows if fact.layer for name in (fact.name, fact.layer.bias)}
         inside = prefix + block.rows[0].rsplit(".", 1)[0] + "."
         for name, fact in by_name.items():
-            if (
-                name.startswith(inside)
-                and name not in known
-                and {*outputs, columns.heads} & {*fact.shape[:1]}
-            ):
+            if name.startswith(inside) and name not in known and {*outputs, columns.heads} & {*fact.shape[:1]}:
                 return f"{name.removeprefix(prefix)} may be ordered like its units"
         return None
 

@@ -22,9 +22,7 @@ class RegMeanOptions(Options):
     alpha: float = Field(0.9, ge=0, le=1, description="multiplier of the Gram matrices' off-diagonals")
     diagonal: bool = Field(False, description="use the Gram matrices' diagonals alone (the same as alpha 0)")
     ridge: float = Field(0.0, ge=0, description="pull toward the average, relative to tr(G)/d")
-    augment_bias: bool = Field(
-        True, description="solve a layer's bias with its weight, as an input that is always 1"
-    )
+    augment_bias: bool = Field(True, description="solve a layer's bias with its weight, as an input that is always 1")
     embeddings: bool = Field(True, description="merge embeddings row by row, by token counts")
 
 

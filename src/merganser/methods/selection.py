@@ -56,9 +56,7 @@ def kth_largest(
 def selection_memory(numbers: int, count: int) -> int:
     """Estimate of the bytes that :func:`kth_largest` takes for tensors of at least so many numbers each."""
     piece = min(numbers, _PIECE) * 4 * (count + 2)
-    return piece + (
-        9 * _BINS * count if numbers > _PIECE // 2 else 0
-    )  # a slice may be of fewer numbers than a piece
+    return piece + (9 * _BINS * count if numbers > _PIECE // 2 else 0)  # a slice may be of fewer numbers than a piece
 
 
 class Between:

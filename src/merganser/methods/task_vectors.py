@@ -68,11 +68,7 @@ def _thresholds(
 
 
 def _elect(
-    base: Tensor,
-    deltas: Iterator[Tensor],
-    coefficients: Sequence[float],
-    options: TIESOptions,
-    position: Position,
+    base: Tensor, deltas: Iterator[Tensor], coefficients: Sequence[float], options: TIESOptions, position: Position
 ) -> Tensor:
     """Trim, elect signs, and average what agrees."""
     trimmed = []

@@ -62,8 +62,7 @@ def add(parts: Sequence[Statistics]) -> tuple[StatisticsHeader, Mapping[str, Ten
         specs.append(TensorSpec(f"gram.{input}", "F32", (width * (width + 1) // 2,)))
     weights = [weights_of(header) for header in headers]
     groups: list[TensorGroup] = [
-        ([spec], partial(_sum, parts, [each.get(spec.name, 0) for each in weights], spec.name))
-        for spec in specs
+        ([spec], partial(_sum, parts, [each.get(spec.name, 0) for each in weights], spec.name)) for spec in specs
     ]
     labels = dict.fromkeys(header.label for header in headers if header.label)
     update = {"protocol": 1, "label": "; ".join(labels), "notes": _notes(headers)}
@@ -77,20 +76,14 @@ def sum_headers(headers: Sequence[StatisticsHeader]) -> StatisticsHeader:
         for number, layer in enumerate(headers[0].layers)
     )
     sums = {
-        field: sum(getattr(header, field) for header in headers)
-        for field in ("examples", "tokens", "fisher_examples")
+        field: sum(getattr(header, field) for header in headers) for field in ("examples", "tokens", "fisher_examples")
     }
     return headers[0].model_copy(update={"layers": layers, **sums})
 
 
 def weights_of(header: StatisticsHeader) -> dict[str, int]:
     """How many rows or examples each tensor is the mean of; token counts are sums and absent."""
-    rows = {
-        f"{kind}.{layer.input}": layer.rows
-        for layer in header.layers
-        if layer.input
-        for kind in ("gram", "mean")
-    }
+    rows = {f"{kind}.{layer.input}": layer.rows for layer in header.layers if layer.input for kind in ("gram", "mean")}
     return rows | {f"fisher.{name}": header.fisher_examples for name in header.tensor_sha256}
 
 
@@ -127,19 +120,14 @@ def scale(statistics: Statistics, factor: float) -> tuple[StatisticsHeader, Mapp
     most = max([header.fisher_examples, *(layer.rows for layer in header.layers)])
     if most * factor > MOST_ROWS:
         raise StatisticsError(
-            f"{most} rows times {factor:g} are too many to count",
-            where="FACTOR",
-            mend="give a smaller number",
+            f"{most} rows times {factor:g} are too many to count", where="FACTOR", mend="give a smaller number"
         )
     layers = tuple(layer.model_copy(update={"rows": _scaled(layer.rows, factor)}) for layer in header.layers)
     scaled = header.model_copy(
         update={
             "layers": layers,
             "fisher_examples": _scaled(header.fisher_examples, factor),
-            "notes": (
-                *header.notes,
-                f"weight of evidence: rows, counts and Fisher examples times {factor:g}",
-            ),
+            "notes": (*header.notes, f"weight of evidence: rows, counts and Fisher examples times {factor:g}"),
         }
     )
     groups: list[TensorGroup] = []
@@ -154,8 +142,7 @@ def _check_same(first: Statistics, other: Statistics) -> None:
     where = other.path
     if a.manifest_sha256 != b.manifest_sha256:
         raise StatisticsError(
-            f"statistics of different weights cannot be added: manifest {a.manifest_sha256} "
-            f"and {b.manifest_sha256}",
+            f"statistics of different weights cannot be added: manifest {a.manifest_sha256} and {b.manifest_sha256}",
             where=where,
             mend="collect both from the same checkpoint",
         )

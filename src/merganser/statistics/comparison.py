@@ -43,10 +43,7 @@ def header_differences(a: Statistics, b: Statistics) -> dict[str, tuple[str, str
         elif key == "layers":
             found[key] = (f"{len(left[key])} layers", f"{len(right[key])} layers, or other rows")
         elif key == "notes":
-            found[key] = (
-                "; ".join(set(left[key]) - set(right[key])),
-                "; ".join(set(right[key]) - set(left[key])),
-            )
+            found[key] = ("; ".join(set(left[key]) - set(right[key])), "; ".join(set(right[key]) - set(left[key])))
         else:
             found[key] = (str(left[key]), str(right[key]))
     return found

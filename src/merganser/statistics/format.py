@@ -111,9 +111,7 @@ def parse_header(text: str, file: Path) -> StatisticsHeader:
         raise StatisticsError(f"the header is no JSON: {error}", where=file, mend=AGAIN) from None
     protocol = fields.get("protocol") if isinstance(fields, dict) else None
     if type(protocol) is not int or protocol < 1:
-        raise StatisticsError(
-            f"the header has no valid protocol number ({protocol!r})", where=file, mend=AGAIN
-        )
+        raise StatisticsError(f"the header has no valid protocol number ({protocol!r})", where=file, mend=AGAIN)
     if protocol > PROTOCOL:
         raise StatisticsError(
             f"written by protocol {protocol}; this version of merganser reads up to {PROTOCOL}",

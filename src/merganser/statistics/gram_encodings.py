@@ -75,9 +75,7 @@ def width_of(info: TensorInfo) -> int:
 
 def protocol_of(tensors: Mapping[str, TensorInfo]) -> int:
     """The oldest protocol that has all of these tensors."""
-    new = any(
-        n.startswith(tuple(f"{part}." for part in _NEW)) or t.dtype == "BF16" for n, t in tensors.items()
-    )
+    new = any(n.startswith(tuple(f"{part}." for part in _NEW)) or t.dtype == "BF16" for n, t in tensors.items())
     return 2 if new else 1
 
 

@@ -11,14 +11,7 @@ from torch import Tensor
 from merganser.checkpoints import Checkpoint, TensorInfo, sha256_file
 from merganser.checkpoints.header import read_header, tensor_infos
 from merganser.errors import CheckpointError, StatisticsError, UserError, raise_all
-from merganser.statistics.format import (
-    AGAIN,
-    FILE_NAME,
-    METADATA_KEY,
-    LayerStatistics,
-    StatisticsHeader,
-    parse_header,
-)
+from merganser.statistics.format import AGAIN, FILE_NAME, METADATA_KEY, LayerStatistics, StatisticsHeader, parse_header
 from merganser.statistics.gram_encodings import GramEncoding, dense_gram, encoding_of
 from merganser.statistics.validation import (
     binding_problems,
@@ -74,9 +67,7 @@ class Statistics:
         header, infos = _read_layout(file)
         raise_all([_located(problem, file) for problem in layout_problems(header, infos)])
 
-        stored = Checkpoint(
-            str(file), file.parent, infos
-        )  # reads one tensor at a time, from an unchanged file
+        stored = Checkpoint(str(file), file.parent, infos)  # reads one tensor at a time, from an unchanged file
         return cls(header, infos, stored.read, file)
 
     @classmethod
@@ -175,9 +166,7 @@ class Statistics:
     @property
     def inputs(self) -> dict[str, GramEncoding]:
         """The inputs with a Gram matrix, and in which encoding the file holds it, in the order of the layers."""
-        return {
-            layer.input: encoding_of(self.tensors, layer.input) for layer in self.header.layers if layer.input
-        }
+        return {layer.input: encoding_of(self.tensors, layer.input) for layer in self.header.layers if layer.input}
 
     def width(self, input: str) -> int:
         """The d of an input's Gram matrix (d, d)."""

@@ -79,13 +79,9 @@ def parse_storage(text: str) -> Storage:
     if rank := re.fullmatch(r"lowrank:([1-9][0-9]{0,5})", text):
         return Storage("lowrank", int(rank[1]))
     if text.startswith("lowrank"):
-        raise UserError(
-            f"{text!r} has no rank of at least 1", where="--storage", mend="write it like lowrank:64"
-        )
+        raise UserError(f"{text!r} has no rank of at least 1", where="--storage", mend="write it like lowrank:64")
     raise UserError(
-        f"unknown storage {text!r}",
-        where="--storage",
-        mend=did_you_mean(text, ["float32", "bfloat16", "lowrank:64"]),
+        f"unknown storage {text!r}", where="--storage", mend=did_you_mean(text, ["float32", "bfloat16", "lowrank:64"])
     )
 
 
@@ -133,9 +129,7 @@ def _note(statistics: Statistics, storage: Storage, dense: int) -> str:
     if statistics.storage != "float32":
         text += f", of {statistics.storage}, whose losses stay"
     if storage.kind == "bfloat16" or dense:
-        text += (
-            "; off-diagonals were shrunk by scale.<input> where rounding had cost positive semi-definiteness"
-        )
+        text += "; off-diagonals were shrunk by scale.<input> where rounding had cost positive semi-definiteness"
     if dense:
         text += f"; bfloat16 for {dense} narrow inputs, for which so many eigenpairs take more room"
     return text
@@ -199,10 +193,7 @@ def _kept(statistics: Statistics, input: str, storage: Storage) -> list[str]:
 
 def _dense(statistics: Statistics, input: str) -> dict[str, Tensor]:
     with one_thread():
-        return {
-            f"gram.{input}": pack_upper(statistics.gram(input)),
-            f"mean.{input}": statistics.mean(input),
-        }
+        return {f"gram.{input}": pack_upper(statistics.gram(input)), f"mean.{input}": statistics.mean(input)}
 
 
 def _low_rank(statistics: Statistics, input: str, rank: int) -> dict[str, Tensor]:

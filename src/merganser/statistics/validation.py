@@ -164,9 +164,7 @@ def _other_weights(found: Sequence[str | None], how: str) -> Iterator[str]:
         yield f"statistics of other weights: {text}"
 
 
-def _misshapen(
-    header: StatisticsHeader, tensors: Mapping[str, TensorInfo], checkpoint: Checkpoint
-) -> Iterator[str]:
+def _misshapen(header: StatisticsHeader, tensors: Mapping[str, TensorInfo], checkpoint: Checkpoint) -> Iterator[str]:
     for layer in header.layers:
         shape = checkpoint.tensors[layer.weight].shape
         name = layer_tensors(tensors, layer.input, layer.module)[0]

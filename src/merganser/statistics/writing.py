@@ -84,10 +84,7 @@ def write_statistics(path: str | Path, header: StatisticsHeader, tensors: Mappin
     ordered = sorted(infos.values(), key=lambda info: (_ORDER.index(info.dtype), info.name))
     specs = [TensorSpec(info.name, info.dtype, info.shape) for info in ordered]
     text = json.dumps(header.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
-    with (
-        new_file(target) as work,
-        SafetensorsWriter(work.parent, {work.name: specs}, {METADATA_KEY: text}) as writer,
-    ):
+    with new_file(target) as work, SafetensorsWriter(work.parent, {work.name: specs}, {METADATA_KEY: text}) as writer:
         for name, tensor in tensors.items():
             writer.write(work.name, name, tensor)
     return target

@@ -51,10 +51,7 @@ class Collation:
         padding.
         """
         ids = [feature.input_ids for feature in features]
-        batch = {
-            "input_ids": pad(ids, self.pad_id),
-            "attention_mask": pad([[1] * len(row) for row in ids], 0),
-        }
+        batch = {"input_ids": pad(ids, self.pad_id), "attention_mask": pad([[1] * len(row) for row in ids], 0)}
         types = [feature.token_type_ids for feature in features if feature.token_type_ids is not None]
         if len(types) == len(features):
             batch["token_type_ids"] = pad(types, 0)
@@ -115,9 +112,7 @@ class Batches:
             yield Batch(indices, self.collate([self.features[index] for index in indices]))
 
 
-def make_batches(
-    features: Sequence[Feature], collate: Collation, batch_size: int, *, leading: int = 0
-) -> Batches:
+def make_batches(features: Sequence[Feature], collate: Collation, batch_size: int, *, leading: int = 0) -> Batches:
     """Group features of similar length into batches, the longest first: too large a batch fails at once.
 
     Args:

@@ -66,11 +66,7 @@ class TextClassification(Task):
     auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
     heads: ClassVar[tuple[str, ...]] = ("ForSequenceClassification",)
     problem: ClassVar[Problem | None] = "classification"
-    metrics: ClassVar[Mapping[str, Metric]] = {
-        "macro_f1": macro_f1,
-        "accuracy": accuracy,
-        "matthews": matthews,
-    }
+    metrics: ClassVar[Mapping[str, Metric]] = {"macro_f1": macro_f1, "accuracy": accuracy, "matthews": matthews}
 
     def __post_init__(self) -> None:
         if self.key and self.key not in self.metrics:

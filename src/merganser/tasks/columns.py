@@ -32,9 +32,7 @@ class Columns:
         known = [entry.name for entry in fields(cls)]
         for key in given or {}:
             if key not in known:
-                raise UserError(
-                    f"unknown column role {key!r}", where="columns", mend=did_you_mean(key, known)
-                )
+                raise UserError(f"unknown column role {key!r}", where="columns", mend=did_you_mean(key, known))
         return cls(**dict(given or {}))
 
 

@@ -129,6 +129,5 @@ def as_bio(sentences: Sequence[Sequence[str]]) -> list[list[str]]:
     if already:
         return [list(tags) for tags in sentences]
     return [
-        [f"B-{tag[2:]}" if tag[0] == "I" and tag[2:] != before[2:] else tag for before, tag in tags]
-        for tags in pairs
+        [f"B-{tag[2:]}" if tag[0] == "I" and tag[2:] != before[2:] else tag for before, tag in tags] for tags in pairs
     ]

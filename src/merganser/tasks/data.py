@@ -71,8 +71,7 @@ class Rows(Sequence[Row]):
             raise DataError(
                 f"the row has no {column!r}",
                 where=self.where(index),
-                mend="fill it in, or remove the row"
-                + (f", or choose another column with {option}" if option else ""),
+                mend="fill it in, or remove the row" + (f", or choose another column with {option}" if option else ""),
             )
         return value
 
@@ -93,9 +92,7 @@ def joined(parts: Sequence[Rows], source: str) -> Rows:
 
 def selected(rows: Rows, indices: Sequence[int]) -> Rows:
     """Some of the rows, in the given order."""
-    return replace(
-        rows, rows=tuple(rows.rows[i] for i in indices), places=tuple(rows.places[i] for i in indices)
-    )
+    return replace(rows, rows=tuple(rows.rows[i] for i in indices), places=tuple(rows.places[i] for i in indices))
 
 
 def sample(rows: Rows, limit: int | None, seed: int) -> Rows:
@@ -132,9 +129,7 @@ def read_rows(
         name, split = suffixed["source"], suffixed["split"]
     rows = _read(name, split, limit, prefer)
     if not rows.rows:
-        raise DataError(
-            "no data: not a single row", where=rows.source, mend="give data with at least one row"
-        )
+        raise DataError("no data: not a single row", where=rows.source, mend="give data with at least one row")
     return rows
 
 
@@ -158,9 +153,7 @@ def _read(name: str, split: str | None, limit: int | None, prefer: Sequence[str]
         return _from_folder(name, Path(base).expanduser(), config, split, limit, prefer)
     if path.suffix.lower() in READERS or not _NAME.fullmatch(base) or name.startswith("."):
         raise DataError(
-            "no such file or folder",
-            where=name,
-            mend="check the path; data sets are given as name or name:config",
+            "no such file or folder", where=name, mend="check the path; data sets are given as name or name:config"
         )
     return _from_datasets(name, base, config or None, split, limit, prefer)
 
@@ -278,9 +271,7 @@ def _from_loaded(name: str, loaded: Any, split: str | None, limit: int | None, p
         loaded = loaded[chosen]
     elif split is not None and str(loaded.split or "") != split:
         raise DataError(
-            f"this data set has no splits, but split {split!r} was asked for",
-            where=name,
-            mend="leave the split out",
+            f"this data set has no splits, but split {split!r} was asked for", where=name, mend="leave the split out"
         )
     class_names: dict[str, tuple[str, ...]] = {}
     for column, feature in loaded.features.items():

@@ -53,9 +53,7 @@ class FeatureExtraction(Task):
     def model_class(self, config: Mapping[str, Any]) -> str:
         """The architecture itself where it reads text alone: the head of a masked language model counts."""
         name = architecture(config)
-        usable = name.endswith(("Model", "ForMaskedLM")) and isinstance(
-            getattr(transformers, name, None), type
-        )
+        usable = name.endswith(("Model", "ForMaskedLM")) and isinstance(getattr(transformers, name, None), type)
         return name if usable else self.auto_class
 
     def references(self, rows: Rows, columns: Columns, space: LabelSpace) -> list[None]:

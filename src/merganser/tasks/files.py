@@ -37,9 +37,7 @@ def read_file(path: Path) -> Numbered:
     try:
         yield from reader(path)
     except OSError as error:
-        raise DataError(
-            f"cannot be read: {error.strerror or error}", where=path, mend="check the file"
-        ) from None
+        raise DataError(f"cannot be read: {error.strerror or error}", where=path, mend="check the file") from None
 
 
 def _text_lines(path: Path) -> Iterator[str]:
@@ -59,9 +57,7 @@ def _text_lines(path: Path) -> Iterator[str]:
 def _object(value: Any, where: str) -> Row:
     if not isinstance(value, dict):
         raise DataError(
-            f"not an object but {json.dumps(value)[:60]}",
-            where=where,
-            mend="each row must be a JSON object {…}",
+            f"not an object but {json.dumps(value)[:60]}", where=where, mend="each row must be a JSON object {…}"
         )
     return value
 
@@ -102,9 +98,7 @@ def _read_json(path: Path) -> Numbered:
                 raise _unreadable(ValueError("text after the end of the list"), f"{path}:{line}")
             return
         elif not first:
-            raise _unreadable(
-                ValueError("expected ',' or ']'"), f"{path}:{text.count(chr(10), 0, position) + 1}"
-            )
+            raise _unreadable(ValueError("expected ',' or ']'"), f"{path}:{text.count(chr(10), 0, position) + 1}")
         line += text.count("\n", counted, position)
         counted, where = position, f"{path}:{line}"
         try:
@@ -185,9 +179,7 @@ def _read_parquet(path: Path) -> Numbered:
                     yield number, row
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(
-            f"unreadable Parquet file: {str(error).splitlines()[0]}",
-            where=path,
-            mend="copy or write it again",
+            f"unreadable Parquet file: {str(error).splitlines()[0]}", where=path, mend="copy or write it again"
         ) from None
 
 

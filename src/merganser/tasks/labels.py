@@ -57,9 +57,7 @@ class LabelSpace:
         extra = config.get("label2id")
         pairs = extra.items() if isinstance(extra, Mapping) else ()
         aliases = tuple(
-            (str(name), int(index))
-            for name, index in pairs
-            if name not in names and 0 <= int(index) < len(names)
+            (str(name), int(index)) for name, index in pairs if name not in names and 0 <= int(index) < len(names)
         )
         return cls(names, aliases)
 
@@ -109,9 +107,7 @@ class LabelReader:
 
     def __init__(self, space: LabelSpace, class_names: Sequence[str] | None = None) -> None:
         self.space = space
-        self.class_names = (
-            class_names if class_names and all(space.find(n) >= 0 for n in class_names) else None
-        )
+        self.class_names = class_names if class_names and all(space.find(n) >= 0 for n in class_names) else None
         self._numeric = all(name.isdecimal() for name in space.names)
         self._cache: dict[Any, int] = {}
 
@@ -123,9 +119,7 @@ class LabelReader:
         """
         key = (type(value), value) if isinstance(value, str | int | float) else None
         if key is None:
-            raise DataError(
-                f"the label is a {type(value).__name__}, not a name or a number", where=where, mend=CHOOSE
-            )
+            raise DataError(f"the label is a {type(value).__name__}, not a name or a number", where=where, mend=CHOOSE)
         if key not in self._cache:
             self._cache[key] = self._place(value)
         place = self._cache[key]

@@ -89,9 +89,7 @@ def open_model(reference: str | Path, *, allow_pickle: bool = False) -> Opened:
             if not config:
                 raise _no_subfolder(root, subfolder)
     if not config:
-        raise CheckpointError(
-            "no config.json here", where=name, mend="give a model folder in Hugging Face layout"
-        )
+        raise CheckpointError("no config.json here", where=name, mend="give a model folder in Hugging Face layout")
     return Opened(name, checkpoint, root, subfolder, config)
 
 
@@ -100,9 +98,7 @@ def _no_subfolder(root: Path, subfolder: str) -> CheckpointError:
     return CheckpointError(
         f"there is no {subfolder!r} in this model",
         where=root,
-        mend=f"choose one of {', '.join(found)}"
-        if found
-        else "leave it out: the model has no separate heads",
+        mend=f"choose one of {', '.join(found)}" if found else "leave it out: the model has no separate heads",
     )
 
 
@@ -124,9 +120,7 @@ def load_tokenizer(opened: Opened) -> Any:
             )
     except Exception as error:  # damaged files; the loaders raise many kinds
         raise _no_tokenizer(place, first_line(error)) from None
-    if len(tokenizer) <= len(
-        tokenizer.all_special_tokens
-    ):  # made up by transformers from a configuration alone
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # made up by transformers from a configuration alone
         raise _no_tokenizer(place, "it has no vocabulary")
     return tokenizer
 
@@ -220,13 +214,7 @@ def length_limit(config: Mapping[str, Any], tokenizer: Any) -> int | None:
     tokenizer_limit = getattr(tokenizer, "model_max_length", None)
     if tokenizer_limit and tokenizer_limit < 1_000_000:  # transformers' word for "no limit" is 1e30
         limits.append(int(tokenizer_limit))
-    if config.get("model_type") not in (
-        "t5",
-        "mt5",
-        "umt5",
-        "longt5",
-        "switch_transformers",
-    ):  # n_positions is unused
+    if config.get("model_type") not in ("t5", "mt5", "umt5", "longt5", "switch_transformers"):  # n_positions is unused
         positions = config.get("max_position_embeddings") or config.get("n_positions")
         if isinstance(positions, int) and positions > 0:
             shifted = config.get("model_type") in _SHIFTED_POSITIONS

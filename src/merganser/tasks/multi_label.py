@@ -71,11 +71,7 @@ class MultiLabel(Task):
     auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
     heads: ClassVar[tuple[str, ...]] = ("ForSequenceClassification",)
     problem: ClassVar[Problem | None] = "multi_label"
-    metrics: ClassVar[Mapping[str, Metric]] = {
-        "macro_f1": macro_f1,
-        "micro_f1": micro_f1,
-        "accuracy": accuracy,
-    }
+    metrics: ClassVar[Mapping[str, Metric]] = {"macro_f1": macro_f1, "micro_f1": micro_f1, "accuracy": accuracy}
     usual: ClassVar[Mapping[str, tuple[str, ...]]] = {"label": ("labels", "label", "classes", "categories")}
 
     def __post_init__(self) -> None:
@@ -107,9 +103,7 @@ class MultiLabel(Task):
         lists = [value for value in values if isinstance(value, list)]
         vectors = bool(lists) and all(_is_vector(value, len(space)) for value in lists)
         if not vectors:
-            vectors = any(
-                None in value for value in lists
-            )  # a list of labels has no null: vectors, some malformed
+            vectors = any(None in value for value in lists)  # a list of labels has no null: vectors, some malformed
         reader = LabelReader(space, rows.class_names.get(column))
         found = np.zeros((len(rows), len(space)), np.float32)
         for index, value in enumerate(values):
@@ -181,7 +175,5 @@ def _mark(mark: Any, where: str) -> float:
     if mark is None:
         return float("nan")
     if isinstance(mark, str) or mark not in _BINARY:
-        raise DataError(
-            f"a label is marked {mark!r}", where=where, mend="mark it 0, 1 or null (not annotated)"
-        )
+        raise DataError(f"a label is marked {mark!r}", where=where, mend="mark it 0, 1 or null (not annotated)")
     return float(mark)

@@ -52,9 +52,7 @@ class Regression(Task):
     problem: ClassVar[Problem | None] = "regression"
     metrics: ClassVar[Mapping[str, Metric]] = {"pearson": pearson, "spearman": spearman, "mse": mse}
     lower_is_better: ClassVar[frozenset[str]] = frozenset({"mse"})
-    usual: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "label": ("label", "labels", "score", "rating", "similarity")
-    }
+    usual: ClassVar[Mapping[str, tuple[str, ...]]] = {"label": ("label", "labels", "score", "rating", "similarity")}
 
     def fits(self, config: Mapping[str, Any]) -> bool:
         """A classifier with a single output."""
@@ -78,8 +76,7 @@ class Regression(Task):
         """The numbers: float64 (rows,)."""
         column = columns.label or "label"
         return np.array(
-            [_number(rows.value(i, column, option("label")), rows.where(i)) for i in range(len(rows))],
-            np.float64,
+            [_number(rows.value(i, column, option("label")), rows.where(i)) for i in range(len(rows))], np.float64
         )
 
     def label(self, reference: Any) -> float:

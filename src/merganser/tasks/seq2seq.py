@@ -41,10 +41,7 @@ class Seq2Seq(Task):
     heads: ClassVar[tuple[str, ...]] = ("ForConditionalGeneration", "ForSeq2SeqLM")
     problem: ClassVar[Problem | None] = "sequence"
     metrics: ClassVar[Mapping[str, Metric]] = {"exact_match": exact_match}
-    needs: ClassVar[tuple[str, ...]] = (
-        "text",
-        "target",
-    )  # the decoder reads the target: collecting needs it, too
+    needs: ClassVar[tuple[str, ...]] = ("text", "target")  # the decoder reads the target: collecting needs it, too
     wants: ClassVar[tuple[str, ...]] = ()
     label_role: ClassVar[str | None] = None
     usual: ClassVar[Mapping[str, tuple[str, ...]]] = {
@@ -54,9 +51,7 @@ class Seq2Seq(Task):
 
     def fits(self, config: Mapping[str, Any]) -> bool:
         """An encoder-decoder over text (models of images end in ``ForConditionalGeneration``, too)."""
-        return (
-            self.has_head(config) and config.get("model_type") in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
-        )
+        return self.has_head(config) and config.get("model_type") in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 
     def references(self, rows: Rows, columns: Columns, space: LabelSpace) -> list[str]:
         """The targets."""
@@ -92,9 +87,7 @@ class Seq2Seq(Task):
         asked = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         generator: Any = model
         with torch.inference_mode(), quiet():
-            ids = generator.generate(
-                **asked, max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1
-            )
+            ids = generator.generate(**asked, max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1)
         return list(tokenizer.batch_decode(ids, skip_special_tokens=True))
 
     def align(self, outputs: Sequence[str], own: LabelSpace, space: LabelSpace) -> list[str]:
@@ -107,6 +100,4 @@ class Seq2Seq(Task):
 
     def judge(self, aligned: Sequence[str], references: Sequence[Any], space: LabelSpace) -> np.ndarray:
         """Whether each text is the target: bool (examples,)."""
-        return np.array(
-            [text == " ".join(str(true).split()) for text, true in zip(aligned, references, strict=True)]
-        )
+        return np.array([text == " ".join(str(true).split()) for text, true in zip(aligned, references, strict=True)])

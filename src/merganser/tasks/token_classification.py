@@ -55,9 +55,7 @@ class TokenClassification(Task):
                 raise DataError(f"{words!r} and {column!r} must both be lists", where=where, mend=CHOOSE)
             if len(tags) != len(tokens):
                 raise DataError(
-                    f"{len(tokens)} words but {len(tags)} tags",
-                    where=where,
-                    mend="give one tag for each word",
+                    f"{len(tokens)} words but {len(tags)} tags", where=where, mend="give one tag for each word"
                 )
             found.append([space.names[reader.read(tag, where)] for tag in tags])
         return found
@@ -108,19 +106,12 @@ class TokenClassification(Task):
         """The mean of the logits word by word, whatever the models' tokenizers."""
         return [mean_of_known(np.stack(models)) for models in zip(*aligned, strict=True)]
 
-    def judge(
-        self, aligned: Sequence[np.ndarray], references: Sequence[Any], space: LabelSpace
-    ) -> np.ndarray:
+    def judge(self, aligned: Sequence[np.ndarray], references: Sequence[Any], space: LabelSpace) -> np.ndarray:
         """Right, predicted and true entities of each sequence: int64 (examples, 3)."""
-        counts = [
-            count_entities(_tags(logits, space), tags)
-            for logits, tags in zip(aligned, references, strict=True)
-        ]
+        counts = [count_entities(_tags(logits, space), tags) for logits, tags in zip(aligned, references, strict=True)]
         return np.array(counts, np.int64).reshape(-1, 3)
 
-    def by_label(
-        self, aligned: Sequence[np.ndarray], references: Sequence[Any], space: LabelSpace
-    ) -> dict[str, float]:
+    def by_label(self, aligned: Sequence[np.ndarray], references: Sequence[Any], space: LabelSpace) -> dict[str, float]:
         """Entity F1 of each type that occurs."""
         predicted = [_tags(logits, space) for logits in aligned]
         kinds = sorted({tag[2:] for tags in references for tag in tags if tag != OUTSIDE})
@@ -155,10 +146,7 @@ def _tags(logits: np.ndarray, space: LabelSpace) -> list[str]:
     """The best tag of each word; O where nothing is known of it (it was cut off)."""
     known = np.where(np.isnan(logits), -np.inf, logits)
     best = known.argmax(axis=1) if len(known) else []
-    return [
-        space.names[place] if np.isfinite(row).any() else OUTSIDE
-        for place, row in zip(best, known, strict=True)
-    ]
+    return [space.names[place] if np.isfinite(row).any() else OUTSIDE for place, row in zip(best, known, strict=True)]
 
 
 def _of(kind: str, tags: Sequence[str]) -> list[str]:

@@ -10,9 +10,7 @@ from merganser.errors import CheckpointError, DataError
 from merganser.tasks.batches import Feature
 from merganser.tasks.data import Rows
 
-_CHUNK = (
-    512  # texts tokenised at once: enough to be fast, few enough to keep the tokenizer's own records small
-)
+_CHUNK = 512  # texts tokenised at once: enough to be fast, few enough to keep the tokenizer's own records small
 
 
 @dataclass(frozen=True)
@@ -94,40 +92,23 @@ def encode_texts(
 
 def no_tokens(rows: Rows, index: int) -> DataError:
     """The error of a text that the tokenizer makes nothing of."""
-    return DataError(
-        "the text has no tokens", where=rows.where(index), mend="remove the row, or give it a text"
-    )
+    return DataError("the text has no tokens", where=rows.where(index), mend="remove the row, or give it a text")
 
 
 def _tokenise(
-    tokenizer: Any,
-    texts: list[str],
-    pairs: list[str] | None,
-    types: bool,
-    target: bool,
-    max_length: int | None = None,
+    tokenizer: Any, texts: list[str], pairs: list[str] | None, types: bool, target: bool, max_length: int | None = None
 ) -> list[Feature]:
     given = {"text_target": texts} if target else {"text": texts, "text_pair": pairs}
-    cut = (
-        {"truncation": False}
-        if max_length is None
-        else {"truncation": "longest_first", "max_length": max_length}
-    )
+    cut = {"truncation": False} if max_length is None else {"truncation": "longest_first", "max_length": max_length}
     encoded = tokenizer(
         **given, **cut, padding=False, return_attention_mask=False, return_token_type_ids=types, verbose=False
     )
     type_rows = encoded["token_type_ids"] if types else [None] * len(texts)
-    return [
-        Feature(ids, token_types) for ids, token_types in zip(encoded["input_ids"], type_rows, strict=True)
-    ]
+    return [Feature(ids, token_types) for ids, token_types in zip(encoded["input_ids"], type_rows, strict=True)]
 
 
 def encode_words(
-    rows: Rows,
-    sentences: Sequence[Sequence[str]],
-    tokenizer: Any,
-    config: Mapping[str, Any],
-    max_length: int,
+    rows: Rows, sentences: Sequence[Sequence[str]], tokenizer: Any, config: Mapping[str, Any], max_length: int
 ) -> Encoded:
     """Tokenise texts that are split into words, and find the first sub-word of each word.
 
@@ -148,19 +129,10 @@ def encode_words(
     shortened: set[int] = set()
     for start in range(0, len(sentences), _CHUNK):
         chunk = [list(words) for words in sentences[start : start + _CHUNK]]
-        options = {
-            "is_split_into_words": True,
-            "padding": False,
-            "return_token_type_ids": types,
-            "verbose": False,
-        }
+        options = {"is_split_into_words": True, "padding": False, "return_token_type_ids": types, "verbose": False}
         whole = tokenizer(chunk, truncation=False, **options)
         long = [index for index, ids in enumerate(whole["input_ids"]) if len(ids) > max_length]
-        cut = (
-            tokenizer([chunk[i] for i in long], truncation=True, max_length=max_length, **options)
-            if long
-            else None
-        )
+        cut = tokenizer([chunk[i] for i in long], truncation=True, max_length=max_length, **options) if long else None
         shortened |= {start + index for index in long}
         for index, words in enumerate(chunk):
             source, place = (cut, long.index(index)) if cut is not None and index in long else (whole, index)

@@ -24,13 +24,7 @@ from merganser.tasks.classification import TextClassification
 from merganser.tasks.data import Rows
 from merganser.tasks.models import quiet
 from merganser.training.heads import Start, load_start, open_start
-from merganser.training.loop import (
-    Examples,
-    OnStep,
-    Ran,
-    Run,
-    run_trainer,
-)
+from merganser.training.loop import Examples, OnStep, Ran, Run, run_trainer
 from merganser.training.prepare import GivenColumns, prepare
 from merganser.training.resume import clear, fingerprint, take_up
 from merganser.training.settings import TrainingSettings
@@ -152,12 +146,7 @@ def train(
 
 
 def prepare_base(
-    base: str | Path,
-    *,
-    label_names: Sequence[str],
-    output: str | Path,
-    seed: int = 1,
-    overwrite: bool = False,
+    base: str | Path, *, label_names: Sequence[str], output: str | Path, seed: int = 1, overwrite: bool = False
 ) -> Path:
     """Save ``base`` with a classification head drawn from ``seed``: the common start of several specialists.
 

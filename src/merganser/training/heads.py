@@ -14,15 +14,7 @@ from torch import nn
 from merganser.errors import CheckpointError, DataError, UserError
 from merganser.tasks.base import Task
 from merganser.tasks.labels import LabelSpace
-from merganser.tasks.models import (
-    Opened,
-    first_line,
-    load_model,
-    load_tokenizer,
-    open_model,
-    prepare_padding,
-    quiet,
-)
+from merganser.tasks.models import Opened, first_line, load_model, load_tokenizer, open_model, prepare_padding, quiet
 
 #: Task.problem -> ``problem_type`` in the configuration; tasks that are not here keep the pretrained head.
 PROBLEM_TYPES = {
@@ -58,9 +50,7 @@ class Start:
     tokenizer: Any
 
 
-def open_start(
-    base: str | Path, task: Task, labels: Sequence[str] = (), *, allow_pickle: bool = False
-) -> Start:
+def open_start(base: str | Path, task: Task, labels: Sequence[str] = (), *, allow_pickle: bool = False) -> Start:
     """Find out, from the headers alone, what a training of ``task`` starts from.
 
     Args:
@@ -76,9 +66,7 @@ def open_start(
         UserError: a task that has nothing to learn.
     """
     if task.problem is None:
-        raise UserError(
-            f"{task.name} has nothing to learn", where="task", mend="choose a task with labels or targets"
-        )
+        raise UserError(f"{task.name} has nothing to learn", where="task", mend="choose a task with labels or targets")
     opened = open_model(base, allow_pickle=allow_pickle)
     config = dict(opened.config)
     if task.problem not in PROBLEM_TYPES:
@@ -98,9 +86,7 @@ def open_start(
 
 def _check_labels(labels: Sequence[str], task: Task) -> None:
     least = {"classification": 2, "tokens": 2}.get(str(task.problem), 1)
-    wrong = (
-        len(labels) < least or len(set(labels)) < len(labels) or not all(isinstance(n, str) for n in labels)
-    )
+    wrong = len(labels) < least or len(set(labels)) < len(labels) or not all(isinstance(n, str) for n in labels)
     if wrong or (task.problem == "regression" and len(labels) > 1):
         wanted = {"regression": "one name"}.get(
             str(task.problem), f"{'at least two ' if least == 2 else ''}distinct names"
@@ -128,9 +114,7 @@ def load_start(start: Start, seed: int, folder: Path | None = None, *, allow_pic
     task, opened = start.task, start.opened
     if task.problem not in PROBLEM_TYPES:
         source = opened if folder is None else open_model(folder)
-        return load_model(
-            source, task.model_class(source.config), complete=task.complete, allow_pickle=allow_pickle
-        )
+        return load_model(source, task.model_class(source.config), complete=task.complete, allow_pickle=allow_pickle)
     opened.checkpoint.fetch()
     place = opened.root / opened.subfolder if folder is None else folder
     try:

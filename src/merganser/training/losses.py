@@ -49,9 +49,7 @@ def make_loss(
     weighted = reweight != "none"
     if weighted and problem not in ("classification", "multi_label", "tokens"):
         raise UserError(
-            "reweighting by label frequency has no meaning for this task",
-            where="reweight",
-            mend="give reweight: none",
+            "reweighting by label frequency has no meaning for this task", where="reweight", mend="give reweight: none"
         )
     if problem == "multi_label":
         marks = np.array([feature.labels for feature in features], np.float64)
@@ -127,10 +125,6 @@ class _WeightedClasses:
         flat = labels.reshape(-1)
         self.weights = self.weights.to(logits.device)
         total = functional.cross_entropy(
-            logits.float().reshape(len(flat), -1),
-            flat,
-            weight=self.weights,
-            ignore_index=IGNORED,
-            reduction="sum",
+            logits.float().reshape(len(flat), -1), flat, weight=self.weights, ignore_index=IGNORED, reduction="sum"
         )
         return total / (flat != IGNORED).sum().clamp(min=1)

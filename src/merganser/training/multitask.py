@@ -335,9 +335,7 @@ def _check_parts(parts: Sequence[Part], shared: bool, starts: Mapping[str, Any])
         return
     for part in parts:
         if part.task.problem not in PROBLEM_TYPES:
-            raise UserError(
-                f"{part.task.name} has no head of its own", where=part.name, mend="give shared=True"
-            )
+            raise UserError(f"{part.task.name} has no head of its own", where=part.name, mend="give shared=True")
     if starts and set(starts) != set(names):
         raise UserError(
             f"starts are given for {', '.join(sorted(starts))}, the parts are {', '.join(names)}",

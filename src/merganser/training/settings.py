@@ -83,18 +83,13 @@ def make_settings(where: str = "training", /, **values: Any) -> TrainingSettings
             name = ".".join(str(part) for part in entry["loc"])
             what, mend = entry["msg"].removeprefix("Value error, "), "give another value"
             if entry["type"] == "extra_forbidden":
-                what, mend = (
-                    "there is no such hyper-parameter",
-                    did_you_mean(name, TrainingSettings.model_fields),
-                )
+                what, mend = ("there is no such hyper-parameter", did_you_mean(name, TrainingSettings.model_fields))
             problems.append(UserError(f"{name}: {what}" if name else what, where=where, mend=mend))
         raise_all(problems)
         raise  # not reached
 
 
-def with_changes(
-    settings: TrainingSettings, *layers: Mapping[str, Any], where: str = "training"
-) -> TrainingSettings:
+def with_changes(settings: TrainingSettings, *layers: Mapping[str, Any], where: str = "training") -> TrainingSettings:
     """Settings with a user's changes, each layer over those before it.
 
     Epochs that a layer names beat a ``max_steps`` of what lies below it, such as the published one.

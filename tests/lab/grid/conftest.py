@@ -12,12 +12,7 @@ import pytest
 
 from merganser.lab.grid.config import ExperimentConfig
 
-SETS = {
-    "one": ("joy", "anger"),
-    "two": ("joy", "fear"),
-    "three": ("anger", "fear", "sadness"),
-    "far": ("joy", "fear"),
-}
+SETS = {"one": ("joy", "anger"), "two": ("joy", "fear"), "three": ("anger", "fear", "sadness"), "far": ("joy", "fear")}
 MOODS = {"joy": "good liked yes", "anger": "bad no not", "fear": "movie was", "sadness": "food is"}
 
 
@@ -33,13 +28,7 @@ def write_suite(root: Path) -> Path:
                 words = [*MOODS[chosen].split(), *draw.choices("the a I it saw in".split(), k=3)]  # noqa: SIM905
                 draw.shuffle(words)
                 emotions = {label: int(label == chosen) for label in labels}
-                record = {
-                    "source": name,
-                    "text": " ".join(words),
-                    "split": split,
-                    "emotions": emotions,
-                    "VAD": {},
-                }
+                record = {"source": name, "text": " ".join(words), "split": split, "emotions": emotions, "VAD": {}}
                 lines.append(json.dumps(record))
             (root / name / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
     return root

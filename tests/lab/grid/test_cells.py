@@ -42,11 +42,7 @@ def test_pairs():
     cells = expand(config(heads=["same", "different"]))
     found = merges(cells)
     assert len(found) == 3 * 3 * 2
-    assert {tuple(s.name for s in cell.contributors) for cell in found} == {
-        ("a", "b"),
-        ("a", "c"),
-        ("b", "c"),
-    }
+    assert {tuple(s.name for s in cell.contributors) for cell in found} == {("a", "b"), ("a", "c"), ("b", "c")}
     different = [cell for cell in found if cell.heads == "different"]
     assert all(cell.contributors[0].seed != cell.contributors[1].seed for cell in different)
     assert len(models_of(cells)) == 9  # both head initialisations use the same models
@@ -55,10 +51,7 @@ def test_pairs():
 def test_greedy_grows_in_the_given_order_and_multitask_comes_once():
     made = config(layout="greedy", comparators=["individual", "ensemble", "multitask"], seeds=[1])
     cells = expand(made, ["c", "a", "b"])
-    assert [tuple(s.name for s in cell.contributors) for cell in merges(cells)] == [
-        ("c", "a"),
-        ("c", "a", "b"),
-    ]
+    assert [tuple(s.name for s in cell.contributors) for cell in merges(cells)] == [("c", "a"), ("c", "a", "b")]
     assert len(merges(cells, "individual")) == 3
     assert [len(cell.contributors) for cell in merges(cells, "multitask")] == [3]
     fixed = config(layout="greedy", order=["b", "c", "a"], seeds=[1])

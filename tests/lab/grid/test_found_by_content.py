@@ -67,17 +67,13 @@ def test_filtered_runs_add_to_a_full_one_and_evict_nothing(
     pair = run_experiment(filtered(config, tmp_path, "three", "one"), **places)
     assert pair.failures == () and before.items() <= cells_of(pair).items()
     if layout == "pairs":
-        assert (
-            pair.done == 0 and cells_of(pair) == before
-        )  # found by content, in whatever order they are named
+        assert pair.done == 0 and cells_of(pair) == before  # found by content, in whatever order they are named
     again = run_experiment(config, **places)
     assert again.done == 0 and again.cells == full.cells == len(expand(config))
     assert dict(work) == trained
 
 
-def test_pair_by_pair_and_seed_by_seed_is_the_full_run(
-    tmp_path: Path, trial: Trial, work: Counter[str]
-) -> None:
+def test_pair_by_pair_and_seed_by_seed_is_the_full_run(tmp_path: Path, trial: Trial, work: Counter[str]) -> None:
     config = trial(heads=["same", "different"], comparators=ALL)
     places = {"results": tmp_path / "r", "zoo": tmp_path / "zoo"}
     done = 0
@@ -150,9 +146,7 @@ def test_statistics_that_cannot_be_collected_are_tried_once(
     assert done.cells == 3 + 3  # individuals and averages
 
 
-def test_options_of_scoring_alone_train_nothing_again(
-    tmp_path: Path, trial: Trial, work: Counter[str]
-) -> None:
+def test_options_of_scoring_alone_train_nothing_again(tmp_path: Path, trial: Trial, work: Counter[str]) -> None:
     """Also where the best epoch is chosen: it is chosen by the suite's own rule."""
     usual = trial(seeds=[1], contributors=["one", "two"], methods=["simple"])
     training = {**usual.training, "best_epoch": True}
@@ -183,11 +177,7 @@ def test_another_limit_of_the_training_data_is_another_partition(
     config = trial(
         layout="partitions",
         partitions={"parts": 2, "total": 1000, "iid": True},
-        suite={
-            "name": "text-classification",
-            "root": str(write_texts(tmp_path)),
-            "limits": {"train": 30},
-        },
+        suite={"name": "text-classification", "root": str(write_texts(tmp_path)), "limits": {"train": 30}},
         contributors=["one"],
         seeds=[3],
         methods=["simple"],
@@ -207,10 +197,7 @@ def test_another_limit_of_the_training_data_is_another_partition(
 
 def write_texts(folder: Path) -> Path:
     for split, count in (("train", 60), ("dev", 8), ("test", 8)):
-        rows = [
-            {"text": f"the movie {n} was {('good', 'bad')[n % 2]}", "label": "ab"[n % 2]}
-            for n in range(count)
-        ]
+        rows = [{"text": f"the movie {n} was {('good', 'bad')[n % 2]}", "label": "ab"[n % 2]} for n in range(count)]
         path = folder / "own" / "one" / f"{split}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -24,14 +24,7 @@ def test_sigkill_and_the_same_command_again(tmp_path: Path, trial: Trial) -> Non
     config = trial(comparators=["individual", "ensemble"], seeds=[1])
     file = tmp_path / "trial.yaml"
     file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    arguments = [
-        "experiment",
-        str(file),
-        "--zoo",
-        str(tmp_path / "zoo"),
-        "--results",
-        str(tmp_path / "killed"),
-    ]
+    arguments = ["experiment", str(file), "--zoo", str(tmp_path / "zoo"), "--results", str(tmp_path / "killed")]
     process = subprocess.Popen(
         [sys.executable, "-m", "merganser", *arguments],
         stdout=subprocess.DEVNULL,
@@ -58,9 +51,7 @@ def test_sigkill_and_the_same_command_again(tmp_path: Path, trial: Trial) -> Non
     whole = [*arguments[:-1], str(tmp_path / "whole")]
     assert CliRunner().invoke(cli, whole, catch_exceptions=False).exit_code == 0
     first, second = _scores(cells), _scores(tmp_path / "whole" / "trial" / "cells")
-    assert (
-        first == second and len(first) == 3 + 3 * 3
-    )  # individuals; for each pair an ensemble and two merges
+    assert first == second and len(first) == 3 + 3 * 3  # individuals; for each pair an ensemble and two merges
 
 
 def _scores(cells: Path) -> dict[str, object]:

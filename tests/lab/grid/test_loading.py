@@ -99,9 +99,7 @@ def test_a_template_s_value_may_name_another_template(tmp_path):
 
 def test_contributors_of_a_later_file_replace_those_of_an_earlier_one(tmp_path):
     one = write(tmp_path, "one.yaml", {**WHOLE, "seeds": [1], "templates": {"resources": "r"}})
-    mapping = write(
-        tmp_path, "two.yaml", {"contributors": {"mine": {"set": "smile"}, "model0": {"set": "tec"}}}
-    )
+    mapping = write(tmp_path, "two.yaml", {"contributors": {"mine": {"set": "smile"}, "model0": {"set": "tec"}}})
     listed = write(tmp_path, "three.yaml", {"contributors": ["smile", "tec"]})
     assert list(load_config([one, mapping]).contributors) == ["mine", "model0"]
     assert load_config([one, mapping]).set_of("model0") == "tec"
@@ -109,9 +107,7 @@ def test_contributors_of_a_later_file_replace_those_of_an_earlier_one(tmp_path):
     assert list(load_config([listed, one]).contributors) == ["model0", "model1"]
 
 
-@pytest.mark.parametrize(
-    ("text", "value"), [("yes", "yes"), ("no", "no"), ("maybe", "maybe"), ("'no'", "no")]
-)
+@pytest.mark.parametrize(("text", "value"), [("yes", "yes"), ("no", "no"), ("maybe", "maybe"), ("'no'", "no")])
 def test_yes_and_no_of_the_zoo_need_no_quotes(tmp_path, text, value):
     path = write(tmp_path, "one.yaml", {**WHOLE, "seeds": [1], "templates": {"resources": "r"}})
     own = write(tmp_path, "own.yaml", f"default_model_args: {{load_from_zoo: {text}}}\n")
@@ -163,15 +159,9 @@ def test_contributors_inherit_default_model_args(tmp_path):
         ({"methods": ["simple", "simple"]}, "two methods are called 'simple'"),
         ({"layout": "greedy", "order": ["model0"]}, "order must name every contributor"),
         ({"heads": ["different"]}, "at least two seeds"),
-        (
-            {"heads": "separate", "comparators": ["ensemble"]},
-            "ensemble averages outputs of one task.*individual",
-        ),
+        ({"heads": "separate", "comparators": ["ensemble"]}, "ensemble averages outputs of one task.*individual"),
         ({"heads": ["same", "separate"], "comparators": ["ensemble"]}, "leave ensemble out of comparators"),
-        (
-            {"heads": "separate", "tests": {"out_of_domain": ["ssec"]}},
-            "no head is made for tests.out_of_domain",
-        ),
+        ({"heads": "separate", "tests": {"out_of_domain": ["ssec"]}}, "no head is made for tests.out_of_domain"),
         ({"heads": "separate", "layout": "partitions"}, "share its labels"),
         ({"seeds": [1, 1]}, "a seed is given twice"),
         ({"contributors": {"model0": {"sets": "x"}, "model1": {}}}, "unknown key 'contributors.model0.sets'"),
@@ -185,9 +175,7 @@ def test_mistakes_name_file_and_key(tmp_path, change, said):
         load_config([write(tmp_path, "one.yaml", values)])
 
 
-@pytest.mark.parametrize(
-    ("text", "said"), [("a: [", "not YAML"), ("- 1", "is a mapping"), (None, "unreadable")]
-)
+@pytest.mark.parametrize(("text", "said"), [("a: [", "not YAML"), ("- 1", "is a mapping"), (None, "unreadable")])
 def test_unreadable_files(tmp_path, text, said):
     path = tmp_path / "one.yaml"
     if text is not None:
@@ -201,9 +189,7 @@ def test_heads_that_cannot_all_differ_are_remarked_on(tmp_path):
     assert load_config([path], templates={"resources": "x"}).remarks() == []
     three = {**WHOLE["contributors"], "model2": {"set": "smile"}}
     path = write(
-        tmp_path,
-        "two.yaml",
-        {**WHOLE, "heads": ["same", "different"], "seeds": [1, 2], "contributors": three},
+        tmp_path, "two.yaml", {**WHOLE, "heads": ["same", "different"], "seeds": [1, 2], "contributors": three}
     )
     (remark,) = load_config([path], templates={"resources": "x"}).remarks()
     assert "3 contributors" in remark and "2 seeds" in remark

@@ -35,9 +35,7 @@ def test_a_filter_takes_the_zoos_model_of_other_settings(tmp_path: Path, trial: 
     nothing = trial(contributors={"one": {**args, "zoo_filter": {"training.epochs": 9}}, "two": {}})
     with pytest.raises(UserError, match=r"(?s)no model of one.*nothing has training\.epochs=9.*there is.*3"):
         Models(nothing, zoo).model(spec)
-    own = Models(trial(), zoo).model(
-        spec
-    )  # the one of these settings is there now, and is not what was asked for
+    own = Models(trial(), zoo).model(spec)  # the one of these settings is there now, and is not what was asked for
     with pytest.raises(UserError, match="no model of one"):
         Models(nothing, zoo).model(spec)
     maybe = trial(contributors={"one": {"zoo_filter": {"training.epochs": 9}}, "two": {}})
@@ -47,14 +45,10 @@ def test_a_filter_takes_the_zoos_model_of_other_settings(tmp_path: Path, trial: 
         Models(misspelt, zoo).model(spec)
 
 
-def test_hyper_parameters_are_the_published_ones_with_the_configurations_changes(
-    tmp_path: Path, trial: Trial
-) -> None:
+def test_hyper_parameters_are_the_published_ones_with_the_configurations_changes(tmp_path: Path, trial: Trial) -> None:
     base = {"model": "nowhere", "title": "x", "architecture": "roberta"}
     config = trial(
-        pretrained=base,
-        training={"epochs": 2},
-        contributors={"one": {"training": {"batch_size": 4}}, "two": {}},
+        pretrained=base, training={"epochs": 2}, contributors={"one": {"training": {"batch_size": 4}}, "two": {}}
     )
     settings = Models(config, Zoo(tmp_path)).settings(config.contributors["one"])
     assert (settings.epochs, settings.batch_size, settings.learning_rate) == (2, 4, 1e-5)
@@ -69,19 +63,14 @@ def test_a_model_of_ones_own_with_another_label_space(
     """Two contributors with different label spaces where one is needed: the merge says which."""
     foreign = save_ready("foreign", "bert", 3, num_labels=5)
     config = trial(
-        seeds=[1],
-        contributors={"one": {}, "two": {"checkpoint": str(foreign)}},
-        methods=["simple"],
-        comparators=[],
+        seeds=[1], contributors={"one": {}, "two": {"checkpoint": str(foreign)}}, methods=["simple"], comparators=[]
     )
     done = run_experiment(config, results=tmp_path / "r", zoo=tmp_path / "zoo")
     assert [failure.job for failure in done.failures] == ["simple: one + two (seed 1, same heads)"]
     assert "label" in done.failures[0].error
 
 
-def test_multi_task_training_is_the_same_whatever_seeds_the_single_models_have(
-    tmp_path: Path, trial: Trial
-) -> None:
+def test_multi_task_training_is_the_same_whatever_seeds_the_single_models_have(tmp_path: Path, trial: Trial) -> None:
     config = trial(heads=["same", "different"], comparators=["multitask"], seeds=[1, 2])
     models = Models(config, Zoo(tmp_path / "zoo"))
     cells = [cell for cell in expand(config) if cell.kind == "multitask"]
@@ -100,7 +89,5 @@ def test_a_base_is_found_by_its_name_in_the_resources(tmp_path: Path, trial: Tri
         pretrained = {**usual.pretrained.model_dump(), "model": name}
         config = trial(pretrained=pretrained, resources_dir=str(resources))
         assert localised(config).pretrained.model == str((resources / found).resolve())
-    absent = trial(
-        pretrained={**usual.pretrained.model_dump(), "model": "org/none"}, resources_dir=str(resources)
-    )
+    absent = trial(pretrained={**usual.pretrained.model_dump(), "model": "org/none"}, resources_dir=str(resources))
     assert localised(absent).pretrained.model == "org/none"

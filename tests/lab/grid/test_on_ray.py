@@ -38,9 +38,7 @@ def test_a_grid_survives_the_loss_of_a_node(
                 yield outcome
 
     here = run_experiment(config, results=tmp_path / "serial", zoo=tmp_path / "zoo-serial")
-    there = run_experiment(
-        config, results=tmp_path / "ray", zoo=tmp_path / "zoo-ray", engine=Losing(cluster.address)
-    )
+    there = run_experiment(config, results=tmp_path / "ray", zoo=tmp_path / "zoo-ray", engine=Losing(cluster.address))
     assert here.failures == there.failures == ()
     assert Losing.nodes == [] and there.cells == len(expand(config))
     assert _scores(there.folder) == _scores(here.folder)

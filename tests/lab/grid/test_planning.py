@@ -30,18 +30,12 @@ def plan(config: ExperimentConfig, folder: Path, **options: Any) -> Plan:
         ({"training": {"epochs": "x"}}, "training: epochs: .*number"),
         ({"training": {"epochz": 1}}, "epochz: there is no such hyper-parameter.*did you mean 'epochs'"),
         ({"contributors": {"one": {"training": {"batch_size": 0}}, "two": {}}}, "contributors.*batch_size"),
-        (
-            {"methods": [{"method": "simple", "finetune": {"training": {"warmup": 2}}}]},
-            "finetune.training: warmup",
-        ),
+        ({"methods": [{"method": "simple", "finetune": {"training": {"warmup": 2}}}]}, "finetune.training: warmup"),
         (
             {"training": {"schedule": "polynomial", "learning_rate": 1e-8}},
             "polynomial schedule falls to 1e-07.*1e-08 cannot fall.*linear",
         ),
-        (
-            {"contributors": ["one", "gone", "lost"]},
-            "no data sets 'gone', 'lost'.*found: far, one, three, two",
-        ),
+        ({"contributors": ["one", "gone", "lost"]}, "no data sets 'gone', 'lost'.*found: far, one, three, two"),
         ({"tests": {"out_of_domain": ["farther"]}}, "no data set 'farther'"),
         ({"pretrained": {"model": "org/none", "title": "x", "architecture": "bert"}}, "hf download org/none"),
         ({"contributors": {"one": {"checkpoint": "/nowhere"}, "two": {}}}, "/nowhere"),
@@ -78,18 +72,12 @@ def test_a_row_with_a_label_that_cannot_be_read_is_found_before_work(tmp_path: P
     assert "dev.jsonl:13" in str(plan(config, tmp_path).problems[0])
 
 
-def test_what_is_there_and_what_is_left(
-    tmp_path: Path, trial: Trial, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_there_and_what_is_left(tmp_path: Path, trial: Trial, monkeypatch: pytest.MonkeyPatch) -> None:
     from merganser.lab.grid import estimate as estimates
 
-    rates = estimates._Rates(
-        1e-6, 2e-6
-    )  # what a busy machine measures twice may differ by more than the work
+    rates = estimates._Rates(1e-6, 2e-6)  # what a busy machine measures twice may differ by more than the work
     monkeypatch.setattr(estimates, "_calibrate", lambda *arguments: rates)
-    config = trial(
-        seeds=[1], methods=["simple", "fisher", "regmean"], comparators=["individual", "multitask"]
-    )
+    config = trial(seeds=[1], methods=["simple", "fisher", "regmean"], comparators=["individual", "multitask"])
     empty = plan(config, tmp_path)
     groups = {line.group: line.verb for line in empty}
     assert groups == {
@@ -110,9 +98,7 @@ def test_what_is_there_and_what_is_left(
     assert all(line.cached for line in whole) and whole.estimate.seconds == 0
 
 
-def test_models_of_ones_own_are_copied_and_models_that_must_be_there_are_absent(
-    tmp_path: Path, trial: Trial
-) -> None:
+def test_models_of_ones_own_are_copied_and_models_that_must_be_there_are_absent(tmp_path: Path, trial: Trial) -> None:
     from merganser.lab.zoo import Zoo
 
     usual = trial(seeds=[1], contributors=["one", "two"], methods=["simple"])
@@ -143,15 +129,7 @@ def test_the_terminal_shows_a_line_a_group(tmp_path: Path, trial: Trial) -> None
     config = trial(seeds=[1, 2, 3, 4], comparators=["individual", "ensemble", "multitask"])
     path = tmp_path / "trial.yaml"
     path.write_text(json.dumps(config.model_dump(mode="json")))
-    words = [
-        "experiment",
-        str(path),
-        "--dry-run",
-        "--zoo",
-        str(tmp_path / "z"),
-        "--results",
-        str(tmp_path / "r"),
-    ]
+    words = ["experiment", str(path), "--dry-run", "--zoo", str(tmp_path / "z"), "--results", str(tmp_path / "r")]
     result = CliRunner().invoke(cli, words, catch_exceptions=False)
     assert result.exit_code == 0 and len(result.stdout.splitlines()) < 25
     assert "12 models (12 to train)" in " ".join(result.stdout.split())

@@ -88,9 +88,7 @@ def test_scores_are_those_of_an_independent_computation(tmp_path: Path, trial: T
     config = trial(seeds=[1], methods=["simple"])
     done = run_experiment(config, results=tmp_path / "r", zoo=tmp_path / "zoo")
     row = next(
-        r
-        for r in rows_of(done.folder).values()
-        if r["method"] == "individual" and r["contributors"] == ["three"]
+        r for r in rows_of(done.folder).values() if r["method"] == "individual" and r["contributors"] == ["three"]
     )
     zoo = Zoo(tmp_path / "zoo")
     entry = zoo.get(Models(config, zoo).key(expand(config)[0].contributors[0].__class__("three", "three", 1)))
@@ -104,8 +102,7 @@ def test_scores_are_those_of_an_independent_computation(tmp_path: Path, trial: T
     for label in ("anger", "fear", "sadness"):
         column = names.index(label)
         said = [
-            float(model(**tokenizer(r["text"], return_tensors="pt")).logits[0, column].sigmoid()) > 0.5
-            for r in records
+            float(model(**tokenizer(r["text"], return_tensors="pt")).logits[0, column].sigmoid()) > 0.5 for r in records
         ]
         found.append(f1_score([r["emotions"][label] for r in records], said, zero_division=0))
     assert row["scores"]["three"]["value"] == pytest.approx(np.mean(found))
@@ -121,12 +118,7 @@ def test_a_greedy_grid_computes_its_order_on_development_data(tmp_path: Path, tr
     merged = sorted((r for r in rows if r["method"] == "regmean"), key=lambda r: len(r["contributors"]))
     assert [r["contributors"] for r in merged] == [order["order"][:2], order["order"]]
     assert order["scores"][order["order"][0]] == max(order["scores"].values())
-    assert next(r for r in rows if r["kind"] == "multitask")["scores"].keys() == {
-        "one",
-        "two",
-        "three",
-        "far",
-    }
+    assert next(r for r in rows if r["kind"] == "multitask")["scores"].keys() == {"one", "two", "three", "far"}
     assert not (done.folder / "sums").exists()
     plan = plan_experiment(config, results=tmp_path / "r", zoo=tmp_path / "zoo")
     assert all(line.cached for line in plan)
@@ -175,8 +167,7 @@ def test_a_job_that_fails_leaves_the_others(tmp_path: Path, trial: Trial) -> Non
 
 def test_missing_data_and_models_are_said_before_any_work(tmp_path: Path, trial: Trial) -> None:
     config = trial(
-        contributors=["one", "gone"],
-        pretrained={"model": "org/nowhere", "title": "x", "architecture": "bert"},
+        contributors=["one", "gone"], pretrained={"model": "org/nowhere", "title": "x", "architecture": "bert"}
     )
     with pytest.raises(UserError) as caught:
         run_experiment(config, results=tmp_path / "r", zoo=tmp_path / "zoo")
@@ -214,8 +205,7 @@ def test_glue_pairs_keep_their_heads(tmp_path: Path, save_ready: Callable[..., P
     for task, rows in {
         "cola": [{"sentence": f"the movie was {w}", "label": int(w == "good")} for w in ("good", "bad")],
         "stsb": [
-            {"sentence1": "the food", "sentence2": w, "label": s}
-            for w, s in (("the food", 5.0), ("Anna no", 0.4))
+            {"sentence1": "the food", "sentence2": w, "label": s} for w, s in (("the food", 5.0), ("Anna no", 0.4))
         ],
     }.items():
         (root / task).mkdir(parents=True)
@@ -236,11 +226,7 @@ def test_glue_pairs_keep_their_heads(tmp_path: Path, save_ready: Callable[..., P
                 "fisher",
                 "regmean",
                 "ot",
-                {
-                    "method": "simple",
-                    "title": "tuned",
-                    "finetune": {"examples": 4, "training": {"epochs": 1}},
-                },
+                {"method": "simple", "title": "tuned", "finetune": {"examples": 4, "training": {"epochs": 1}}},
             ],
             "comparators": ["individual", "multitask"],
         }

@@ -114,8 +114,7 @@ def test_a_pickled_base_and_a_pickled_model_of_ones_own(
     scores = [
         sorted((row["method"], row["contributors"], json.dumps(row["scores"])) for row in rows)
         for rows in (
-            [json.loads(path.read_text()) for path in (one.folder / "cells").iterdir()]
-            for one in (plain, done)
+            [json.loads(path.read_text()) for path in (one.folder / "cells").iterdir()] for one in (plain, done)
         )
     ]
     assert scores[0] == scores[1]
@@ -133,9 +132,7 @@ def test_weights_in_half_precision_are_trained_in_float32_and_said(
 
     tensors = {name: tensor.half() for name, tensor in load_file(base / "model.safetensors").items()}
     save_file(tensors, base / "model.safetensors", {"format": "pt"})
-    assert any(
-        "float16" in remark for remark in plan_experiment(config, results="r", zoo=tmp_path / "z").remarks
-    )
+    assert any("float16" in remark for remark in plan_experiment(config, results="r", zoo=tmp_path / "z").remarks)
     done = run_experiment(config, results=tmp_path / "r", zoo=tmp_path / "z")
     assert done.failures == () and "float16 are trained, and saved, in float32" in caplog.text
     for entry in Zoo(tmp_path / "z").ls():

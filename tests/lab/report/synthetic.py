@@ -19,14 +19,7 @@ EMOTION_OUT = ("affectivetext", "electoraltweets", "emoint", "grounded_emotions"
 LABELS = ("anger", "disgust", "fear", "joy", "noemo", "sadness", "surprise")
 GLUE = {"cola": "matthews", "sst2": "accuracy", "mrpc": "accuracy", "stsb": "pearson", "rte": "accuracy"}
 MERGES = {"simple": "Simple", "fisher": "Fisher", "regmean": "RegMean"}
-GAIN = {
-    "simple": 0.0,
-    "fisher": 0.012,
-    "regmean": 0.045,
-    "individual": 0.06,
-    "ensemble": 0.03,
-    "multitask": 0.07,
-}
+GAIN = {"simple": 0.0, "fisher": 0.012, "regmean": 0.045, "individual": 0.06, "ensemble": 0.03, "multitask": 0.07}
 Row = dict[str, Any]
 
 
@@ -139,21 +132,13 @@ def pairs(
         for name in names:
             rows.append(
                 make_row(
-                    kind="individual",
-                    method="individual",
-                    contributors=[name],
-                    tests={name: "in", **out},
-                    **common,
+                    kind="individual", method="individual", contributors=[name], tests={name: "in", **out}, **common
                 )
             )
         for pair in itertools.combinations(names, 2):
             tests = {**dict.fromkeys(pair, "in"), **out}
-            rows.append(
-                make_row(kind="ensemble", method="ensemble", contributors=pair, tests=tests, **common)
-            )
-            rows += [
-                make_row(kind="merge", method=m, contributors=pair, tests=tests, **common) for m in MERGES
-            ]
+            rows.append(make_row(kind="ensemble", method="ensemble", contributors=pair, tests=tests, **common))
+            rows += [make_row(kind="merge", method=m, contributors=pair, tests=tests, **common) for m in MERGES]
     return rows
 
 
@@ -164,17 +149,13 @@ def greedy(seeds: Iterable[int] = (1, 2, 3)) -> list[Row]:
         common: dict[str, Any] = {"layout": "greedy", "seed": seed, "labels": LABELS}
         for name in EMOTION:
             tests = own_tests(name)
-            rows.append(
-                make_row(kind="individual", method="individual", contributors=[name], tests=tests, **common)
-            )
+            rows.append(make_row(kind="individual", method="individual", contributors=[name], tests=tests, **common))
         for size in range(2, len(EMOTION) + 1):
             first = EMOTION[:size]
             tests = {**dict.fromkeys(first, "in"), **dict.fromkeys(EMOTION_OUT, "out")}
             for kind, method in (("ensemble", "ensemble"), *(("merge", m) for m in MERGES)):
                 rows.append(make_row(kind=kind, method=method, contributors=first, tests=tests, **common))
-        rows.append(
-            make_row(kind="multitask", method="multitask", contributors=EMOTION, tests=tests, **common)
-        )
+        rows.append(make_row(kind="multitask", method="multitask", contributors=EMOTION, tests=tests, **common))
     return rows
 
 
@@ -205,9 +186,7 @@ def partitions(seeds: Iterable[int] = (1, 2, 3)) -> list[Row]:
 
 def glue_pairs(seeds: Iterable[int] = (1, 2, 3)) -> list[Row]:
     """Pairs of different tasks: separate heads, no out-of-domain tests, RegMean with and without a search."""
-    rows = pairs(
-        tuple(GLUE), (), seeds, ("separate",), suite="glue", metrics=GLUE, model="distilbert-base-uncased"
-    )
+    rows = pairs(tuple(GLUE), (), seeds, ("separate",), suite="glue", metrics=GLUE, model="distilbert-base-uncased")
     for row in rows:
         for score in row["scores"].values():
             score["per_label"] = {}
@@ -239,13 +218,9 @@ def all_at_once(seeds: Iterable[int] = (1,)) -> list[Row]:
         common: dict[str, Any] = {"layout": "all", "seed": seed}
         for name in EMOTION:
             tests = own_tests(name)
-            rows.append(
-                make_row(kind="individual", method="individual", contributors=[name], tests=tests, **common)
-            )
+            rows.append(make_row(kind="individual", method="individual", contributors=[name], tests=tests, **common))
         rows.append(make_row(kind="ensemble", method="ensemble", contributors=EMOTION, tests=whole, **common))
-        rows += [
-            make_row(kind="merge", method=m, contributors=EMOTION, tests=whole, **common) for m in MERGES
-        ]
+        rows += [make_row(kind="merge", method=m, contributors=EMOTION, tests=whole, **common) for m in MERGES]
     return rows
 
 

@@ -93,9 +93,7 @@ def uncommented(source: str) -> str:
 
 def tabulars(source: str) -> list[tuple[str, list[str]]]:
     """Column letters and lines of every table."""
-    found = re.findall(
-        r"\\begin\{(tabular|longtable)\}\{([lr]+)\}\n(.*?)\\end\{\1\}", uncommented(source), re.DOTALL
-    )
+    found = re.findall(r"\\begin\{(tabular|longtable)\}\{([lr]+)\}\n(.*?)\\end\{\1\}", uncommented(source), re.DOTALL)
     return [(letters, body.splitlines()) for _, letters, body in found]
 
 
@@ -116,12 +114,8 @@ def test_environments_and_braces_are_balanced(nasty: list[Section]) -> None:
     assert not opened
     bare = re.sub(r"\\[{}\\]", "", source)
     assert bare.count("{") == bare.count("}")
-    assert source.count(r"\toprule") == source.count(r"\begin{tabular}") + 2 * source.count(
-        r"\begin{longtable}"
-    )
-    assert source.count(r"\bottomrule") == source.count(r"\begin{tabular}") + source.count(
-        r"\begin{longtable}"
-    )
+    assert source.count(r"\toprule") == source.count(r"\begin{tabular}") + 2 * source.count(r"\begin{longtable}")
+    assert source.count(r"\bottomrule") == source.count(r"\begin{tabular}") + source.count(r"\begin{longtable}")
     labels = re.findall(r"\\label\{([^}]*)\}", source)
     assert len(labels) == len(set(labels)) and all(re.fullmatch(r"tab:[a-z0-9-]+", one) for one in labels)
 
@@ -138,9 +132,7 @@ def test_every_line_fills_every_column(nasty: list[Section]) -> None:
         heads = (1 + bool(table.spans)) * (2 if len(table.lines) > MOST_LINES else 1)
         assert len(rows) == len(table.lines) + groups + heads
         rules = [
-            tuple(map(int, rule))
-            for line in lines
-            for rule in re.findall(r"\\cmidrule\(lr\)\{(\d+)-(\d+)\}", line)
+            tuple(map(int, rule)) for line in lines for rule in re.findall(r"\\cmidrule\(lr\)\{(\d+)-(\d+)\}", line)
         ]
         expected, first = [], 2
         for _, count in table.spans:
@@ -176,10 +168,7 @@ def test_marks_stars_deviations_and_counts(examples: ModuleType) -> None:
     assert rf"Simple & \underline{{{second.value:.1f}}} {{\scriptsize $\pm$ {second.std:.1f}}} & " in source
     assert rf"Fisher & {few.value:.1f}" in source and r"{\scriptsize (n = 4)}" in source
     assert source.count(r"\textbf{") == sum(
-        (cell.mark == "best")
-        for table in section.blocks[0].every_table
-        for line in table.lines
-        for cell in line.cells
+        (cell.mark == "best") for table in section.blocks[0].every_table for line in table.lines for cell in line.cells
     ) + sum(line.total for table in section.blocks[0].every_table for line in table.lines)
     assert "% Fisher has 4 of 30 cells." in source
 

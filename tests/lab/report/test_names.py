@@ -56,9 +56,7 @@ def test_other_names_give_the_same_report(examples: ModuleType, layout: str, set
         if row["kind"] == "multitask":
             row["provenance"]["contributors"] = [{"name": "+".join(row["contributors"]), "zoo": "ab12"}]
     # one pair is missing, so that there are notices, too
-    rows = [
-        r for r in rows if not (r["method"] == "fisher" and r["seed"] == 2 and len(r["contributors"]) == 2)
-    ]
+    rows = [r for r in rows if not (r["method"] == "fisher" and r["seed"] == 2 and len(r["contributors"]) == 2)]
     found = sorted({name for row in rows for name in row["contributors"]})
     names = {name: f"model{number}" for number, name in enumerate(found)}  # in the same alphabetical order
     told = reports(renamed(rows, names, sets))
@@ -82,12 +80,7 @@ def grids_of(rows: Sequence[Row]) -> list[Grid]:
 def grid_with(examples: ModuleType, sets: dict[str, str | None], tests: Sequence[str] = ("t",)) -> Grid:
     """One merge of contributors with these sets, all of which are tested on the same."""
     row = examples.make_row(
-        layout="all",
-        kind="merge",
-        method="simple",
-        contributors=list(sets),
-        seed=1,
-        tests=dict.fromkeys(tests, "in"),
+        layout="all", kind="merge", method="simple", contributors=list(sets), seed=1, tests=dict.fromkeys(tests, "in")
     )
     row["sets"] = [one or "" for one in sets.values()]
     (grid,) = grids_of([row])
@@ -107,9 +100,7 @@ def grid_with(examples: ModuleType, sets: dict[str, str | None], tests: Sequence
         ({"tec": "isear", "isear": "tec"}, ["isear", "tec"]),
     ],
 )
-def test_what_a_contributor_is_called(
-    examples: ModuleType, sets: dict[str, str | None], shown: list[str]
-) -> None:
+def test_what_a_contributor_is_called(examples: ModuleType, sets: dict[str, str | None], shown: list[str]) -> None:
     grid = grid_with(examples, sets)
     assert [grid.show(name) for name in sets] == shown
     assert len(set(map(grid.show, sets))) == len(sets)

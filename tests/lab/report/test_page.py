@@ -205,21 +205,10 @@ def test_an_introduction_is_on_the_page_and_escaped(tmp_path: Path, examples: Mo
     note = Note("How & why", ("A <paragraph>.",), ("merganser merge a b -o c",), (table,))
     page = render_page(sections, "simple", Introduction("Two & one", "demo", "Led.", (note,)))
     reader = Reader(page)
-    for words in (
-        "<h1>Two &amp; one</h1>",
-        "Led.",
-        "How &amp; why",
-        "A &lt;paragraph&gt;.",
-        "Counts &lt;of&gt;",
-    ):
+    for words in ("<h1>Two &amp; one</h1>", "Led.", "How &amp; why", "A &lt;paragraph&gt;.", "Counts &lt;of&gt;"):
         assert words in page
     assert "<code>merganser merge a b -o c</code>" in page and ["train", "1,234"] in reader.rows
-    assert (
-        page.index("Led.")
-        < page.index("<table")
-        < page.index("How &amp; why")
-        < page.index("Provenance</h3>")
-    )
+    assert page.index("Led.") < page.index("<table") < page.index("How &amp; why") < page.index("Provenance</h3>")
 
 
 def test_markdown_tables_have_every_number(sections: list[Section]) -> None:
@@ -242,9 +231,7 @@ def test_the_csv_has_unrounded_numbers_and_their_cells(sections: list[Section], 
         if (row["experiment"], row["table"], row["row"], row["column"])
         == ("emotion-greedy", "greedy-in", "RegMean", "4")
     ]
-    raw = [
-        r for r in examples.greedy(seeds=(1, 2)) if r["title"] == "RegMean" and len(r["contributors"]) == 4
-    ]
+    raw = [r for r in examples.greedy(seeds=(1, 2)) if r["title"] == "RegMean" and len(r["contributors"]) == 4]
     assert float(found["mean"]) == pytest.approx(50 * sum(r["average"]["in"] for r in raw), rel=1e-12)
     assert sorted(found["cells"].split()) == sorted(r["cell"] for r in raw)
     assert (found["units"], found["seeds"], found["mark"]) == ("2", "2", "best")
@@ -286,15 +273,11 @@ def test_the_command_writes_and_prints(results: Path, tmp_path: Path) -> None:
     assert outputs[0].read_bytes() == again
 
 
-def test_where_the_report_goes_by_default_and_by_ending(
-    results: Path, tmp_path: Path, examples: ModuleType
-) -> None:
+def test_where_the_report_goes_by_default_and_by_ending(results: Path, tmp_path: Path, examples: ModuleType) -> None:
     folder = examples.write_rows(tmp_path / "results", examples.partitions(seeds=(1,)))
     CliRunner().invoke(report_command, [str(folder)], catch_exceptions=False)
     assert (folder / "report.html").is_file()
-    done = CliRunner().invoke(
-        report_command, [str(folder), "-o", str(tmp_path / "t.md")], catch_exceptions=False
-    )
+    done = CliRunner().invoke(report_command, [str(folder), "-o", str(tmp_path / "t.md")], catch_exceptions=False)
     assert done.stdout.splitlines()[-1] == str(tmp_path / "t.md")
     with pytest.raises(UserError, match=r"\.html, \.md, \.tex, \.csv or \.jsonl"):
         CliRunner().invoke(report_command, [str(folder), "-o", "x.pdf"], catch_exceptions=False)

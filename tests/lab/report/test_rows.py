@@ -80,11 +80,7 @@ def test_broken_files_are_all_named(tmp_path: Path, examples: ModuleType) -> Non
     (cells / "short.json").write_text('{"format": 1, "cell": "a"}')
     with pytest.raises(Problems) as error:
         read_rows(folder)
-    for told in (
-        "broken.json: not JSON",
-        "list.json[0]: not a result row",
-        "short.json: not a result row: exp",
-    ):
+    for told in ("broken.json: not JSON", "list.json[0]: not a result row", "short.json: not a result row: exp"):
         assert told in str(error.value)
     assert len(error.value.problems) == 3
 
@@ -109,9 +105,7 @@ def test_nothing_there(tmp_path: Path) -> None:
         read_rows(tmp_path / "absent")
 
 
-def test_a_row_with_an_id_that_is_taken_is_refused_and_a_copy_is_not(
-    tmp_path: Path, examples: ModuleType
-) -> None:
+def test_a_row_with_an_id_that_is_taken_is_refused_and_a_copy_is_not(tmp_path: Path, examples: ModuleType) -> None:
     row = examples.partitions(seeds=(1,))[0]
     (tmp_path / "copies.json").write_text(json.dumps([row, row]))
     assert len(read_rows(tmp_path / "copies.json")) == 1

@@ -25,10 +25,7 @@ def test_p_is_the_share_of_sign_assignments_as_extreme(seed: int) -> None:
     assert found.exact
     assert found.p == pytest.approx(brute_force(differences))
     assert (found.n, found.difference) == (len(differences), pytest.approx(np.mean(differences)))
-    assert (found.above, found.below) == (
-        sum(d >= 0.05 for d in differences),
-        sum(d <= -0.05 for d in differences),
-    )
+    assert (found.above, found.below) == (sum(d >= 0.05 for d in differences), sum(d <= -0.05 for d in differences))
     assert found.tied == sum(abs(d) < 0.05 for d in differences)
 
 
@@ -37,9 +34,7 @@ def test_ties_and_zeros_count() -> None:
         assert sign_flip(differences).p == pytest.approx(brute_force(differences))
     assert sign_flip([0.0, 0.0]).p == 1.0
     found = sign_flip([1e-7, -0.02, 0.0, 0.04, 2.0])
-    assert found.p == pytest.approx(brute_force([1e-7, -0.02, 0.0, 0.04, 2.0])), (
-        "what is tied counts as it is"
-    )
+    assert found.p == pytest.approx(brute_force([1e-7, -0.02, 0.0, 0.04, 2.0])), "what is tied counts as it is"
     assert (found.n, found.above, found.below, found.tied) == (5, 1, 0, 4)
 
 

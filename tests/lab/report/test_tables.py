@@ -53,18 +53,14 @@ def test_pairs_averages(examples: ModuleType) -> None:
             for name in ("Simple", "Fisher", "RegMean", "Ensemble"):
                 by_seed = [
                     statistics.fmean(
-                        r["average"][domain]
-                        for r in rows
-                        if (r["title"], r["heads"], r["seed"]) == (name, heads, seed)
+                        r["average"][domain] for r in rows if (r["title"], r["heads"], r["seed"]) == (name, heads, seed)
                     )
                     for seed in (1, 2, 3)
                 ]
                 check(cell(table, name, title), by_seed)
             alone = [r for r in rows if r["kind"] == "individual" and r["heads"] == heads]
             # every model is in as many pairs as any other, so that the average over pairs is the one over models
-            by_seed = [
-                statistics.fmean(r["average"][domain] for r in alone if r["seed"] == s) for s in (1, 2, 3)
-            ]
+            by_seed = [statistics.fmean(r["average"][domain] for r in alone if r["seed"] == s) for s in (1, 2, 3)]
             check(cell(table, "Individual", title), by_seed)
         assert cell(table, "RegMean", "In-domain").n == 30
         assert len(cell(table, "RegMean", "In-domain").cells) == 30
@@ -115,18 +111,13 @@ def test_greedy_tables(examples: ModuleType) -> None:
     check(cell(tables["greedy-in"], "Individual", "3"), own)
     every = [statistics.fmean(alone[n, s][t]["value"] for n in first for t in first) for s in (1, 2, 3)]
     check(cell(tables["greedy-in"], "Individual, all", "3"), every)
-    outs = [
-        statistics.fmean(alone[n, s][t]["value"] for n in first for t in examples.EMOTION_OUT)
-        for s in (1, 2, 3)
-    ]
+    outs = [statistics.fmean(alone[n, s][t]["value"] for n in first for t in examples.EMOTION_OUT) for s in (1, 2, 3)]
     check(cell(tables["greedy-out"], "Individual", "3"), outs)
     assert cell(tables["greedy-in"], "Multi-task", "4").value is None
     whole = [r for r in rows if r["title"] == "RegMean" and len(r["contributors"]) == 5]
     check(cell(tables["tests"], "isear", "RegMean"), [r["scores"]["isear"]["value"] for r in whole])
     check(cell(tables["tests"], "Average", "RegMean", "Out-of-domain"), [r["average"]["out"] for r in whole])
-    assert (
-        "which differ" in tables["greedy-in"].caption and "which differ" not in tables["greedy-out"].caption
-    )
+    assert "which differ" in tables["greedy-in"].caption and "which differ" not in tables["greedy-out"].caption
 
 
 def test_partitions_table(examples: ModuleType) -> None:
@@ -203,9 +194,7 @@ def test_stars_are_the_paired_tests_over_pairs_and_seeds(examples: ModuleType) -
     for domain, name in itertools.product(("in", "out"), ("Fisher", "RegMean")):
         scores = {
             title: {
-                (tuple(r["contributors"]), r["seed"]): 100 * r["average"][domain]
-                for r in rows
-                if r["title"] == title
+                (tuple(r["contributors"]), r["seed"]): 100 * r["average"][domain] for r in rows if r["title"] == title
             }
             for title in (name, "Simple")
         }
@@ -322,9 +311,7 @@ def test_the_newest_of_two_rows_of_a_cell_counts(examples: ModuleType) -> None:
     assert old["cell"] in section.notices[0]
 
 
-def test_an_individual_model_that_is_scored_again_on_fewer_tests_displaces_nothing(
-    examples: ModuleType,
-) -> None:
+def test_an_individual_model_that_is_scored_again_on_fewer_tests_displaces_nothing(examples: ModuleType) -> None:
     """An experiment with some of the contributors scores the same models on fewer tests, later."""
     rows = examples.greedy(seeds=(1,))
     full = next(r for r in rows if r["kind"] == "individual")

@@ -74,9 +74,7 @@ def test_what_differs_by_noise_is_tied_everywhere(examples: ModuleType, noise: f
         assert cell(summary, name, "In-domain").mark == mark
         assert {line.cells[each.columns.index(name)].mark for line in each.lines} == {mark}
     (line,) = [
-        one
-        for one in table_of(grid, "significance").lines
-        if (one.title, one.group) == ("RegMean", "In-domain")
+        one for one in table_of(grid, "significance").lines if (one.title, one.group) == ("RegMean", "In-domain")
     ]
     difference, counts, _, p, adjusted = line.cells
     assert (difference.text, counts.text) == ("0.0", "0 / 0, 20 tied")
@@ -96,9 +94,7 @@ def test_what_can_be_seen_is_no_tie(examples: ModuleType) -> None:
     texts = [cell(summary, name, "Pairs won, in-domain").text for name in ("Simple", "Fisher", "RegMean")]
     assert texts == ["0 of 10", "0 of 10", "10 of 10"]
     counts = {
-        line.title: line.cells[1].text
-        for line in table_of(grid, "significance").lines
-        if line.group == "In-domain"
+        line.title: line.cells[1].text for line in table_of(grid, "significance").lines if line.group == "In-domain"
     }
     assert counts == {"Fisher": "0 / 20", "RegMean": "20 / 0"}
     drawn, coloured = scatter(grid, "simple", "x"), pair_map(grid, "simple", "x")
@@ -112,11 +108,6 @@ def test_the_second_best_come_after_all_the_best(examples: ModuleType) -> None:
     marks = [cell(summary, name, "In-domain").mark for name in ("Simple", "RegMean", "Fisher")]
     assert marks == ["best", "best", "second"], "Fisher is tied with RegMean, but not with the highest"
     grid = pairs_with(examples, {"simple": 2.0, "regmean": 1.0, "fisher": 1.04})
-    assert [cell(table_of(grid, "summary"), n, "In-domain").mark for n in ("RegMean", "Fisher")] == [
-        "second",
-        "second",
-    ]
+    assert [cell(table_of(grid, "summary"), n, "In-domain").mark for n in ("RegMean", "Fisher")] == ["second", "second"]
     grid = pairs_with(examples, {"simple": 2.0, "regmean": 2.0, "fisher": 2.0})
-    assert {cell(table_of(grid, "summary"), n, "In-domain").mark for n in examples.MERGES.values()} == {
-        "best"
-    }
+    assert {cell(table_of(grid, "summary"), n, "In-domain").mark for n in examples.MERGES.values()} == {"best"}

@@ -103,9 +103,7 @@ def test_macro_f1_is_that_of_scikit_learn_over_the_labels_present() -> None:
         absent[0] = False
         true[:, absent] = np.nan
         judged = task.judge(logits, true, SPACE)
-        expected = sklearn_metrics.f1_score(
-            true[:, ~absent], logits[:, ~absent] > 0, average="macro", zero_division=0
-        )
+        expected = sklearn_metrics.f1_score(true[:, ~absent], logits[:, ~absent] > 0, average="macro", zero_division=0)
         assert task.score(judged)["macro_f1"] == pytest.approx(expected)
 
 
@@ -211,9 +209,7 @@ def test_the_file_of_all_splits_is_not_read_and_that_is_said(tmp_path: Path) -> 
     write_split(tmp_path, "both", "full", [record(anger=1)] * 9)
     write_split(tmp_path, "only", "full", [record(joy=1)])
     suite = Emotion(tmp_path)
-    assert (
-        suite.sets() == ("both",) and suite.votes("both") == ("joy",) and len(suite.read("both", "all")) == 3
-    )
+    assert suite.sets() == ("both",) and suite.votes("both") == ("joy",) and len(suite.read("both", "all")) == 3
     (remark,) = suite.remarks("both")
     assert "both/full.jsonl is ignored" in remark
     assert suite.remarks("only") and not Emotion(tmp_path / "elsewhere").remarks("both")

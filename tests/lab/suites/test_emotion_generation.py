@@ -69,9 +69,7 @@ def test_a_row_for_each_record_and_annotated_label(suite: Any, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(("negatives", "power"), [("sqrt", 0.5), ("linear", 1.0)])
-def test_negatives_of_train_are_kept_at_the_promised_rate(
-    tmp_path: Path, negatives: str, power: float
-) -> None:
+def test_negatives_of_train_are_kept_at_the_promised_rate(tmp_path: Path, negatives: str, power: float) -> None:
     count = 4000
     rows = EmotionT5(corpus(tmp_path, count=count), negatives=negatives).read("made", "train")
     found = Counter((row["label"], row["target"]) for row in rows)

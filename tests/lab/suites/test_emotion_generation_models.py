@@ -13,11 +13,7 @@ import transformers
 from emotion_examples import EXAMPLES, NONE, Save, encoded, questions, write
 from merganser.collection import collect
 from merganser.errors import CheckpointError, UserError
-from merganser.lab.suites.emotion_generation import (
-    SENTINEL,
-    YesNo,
-    YesNoContinuation,
-)
+from merganser.lab.suites.emotion_generation import SENTINEL, YesNo, YesNoContinuation
 from merganser.statistics import Statistics
 from merganser.tasks.batches import IGNORED
 from merganser.tasks.columns import Columns
@@ -62,9 +58,7 @@ def test_t5_end_to_end(save_ready: Save) -> None:
         prompt = f"does the sentence express {row['label']}? {SENTINEL} {row['text']}"
         with torch.inference_mode():
             ids = model.generate(
-                **tokenizer(prompt, return_tensors="pt", return_token_type_ids=False),
-                max_new_tokens=4,
-                do_sample=False,
+                **tokenizer(prompt, return_tensors="pt", return_token_type_ids=False), max_new_tokens=4, do_sample=False
             )
         assert " ".join(tokenizer.decode(ids[0], skip_special_tokens=True).lower().split()) == text
         assert ids.shape[1] <= 5  # the start token, and four
@@ -189,17 +183,10 @@ def test_gpt2_statistics_count_each_text_once(save_ready: Save, tmp_path: Path) 
     sizes = [len(feature.input_ids) for feature in encoded(YesNoContinuation(), EXAMPLES, tokenizer).features]
     assert statistics.header.tokens == sum(sizes)  # sentence, question and answer; no padding, no second pass
     alone = collect(
-        folder,
-        data,
-        task=YesNoContinuation(),
-        fisher="empirical",
-        batch_size=1,
-        output=tmp_path / "a.safetensors",
+        folder, data, task=YesNoContinuation(), fisher="empirical", batch_size=1, output=tmp_path / "a.safetensors"
     )
     name = "transformer.h.1.mlp.c_fc.weight"
-    torch.testing.assert_close(
-        statistics.fisher(name), Statistics.open(alone).fisher(name), rtol=1e-3, atol=1e-7
-    )
+    torch.testing.assert_close(statistics.fisher(name), Statistics.open(alone).fisher(name), rtol=1e-3, atol=1e-7)
 
 
 # --- truncation -------------------------------------------------------------------------------------------
@@ -214,9 +201,7 @@ def test_t5_cuts_the_sentence_and_counts_it(save_ready: Save) -> None:
     sentence = tokenizer("good bad " * 4, add_special_tokens=False)["input_ids"]
     assert len(question) == 7
     assert found.features[0].input_ids == [*question, *sentence[:7], tokenizer.eos_token_id]  # not one wasted
-    assert (
-        found.features[1].input_ids == tokenizer(f"does the sentence express joy? {SENTINEL} good").input_ids
-    )
+    assert found.features[1].input_ids == tokenizer(f"does the sentence express joy? {SENTINEL} good").input_ids
     assert [len(f.labels) for f in found.features] == [3, 3, 3]
     with pytest.raises(UserError, match=r"the question alone has 8 tokens, but only 7 fit \(made.jsonl:1\)"):
         encoded(YesNo(), rows, tokenizer, 7)

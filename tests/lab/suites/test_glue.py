@@ -117,9 +117,7 @@ def test_what_is_not_there(tmp_path: Path) -> None:
     for method in (suite.task, suite.labels):
         with pytest.raises(DataError, match="'colo' is no task of GLUE"):
             method("colo")
-    with pytest.raises(
-        DataError, match=r"no data set 'rte' of the suite glue \(found: cola\)(.|\n)*rte/validation"
-    ):
+    with pytest.raises(DataError, match=r"no data set 'rte' of the suite glue \(found: cola\)(.|\n)*rte/validation"):
         suite.read("rte", "train")
     with pytest.raises(DataError, match="there is no split 'validation'"):
         suite.read("cola", "test")
@@ -178,13 +176,7 @@ def test_a_key_metric_of_ones_own(save_ready: Callable[..., Path], tmp_path: Pat
 
 def test_real_corpora(resources: Path) -> None:
     suite = Glue(resources / "glue")
-    sizes = {
-        "cola": (8551, 1043),
-        "mrpc": (3667, 408),
-        "rte": (2490, 277),
-        "stsb": (5749, 1500),
-        "wnli": (635, 71),
-    }
+    sizes = {"cola": (8551, 1043), "mrpc": (3667, 408), "rte": (2490, 277), "stsb": (5749, 1500), "wnli": (635, 71)}
     assert {*sizes, "sst2"} <= set(suite.sets())
     for name, (train, test) in sizes.items():
         parts = {split: suite.read(name, split) for split in ("train", "dev", "test")}
@@ -195,6 +187,4 @@ def test_real_corpora(resources: Path) -> None:
             columns = suite.task(name).columns(rows, Columns())
             assert (columns.text_pair is None) == (name == "cola")
             found = suite.task(name).references(rows, columns, space)
-            assert (
-                (found.min() >= 0 and found.max() <= 5) if name == "stsb" else set(found.tolist()) == {0, 1}
-            )
+            assert (found.min() >= 0 and found.max() <= 5) if name == "stsb" else set(found.tolist()) == {0, 1}

@@ -72,23 +72,14 @@ def test_a_byte_order_mark_is_no_word(tmp_path: Path) -> None:
 
 def test_other_types_are_outside(tmp_path: Path) -> None:
     given = ["B-MISC", "I-MISC", "B-PERSON", "I-PERSON", "B-GPE", "I-GPE", "I-DATE", "B-ORG", "I-ORG", "O"]
-    assert tags(tmp_path, lines(given)) == [
-        ["O", "O", "B-PER", "I-PER", "O", "O", "O", "B-ORG", "I-ORG", "O"]
-    ]
-    assert tags(tmp_path, lines(["B-GPE", "I-GPE", "B-LOC"]), gpe_as_loc=True) == [
-        ["B-LOC", "I-LOC", "B-LOC"]
-    ]
+    assert tags(tmp_path, lines(given)) == [["O", "O", "B-PER", "I-PER", "O", "O", "O", "B-ORG", "I-ORG", "O"]]
+    assert tags(tmp_path, lines(["B-GPE", "I-GPE", "B-LOC"]), gpe_as_loc=True) == [["B-LOC", "I-LOC", "B-LOC"]]
 
 
 def test_what_continues_another_type_is_outside(tmp_path: Path) -> None:
-    assert tags(tmp_path, lines(["B-MISC", "I-PER", "I-PER", "B-PER", "I-PER"])) == [
-        ["O", "O", "O", "B-PER", "I-PER"]
-    ]
+    assert tags(tmp_path, lines(["B-MISC", "I-PER", "I-PER", "B-PER", "I-PER"])) == [["O", "O", "O", "B-PER", "I-PER"]]
     # a sentence is not continued by the next one, and an I- after O is conlleval's beginning
-    assert tags(tmp_path, lines(["O", "B-MISC"]) + "\n" + lines(["I-PER", "B-LOC"])) == [
-        ["O", "O"],
-        ["I-PER", "B-LOC"],
-    ]
+    assert tags(tmp_path, lines(["O", "B-MISC"]) + "\n" + lines(["I-PER", "B-LOC"])) == [["O", "O"], ["I-PER", "B-LOC"]]
 
 
 def test_iob1_becomes_bio(tmp_path: Path) -> None:
@@ -121,9 +112,7 @@ def test_iob1_of_any_entities_is_found_out(sentences: list[list[str]]) -> None:
             last = span
         return result
 
-    assert as_bio([encode(found, True) for found in sentences]) == [
-        encode(found, False) for found in sentences
-    ]
+    assert as_bio([encode(found, True) for found in sentences]) == [encode(found, False) for found in sentences]
 
 
 def test_every_layout(tmp_path: Path) -> None:
@@ -131,10 +120,7 @@ def test_every_layout(tmp_path: Path) -> None:
     write(tmp_path / "tweets" / "test.json", json.dumps(row) + "\n" + json.dumps(row) + "\n")
     write(tmp_path / "lines" / "dev.jsonl", json.dumps({"tokens": ["-LRB-"], "tags": ["O"]}))
     write(tmp_path / "plain" / "dev.conll", "Anna B-PER\n")
-    write(
-        tmp_path / "classic" / "eng.testa",
-        "-DOCSTART- -X- O O\n\nAnna NNP I-NP I-PER\nleft VBD I-VP O\n",
-    )
+    write(tmp_path / "classic" / "eng.testa", "-DOCSTART- -X- O O\n\nAnna NNP I-NP I-PER\nleft VBD I-VP O\n")
     for split in ("train", "development", "test"):
         write(tmp_path / f"onto.{split}.bc.ner", f"{split}\tNN\t(TOP*\tB-PERSON\n")
     write(tmp_path / "ontonotes" / "onto.train.mz.ner", "Anna\tB-PERSON\n")
@@ -172,18 +158,10 @@ def test_every_layout(tmp_path: Path) -> None:
         ("train.conll", "a O\nb B-\n", "FILE:2: 'B-' is a tag of no known scheme"),
         ("train.conll", "Anna NNP B-PER\n", "FILE:1: 'NNP' is a tag of no known scheme"),
         ("train.conll", "\n-DOCSTART- O\n", "FILE: no data: not a single sentence"),
-        (
-            "train.json",
-            '{"tokens": ["a"], "labels": ["O"]}\n{"tokens": ["a"]}',
-            "FILE:2: 'labels' is not a list",
-        ),
+        ("train.json", '{"tokens": ["a"], "labels": ["O"]}\n{"tokens": ["a"]}', "FILE:2: 'labels' is not a list"),
         ("train.json", '{"tokens": ["a", "b"], "labels": ["O"]}', "FILE:1: 2 tokens but 1 labels"),
         ("train.json", '{"tokens": "ab", "labels": ["O"]}', "FILE:1: 'tokens' is not a list of texts"),
-        (
-            "train.json",
-            '{"tokens": ["a", ""], "labels": ["O", "O"]}',
-            "FILE:1: 'tokens' is not a list of texts",
-        ),
+        ("train.json", '{"tokens": ["a", ""], "labels": ["O", "O"]}', "FILE:1: 'tokens' is not a list of texts"),
         ("train.json", '{"tokens": [], "labels": []}', "FILE:1: 'tokens' is not a list of texts"),
         ("train.json", '{"tokens": ["a"], "labels": [3]}', "FILE:1: 'labels' is not a list of texts"),
         ("train.json", '\n{"tokens": ["a"], "labels": ["S-PER"]}', "FILE:2: 'S-PER' is a tag of another"),
@@ -270,6 +248,4 @@ def test_twitter_under_its_published_names(tmp_path: Path, folder: str) -> None:
     for split in ("train", "dev", "test"):
         assert list(suite.read("twitter", split)) == [{"tokens": ["Anna", split], "tags": ["B-PER", "O"]}]
     assert len(suite.read("twitter", "all")) == 3
-    assert "annotated.twitter-ner-20-21-tweet-{train,dev,test}-withcleaned.json" in str(
-        suite.missing("other")
-    )
+    assert "annotated.twitter-ner-20-21-tweet-{train,dev,test}-withcleaned.json" in str(suite.missing("other"))

@@ -25,9 +25,7 @@ def write(root: Path, name: str, labels: list[object]) -> Path:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     else:
         mark = "," if path.suffix == ".csv" else "\t"
-        path.write_text(
-            mark.join(("text", "label")) + "\n" + "".join(f"{r['text']}{mark}{r['label']}\n" for r in rows)
-        )
+        path.write_text(mark.join(("text", "label")) + "\n" + "".join(f"{r['text']}{mark}{r['label']}\n" for r in rows))
     return path
 
 

@@ -131,11 +131,7 @@ def test_parts_are_disjoint_complete_and_ordered(
 
 
 @settings(max_examples=200, deadline=None)
-@given(
-    sizes=st.lists(st.integers(5, 60), min_size=2, max_size=5),
-    seed=st.integers(0, 1000),
-    parts=st.integers(2, 4),
-)
+@given(sizes=st.lists(st.integers(5, 60), min_size=2, max_size=5), seed=st.integers(0, 1000), parts=st.integers(2, 4))
 def test_label_shares(sizes: list[int], seed: int, parts: int) -> None:
     labels = [label for label, size in enumerate(sizes) for _ in range(size)]
     names = main_labels(labels, len(labels), seed)

@@ -53,18 +53,10 @@ def test_a_key_that_json_cannot_write_is_refused(zoo: Zoo, wrong: Any, named: st
 
 
 def test_values_compare_as_numbers_or_text() -> None:
-    assert (
-        equal(0.1, "1e-1")
-        and equal(3, "3")
-        and equal(3, 3.0)
-        and equal("3", 3)
-        and equal(2**53 + 1, str(2**53 + 1))
-    )
+    assert equal(0.1, "1e-1") and equal(3, "3") and equal(3, 3.0) and equal("3", 3) and equal(2**53 + 1, str(2**53 + 1))
     assert not equal(1, "1x") and not equal(3, "4") and not equal("03", 3) and not equal(2**53 + 1, 2.0**53)
     assert equal(True, "true") and not equal(True, "1") and not equal(1, True) and equal(None, "null")
-    assert (
-        equal("isear", "is*") and equal("a[1]", "a[1]") and not equal("a1", "a[1]") and not equal("abc", "b*")
-    )
+    assert equal("isear", "is*") and equal("a[1]", "a[1]") and not equal("a1", "a[1]") and not equal("abc", "b*")
     assert equal(12, "1*") and not equal(1, "nan")
     assert equal(["a", "b"], "b") and equal(["a", "b"], ["a", "b"]) and not equal(["a", "b"], "c")
 
@@ -87,12 +79,7 @@ def test_built_once_and_got(zoo: Zoo) -> None:
     assert zoo.get(KEY) is None and zoo.ls() == []
     entry = zoo.build(KEY, make)
     assert zoo.build(KEY, never) == entry == zoo.get(KEY)
-    assert (
-        entry.id == zoo.id_of(KEY)
-        and entry.key == KEY
-        and entry.facts == {"score": 0.5}
-        and entry.score == 0.5
-    )
+    assert entry.id == zoo.id_of(KEY) and entry.key == KEY and entry.facts == {"score": 0.5} and entry.score == 0.5
     assert entry.path == zoo.root / entry.id / "model" and (entry.path / "heads/a.safetensors").is_file()
     assert sum(zoo.files(entry).values()) == 702 and zoo.ls() == [entry] and zoo.verify(entry) == 2
 
@@ -154,8 +141,7 @@ def test_attach(zoo: Zoo) -> None:
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["entry.json", "model/x", "../x", "/x", "a//b", "a/../b", "x.record.json", "", ".", "a\\b", "a\nb"],
+    "name", ["entry.json", "model/x", "../x", "/x", "a//b", "a/../b", "x.record.json", "", ".", "a\\b", "a\nb"]
 )
 def test_attach_refuses_names_that_lead_elsewhere(zoo: Zoo, name: str) -> None:
     entry = zoo.build(KEY, make)

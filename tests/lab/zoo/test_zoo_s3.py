@@ -63,12 +63,8 @@ def test_built_here_got_there(bucket: Any, tmp_path: Path) -> None:
     here, there = (Zoo("s3://zoos/prefix", cache=tmp_path / name) for name in "ab")
     assert there.ls() == [] and there.get(KEY) is None
     made = here.build(KEY, make)
-    statistics = here.attach(
-        made, "statistics/x.safetensors", lambda path: path.write_bytes(b"gram") and None
-    )
-    names = {
-        name.removeprefix(f"zoos/prefix/{made.id}/") for name in bucket.find("zoos/prefix") if made.id in name
-    }
+    statistics = here.attach(made, "statistics/x.safetensors", lambda path: path.write_bytes(b"gram") and None)
+    names = {name.removeprefix(f"zoos/prefix/{made.id}/") for name in bucket.find("zoos/prefix") if made.id in name}
     beside = {"statistics/x.safetensors", "statistics/x.safetensors.record.json"}
     assert names == {"entry.json", "model/config.json", "model/heads/a.safetensors", *beside}
 

@@ -24,9 +24,7 @@ class Kronecker(Operator):
 
 
 def _treat(fact, options):  # type: ignore[no-untyped-def]
-    return (
-        "kronecker" if fact.in_base and fact.grams and all(fact.grams) else "no Gram matrix in the statistics"
-    )
+    return "kronecker" if fact.in_base and fact.grams and all(fact.grams) else "no Gram matrix in the statistics"
 
 
 def _metric(unit, share, options):  # type: ignore[no-untyped-def]

@@ -107,9 +107,7 @@ def expand(config: ExperimentConfig, order: Sequence[str] | None = None) -> list
 
 def models_of(cells: Sequence[Cell]) -> list[ModelSpec]:
     """Every single model that the cells need, each once."""
-    return list(
-        dict.fromkeys(spec for cell in cells if cell.kind != "multitask" for spec in cell.contributors)
-    )
+    return list(dict.fromkeys(spec for cell in cells if cell.kind != "multitask" for spec in cell.contributors))
 
 
 def _groups(

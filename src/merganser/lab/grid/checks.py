@@ -42,9 +42,7 @@ def check_inputs(models: Models) -> None:
             errors.catch(_check_split, models, name, split)
     if len(errors.found) == before:  # what follows reads the data again
         errors.catch(_check_heads, models)
-        parts = {
-            spec for cell in expand(models.config) for spec in cell.contributors if spec.part is not None
-        }
+        parts = {spec for cell in expand(models.config) for spec in cell.contributors if spec.part is not None}
         for spec in sorted(parts, key=str):
             errors.catch(models.rows, spec)
     errors.raise_all()
@@ -64,9 +62,7 @@ def splits_of(models: Models) -> set[tuple[str, str]]:
     """Every (data set, split) that a run reads."""
     cells = expand(models.config)
     found = {(name, split) for cell in cells for name, split, _ in scored_on(models.config, cell)}
-    return found | {
-        (spec.set, split) for cell in cells for spec in cell.contributors for split in (TRAIN, DEV)
-    }
+    return found | {(spec.set, split) for cell in cells for spec in cell.contributors for split in (TRAIN, DEV)}
 
 
 def _references(models: Models) -> list[str]:

@@ -129,12 +129,7 @@ def scored_on(config: ExperimentConfig, cell: Cell) -> list[Test]:
 
 
 def score(
-    models: Models,
-    set_name: str,
-    split: str,
-    prediction: Prediction,
-    specs: Sequence[ModelSpec],
-    bootstrap: int = 0,
+    models: Models, set_name: str, split: str, prediction: Prediction, specs: Sequence[ModelSpec], bootstrap: int = 0
 ) -> dict[str, Any]:
     """Score a prediction; labels that none of ``specs`` was trained on are never predicted.
 
@@ -171,9 +166,7 @@ def masked(models: Models, aligned: Any, specs: Sequence[ModelSpec]) -> Any:
 
 def _ensemble(models: Models, cell: Cell, entries: Sequence[Entry], set_name: str, split: str) -> Prediction:
     parts = [models.prediction(entry, set_name, split) for entry in entries]
-    aligned = [
-        masked(models, part.aligned, [spec]) for part, spec in zip(parts, cell.contributors, strict=True)
-    ]
+    aligned = [masked(models, part.aligned, [spec]) for part, spec in zip(parts, cell.contributors, strict=True)]
     joint = models.data.suite.task(set_name).combine(aligned)
     return Prediction(joint, max(p.truncated for p in parts), min(p.max_length for p in parts))
 
@@ -301,8 +294,7 @@ def _finetuned(
     assert method.finetune is not None
     shared = cell.heads != "separate"
     parts = [
-        models.part(spec, sample(models.rows(spec), method.finetune.examples, cell.seed))
-        for spec in cell.contributors
+        models.part(spec, sample(models.rows(spec), method.finetune.examples, cell.seed)) for spec in cell.contributors
     ]
     starts = {folder_name(spec.name): _as_folder(references[spec.set]) for spec in cell.contributors}
     output = folder / "finetuned"

@@ -40,9 +40,7 @@ class SuiteConfig(_Frozen):
     )
     options: dict[str, Any] = Field(default_factory=dict, description="of the suite")
     limits: Limits = Limits()
-    sample_seed: int = Field(
-        default=1, description="of the samples that the limits draw; the same for every cell"
-    )
+    sample_seed: int = Field(default=1, description="of the samples that the limits draw; the same for every cell")
 
     @field_validator("name")
     @classmethod
@@ -63,21 +61,16 @@ class Pretrained(_Frozen):
     model: str = Field(description="a folder, org/name@revision, or the name of a folder in resources_dir")
     title: str = Field(description="what tables call it")
     architecture: str | None = Field(
-        default=None,
-        description="its model_type, which chooses the published hyper-parameters before it is on disk",
+        default=None, description="its model_type, which chooses the published hyper-parameters before it is on disk"
     )
 
 
 class StatisticsConfig(_Frozen):
     """How the statistics of a contributor are collected, on its training data."""
 
-    examples: int | None = Field(
-        default=16_000, ge=1, description="for Gram matrices and counts; None for all"
-    )
+    examples: int | None = Field(default=16_000, ge=1, description="for Gram matrices and counts; None for all")
     fisher: Literal["expected", "empirical", "predicted"] = "expected"
-    fisher_examples: int | None = Field(
-        default=16_000, ge=1, description="for Fisher information; None for all"
-    )
+    fisher_examples: int | None = Field(default=16_000, ge=1, description="for Fisher information; None for all")
 
 
 class ModelArgs(_Frozen):
@@ -87,9 +80,7 @@ class ModelArgs(_Frozen):
     training: dict[str, Any] = Field(
         default_factory=dict, description="hyper-parameters that differ from the published ones"
     )
-    checkpoint: str | None = Field(
-        default=None, description="a fine-tuned model to take instead of training one"
-    )
+    checkpoint: str | None = Field(default=None, description="a fine-tuned model to take instead of training one")
     load_from_zoo: Literal["maybe", "yes", "no"] = Field(
         default="maybe",
         description="maybe: train where the zoo has none; yes: fail where it has none; no: train anew, once for these "
@@ -130,13 +121,10 @@ class MethodConfig(_Frozen):
     """A merging method with its options, as one line of the result tables."""
 
     method: str
-    title: str = Field(
-        default="", description="what tables call it; must differ between entries of one method"
-    )
+    title: str = Field(default="", description="what tables call it; must differ between entries of one method")
     options: dict[str, Any] = Field(default_factory=dict)
     exclude: tuple[str, ...] = Field(
-        default=(),
-        description="name patterns of tensors that are averaged instead, among those who vote on a row",
+        default=(), description="name patterns of tensors that are averaged instead, among those who vote on a row"
     )
     search: Search | None = None
     finetune: Finetune | None = None
@@ -169,9 +157,7 @@ class Tests(_Frozen):
     """What the cells are scored on: always the contributors' own tests, and these."""
 
     out_of_domain: tuple[str, ...] = ()
-    out_split: Literal["test", "all"] = Field(
-        default="test", description="all: every split of these sets together"
-    )
+    out_split: Literal["test", "all"] = Field(default="test", description="all: every split of these sets together")
 
 
 class Partitions(_Frozen):
@@ -186,8 +172,7 @@ class Resources(_Frozen):
     """What an engine reserves for each job."""
 
     device: Literal["auto", "cpu", "cuda"] = Field(
-        default="auto",
-        description="of training, statistics, merges and predictions; auto: a GPU where there is one",
+        default="auto", description="of training, statistics, merges and predictions; auto: a GPU where there is one"
     )
     cpus: float = Field(default=1, gt=0)
     gpus: float = Field(default=0, ge=0)
@@ -231,8 +216,7 @@ class ExperimentConfig(_Frozen):
     partitions: Partitions = Partitions()
     heads: tuple[Heads, ...] = Field(default=("same",), min_length=1)
     order: Literal["computed"] | tuple[str, ...] = Field(
-        default="computed",
-        description="of the greedy merge; computed on development data, or the names in order",
+        default="computed", description="of the greedy merge; computed on development data, or the names in order"
     )
     methods: tuple[MethodConfig, ...] = Field(min_length=1)
     comparators: tuple[Comparator, ...] = ("individual",)
@@ -241,9 +225,7 @@ class ExperimentConfig(_Frozen):
     resources: Resources = Resources()
     batch_size: int = Field(default=32, ge=1, description="for predicting; changes speed only")
     bootstrap: int = Field(
-        default=0,
-        ge=0,
-        description="samples of a test's examples for the standard error of its score; 0: none",
+        default=0, ge=0, description="samples of a test's examples for the standard error of its score; 0: none"
     )
 
     @model_validator(mode="before")
@@ -353,10 +335,7 @@ def make_config(values: dict[str, Any], where: str) -> ExperimentConfig:
         for entry in error.errors():
             place = ".".join(str(part) for part in entry["loc"])
             if entry["type"] == "extra_forbidden":
-                what, mend = (
-                    f"unknown key {place!r}",
-                    did_you_mean(str(entry["loc"][-1]), _fields(entry["loc"])),
-                )
+                what, mend = (f"unknown key {place!r}", did_you_mean(str(entry["loc"][-1]), _fields(entry["loc"])))
             elif entry["type"] == "missing":
                 what, mend = f"{place!r} is missing", "give it in one of the files"
             else:

@@ -143,11 +143,7 @@ def _network(models: Models) -> nn.Module:
 
 
 def _training(
-    models: Models,
-    specs: Sequence[ModelSpec],
-    settings: TrainingSettings,
-    tokens: _Tokens,
-    rates: _Rates,
+    models: Models, specs: Sequence[ModelSpec], settings: TrainingSettings, tokens: _Tokens, rates: _Rates
 ) -> float:
     rows = sum(len(models.rows(spec)) for spec in specs)
     length = sum(tokens.length(spec.set) * len(models.rows(spec)) for spec in specs) / rows

@@ -32,8 +32,7 @@ def cell_id(models: Models, cell: Cell) -> str:
         "max_length": models.settings().max_length,
         **({"bootstrap": config.bootstrap} if config.bootstrap else {}),
         "tests": [
-            (name, split, domain, models.data.digest(name, split))
-            for name, split, domain in scored_on(config, cell)
+            (name, split, domain, models.data.digest(name, split)) for name, split, domain in scored_on(config, cell)
         ],
     }
     text = json.dumps(content, sort_keys=True, ensure_ascii=False, default=str)

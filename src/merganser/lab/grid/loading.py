@@ -25,10 +25,7 @@ _INTEGER = re.compile(r"[+-]?\d+")
 
 
 def load_config(
-    files: Sequence[str | Path],
-    *,
-    templates: Mapping[str, str] | None = None,
-    keep: Sequence[str] = (),
+    files: Sequence[str | Path], *, templates: Mapping[str, str] | None = None, keep: Sequence[str] = ()
 ) -> ExperimentConfig:
     """Read, merge, fill in and validate.
 
@@ -132,9 +129,7 @@ def _used(values: Any) -> set[str]:
     return set(_TEMPLATE.findall(values)) if isinstance(values, str) else set()
 
 
-def _check_used(
-    values: Mapping[str, Any], given: Mapping[str, Any], asked: Sequence[str], where: str
-) -> None:
+def _check_used(values: Mapping[str, Any], given: Mapping[str, Any], asked: Sequence[str], where: str) -> None:
     """Refuse templates of the command line that change nothing."""
     used = _used(values)
     used |= _used([given[name] for name in used if name in given])
@@ -163,10 +158,7 @@ def fill(values: Any, templates: Mapping[str, Any], where: str) -> Any:
 
     def walk(value: Any, place: str) -> Any:
         if isinstance(value, Mapping):
-            return {
-                walk_key(key): walk(item, f"{place}.{key}" if place else str(key))
-                for key, item in value.items()
-            }
+            return {walk_key(key): walk(item, f"{place}.{key}" if place else str(key)) for key, item in value.items()}
         if isinstance(value, list):
             return [walk(item, f"{place}[{number}]") for number, item in enumerate(value)]
         if not isinstance(value, str):
@@ -188,11 +180,7 @@ def fill(values: Any, templates: Mapping[str, Any], where: str) -> Any:
         return _TEMPLATE.sub(lambda match: str(templates[match[1]]), value)
 
     def walk_key(key: Any) -> Any:
-        return (
-            _TEMPLATE.sub(lambda match: str(templates.get(match[1], match[0])), key)
-            if isinstance(key, str)
-            else key
-        )
+        return _TEMPLATE.sub(lambda match: str(templates.get(match[1], match[0])), key) if isinstance(key, str) else key
 
     filled = walk(values, "")
     raise_all(problems)

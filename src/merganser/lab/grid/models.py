@@ -50,9 +50,7 @@ class Models:
             there are none yet.
     """
 
-    def __init__(
-        self, config: ExperimentConfig, zoo: Zoo, *, allow_pickle: bool = False, fresh: str = ""
-    ) -> None:
+    def __init__(self, config: ExperimentConfig, zoo: Zoo, *, allow_pickle: bool = False, fresh: str = "") -> None:
         self.config, self.zoo, self.allow_pickle, self.fresh = config, zoo, allow_pickle, fresh
         self.data: Data = data_of(config.suite.model_dump_json())
         self.device = choose_device(config.resources.device)
@@ -419,9 +417,7 @@ def _lift(folder: Path) -> None:
 
 
 def _subfolders(folder: Path) -> Any:
-    return iter(
-        [] if (folder / "config.json").exists() else sorted(p.name for p in folder.iterdir() if p.is_dir())
-    )
+    return iter([] if (folder / "config.json").exists() else sorted(p.name for p in folder.iterdir() if p.is_dir()))
 
 
 def _facts(scores: Sequence[float], best: int | None, folder: Path) -> dict[str, Any]:

@@ -51,9 +51,7 @@ def copy_model(reference: str, folder: Path, allow_pickle: bool = False) -> str:
     """Copy a model folder, its weights as safetensors where they were pickled; returns their hash."""
     checkpoint = open_checkpoint(reference, allow_pickle=allow_pickle)
     checkpoint.fetch()
-    shutil.copytree(
-        checkpoint.path, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.bin", "checkpoint-*")
-    )
+    shutil.copytree(checkpoint.path, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.bin", "checkpoint-*"))
     if not any(folder.glob("*.safetensors")):
         tensors = {name: checkpoint.read(name) for name in checkpoint.tensors}
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})

@@ -106,12 +106,7 @@ def run_experiment(
     for remark in remarks(models):
         logger.warning("%s", remark)
     open_folder(folder, config, fresh)
-    common = {
-        "config": config.model_dump(mode="json"),
-        "zoo": str(zoo),
-        "allow_pickle": allow_pickle,
-        "fresh": fresh,
-    }
+    common = {"config": config.model_dump(mode="json"), "zoo": str(zoo), "allow_pickle": allow_pickle, "fresh": fresh}
     grid = _Grid(models, folder, engine or SerialEngine(), common)
     cells = {cell_id(models, cell): cell for cell in grid.expanded()}
     recall(folder, set(cells))

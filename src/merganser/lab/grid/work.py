@@ -33,9 +33,7 @@ def work(payload: Mapping[str, Any]) -> dict[str, Any]:
     what = payload["what"]
     if what == "cell":
         sums = payload.get("sums")
-        return compute(
-            models, cell_from(payload["cell"]), payload["id"], None if sums is None else Path(sums)
-        )
+        return compute(models, cell_from(payload["cell"]), payload["id"], None if sums is None else Path(sums))
     if what == "multitask":
         return {"zoo": models.multitask(cell_from(payload["cell"])).id}
     spec = ModelSpec(**payload["spec"])

@@ -96,9 +96,7 @@ def _row(title: str, cells: Mapping[str, Cell], colour: str, group: str) -> Row 
     return Row(title, scores, statistics.fmean(scores.values()), colour, group)
 
 
-def _margins(
-    canvas: Canvas, rows: Sequence[Row], wide: bool, legend: float
-) -> tuple[float, float, float, float]:
+def _margins(canvas: Canvas, rows: Sequence[Row], wide: bool, legend: float) -> tuple[float, float, float, float]:
     """The axes in shares of the figure: room for the names on the left, the legend above, the axis label below."""
     width, height = canvas.get_size_inches()
     left = min(0.4 * width, 0.35 + 0.073 * max(len(row.title) for row in rows)) if wide else 0.12
@@ -158,16 +156,11 @@ def _finish(axes: Axes, rows: Sequence[Row], metric: str, wide: bool) -> None:
     axes.set_xlabel(metric, color=MUTED, labelpad=6)
     for index, (one, other) in enumerate(pairwise(rows)):
         if one.group != other.group:
-            axes.axhline(
-                -index - 0.5, color=LINE, linewidth=0.7, xmin=-1 if wide else 0, xmax=1.2, clip_on=False
-            )
+            axes.axhline(-index - 0.5, color=LINE, linewidth=0.7, xmin=-1 if wide else 0, xmax=1.2, clip_on=False)
 
 
 def _legend(canvas: Canvas, tests: Sequence[str], per_row: int) -> None:
-    handles = [
-        Line2D([], [], label=test, **_mark(marker))
-        for marker, test in zip(cycle(MARKERS), tests, strict=False)
-    ]
+    handles = [Line2D([], [], label=test, **_mark(marker)) for marker, test in zip(cycle(MARKERS), tests, strict=False)]
     handles.append(Line2D([], [], marker="o", markersize=8, color=INK, linestyle="none", label="average"))
     canvas.legend(
         handles=handles,

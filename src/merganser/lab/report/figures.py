@@ -17,19 +17,7 @@ from matplotlib.ticker import MaxNLocator
 from merganser.lab.report.dots import dot_plot
 from merganser.lab.report.grid import Grid, Method, Values
 from merganser.lab.report.rows import Domain
-from merganser.lab.report.svg import (
-    DOWN,
-    INK,
-    LINE,
-    MARKERS,
-    MUTED,
-    PAPER,
-    SERIES,
-    STYLES,
-    UP,
-    Figure,
-    draw,
-)
+from merganser.lab.report.svg import DOWN, INK, LINE, MARKERS, MUTED, PAPER, SERIES, STYLES, UP, Figure, draw
 from merganser.lab.report.tables import DOMAIN_TITLES, Cell, compare, find_method
 from merganser.lab.report.ties import RULE, Tally, and_tied, sign, signed, tally
 
@@ -70,8 +58,7 @@ def growth(grid: Grid, prefix: str) -> Figure | None:
         curves[domain] = {method: [] for method in grid.methods}
         for size in sizes:
             of_size = {
-                m: {u: v for u, v in found.items() if len(u.contributors) == size}
-                for m, found in values.items()
+                m: {u: v for u, v in found.items() if len(u.contributors) == size} for m, found in values.items()
             }
             for method, cell in compare(of_size).items():
                 if cell.value is not None:
@@ -119,9 +106,7 @@ def growth(grid: Grid, prefix: str) -> Figure | None:
     )
 
 
-def _curve(
-    ax: Axes, grid: Grid, method: Method, points: Sequence[tuple[int, Cell]], sizes: Sequence[int]
-) -> None:
+def _curve(ax: Axes, grid: Grid, method: Method, points: Sequence[tuple[int, Cell]], sizes: Sequence[int]) -> None:
     if not points:
         return
     x = [size for size, _ in points]
@@ -245,11 +230,7 @@ def scatter(grid: Grid, against: str, prefix: str) -> Figure | None:
 
 
 def _scatter(
-    ax: Axes,
-    pairs: Sequence[tuple[float, float]],
-    domain: Domain,
-    counts: Tally,
-    look: Mapping[str, Any],
+    ax: Axes, pairs: Sequence[tuple[float, float]], domain: Domain, counts: Tally, look: Mapping[str, Any]
 ) -> None:
     flat = [value for pair in pairs for value in pair]
     room = max(1.0, 0.06 * (max(flat) - min(flat)))
@@ -284,9 +265,7 @@ def pair_map(grid: Grid, against: str, prefix: str) -> Figure | None:
     if reference is None or not others or len(grid.contributors) < 3:
         return None
     values = {domain: grid.by_domain(domain, grid.units) for domain in grid.domains}
-    maps = {
-        m: {d: _differences(grid, values[d][reference], values[d][m]) for d in grid.domains} for m in others
-    }
+    maps = {m: {d: _differences(grid, values[d][reference], values[d][m]) for d in grid.domains} for m in others}
     numbers = [abs(x) for of_method in maps.values() for found in of_method.values() for x in found.values()]
     if not numbers:
         return None
@@ -358,18 +337,10 @@ def _map(ax: Axes, grid: Grid, maps: Mapping[Domain, Mapping[tuple[str, str], fl
                 )
             )
             ax.text(
-                column,
-                row,
-                signed(value),
-                ha="center",
-                va="center",
-                color=INK,
-                fontsize=8.5 if count <= 6 else 6.5,
+                column, row, signed(value), ha="center", va="center", color=INK, fontsize=8.5 if count <= 6 else 6.5
             )
     for index in range(count):
-        ax.add_patch(
-            Rectangle((index - 0.48, index - 0.48), 0.96, 0.96, facecolor=LINE, alpha=0.5, linewidth=0)
-        )
+        ax.add_patch(Rectangle((index - 0.48, index - 0.48), 0.96, 0.96, facecolor=LINE, alpha=0.5, linewidth=0))
     ax.set(xlim=(-0.5, count - 0.5), ylim=(count - 0.5, -0.5), aspect="equal")
     ax.set_xticks(range(count), names, rotation=40, ha="right", rotation_mode="anchor", fontsize=8.5)
     ax.set_yticks(range(count), names, fontsize=8.5)

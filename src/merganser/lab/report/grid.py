@@ -22,11 +22,7 @@ DOMAINS: tuple[Domain, ...] = ("in", "out")
 KINDS: tuple[Kind, ...] = ("individual", "ensemble", "multitask", "merge")
 #: Published merges first, in the paper's order; others follow by name.
 KNOWN_ORDER = ("simple", "fisher", "regmean")
-HEADS = {
-    "same": "same head initialisation",
-    "different": "different head initialisation",
-    "separate": "separate heads",
-}
+HEADS = {"same": "same head initialisation", "different": "different head initialisation", "separate": "separate heads"}
 METRICS = {
     "macro_f1": "macro-F1",
     "micro_f1": "micro-F1",
@@ -110,9 +106,7 @@ class Grid:
     def methods(self) -> tuple[Method, ...]:
         """Individual, ensemble and multi-task first, then the merges."""
         found = {self.method(row) for row in self.rows}
-        if any(
-            score.domain == "other" for row in self._individuals.values() for score in row.scores.values()
-        ):
+        if any(score.domain == "other" for row in self._individuals.values() for score in row.scores.values()):
             found.add(EVERY)
         return tuple(sorted(found, key=lambda method: method.rank))
 
@@ -138,14 +132,7 @@ class Grid:
             if found:
                 place = {name: index for index, name in enumerate(self.contributors)}
                 return tuple(
-                    sorted(
-                        found,
-                        key=lambda u: (
-                            len(u.contributors),
-                            sorted(place[c] for c in u.contributors),
-                            u.seed,
-                        ),
-                    )
+                    sorted(found, key=lambda u: (len(u.contributors), sorted(place[c] for c in u.contributors), u.seed))
                 )
         return ()
 
@@ -162,9 +149,7 @@ class Grid:
             for position, name in enumerate(row.contributors if len(row.contributors) > 1 else ()):
                 places[name].append(position)
         return tuple(
-            sorted(
-                places, key=lambda name: (statistics.fmean(places[name]) if places[name] else math.inf, name)
-            )
+            sorted(places, key=lambda name: (statistics.fmean(places[name]) if places[name] else math.inf, name))
         )
 
     @cached_property
@@ -212,10 +197,7 @@ class Grid:
         for row in self.rows:
             if row.kind == "merge" and len(row.contributors) > len(longest.get(row.seed, ())):
                 longest[row.seed] = row.contributors
-        return {
-            order: tuple(sorted(s for s in longest if longest[s] == order))
-            for order in sorted(longest.values())
-        }
+        return {order: tuple(sorted(s for s in longest if longest[s] == order)) for order in sorted(longest.values())}
 
     def row(self, method: Method, unit: Unit) -> ResultRow | None:
         """The row of a method other than the individual models."""
@@ -258,9 +240,7 @@ class Grid:
         if method.kind != "individual":
             row = self.row(method, unit)
             score = row.scores.get(test) if row else None
-            return (
-                Value(100 * score.value, (row.cell,)) if row and score and score.value is not None else None
-            )
+            return Value(100 * score.value, (row.cell,)) if row and score and score.value is not None else None
         if method == EVERY and self._tests[unit].get(test) != "in":
             return None
         scores = []
@@ -325,8 +305,7 @@ class Grid:
     def by_test(self, test: str, units: Sequence[Unit]) -> dict[Method, Values]:
         """Method → unit → score on a test."""
         return {
-            method: {u: v for u in units if (v := self.on_test(method, u, test)) is not None}
-            for method in self.methods
+            method: {u: v for u in units if (v := self.on_test(method, u, test)) is not None} for method in self.methods
         }
 
     def gaps(self) -> list[str]:
@@ -339,17 +318,14 @@ class Grid:
         for method in self.methods:
             has = {u for u in units if any(self.on_domain(method, u, d) is not None for d in self.domains)}
             sizes = {len(u.contributors) for u in has}
-            due = [
-                u for u in self.units if method.kind == "merge" or len(u.contributors) in sizes or not sizes
-            ]
+            due = [u for u in self.units if method.kind == "merge" or len(u.contributors) in sizes or not sizes]
             missing: dict[str, list[str]] = {}
             for unit in due:
                 if unit not in has:
                     missing.setdefault(self.label(unit.contributors), []).append(str(unit.seed))
             if missing:
                 listed = [
-                    f"{label} (seed{'s' * (len(seeds) > 1)} {', '.join(seeds)})"
-                    for label, seeds in missing.items()
+                    f"{label} (seed{'s' * (len(seeds) > 1)} {', '.join(seeds)})" for label, seeds in missing.items()
                 ]
                 shown = "; ".join(listed[:4]) + (f"; and {len(listed) - 4} more" if len(listed) > 4 else "")
                 told.append(f"{method.title} has {len(has)} of {len(due)} cells. Missing: {shown}.")
@@ -413,16 +389,7 @@ def make_grids(rows: Sequence[ResultRow]) -> tuple[list[Grid], list[ResultRow]]:
     old = []
     for row in sorted(rows, key=lambda row: (row.provenance.finished, row.cell)):
         title = "" if row.kind == "individual" else row.title
-        key = (
-            row.model,
-            row.layout,
-            row.heads,
-            row.kind,
-            row.method,
-            title,
-            row.chosen is None,
-            unit_of(row),
-        )
+        key = (row.model, row.layout, row.heads, row.kind, row.method, title, row.chosen is None, unit_of(row))
         if key in newest:
             if _repeats(newest[key], row):
                 continue
@@ -433,9 +400,7 @@ def make_grids(rows: Sequence[ResultRow]) -> tuple[list[Grid], list[ResultRow]]:
         groups.setdefault((row.model, row.layout, row.heads), []).append(row)
     order = list(HEADS)
     keys = sorted(groups, key=lambda key: (key[0], key[1], order.index(key[2])))
-    return [
-        Grid(groups[key][0].experiment, groups[key][0].suite, *key, tuple(groups[key])) for key in keys
-    ], old
+    return [Grid(groups[key][0].experiment, groups[key][0].suite, *key, tuple(groups[key])) for key in keys], old
 
 
 def _repeats(older: ResultRow, row: ResultRow) -> bool:

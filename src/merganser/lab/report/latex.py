@@ -92,26 +92,13 @@ def _is_long(table: Table) -> bool:
 
 
 def _floating(table: Table, caption: str) -> list[str]:
-    opened = [
-        r"\begin{table}",
-        r"\centering",
-        r"\small",
-        caption,
-        _FITTED,
-        rf"\begin{{tabular}}{_columns(table)}",
-    ]
+    opened = [r"\begin{table}", r"\centering", r"\small", caption, _FITTED, rf"\begin{{tabular}}{_columns(table)}"]
     closed = [r"\bottomrule", r"\end{tabular}}", r"\end{table}"]
     return [*opened, *_head(table), *_lines(table), *closed]
 
 
 def _long(table: Table, caption: str) -> list[str]:
-    first = [
-        r"{\small",
-        rf"\begin{{longtable}}{_columns(table)}",
-        rf"{caption} \\",
-        *_head(table),
-        r"\endfirsthead",
-    ]
+    first = [r"{\small", rf"\begin{{longtable}}{_columns(table)}", rf"{caption} \\", *_head(table), r"\endfirsthead"]
     further = [*_head(table), r"\endhead"]
     return [*first, *further, *_lines(table), r"\bottomrule", r"\end{longtable}}"]
 

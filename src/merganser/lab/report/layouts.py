@@ -98,8 +98,7 @@ def _wins(grid: Grid, values: Mapping[Method, Values]) -> dict[Method, Cell]:
     total = 0
     for group in dict.fromkeys(unit.contributors for unit in grid.units):
         of_group = {
-            method: {u: v for u, v in values[method].items() if u.contributors == group}
-            for method in grid.merges
+            method: {u: v for u, v in values[method].items() if u.contributors == group} for method in grid.merges
         }
         ranked = rankable(compare(of_group))
         if len(ranked) > 1:
@@ -141,10 +140,7 @@ def _differ(grid: Grid, domain: Domain) -> bool:
 
 
 def _of_size(values: Mapping[Method, Values], size: int) -> dict[Method, Values]:
-    return {
-        method: {u: v for u, v in found.items() if len(u.contributors) == size}
-        for method, found in values.items()
-    }
+    return {method: {u: v for u, v in found.items() if len(u.contributors) == size} for method, found in values.items()}
 
 
 @dataclass(frozen=True)
@@ -170,9 +166,7 @@ def on_tests(grid: Grid, domain: Domain, units: Sequence[Unit]) -> OnTests:
         values = grid.by_test(test, units)
         cells[test] = compare(values)
         for method, found in values.items():
-            pooled[method].update(
-                {Unit((test, *unit.contributors), unit.seed): v for unit, v in found.items()}
-            )
+            pooled[method].update({Unit((test, *unit.contributors), unit.seed): v for unit, v in found.items()})
     return OnTests(cells, pooled, compare(_over_tests(pooled)) if len(cells) > 1 else {})
 
 
@@ -213,10 +207,7 @@ def models_on_tests(grid: Grid) -> dict[str, dict[str, Cell]]:
     if EVERY not in grid.methods:
         return {}
     tests = grid.tests("in")
-    return {
-        name: {test: summarise(grid.of_model(name, test).items()) for test in tests}
-        for name in grid.contributors
-    }
+    return {name: {test: summarise(grid.of_model(name, test).items()) for test in tests} for name in grid.contributors}
 
 
 def _each_model(grid: Grid) -> Table | None:

@@ -67,16 +67,11 @@ def render_page(sections: Sequence[Section], against: str, introduction: Introdu
     environment.globals["trace"] = trace
     environment.filters["anchor"] = anchor
     figures = {
-        block.key: grid_figures(block.grid, against, block.key)
-        for section in sections
-        for block in section.blocks
+        block.key: grid_figures(block.grid, against, block.key) for section in sections for block in section.blocks
     }
     title = sections[0].title if len(sections) == 1 else f"{len(sections)} experiments"
     return environment.get_template("report.html.j2").render(
-        introduction=introduction or Introduction(title),
-        sections=sections,
-        figures=figures,
-        version=__version__,
+        introduction=introduction or Introduction(title), sections=sections, figures=figures, version=__version__
     )
 
 

@@ -225,9 +225,7 @@ def _json(text: str, where: str) -> Any:
 
 def _parse(value: Any, where: str) -> ResultRow:
     if not isinstance(value, dict) or "format" not in value:
-        raise DataError(
-            "not a result row: it has no 'format'", where=where, mend="give files that an experiment wrote"
-        )
+        raise DataError("not a result row: it has no 'format'", where=where, mend="give files that an experiment wrote")
     if value["format"] != FORMAT:
         raise DataError(
             f"a result row of format {value['format']!r}, written by merganser {_writer(value)}; "

@@ -194,9 +194,7 @@ def _block(grid: Grid, against: str, key: str) -> Block:
 
 
 def _facts(grids: Sequence[Grid], rows: Sequence[ResultRow]) -> tuple[tuple[str, str], ...]:
-    methods = {
-        method.title: method for grid in grids for method in sorted(grid.methods, key=lambda m: m.rank)
-    }
+    methods = {method.title: method for grid in grids for method in sorted(grid.methods, key=lambda m: m.rank)}
     titles = [method.title for method in sorted(methods.values(), key=lambda m: m.rank)]
     contributors = dict.fromkeys(grid.show(name) for grid in grids for name in grid.contributors)
     tests = {name: score for row in rows for name, score in row.scores.items()}
@@ -232,9 +230,7 @@ def _how(grids: Sequence[Grid], rows: Sequence[ResultRow]) -> tuple[str, ...]:
         f"({RULE}, a difference that prints as 0.0); underlined: the second best after them, with its ties."
     ]
     if several:
-        told.append(
-            "A number is the mean over seeds of each seed’s average, ± their standard deviation (n − 1)."
-        )
+        told.append("A number is the mean over seeds of each seed’s average, ± their standard deviation (n − 1).")
     else:
         told.append("There is one seed, so that there are no deviations.")
     errors = [
@@ -253,22 +249,17 @@ def _how(grids: Sequence[Grid], rows: Sequence[ResultRow]) -> tuple[str, ...]:
             + "."
         )
     if "individual" in kinds:
-        told.append(
-            "Individual: each model on its own in-domain test, and the mean of all models out-of-domain."
-        )
+        told.append("Individual: each model on its own in-domain test, and the mean of all models out-of-domain.")
     if any(EVERY in grid.methods for grid in grids):
         told.append("Individual, all: the mean of all models on every in-domain test.")
     comparators = [kind for kind in ("ensemble", "multitask") if kind in kinds]
     words = {"ensemble": "an ensemble runs all models", "multitask": "multi-task learning needs all the data"}
     if comparators:
         told.append(
-            " and ".join(words[kind] for kind in comparators).capitalize()
-            + ": for comparison, so never marked."
+            " and ".join(words[kind] for kind in comparators).capitalize() + ": for comparison, so never marked."
         )
     if any(method.searched for grid in grids for method in grid.methods):
-        told.append(
-            "Searched: the coefficients were chosen by a score on other data, see “Chosen coefficients”."
-        )
+        told.append("Searched: the coefficients were chosen by a score on other data, see “Chosen coefficients”.")
     if any(len(grid.merges) > 1 for grid in grids):
         told.append(
             f"p-values: all sign assignments are counted up to {EXACT} differences, {SAMPLES:,} seeded ones are drawn "
@@ -293,9 +284,7 @@ def _chosen(grid: Grid) -> Table | None:
     """The coefficients of searched cells."""
     place = {name: index for index, name in enumerate(grid.contributors)}
     rows = [row for row in grid.rows if row.chosen]
-    rows.sort(
-        key=lambda r: (grid.method(r).rank, len(r.contributors), [place[c] for c in r.contributors], r.seed)
-    )
+    rows.sort(key=lambda r: (grid.method(r).rank, len(r.contributors), [place[c] for c in r.contributors], r.seed))
     lines = []
     for row in rows:
         assert row.chosen is not None

@@ -74,12 +74,7 @@ def sign_flip(differences: Sequence[float]) -> Paired:
         p = (hits + 1) / (SAMPLES + 1)
     counts = tally(differences)
     return Paired(
-        n=len(values),
-        difference=float(values.mean()),
-        above=counts.above,
-        below=counts.below,
-        p=p,
-        exact=exact,
+        n=len(values), difference=float(values.mean()), above=counts.above, below=counts.below, p=p, exact=exact
     )
 
 

@@ -71,11 +71,7 @@ def _markdown(table: Table) -> str:
 def _md_cell(cell: Cell) -> str:
     shown = _md(cell.shown)
     shown = {"best": f"**{shown}**", "second": f"*{shown}*"}.get(cell.mark, shown)
-    more = [
-        _md(cell.stars),
-        cell.deviation and f" {cell.deviation}",
-        f" (n={cell.n})" if cell.counted else "",
-    ]
+    more = [_md(cell.stars), cell.deviation and f" {cell.deviation}", f" (n={cell.n})" if cell.counted else ""]
     return shown + "".join(filter(None, more))
 
 
@@ -139,9 +135,7 @@ def _rich(table: Table) -> RichTable:
     drawn.add_column(escape(table.corner), no_wrap=True)
     for index, column in enumerate(table.columns):
         heading = textwrap.fill(column, 12, break_long_words=False, break_on_hyphens=False)
-        drawn.add_column(
-            escape(heading), justify="right" if table.is_numeric(index) else "left", no_wrap=True
-        )
+        drawn.add_column(escape(heading), justify="right" if table.is_numeric(index) else "left", no_wrap=True)
     group = None
     for line in table.lines:
         if group is not None and line.group != group:

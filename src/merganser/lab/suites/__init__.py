@@ -10,6 +10,4 @@ from merganser.lab.suites.ner import NER
 from merganser.lab.suites.own_files import OwnFiles
 
 #: Every suite by name.
-SUITES: dict[str, type[Suite]] = {
-    suite.name: suite for suite in (Emotion, EmotionT5, EmotionGPT2, NER, Glue, OwnFiles)
-}
+SUITES: dict[str, type[Suite]] = {suite.name: suite for suite in (Emotion, EmotionT5, EmotionGPT2, NER, Glue, OwnFiles)}

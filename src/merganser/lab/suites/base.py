@@ -86,9 +86,7 @@ class Suite(ABC):
         if set_name not in self.sets():
             raise self.missing(set_name)
         if split not in (*SPLITS, ALL):
-            raise DataError(
-                f"there is no split {split!r}", where=set_name, mend=did_you_mean(split, (*SPLITS, ALL))
-            )
+            raise DataError(f"there is no split {split!r}", where=set_name, mend=did_you_mean(split, (*SPLITS, ALL)))
 
     def missing(self, *names: str) -> DataError:
         """The error for data sets that are not there: what is expected, and what is there instead."""

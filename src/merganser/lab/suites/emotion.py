@@ -62,9 +62,7 @@ def read_records(path: Path) -> list[Record]:
     """
     records = [_record(row, (str(path), number)) for number, row in read_file(path)]
     if not records:
-        raise DataError(
-            "no data: not a single record", where=path, mend="give a file with at least one record"
-        )
+        raise DataError("no data: not a single record", where=path, mend="give a file with at least one record")
     return records
 
 
@@ -99,9 +97,7 @@ def _record(row: Mapping[str, Any], place: tuple[str, int]) -> Record:
         for name, value in values.items():
             if name not in names:
                 kind = "emotion" if names is EMOTIONS else "name"
-                raise DataError(
-                    f"unknown {kind} {name!r} in {group!r}", where=where, mend=did_you_mean(name, names)
-                )
+                raise DataError(f"unknown {kind} {name!r} in {group!r}", where=where, mend=did_you_mean(name, names))
             labels[name] = _mark(name, value, where)
     return Record(text, labels, place)
 
@@ -146,9 +142,7 @@ class EmotionCorpora(Suite):
             DataError: an unknown split, no such data set, or a data set without this split.
         """
         if split not in SPLITS:
-            raise DataError(
-                f"there is no split {split!r}", where=set_name, mend=did_you_mean(split, (*SPLITS, ALL))
-            )
+            raise DataError(f"there is no split {split!r}", where=set_name, mend=did_you_mean(split, (*SPLITS, ALL)))
         if self.root is None or set_name not in self.sets():
             raise self.missing(set_name)
         path = self.root / set_name / f"{split}.jsonl"

@@ -91,9 +91,7 @@ def read_references(rows: Rows, columns: Columns) -> list[Reference]:
     answers = texts(rows, columns.target or "target", "target")
     for index, (name, answer) in enumerate(zip(names, answers, strict=True)):
         if name not in LABELS:
-            raise DataError(
-                f"unknown label {name!r}", where=rows.where(index), mend=did_you_mean(name, LABELS)
-            )
+            raise DataError(f"unknown label {name!r}", where=rows.where(index), mend=did_you_mean(name, LABELS))
         if answer not in ANSWERS:
             raise DataError(
                 f"the target is {answer[:40]!r}, neither yes nor no",
@@ -106,10 +104,7 @@ def read_references(rows: Rows, columns: Columns) -> list[Reference]:
 
 def judge_answers(predicted: Sequence[int], references: Sequence[Reference]) -> np.ndarray:
     """int64 (examples, 3): the place of the label in :data:`LABELS`, the answer (-1 for neither), and the truth."""
-    rows = [
-        (LABELS.index(label), answer, true)
-        for answer, (label, true) in zip(predicted, references, strict=True)
-    ]
+    rows = [(LABELS.index(label), answer, true) for answer, (label, true) in zip(predicted, references, strict=True)]
     return np.array(rows, np.int64).reshape(-1, 3)
 
 
@@ -175,11 +170,7 @@ class YesNo(Seq2Seq):
 
     name: ClassVar[str] = "yes-no"
     template: ClassVar[str] = f"does the sentence express {{label}}? {SENTINEL} {{sentence}}"
-    metrics: ClassVar[Mapping[str, Metric]] = {
-        "macro_f1": macro_f1,
-        "accuracy": accuracy,
-        "answered": answered,
-    }
+    metrics: ClassVar[Mapping[str, Metric]] = {"macro_f1": macro_f1, "accuracy": accuracy, "answered": answered}
     needs: ClassVar[tuple[str, ...]] = ("text", "label", "target")
     usual: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
@@ -221,9 +212,7 @@ class YesNo(Seq2Seq):
         answers = [ANSWERS.index(text) if text in ANSWERS else NEITHER for text in aligned]
         return judge_answers(answers, references)
 
-    def by_label(
-        self, aligned: Sequence[str], references: Sequence[Any], space: LabelSpace
-    ) -> dict[str, float]:
+    def by_label(self, aligned: Sequence[str], references: Sequence[Any], space: LabelSpace) -> dict[str, float]:
         """F1 of yes of each label that was asked for; their mean is the key metric."""
         return f1_by_label(self.judge(aligned, references, space))
 

@@ -101,9 +101,7 @@ class Glue(Suite):
 
     def _check(self, set_name: str) -> None:
         if set_name not in LABELS:
-            raise DataError(
-                f"{set_name!r} is no task of GLUE", where=self.root, mend=did_you_mean(set_name, LABELS)
-            )
+            raise DataError(f"{set_name!r} is no task of GLUE", where=self.root, mend=did_you_mean(set_name, LABELS))
 
     def _file(self, set_name: str, split: str) -> Rows:
         """A file of the release, its integer labels named; train files are read once for train and dev."""

@@ -140,9 +140,7 @@ def _read_conll(path: Path) -> Numbered:
     try:
         yield from read_conll(path)
     except OSError as error:
-        raise DataError(
-            f"cannot be read: {error.strerror or error}", where=path, mend="check the file"
-        ) from None
+        raise DataError(f"cannot be read: {error.strerror or error}", where=path, mend="check the file") from None
 
 
 def _read_objects(path: Path) -> Numbered:
@@ -157,9 +155,7 @@ def _read_objects(path: Path) -> Numbered:
         given = _texts(row.get(column), column, where)
         if len(words) != len(given):
             raise DataError(
-                f"{len(words)} tokens but {len(given)} {column}",
-                where=where,
-                mend="give one tag for each token",
+                f"{len(words)} tokens but {len(given)} {column}", where=where, mend="give one tag for each token"
             )
         numbers.append(number)
         sentences.append([unescape(word) for word in words])

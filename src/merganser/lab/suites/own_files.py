@@ -48,13 +48,9 @@ class OwnFiles(Suite):
     def __post_init__(self) -> None:
         if isinstance(self.label_names, str):
             raise UserError(
-                f"label_names is the text {self.label_names!r}",
-                where="label_names",
-                mend="give a list of names",
+                f"label_names is the text {self.label_names!r}", where="label_names", mend="give a list of names"
             )
-        object.__setattr__(
-            self, "label_names", tuple(str(name) for name in self.label_names)
-        )  # of a list, too
+        object.__setattr__(self, "label_names", tuple(str(name) for name in self.label_names))  # of a list, too
         if self.label_names and len(set(self.label_names)) < max(2, len(self.label_names)):
             raise UserError(
                 f"not at least two labels, each once: {', '.join(self.label_names)}",

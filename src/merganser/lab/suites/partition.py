@@ -17,13 +17,7 @@ from merganser.errors import UserError
 
 
 def partition(
-    labels: Sequence[int | float],
-    parts: int,
-    total: int,
-    seed: int,
-    *,
-    iid: bool = False,
-    regression: bool = False,
+    labels: Sequence[int | float], parts: int, total: int, seed: int, *, iid: bool = False, regression: bool = False
 ) -> list[list[int]]:
     """Cut ``total`` examples, drawn from all without replacement, into parts.
 

@@ -121,9 +121,7 @@ def _number(value: Any) -> int | float | None:
         return None
     for kind in (int, float):
         try:
-            return (
-                kind(value) if isinstance(value, str) else value if isinstance(value, (int, float)) else None
-            )
+            return kind(value) if isinstance(value, str) else value if isinstance(value, (int, float)) else None
         except ValueError:
             continue
     return None
@@ -147,12 +145,8 @@ def explain(keys: Sequence[Mapping[str, Any]], filters: Mapping[str, Any]) -> Us
     for name, wanted in filters.items():
         if not any(name in leaf and equal(leaf[name], wanted) for leaf in leaves):
             problems.append(f"nothing has {name}={show(wanted)}")
-    what = "; ".join(problems) or "nothing has all of " + ", ".join(
-        f"{n}={show(w)}" for n, w in filters.items()
-    )
-    return ZooError(
-        what, mend="there is " + "; ".join(f"{name}: {_values(leaves, name)}" for name in filters)
-    )
+    what = "; ".join(problems) or "nothing has all of " + ", ".join(f"{n}={show(w)}" for n, w in filters.items())
+    return ZooError(what, mend="there is " + "; ".join(f"{name}: {_values(leaves, name)}" for name in filters))
 
 
 def _values(leaves: Sequence[Mapping[str, Any]], name: str) -> str:

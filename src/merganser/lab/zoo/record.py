@@ -149,9 +149,7 @@ def _file_record(fields: Any) -> FileRecord:
 
 def _damaged(where: str, why: str) -> ZooError:
     return ZooError(
-        f"not an entry of a zoo: {why}",
-        where=where,
-        mend="remove the entry with 'merganser zoo rm', or mend the file",
+        f"not an entry of a zoo: {why}", where=where, mend="remove the entry with 'merganser zoo rm', or mend the file"
     )
 
 
@@ -199,7 +197,5 @@ def record_folder(folder: Path) -> dict[str, FileRecord]:
         if path.is_file():
             found[check_name(name, folder)] = record_file(path)
     if not found:
-        raise ZooError(
-            "no model was written", where=folder, mend="write the model into the folder that is given"
-        )
+        raise ZooError("no model was written", where=folder, mend="write the model into the folder that is given")
     return found

@@ -87,11 +87,7 @@ class Zoo:
 
     def _get(self, identity: str) -> Entry | None:
         entry = self._here(identity)
-        if (
-            entry is None
-            and self._remote is not None
-            and self._remote.read(f"{identity}/{ENTRY}") is not None
-        ):
+        if entry is None and self._remote is not None and self._remote.read(f"{identity}/{ENTRY}") is not None:
             with self._space.lock(identity):
                 entry = self._here(identity) or self._download(identity)
         return entry
@@ -144,9 +140,7 @@ class Zoo:
             self._share(entry, self._remote)
         return entry
 
-    def _make(
-        self, identity: str, key: Mapping[str, Any], make: Callable[[Path], Mapping[str, Any]]
-    ) -> Entry:
+    def _make(self, identity: str, key: Mapping[str, Any], make: Callable[[Path], Mapping[str, Any]]) -> Entry:
         with self._space.partial(identity) as folder:
             (folder / MODEL).mkdir()
             facts = plain(make(folder / MODEL), "what the maker returned")
@@ -169,10 +163,7 @@ class Zoo:
         if entry is None:
             return None
         total = sum(record.size for record in entry.files.values())
-        with (
-            self._space.partial(identity) as folder,
-            bar(total, f"fetching {identity}", "B", scale=True) as progress,
-        ):
+        with self._space.partial(identity) as folder, bar(total, f"fetching {identity}", "B", scale=True) as progress:
             for name, record in entry.files.items():
                 self._remote.fetch(f"{identity}/{MODEL}/{name}", folder / MODEL / name, record)
                 progress.update(record.size)
@@ -223,9 +214,7 @@ class Zoo:
                 if record is None:
                     make(file)
                     if not file.is_file() or file.is_symlink():
-                        raise ZooError(
-                            f"{name} was not written", where=entry.id, mend="write the file that is given"
-                        )
+                        raise ZooError(f"{name} was not written", where=entry.id, mend="write the file that is given")
                     record = record_file(file)
                     if self._remote is not None:
                         self._remote.put(file, f"{entry.id}/{name}")
@@ -250,9 +239,7 @@ class Zoo:
         size = path.stat().st_size if path.is_file() else None
         if size != record.size:
             found = "absent" if size is None else f"{size} bytes"
-            raise damaged(
-                str(path), found, record, f"remove {_beside(path)}, then it is made or fetched again"
-            )
+            raise damaged(str(path), found, record, f"remove {_beside(path)}, then it is made or fetched again")
         return record
 
     def _fetch_attached(self, identity: str, name: str, file: Path) -> FileRecord | None:
@@ -266,9 +253,7 @@ class Zoo:
     def _place(self, identity: str, path: Path, file: Path, record: FileRecord) -> None:
         """Move a finished file to its place, then its record."""
         if not (self.root / identity / ENTRY).is_file():
-            raise ZooError(
-                f"the model {identity} was removed meanwhile", where=self.url, mend="build it again"
-            )
+            raise ZooError(f"the model {identity} was removed meanwhile", where=self.url, mend="build it again")
         path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(_beside(file), write_record(record))
         file.replace(path)

@@ -10,15 +10,7 @@ from merganser.checkpoints.layers import Layer, describe_layers
 from merganser.checkpoints.names import align
 from merganser.errors import RecipeError, StatisticsError, UserError, raise_all
 from merganser.merging.checks import check_needs, matches
-from merganser.merging.ledger.record import (
-    RESTORE,
-    Entry,
-    LayerRecord,
-    LedgerError,
-    Part,
-    Record,
-    StatisticsRecord,
-)
+from merganser.merging.ledger.record import RESTORE, Entry, LayerRecord, LedgerError, Part, Record, StatisticsRecord
 from merganser.merging.ledger.terms import treatment
 from merganser.merging.parents import Parent, open_base, open_parents
 from merganser.merging.provenance import located
@@ -51,12 +43,7 @@ def open_same_base(record: Record, folder: Path, base: str | None, *, allow_pick
     parent = open_reference(reference, problems, allow_pickle=allow_pickle)
     if parent is None:
         mend = "give the base model's place with --base MODEL"
-        raise_all(
-            [
-                LedgerError(f"its base model cannot be had: {p.what}", where=p.where, mend=mend)
-                for p in problems
-            ]
-        )
+        raise_all([LedgerError(f"its base model cannot be had: {p.what}", where=p.where, mend=mend) for p in problems])
         raise RuntimeError("a model that cannot be opened has a problem")
     parent.checkpoint.fetch()
     if (found := parent.checkpoint.manifest_sha256()) != known.manifest_sha256:
@@ -76,13 +63,7 @@ def open_same_base(record: Record, folder: Path, base: str | None, *, allow_pick
 
 
 def open_contributor(
-    record: Record,
-    base: Parent,
-    model: str,
-    coefficient: float,
-    statistics: str | None,
-    *,
-    allow_pickle: bool = False,
+    record: Record, base: Parent, model: str, coefficient: float, statistics: str | None, *, allow_pickle: bool = False
 ) -> Parent:
     """A contributor whose headers fit the ledger; no tensor is read.
 
@@ -164,9 +145,7 @@ def make_parts(record: Record, base: Parent, parent: Parent) -> tuple[Part, ...]
     names = [name for name in base.checkpoint.tensors if not matches(name, record.keep_separate)]
     floats = [name for name in names if is_floating(base.checkpoint.tensors[name].dtype)]
     excluded = {name: p for name in floats if (p := matches(name, record.exclude))}
-    facts = _facts(
-        [name for name in floats if name not in excluded], base, parent, _layers(method, base, parent)
-    )
+    facts = _facts([name for name in floats if name not in excluded], base, parent, _layers(method, base, parent))
     units, reasons = method.units(facts)
     parts = [_part(unit, method) for unit in units]
     if not parts:
@@ -182,9 +161,7 @@ def make_parts(record: Record, base: Parent, parent: Parent) -> tuple[Part, ...]
             continue
         shape = base.checkpoint.tensors[name].shape
         if name not in floats:
-            part = Part(
-                names=(name,), shapes=(shape,), kind="copy", treatment="copy", reason="not floating point"
-            )
+            part = Part(names=(name,), shapes=(shape,), kind="copy", treatment="copy", reason="not floating point")
         else:
             why = f"excluded by {excluded[name]!r}" if name in excluded else reasons[name]
             part = Part(names=(name,), shapes=(shape,), kind="average", treatment="average", reason=why)
@@ -295,9 +272,7 @@ def _part_problems(record: Record, parent: Parent) -> list[UserError]:
             lacking = [layer.weight for layer, e in pairs if e is None or not statistics.has_count(e.module)]
         else:
             pairs = zip(part.layers, entries, strict=True)
-            lacking = [
-                layer.weight for layer, e in pairs if e is None or e.input is None or e.kind != layer.kind
-            ]
+            lacking = [layer.weight for layer, e in pairs if e is None or e.input is None or e.kind != layer.kind]
             if not lacking and len({e.input for e in entries if e}) > 1:
                 text = f"{', '.join(part.names)} have one input in the ledger, in these statistics several"
                 found.append(StatisticsError(text, where=statistics.path, mend=mend))

@@ -202,9 +202,7 @@ def load(folder: Path) -> Record:
     path = folder / FILE_NAME
     fields = read_json(path)
     if fields is None:
-        raise LedgerError(
-            "there is no ledger here", where=folder, mend="merganser ledger init DIR --base MODEL"
-        )
+        raise LedgerError("there is no ledger here", where=folder, mend="merganser ledger init DIR --base MODEL")
     if isinstance(fields.get("format"), int) and fields["format"] > FORMAT:
         raise LedgerError(
             f"a ledger of format {fields['format']}, this version reads up to {FORMAT}",
@@ -220,9 +218,7 @@ def load(folder: Path) -> Record:
         sound = False
     if not sound:
         raise LedgerError(
-            "the ledger is damaged or was edited: it does not have the hash it states",
-            where=path,
-            mend=RESTORE,
+            "the ledger is damaged or was edited: it does not have the hash it states", where=path, mend=RESTORE
         )
     return record
 

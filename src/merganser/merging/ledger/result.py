@@ -70,14 +70,10 @@ def solve(
     with locked(place, write=False) as record:
         if record.total == 0:
             what = "its coefficients sum to zero" if record.contributors else "it has no contributors"
-            raise LedgerError(
-                f"there is nothing to solve for: {what}", where=place, mend="merganser ledger add"
-            )
+            raise LedgerError(f"there is nothing to solve for: {what}", where=place, mend="merganser ledger add")
         method = _method(record, options or {})
         sums = Sums.open(place, record)
-        reference = open_same_base(
-            record, place, None if base is None else str(base), allow_pickle=allow_pickle
-        )
+        reference = open_same_base(record, place, None if base is None else str(base), allow_pickle=allow_pickle)
         plan = _plan_of_base(record, reference, dtype, max_shard_size, allow_pickle)
         raise_all(_output_problems(target, place, plan, reference, overwrite))
         layout = make_layout(plan)
@@ -105,9 +101,7 @@ def solve(
 class _Solving:
     """The tensors of the result, part by part, written as they are solved."""
 
-    def __init__(
-        self, record: Record, method: LeastSquares, sums: Sums, base: Parent, plan: Plan, write: Any
-    ) -> None:
+    def __init__(self, record: Record, method: LeastSquares, sums: Sums, base: Parent, plan: Plan, write: Any) -> None:
         self.record, self.method, self.sums, self.base, self.write = record, method, sums, base, write
         self.specs = {spec.name: spec for spec in plan.outputs}
         self.share = ParentShare(base, base)
@@ -171,9 +165,7 @@ def _method(record: Record, options: Mapping[str, Any]) -> LeastSquares:
     return record.make_method(**options)
 
 
-def _plan_of_base(
-    record: Record, base: Parent, dtype: str | None, max_shard_size: str, allow_pickle: bool
-) -> Plan:
+def _plan_of_base(record: Record, base: Parent, dtype: str | None, max_shard_size: str, allow_pickle: bool) -> Plan:
     """The plan of a merge of the base alone, its tensors as wide as the contributors': names, files, side files."""
     recipe = {
         "contributors": [base.contributor.model],
@@ -195,9 +187,7 @@ def _widest(spec: TensorSpec, record: Record) -> TensorSpec:
     return replace(spec, dtype=DTYPE_NAMES[widest])
 
 
-def _output_problems(
-    target: Path, ledger: Path, plan: Plan, base: Parent, overwrite: bool
-) -> list[UserError]:
+def _output_problems(target: Path, ledger: Path, plan: Plan, base: Parent, overwrite: bool) -> list[UserError]:
     problems: list[UserError] = []
     if problem := check_output(target, overwrite, [base.checkpoint.path, ledger]):
         problems.append(problem)
@@ -227,13 +217,7 @@ def _provenance(
     base = _parent("base", record.base)
     ledger = {"generation": record.generation, "base_manifest_sha256": record.base.manifest_sha256}
     parents = [_parent(entry.name, entry) for entry in record.contributors]
-    changes = {
-        "recipe": recipe,
-        "parents": parents,
-        "base": base,
-        "tensors": dict(outcomes),
-        "ledger": ledger,
-    }
+    changes = {"recipe": recipe, "parents": parents, "base": base, "tensors": dict(outcomes), "ledger": ledger}
     return {**found, **changes}
 
 
@@ -262,9 +246,7 @@ def _card(record: Record, method: LeastSquares, outcomes: Mapping[str, Mapping[s
         "library_name": "transformers",
         "tags": ["merge", "merganser"],
     }
-    options = (
-        ", ".join(f"{key} {value}" for key, value in method.options.model_dump().items()) or "no options"
-    )
+    options = ", ".join(f"{key} {value}" for key, value in method.options.model_dump().items()) or "no options"
     rows = "\n".join(
         f"| {name} | {e.coefficient:g} | {e.statistics.examples if e.statistics else '–'} | {e.manifest_sha256[:16]} |"
         for name, e in zip(names, record.contributors, strict=True)

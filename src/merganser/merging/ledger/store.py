@@ -176,9 +176,7 @@ class Sums:
             raise LedgerError(f"the sums are damaged: {error.what}", where=path, mend=RESTORE) from None
         wanted = specs(record, record.parts)
         stored = [(info.name, info.dtype, info.shape) for info in infos.values()]
-        if sorted(stored) != sorted((s.name, s.dtype, s.shape) for s in wanted) or set(infos) != set(
-            record.sums
-        ):
+        if sorted(stored) != sorted((s.name, s.dtype, s.shape) for s in wanted) or set(infos) != set(record.sums):
             raise LedgerError("the sums are not those of this ledger", where=path, mend=RESTORE)
         return cls(record, Checkpoint(str(folder), folder, infos))
 

@@ -23,16 +23,7 @@ from merganser.merging.ledger.contributors import (
     open_same_base,
     pinned,
 )
-from merganser.merging.ledger.record import (
-    FILE_NAME,
-    BaseRecord,
-    Entry,
-    LedgerError,
-    Part,
-    Record,
-    dump,
-    load,
-)
+from merganser.merging.ledger.record import FILE_NAME, BaseRecord, Entry, LedgerError, Part, Record, dump, load
 from merganser.merging.ledger.store import (
     Pair,
     Sums,
@@ -83,9 +74,7 @@ def init(
         problems.append(LedgerError("the folder is not empty", where=target, mend="give a new folder"))
     if method not in SUMMED:
         mend = did_you_mean(method, SUMMED)
-        problems.append(
-            RecipeError(f"there are no ledgers of method {method!r}", where="--method", mend=mend)
-        )
+        problems.append(RecipeError(f"there are no ledgers of method {method!r}", where="--method", mend=mend))
     raise_all(problems)
     recipe = make_recipe({"contributors": [str(base)], "method": method, "options": dict(options or {})})
     settled = method_options(recipe, method, "ledger").model_dump(mode="json")
@@ -96,9 +85,7 @@ def init(
     for pattern in exclude:
         if not any(matches(name, [pattern]) for name in parent.checkpoint.tensors):
             mend = f"use a name or a pattern with *, such as {next(iter(parent.checkpoint.tensors))!r}"
-            problems.append(
-                RecipeError(f"no tensor of the base is called {pattern!r}", where="exclude", mend=mend)
-            )
+            problems.append(RecipeError(f"no tensor of the base is called {pattern!r}", where="exclude", mend=mend))
     raise_all(problems)
     parent.checkpoint.fetch()
     record = Record(
@@ -195,9 +182,7 @@ def remove(
             model = pinned(listed.model, listed.revision) or located(listed.model, place)
             if statistics is None and listed.statistics is not None and listed.statistics.file is not None:
                 statistics = located(listed.statistics.file, place)
-        parent = open_contributor(
-            record, reference, str(model), 1.0, _text(statistics), allow_pickle=allow_pickle
-        )
+        parent = open_contributor(record, reference, str(model), 1.0, _text(statistics), allow_pickle=allow_pickle)
         entry = _find(record, parent, place)
         if listed is not None and listed != entry:
             raise LedgerError(
@@ -333,8 +318,7 @@ def _check_statistics(entry: Entry, parent: Parent) -> None:
         return
     if (found := parent.statistics.sha256()) != entry.statistics.sha256:
         raise LedgerError(
-            f"other statistics than were added: sha256 {found[:16]}…, the ledger says "
-            f"{entry.statistics.sha256[:16]}…",
+            f"other statistics than were added: sha256 {found[:16]}…, the ledger says {entry.statistics.sha256[:16]}…",
             where=parent.statistics.path,
             mend="give the file that was added, with --statistics",
         )
@@ -359,9 +343,7 @@ def _check_alike(places: Sequence[Path], records: Sequence[Record]) -> None:
             differing = [part for part in record.parts if part not in other.parts]
             if differing or len(record.parts) != len(other.parts):
                 names = ", ".join(name for part in differing[:3] for name in part.names)
-                text = (
-                    f"keeps other sums than {filled[0][0]} ({names}): their statistics cover different layers"
-                )
+                text = f"keeps other sums than {filled[0][0]} ({names}): their statistics cover different layers"
                 mend = "collect statistics alike, or make both ledgers with --exclude for these tensors"
                 problems.append(LedgerError(text, where=place, mend=mend))
     raise_all(problems)
