@@ -162,7 +162,9 @@ class LeastSquares(Method):
         if form is Identity:
             return 1
         if form is Diagonal:
-            return None if not local else ROWS if self.ridge else 1
+            # Fisher information would be read twice, for its mean and for the slices; changes of weights are at hand.
+            rereads = bool(self.ridge and self.needs.statistics)
+            return None if not local else ROWS if rereads else 1
         return BLOCK if form is Gram and not any(transposed(fact) for fact in unit.facts) else None
 
     def prepare(self, unit: Unit, shares: Sequence[Share]) -> Callable[[Unit, Sequence[Share]], Merged]:
