@@ -17,9 +17,9 @@ from adapter_examples import PREFIX, adapt_linears
 from conftest import ARCHITECTURES
 from merganser.checkpoints import AdapterCheckpoint, open_checkpoint
 from merganser.errors import Problems, UserError
-from merganser.merging import make_recipe, merge, prepare, reproduce, verify
-from merganser.merging.adapter_output import carry_out_adapter
-from merganser.merging.low_rank import best_low_rank
+from merganser.merging import make_recipe, merge, reproduce, verify
+from merganser.merging.parents import open_inputs
+from merganser.merging.targets.low_rank import best_low_rank
 
 Save = Callable[..., Path]
 TARGETS = {
@@ -31,8 +31,7 @@ TARGETS = {
 
 def adapter_of(output: Path, rank: int, models: list[Path], overwrite: bool = False, **recipe: Any) -> Path:
     values = {"contributors": [str(m) for m in models], **recipe}
-    plan = prepare(make_recipe(values), output, overwrite=overwrite)
-    return carry_out_adapter(plan, output, rank, overwrite=overwrite)
+    return Path(merge(make_recipe(values), output, as_adapter=rank, overwrite=overwrite))
 
 
 def norm(matrix: np.ndarray, gram: np.ndarray) -> float:
@@ -124,14 +123,15 @@ def test_below_the_true_rank_it_is_the_best_in_the_gram_norm(family, tmp_path: P
     base, models = family(architecture, 2)
     rank, coefficients = 3, [1.0, 3.0]
     contributors = [{"model": str(m), "coefficient": c} for m, c in zip(models, coefficients, strict=True)]
-    plan = prepare(make_recipe({"contributors": contributors, "method": "simple", "base": str(base)}), None)
-    out = carry_out_adapter(plan, tmp_path / "out", rank)
+    recipe = make_recipe({"contributors": contributors, "method": "simple", "base": str(base)})
+    out = Path(merge(recipe, tmp_path / "out", as_adapter=rank))
+    parents = open_inputs(recipe).parents
     full = load_file(merge(models, tmp_path / "full", method="simple", coefficients=coefficients) / "model.safetensors")
     before = load_file(base / "model.safetensors")
     checkpoint = open_checkpoint(out)
     recorded = json.loads((out / "provenance.json").read_text())["tensors"]
     checked = 0
-    for layer in plan.parents[0].statistics.header.layers:
+    for layer in parents[0].statistics.header.layers:
         name = layer.weight
         if layer.tied or layer.input is None or not checkpoint.changes[name].a:
             continue
@@ -141,7 +141,7 @@ def test_below_the_true_rank_it_is_the_best_in_the_gram_norm(family, tmp_path: P
             delta, error = delta.T, error.T
         gram = sum(
             c * parent.statistics.gram(parent.statistics.layer(name).input).double().numpy()
-            for c, parent in zip(coefficients, plan.parents, strict=True)
+            for c, parent in zip(coefficients, parents, strict=True)
         )
         best = optimum(delta, gram, rank)
         assert norm(error, gram) == pytest.approx(best, rel=1e-3)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,8 @@ from merganser.checkpoints import Checkpoint, open_checkpoint
 from merganser.collection import collect
 from merganser.errors import RecipeError, UserError
 from merganser.merging import make_plan, make_recipe, merge, reproduce, verify
-from merganser.merging.execution import run_slices, run_step
+from merganser.merging.execution import Merging
+from merganser.merging.parents import open_inputs
 from merganser.statistics import FILE_NAME, Statistics
 from merganser.tasks.models import load_model, open_model
 
@@ -70,27 +70,30 @@ def test_methods_take_the_adapters_base(save_model: Save, tmp_path: Path, archit
     base = save_model("base", architecture)
     folders = adapters(tmp_path, base, architecture)
     full = [materialise(tmp_path / f"full-{i}", base, folder) for i, folder in enumerate(folders)]
-    plan = make_plan(make_recipe({"contributors": [str(f) for f in folders]}))
+    recipe = make_recipe({"contributors": [str(f) for f in folders]})
+    plan, inputs = make_plan(recipe), open_inputs(recipe)
     assert plan.method.name == "actmat" and plan.choice and "the base model is known" in plan.choice
-    assert plan.base is not None and plan.base.checkpoint is plan.parents[0].checkpoint.base
+    assert plan.base and inputs.base is not None and inputs.base.checkpoint is inputs.parents[0].checkpoint.base
     found = merged(merge(folders, tmp_path / "out", method="actmat"))
     expected = merged(merge(full, tmp_path / "expected", method="actmat", base=base))
     moved = 0
     for name, tensor in found.items():
         np.testing.assert_allclose(tensor, expected[name], rtol=1e-3, atol=1e-4)
         moved += not np.array_equal(tensor, load_file(base / "model.safetensors")[name].double().numpy())
-    assert moved == len(plan.parents[0].checkpoint.changes)
+    assert moved == len(inputs.parents[0].checkpoint.changes)
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "gpt2"])
 def test_slices_of_rows_are_the_same_bits(save_model: Save, tmp_path: Path, architecture: str) -> None:
     base = save_model("base", architecture)
     folders = adapters(tmp_path, base, architecture)
-    plan = make_plan(make_recipe({"contributors": [str(f) for f in folders], "method": "simple"}))
-    for step in plan.steps:
-        whole = run_step(plan, step).tensors
+    recipe = make_recipe({"contributors": [str(f) for f in folders], "method": "simple"})
+    merging = Merging(open_inputs(recipe))
+    for step in make_plan(recipe).steps:
+        ((_, merged),) = merging.slices(step, None)
+        whole = merged.tensors
         rows: dict[str, list[torch.Tensor]] = {}
-        for _, part in run_slices(plan, replace(step, slice_rows=5)):
+        for _, part in merging.slices(step, 5):
             for name, tensor in part.tensors.items():
                 rows.setdefault(name, []).append(tensor)
         assert set(rows) == set(whole)
@@ -113,9 +116,9 @@ def test_without_one_base_for_all_the_method_asks_for_it(save_model: Save, tmp_p
 
 def test_a_shared_base_is_hashed_once(save_model: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = save_model("base", "qwen2")
-    plan = make_plan(make_recipe({"contributors": [str(f) for f in adapters(tmp_path, base, "qwen2", 3)]}))
-    assert len({id(parent.checkpoint.base) for parent in plan.parents}) == 1
-    for parent in plan.parents:
+    inputs = open_inputs(make_recipe({"contributors": [str(f) for f in adapters(tmp_path, base, "qwen2", 3)]}))
+    assert len({id(parent.checkpoint.base) for parent in inputs.parents}) == 1
+    for parent in inputs.parents:
         parent.checkpoint.manifest_sha256()
     read: list[str] = []
     original = Checkpoint.read
@@ -125,7 +128,7 @@ def test_a_shared_base_is_hashed_once(save_model: Save, tmp_path: Path, monkeypa
         return original(self, name, *arguments)
 
     monkeypatch.setattr(Checkpoint, "read", counted)
-    assert plan.base is not None and plan.base.checkpoint.manifest_sha256()
+    assert inputs.base is not None and inputs.base.checkpoint.manifest_sha256()
     assert not read
 
 

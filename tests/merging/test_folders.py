@@ -20,7 +20,7 @@ from conftest import ARCHITECTURES, VOCABULARY
 from merganser.checkpoints import open_checkpoint, sha256_file
 from merganser.errors import CheckpointError, UserError
 from merganser.merging import Contributor, merge, reproduce, verify
-from merganser.merging.digests import file_digest
+from merganser.merging.provenance import file_digest
 
 
 def files_of(folder: Path) -> dict[str, str]:
@@ -127,8 +127,9 @@ def test_provenance_of_format_1_is_still_checked(family, tmp_path: Path) -> None
     _, models = family("bert", 2)
     out = merge(models, tmp_path / "out", method="simple")
     found = json.loads((out / "provenance.json").read_text())
-    assert found["format"] == 2 and found["files"]["model.safetensors"].startswith("blake3:")
+    assert found["format"] == 3 and found["files"]["model.safetensors"].startswith("blake3:")
     found["format"] = 1
+    del found["plan"]
     found["files"]["model.safetensors"] = file_digest(out / "model.safetensors", "tensors:")
     for entry, model in zip(found["parents"], models, strict=True):
         del entry["manifest_blake3"]
@@ -252,9 +253,9 @@ def test_a_killed_merge_leaves_no_folder_that_looks_finished(family, tmp_path: P
     _, models = family("bert", 2)
     slow = (
         "import sys, time, merganser.merging.execution as e\n"
-        "whole = e.run_step\n"
-        "def step(plan, s):\n    print('step', flush=True); time.sleep(0.2); return whole(plan, s)\n"
-        "e.run_step = step\n"
+        "whole = e.Merging.slices\n"
+        "def slow(*a):\n    print('step', flush=True); time.sleep(0.2); return whole(*a)\n"
+        "e.Merging.slices = slow\n"
         "from merganser.merging import merge\n"
         "merge(sys.argv[1:3], sys.argv[3], method='regmean', threads=1)\n"
     )
@@ -277,9 +278,9 @@ def test_ctrl_c_removes_what_was_begun(family, tmp_path: Path) -> None:
     slow = (
         "import signal, sys, time, merganser.merging.execution as e\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # background jobs ignore it
-        "whole = e.run_step\n"
-        "def step(plan, s):\n    print('step', flush=True); time.sleep(0.2); return whole(plan, s)\n"
-        "e.run_step = step\n"
+        "whole = e.Merging.slices\n"
+        "def slow(*a):\n    print('step', flush=True); time.sleep(0.2); return whole(*a)\n"
+        "e.Merging.slices = slow\n"
         "from merganser.cli import main\n"
         "main(['merge', *sys.argv[1:3], '-o', sys.argv[3], '--threads', '1'])\n"
     )

@@ -14,17 +14,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from merganser.errors import CheckpointError, RecipeError, UserError
-from merganser.merging import cutting, make_recipe, merge, prepare
-from merganser.merging.execution import longest_first
+from merganser.merging import RunSettings, Step, make_recipe, memory, merge, prepare
+from merganser.merging.execution import Merging, longest_first
 from merganser.merging.memory import Budget, anonymous_bytes, available_bytes
-from merganser.merging.step import Step
 from merganser.methods import Facts, Unit, sums
 
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Slices of a few rows, so that tiny tensors are cut."""
-    monkeypatch.setattr(cutting, "SLICE", 48)
+    monkeypatch.setattr(memory, "SLICE", 48)
     monkeypatch.setattr(sums, "BLOCK", 5)
     monkeypatch.setattr("merganser.methods.least_squares.BLOCK", 5)
     monkeypatch.setattr("merganser.methods.least_squares.ROWS", 5)
@@ -32,27 +31,27 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def plan_of(models: list[Path], base: Path, method: str, **settings):  # type: ignore[no-untyped-def]
     values = {"contributors": [str(m) for m in models], "method": method, "base": str(base)}
-    return prepare(make_recipe(values), None, **settings)
+    return prepare(make_recipe(values), None, RunSettings.make(**settings))
 
 
 @pytest.mark.parametrize("method", ["simple", "regmean", "ties", "task_arithmetic"])
 @pytest.mark.parametrize("architecture", ["bert", "gpt2"])
 def test_slices_change_no_byte(family, tmp_path: Path, small: None, method: str, architecture: str) -> None:
     base, models = family(architecture, 3)
-    resident = anonymous_bytes() + cutting.OWN_BYTES
+    resident = anonymous_bytes() + memory.OWN_BYTES
     tight = plan_of(models, base, method, max_memory=None, threads=1)
-    largest = max(step.nbytes for step in tight.steps)
+    largest = max(tight.schedule.sizes)
     options = {"base": base} if method not in ("simple", "regmean") else {}
     merge(models, tmp_path / "sliced", method=method, threads=2, **options)
     if method == "regmean":  # only memory makes it cut linear layers
         cut = plan_of(models, base, method, max_memory=resident + largest // 2 + 8 * 2**20, threads=1)
-        assert cut.budget < largest + 8 * 2**20
+        assert cut.schedule.budget < largest + 8 * 2**20
     else:
-        assert any(step.slice_rows for step in tight.steps)
+        assert any(tight.schedule.rows)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cutting, "SLICE", 10**9)
+        patch.setattr(memory, "SLICE", 10**9)
         merge(models, tmp_path / "whole", method=method, threads=1, **options)
-        assert not any(step.slice_rows for step in plan_of(models, base, method).steps)
+        assert not any(plan_of(models, base, method).schedule.rows)
     first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("sliced", "whole"))
     assert first == second
 
@@ -63,19 +62,17 @@ def test_what_only_memory_cuts_has_the_bytes_of_the_whole(
     family, tmp_path: Path, small: None, method: str, architecture: str
 ) -> None:
     """As little memory as can be: systems are factored once, right-hand sides come in blocks of rows."""
-    from merganser.merging import execution
-    from merganser.merging.plan import Plan
-
     base, models = family(architecture, 3, fisher="expected")
-    plan: Plan = plan_of(models, base, method)
+    prepared = plan_of(models, base, method)
+    merging = Merging(prepared.inputs)
     cut = 0
-    for step in plan.steps:
-        if step.method != method or cutting.min_slice_rows(step, plan.method) in (None, 1):
+    for step in prepared.plan.steps:
+        if step.method != method or memory.min_slice_rows(step) in (None, 1):
             continue
-        whole = execution.run_step(plan, step).tensors
+        ((_, merged),) = merging.slices(step, None)
+        whole = merged.tensors
         pieces: dict[str, list[torch.Tensor]] = {name: [] for name in step.unit.names}
-        sliced = cutting.replace(step, slice_rows=5)
-        for firsts, merged in execution.run_slices(plan, sliced):
+        for firsts, merged in merging.slices(step, 5):
             for name, tensor in merged.tensors.items():
                 assert firsts[name] == sum(len(piece) for piece in pieces[name])
                 pieces[name].append(tensor)
@@ -90,7 +87,7 @@ def test_too_little_memory_is_said_before_work(family, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="the process itself takes"):
         merge(models, tmp_path / "out", method="regmean", max_memory=anonymous_bytes() // 2)
     with pytest.raises(UserError, match=r"(?s)'bert\.[\w.]+' needs .* GB at once.*--exclude"):
-        barely = anonymous_bytes() + cutting.OWN_BYTES + 20_000
+        barely = anonymous_bytes() + memory.OWN_BYTES + 20_000
         merge(models, tmp_path / "out", method="actmat", base=base, max_memory=barely)
     assert not (tmp_path / "out").exists()
 
@@ -108,7 +105,8 @@ def test_more_memory_than_the_machine_has_is_said_before_work(
 def test_a_file_that_changes_under_the_merge_is_refused(family, tmp_path: Path) -> None:
     _, models = family("bert", 2)
     plan = prepare(make_recipe({"contributors": [str(m) for m in models], "method": "simple"}), None)
-    plan.parents[1].checkpoint.read(next(iter(plan.parents[1].checkpoint.tensors)))
+    checkpoint = plan.inputs.parents[1].checkpoint
+    checkpoint.read(next(iter(checkpoint.tensors)))
     file = models[1] / "model.safetensors"
     save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file)
     from merganser.merging import carry_out
@@ -120,7 +118,7 @@ def test_a_file_that_changes_under_the_merge_is_refused(family, tmp_path: Path) 
 
 def test_what_others_would_wait_for_at_the_end_goes_first() -> None:
     sizes = [4, 100, 5, 6, 90, 3]
-    steps = [Step(Unit((str(n),), "average", (Facts(str(n), (n, 1)),)), "average") for n in sizes]
+    steps = [Step(Unit((str(n),), "average", (Facts(str(n), (n, 1)),)), "average", (), ()) for n in sizes]
     assert [int(step.unit.names[0]) for step in longest_first(steps, 2)] == [100, 6, 90, 4, 5, 3]
     assert longest_first([], 2) == []
 
@@ -150,11 +148,11 @@ def test_a_budget_is_never_overdrawn_but_by_one() -> None:
 
 MERGE = """
 import json, sys, threading, time
-from merganser.merging import carry_out, make_recipe, prepare
+from merganser.merging import RunSettings, carry_out, make_recipe, prepare
 from merganser.merging.memory import anonymous_bytes
 values = json.loads(sys.argv[1])
-plan = prepare(make_recipe(values["recipe"]), None, threads=2, max_memory=values["max_memory"])
-predicted, peak, done = plan.peak_bytes, [0], threading.Event()
+plan = prepare(make_recipe(values["recipe"]), None, RunSettings.make(2, values["max_memory"]))
+predicted, peak, done = plan.schedule.peak_bytes, [0], threading.Event()
 def watch():
     while not done.is_set():
         peak[0] = max(peak[0], anonymous_bytes())

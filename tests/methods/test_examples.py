@@ -21,7 +21,7 @@ from merganser.checkpoints import open_checkpoint
 from merganser.checkpoints.layers import Layer, describe_layers
 from merganser.errors import MerganserError
 from merganser.merging import merge
-from merganser.merging.cutting import SLICE
+from merganser.merging.memory import SLICE
 from merganser.methods import METHODS, Facts, Method
 from merganser.methods.elementwise import Position
 from merganser.statistics import FILE_NAME, Statistics
@@ -171,7 +171,7 @@ def test_the_bytes_depend_on_neither_threads_nor_slices(
     method: str, family: tuple[Path, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = carried_out(family, tmp_path / "whole", method, options=OPTIONS[method], threads=1)
-    monkeypatch.setattr("merganser.merging.cutting.SLICE", 97)  # numbers, so that nearly every tensor is cut
+    monkeypatch.setattr("merganser.merging.memory.SLICE", 97)  # numbers, so that nearly every tensor is cut
     assert SLICE != 97
     cut = carried_out(family, tmp_path / "cut", method, options=OPTIONS[method], threads=3)
     assert (whole / "model.safetensors").read_bytes() == (cut / "model.safetensors").read_bytes()

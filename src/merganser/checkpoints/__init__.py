@@ -1,6 +1,6 @@
 """Reading and writing model folders: lazy tensors, hashes, names of layers on disk."""
 
-from merganser.checkpoints.adapters import AdapterCheckpoint, home_of
+from merganser.checkpoints.adapters import AdapterCheckpoint
 from merganser.checkpoints.folder import PickledWeights
 from merganser.checkpoints.header import TensorInfo
 from merganser.checkpoints.opening import open_checkpoint
@@ -12,7 +12,6 @@ __all__ = [
     "PickledWeights",
     "TensorInfo",
     "hash_tensor",
-    "home_of",
     "open_checkpoint",
     "sha256_file",
 ]

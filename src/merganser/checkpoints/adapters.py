@@ -89,6 +89,11 @@ class AdapterCheckpoint(Checkpoint):
         """The base's ``config.json``, with what the adapter changes."""
         return {**self.base.config, **self._config}
 
+    @property
+    def home(self) -> Checkpoint:
+        """The adapter's own files."""
+        return self.adapter
+
     def fetch(self) -> None:
         """Download what is on the Hub of base and adapter."""
         self.base.fetch()
@@ -194,11 +199,6 @@ class AdapterCheckpoint(Checkpoint):
             product = (left[begin - shift : end - shift] @ right).mul_(change.scale)
             low, high = max(begin, start), min(end, stop)
             wide[low - start : high - start] += product[low - begin : high - begin]
-
-
-def home_of(checkpoint: Checkpoint) -> Checkpoint:
-    """The files that what belongs to a checkpoint is kept with, such as its statistics: of an adapter, its own."""
-    return checkpoint.adapter if isinstance(checkpoint, AdapterCheckpoint) else checkpoint
 
 
 def pinned_name(checkpoint: Checkpoint) -> str:

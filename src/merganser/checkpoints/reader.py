@@ -82,6 +82,11 @@ class Checkpoint:
         """``config.json``, or an empty dictionary where the folder has none."""
         return read_json(self.path / "config.json", missing={})
 
+    @property
+    def home(self) -> Checkpoint:
+        """The files that its statistics are kept with: of an adapter, its own."""
+        return self
+
     def fetch(self) -> None:
         """Download the weights of a Hub reference; nothing to do for a folder."""
         with self._lock:

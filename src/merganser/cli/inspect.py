@@ -34,7 +34,7 @@ def inspect_command(path: str, as_json: bool, validate: bool) -> None:
 
 
 def _checkpoint(reference: str) -> dict[str, Any]:
-    from merganser.checkpoints import home_of, open_checkpoint
+    from merganser.checkpoints import open_checkpoint
     from merganser.merging.provenance import FILE_NAME, manifest_of, read_provenance
     from merganser.statistics import FILE_NAME as STATISTICS
 
@@ -58,8 +58,8 @@ def _checkpoint(reference: str) -> dict[str, Any]:
     tables: dict[str, Any] = {
         "tensors": (["dtype", "tensors", "size"], [[d, n, human_bytes(size)] for d, (n, size) in dtypes.items()])
     }
-    if (home_of(checkpoint).path / STATISTICS).is_file():
-        inner = _statistics(home_of(checkpoint).path / STATISTICS, False)
+    if (checkpoint.home.path / STATISTICS).is_file():
+        inner = _statistics(checkpoint.home.path / STATISTICS, False)
         tables.update(inner.pop("tables"))
         found["statistics"] = inner
     if (checkpoint.path / FILE_NAME).is_file():

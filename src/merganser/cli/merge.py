@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,17 +13,19 @@ from merganser.cli.common import make_cluster, parse_options, print_table, quiet
 from merganser.files import human_bytes
 
 if TYPE_CHECKING:
-    from merganser.merging import Plan
+    from merganser.merging.merge import PreparedMerge
 
 
 @click.command("merge")
 @click.argument("models", nargs=-1, required=True, metavar="MODEL MODEL… | RECIPE.yaml")
 @click.option("-o", "--output", metavar="FOLDER|URL", help="Where to write.")
-@click.option("--method", help="auto, simple, fisher, regmean, actmat, ot, task_arithmetic, ties.  [default: auto]")
-@click.option("--base", metavar="MODEL", help="The pre-trained model that all started from (actmat and ties need it).")
+@click.option(
+    "--method", metavar="NAME", help="auto, or one of docs/methods.md; a wrong name lists them.  [default: auto]"
+)
+@click.option("--base", metavar="MODEL", help="The pre-trained model that all started from, where a method needs it.")
 @click.option("--weights", "coefficients", metavar="C1,C2,…", help="Coefficients, in the order of the models.")
 @click.option("--statistics", multiple=True, metavar="FILE", help="One for each model, if not in its folder.")
-@click.option("--alpha", type=float, help="RegMean: multiplier of the Gram matrices' off-diagonals.")
+@click.option("--alpha", type=float, help="Multiplier of the Gram matrices' off-diagonals.")
 @click.option("--ridge", type=float, help="Pull toward the weighted average.")
 @click.option("--option", "pairs", multiple=True, metavar="KEY=VALUE", help="Any other option of the method.")
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Tensors to average instead.")
@@ -78,7 +81,7 @@ def merge_command(
     if output is None and not dry_run:
         raise click.UsageError("where to? Add -o FOLDER (or --dry-run to see the plan)")
     quiet_libraries(bars=False)  # no model is loaded
-    from merganser.merging import carry_out, load_recipe, make_recipe, prepare
+    from merganser.merging import RunSettings, carry_out, load_recipe, make_recipe, prepare
     from merganser.merging.memory import keep_freed
     from merganser.merging.merge import contributors_of
 
@@ -97,82 +100,60 @@ def merge_command(
     if chosen:
         flags["options"] = {**(values.get("options") or {}), **chosen}
     recipe = make_recipe({**values, **flags}, where)
-    plan = prepare(recipe, output, overwrite=overwrite, threads=threads, max_memory=max_memory, device=device)
+    cluster = make_cluster(engine, ray_address, "merge")
+    settings = RunSettings.make(threads, max_memory, device)
+    prepared = prepare(recipe, output, settings, overwrite=overwrite, rank=as_adapter, engine=cluster)
+    plan = prepared.plan
     if plan.choice:
-        warn(f"method {plan.method.name}, because {plan.choice}")
+        warn(f"method {plan.recipe.method}, because {plan.choice}")
     for note in plan.notes:
         warn(note)
-    if dry_run:
-        show_plan(plan, as_json)
-        return
-    if output is None:  # refused above
-        return
-    if as_adapter is not None:
-        if engine != "serial":
-            raise click.UsageError("--as-adapter works in one process; leave --engine out")
-        from merganser.merging.adapter_output import carry_out_adapter
-
-        carry_out_adapter(plan, Path(output), as_adapter, overwrite=overwrite)
-        click.echo(output)
+    if dry_run or output is None:  # without a place only a dry run comes here
+        show_plan(prepared, as_json)
         return
     keep_freed()
-    carry_out(plan, output, overwrite=overwrite, engine=make_cluster(engine, ray_address, "merge"))
+    result = carry_out(prepared, output, overwrite=overwrite, engine=cluster)
+    for note in result.notes[len(plan.notes) :]:
+        warn(note)
     treated = ", ".join(f"{count} {method}" for method, count in plan.counts.items())
-    warn(f"{human_bytes(plan.bytes_written)} written; tensors: {treated}")
+    warn(f"{human_bytes(plan.bytes_written)} merged in {result.seconds:.1f} s; tensors: {treated}")
     click.echo(output)
 
 
-def show_plan(plan: Plan, as_json: bool) -> None:
+def show_plan(prepared: PreparedMerge, as_json: bool) -> None:
     """The plan on standard output."""
+    plan, schedule = prepared.plan, prepared.schedule
+    uncut = schedule.uncut()
     if as_json:
-        steps = [
-            {
-                "tensors": step.unit.names,
-                "method": step.method,
-                "how": step.unit.kind,
-                "reason": step.reason,
-                "rows_at_once": step.slice_rows,
-                "bytes": step.nbytes,
-            }
-            for step in plan.steps
-        ]
         summary = {
-            "method": plan.method.name,
+            "method": plan.recipe.method,
             "options": plan.recipe.options,
             "counts": plan.counts,
+            "coverage": [asdict(part) for part in plan.coverage],
             "bytes_read": plan.bytes_read,
             "bytes_written": plan.bytes_written,
-            "peak_bytes": plan.peak_bytes,
-            "uncut": [{"tensor": name, "bytes": nbytes} for name, nbytes in plan.uncut()],
-            "notes": plan.notes,
-            "steps": steps,
+            "peak_bytes": schedule.peak_bytes,
+            "rows_at_once": {s.unit.names[0]: r for s, r in zip(plan.steps, schedule.rows, strict=True) if r},
+            "uncut": [{"tensor": name, "bytes": nbytes} for name, nbytes in uncut],
+            "plan": plan.to_json(),
         }
         click.echo(json.dumps(summary, indent=1))
         return
-    groups: dict[tuple[str, str, str], list[int]] = {}
-    sizes = {spec.name: spec.nbytes for spec in plan.outputs}
-    for step in plan.steps:
-        count = groups.setdefault((step.method, step.unit.kind, step.reason or ""), [0, 0])
-        count[0] += len(step.unit.names)
-        count[1] += sum(sizes[name] for name in step.unit.names)
-    rows = [[m, h, str(n), human_bytes(size), why] for (m, h, why), (n, size) in groups.items()]
-    kept = sum(len(names) for names in plan.separate)
-    if kept:
-        rows.append(["kept separate", "copy", str(kept), "", "as the recipe says"])
+    rows = [[p.method, p.kind, str(p.tensors), human_bytes(p.nbytes), p.reason or ""] for p in plan.coverage]
     options = ", ".join(f"{key}={value}" for key, value in plan.recipe.options.items()) or "no options"
     print_table(
-        f"{len(plan.parents)} models by {plan.method.name} ({options})",
+        f"{len(plan.recipe.contributors)} models by {plan.recipe.method} ({options})",
         ["method", "how", "tensors", "size", "why not the method"],
         rows,
     )
     click.echo(
         f"reads {human_bytes(plan.bytes_read)}, writes {human_bytes(plan.bytes_written)}, "
-        f"peak memory about {human_bytes(plan.peak_bytes)} on {plan.threads} threads"
+        f"peak memory about {human_bytes(schedule.peak_bytes)} on {schedule.threads} threads"
     )
-    if whole := plan.uncut():
-        name, nbytes = whole[0]
+    if uncut:
+        name, nbytes = uncut[0]
         click.echo(
-            f"{len(whole)} units cannot be cut into rows; the largest, of {name}, takes {human_bytes(nbytes)} at once"
+            f"{len(uncut)} units cannot be cut into rows; the largest, of {name}, takes {human_bytes(nbytes)} at once"
         )
 
 

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
-from merganser.checkpoints import home_of
 from merganser.collection.examples import Examples, annotated_rows, encode, find_columns
 from merganser.collection.jobs import make_jobs, run_jobs
 from merganser.collection.placement import choose_placement
@@ -276,7 +275,7 @@ def _check_numbers(**numbers: int | None) -> None:
 
 def _target(opened: Opened, output: str | Path | None, overwrite: bool) -> Path:
     """The file to write, which must not be there and whose folder must take it."""
-    home = home_of(opened.checkpoint)
+    home = opened.checkpoint.home
     if output is None and home.revision is not None:
         raise StatisticsError(
             "statistics of a model on the Hub are not written into its cached copy",

@@ -1,13 +1,18 @@
 """From a recipe to a plan to a merged folder with its provenance."""
 
-from merganser.merging.merge import Verification, carry_out, merge, prepare, reproduce, verify
-from merganser.merging.plan import Plan, make_plan
+from merganser.merging.memory import RunSettings
+from merganser.merging.merge import MergeResult, Verification, carry_out, merge, prepare, reproduce, verify
+from merganser.merging.plan import Plan, Source, Step, make_plan
 from merganser.merging.recipe import Contributor, Recipe, load_recipe, make_recipe
 
 __all__ = [
     "Contributor",
+    "MergeResult",
     "Plan",
     "Recipe",
+    "RunSettings",
+    "Source",
+    "Step",
     "Verification",
     "carry_out",
     "load_recipe",

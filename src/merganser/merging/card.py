@@ -1,60 +1,58 @@
-"""The model card of a merge: what the Hub shows, and what a reader needs to judge the model."""
+"""The model card of a result: what the Hub shows, and what a reader needs to judge the model."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import yaml
 
-from merganser.merging.execution import Outcome
-from merganser.merging.layout import HEADS, Layout
+from merganser.merging.execution import TensorRecord
 from merganser.merging.plan import Plan
 
 
-def model_card(plan: Plan, layout: Layout, outcomes: Mapping[str, Outcome]) -> str:
-    """README.md of the merged folder, with the metadata that the Hub reads."""
-    sources = [public_name(parent.contributor.model, parent.checkpoint.revision) for parent in plan.parents]
-    library = "sentence-transformers" if "modules.json" in plan.parents[0].checkpoint.side_files() else "transformers"
-    front = yaml.safe_dump(
-        {
-            "base_model": list(dict.fromkeys(sources)),
-            "base_model_relation": "merge",
-            "library_name": library,
-            "tags": ["merge", "merganser"],
-        },
-        sort_keys=False,
-    )
-    options = ", ".join(f"{key} {value}" for key, value in plan.recipe.options.items()) or "no options"
+def model_card(
+    plan: Plan,
+    people: Sequence[Mapping[str, Any]],
+    records: Mapping[str, TensorRecord],
+    *,
+    front: Mapping[str, Any],
+    made: str,
+    title: str = "",
+    sections: str = "",
+    notes: Sequence[str] = (),
+) -> str:
+    """README.md of a result, with the metadata that the Hub reads.
+
+    Args:
+        plan: what was done.
+        people: the contributors, as provenance has them.
+        records: what became of each tensor.
+        front: the metadata, beside the tags of a merge.
+        made: how it was made, a paragraph.
+        title: what it is, beside a merge of so many models.
+        sections: more, in Markdown.
+        notes: what the user should know.
+    """
+    metadata = {**front, "tags": [*front.get("tags", ()), "merge", "merganser"]}
     rows = "\n".join(
-        f"| {source} | {parent.contributor.coefficient:g} | "
-        f"{parent.statistics.header.examples if parent.statistics and plan.method.needs.statistics else '–'} |"
-        for source, parent in zip(sources, plan.parents, strict=True)
+        f"| {public_name(one['model'], one['revision'])} | {one['coefficient']:g} | "
+        f"{one['statistics']['examples'] if one['statistics'] else '–'} |"
+        for one in people
     )
-    used = Counter((o.method, o.reason if o.method != "kept separate" else None) for o in outcomes.values())
+    used = Counter((r.method, r.reason if r.method != "kept separate" else None) for r in records.values())
     treatment = "\n".join(
         f"| {method} | {count} | {reason or ''} |" for (method, reason), count in sorted(used.items(), key=str)
     )
-    heads = ""
-    if any(plan.separate):
-        listing = "\n".join(
-            f'- `from_pretrained(folder, subfolder="{folder}")`'
-            for folder, names in zip(layout.head_folders, plan.separate, strict=True)
-            if names
-        )
-        heads = (
-            f"\n## Heads\n\nEach contributor's own head is kept under `{HEADS}/`; the root opens with the first. "
-            f"Download the whole folder, then\n\n{listing}\n"
-        )
-    notes = "\n## Notes\n\n" + "".join(f"- {note}\n" for note in plan.notes) if plan.notes else ""
+    options = ", ".join(f"{key} {value}" for key, value in plan.recipe.options.items()) or "no options"
+    said = "\n## Notes\n\n" + "".join(f"- {note}\n" for note in notes) if notes else ""
     return f"""---
-{front}---
+{yaml.safe_dump(metadata, sort_keys=False)}---
 
-# Merge of {len(plan.parents)} models by {plan.method.name}
+# Merge of {len(people)} models by {plan.method.name}{title}
 
-Made with merganser: {plan.method.summary} ({options}). `provenance.json` holds the recipe, the hash of every
-parent and of every tensor, and the method that was really used for each; `merganser verify` checks it and
-`merganser reproduce` repeats the merge byte for byte.
+{made.format(f"{plan.method.summary} ({options})")}
 
 | contributor | coefficient | examples in its statistics |
 |---|---|---|
@@ -63,7 +61,7 @@ parent and of every tensor, and the method that was really used for each; `merga
 | treatment | tensors | why not the method |
 |---|---|---|
 {treatment}
-{heads}{notes}
+{sections}{said}
 The licences of the contributors apply to the result.
 """
 

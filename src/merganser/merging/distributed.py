@@ -1,8 +1,8 @@
 """A merge on more than one machine: one job a weight file, each written whole by whoever has it.
 
-Nothing but the recipe goes to a worker: it derives the same plan from the same headers, merges the units that its file
-needs and reports the hashes of what it read and wrote. The bytes are those of a merge on one machine. Contributors and
-output must be found under the same names everywhere: a shared folder, the Hub, or an fsspec URL for the output.
+A worker receives the part of the plan that its file needs, opens the files that it names, and reports the hashes of
+what it read and wrote. The bytes are those of a merge on one machine. Contributors and output must be found under the
+same names everywhere: a shared folder, the Hub, or an fsspec URL for the output.
 """
 
 from __future__ import annotations
@@ -10,91 +10,102 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from merganser.engines import Engine, Job
 from merganser.errors import CheckpointError, UserError, raise_all
-from merganser.merging.execution import Execution, Outcome
-from merganser.merging.layout import Layout, make_layout
-from merganser.merging.parents import Parent
+from merganser.merging.execution import Merging, TensorRecord, execute
+from merganser.merging.memory import RunSettings, Schedule, fit
+from merganser.merging.parents import Inputs, Parent
 from merganser.merging.places import Place, place_of
-from merganser.merging.plan import Plan, make_plan
-from merganser.merging.recipe import Recipe, make_recipe
+from merganser.merging.plan import Plan, inputs_of
+from merganser.merging.recipe import Recipe
+from merganser.merging.targets.checkpoint import CheckpointTarget, Layout, make_layout
 
 FUNCTION = "merganser.merging.distributed:write_file"
 
 
-def run_on(engine: Engine, plan: Plan, layout: Layout, place: Place) -> dict[str, Outcome]:
+def run_on(
+    engine: Engine, plan: Plan, inputs: Inputs, settings: RunSettings, schedule: Schedule, layout: Layout, place: Place
+) -> dict[str, TensorRecord]:
     """Have every weight file of a plan written by an engine's jobs; returns what became of each tensor.
 
     Args:
         engine: where the jobs run; what is lost with a machine runs again.
         plan: of the merge.
+        inputs: its open files.
+        settings: threads, memory and device of each job.
+        schedule: for what a job takes.
         layout: where each tensor goes.
         place: receives the files.
 
     Raises:
         UserError: jobs that failed, all of them at once, or contributors that changed meanwhile.
     """
-    jobs = [
-        Job(
-            id=f"merge {file}",
-            description=file,
-            payload={
-                "recipe": absolute(plan.recipe).model_dump(mode="json"),
-                "place": place.reference,
-                "file": file,
-                "threads": plan.threads,
-                "max_memory": plan.max_memory,
-                "device": plan.device,
-            },
-            cost=sum(spec.nbytes for spec in specs) + 1,
-            cpus=plan.threads,
-            memory=plan.max_memory or plan.peak_bytes,
-            gpus=int(plan.device == "cuda"),
+    whole = replace(plan, recipe=absolute(plan.recipe))
+    jobs = []
+    for file, specs in layout.files.items():
+        steps = [s for s in plan.steps if any(layout.places[name][0] == file for name in s.unit.names)]
+        payload = {
+            "plan": replace(whole, steps=tuple(steps)).to_json(),
+            "place": place.reference,
+            "file": file,
+            "threads": settings.threads,
+            "max_memory": settings.max_memory,
+            "device": settings.device,
+        }
+        jobs.append(
+            Job(
+                id=f"merge {file}",
+                description=file,
+                payload=payload,
+                cost=sum(spec.nbytes for spec in specs) + 1,
+                cpus=settings.threads,
+                memory=settings.max_memory or schedule.peak_bytes,
+                gpus=int(settings.device == "cuda"),
+            )
         )
-        for file, specs in layout.files.items()
-    ]
-    outcomes: dict[str, Outcome] = {}
+    records: dict[str, TensorRecord] = {}
     problems: list[UserError] = []
     for ended in engine.run(jobs, FUNCTION):
         if ended.result is None:
-            problems.append(
-                UserError(f"the work on this file failed: {ended.error}", where=ended.job.description, mend="run again")
-            )
+            what = f"the work on this file failed: {ended.error}"
+            problems.append(UserError(what, where=ended.job.description, mend="run again"))
             continue
-        outcomes.update({name: Outcome(**entry) for name, entry in ended.result["outcomes"].items()})
-        for parent, hashes in zip(_sources(plan), ended.result["hashes"], strict=True):
+        records.update({name: TensorRecord(**entry) for name, entry in ended.result["records"].items()})
+        for parent, hashes in zip(inputs.sources, ended.result["hashes"], strict=True):
             problems += _differing(parent, hashes)
     place.tidy()
     raise_all(problems)
-    return {name: outcomes[name] for name in sorted(outcomes)}
+    return records
 
 
 def write_file(payload: Mapping[str, Any]) -> dict[str, Any]:
     """Write one weight file of a merge: what a worker does.
 
     Args:
-        payload: recipe, place and name of the file, threads, memory and device.
+        payload: the plan's part, place and name of the file, threads, memory and device.
 
     Returns:
-        the outcomes of its tensors, and for each contributor (and the base) the hashes of the tensors that were read.
+        what became of its tensors, and for each contributor (and the base) the hashes of the tensors that were read.
     """
-    recipe = make_recipe(payload["recipe"], "recipe")
-    plan = make_plan(recipe, threads=payload["threads"], max_memory=payload["max_memory"], device=payload["device"])
     file = payload["file"]
+    plan = Plan.from_json(payload["plan"], file)
+    inputs = inputs_of(plan)
+    settings = RunSettings(payload["threads"], payload["max_memory"], payload["device"])
     with tempfile.TemporaryDirectory(prefix="merganser-") as scratch:
         place = place_of(payload["place"])
-        folder = place.near(Path(scratch))  # on the same disk, so that a rename puts the file into its place
+        folder = place.staging_folder(Path(scratch))  # on the same disk, so that a rename puts the file into its place
         try:
-            outcomes = Execution(plan, make_layout(plan), folder, files={file}).run()
+            with CheckpointTarget(plan, make_layout(plan), folder, {file}) as target:
+                execute(fit(plan.steps, settings), Merging(inputs, settings), target)
             place.put(folder / file, file)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-    hashes = [dict(source.checkpoint.hashes) for source in _sources(plan)]
-    return {"outcomes": {name: asdict(outcome) for name, outcome in outcomes.items()}, "hashes": hashes}
+    hashes = [dict(source.checkpoint.hashes) for source in inputs.sources]
+    return {"records": {name: asdict(record) for name, record in target.records.items()}, "hashes": hashes}
 
 
 def absolute(recipe: Recipe) -> Recipe:
@@ -111,10 +122,6 @@ def absolute(recipe: Recipe) -> Recipe:
 def _absolute(reference: str) -> str:
     parts = [str(Path(part).resolve()) if Path(part).exists() else part for part in reference.split("+")]
     return str(Path(reference).resolve()) if Path(reference).exists() else "+".join(parts)
-
-
-def _sources(plan: Plan) -> list[Parent]:
-    return [*plan.parents, *([plan.base] if plan.base else [])]
 
 
 def _differing(parent: Parent, hashes: Mapping[str, str]) -> list[CheckpointError]:

@@ -1,19 +1,191 @@
-"""How much memory there is, how much is taken, and a budget that threads draw on."""
+"""Running a plan in the memory there is: how it is run, how much is free, and how tall steps are cut into slices.
+
+A slice that costs nothing (elementwise work) is cut wherever a step is large. One that has a price, such as reading
+Gram matrices a second time, is cut only where memory asks for it. What can be cut at all is the method's to say.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import resource
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
+
+import torch
+
+from merganser.errors import RecipeError, UserError, raise_all
+from merganser.files import parse_size
+from merganser.merging.plan import COPY, Step
+from merganser.methods.base import elements
 
 _STATUS, _INFO = Path("/proc/self/status"), Path("/proc/meminfo")
 _LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 _UNLIMITED = 1 << 60
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 _KEPT, _MAPPED = 256 * 2**20, 8 * 2**20
+
+#: Numbers of a slice where slices cost nothing: few enough for the processor's caches, enough to keep it busy.
+SLICE = 1 << 19
+SMALL = 64 * 2**20  # bytes of a step that it is no use to cut
+#: What the process takes beside tensors once it works: thread stacks, the libraries' own buffers.
+OWN_BYTES = 24 * 2**20
+#: Slices of the slicing, as read and as written, beside what the method holds.
+_PIECES = 3
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """How a plan is run; the bytes of the result do not depend on it.
+
+    Attributes:
+        threads: how many steps are worked on at once.
+        max_memory: bytes that the whole process may take; by default what the machine has.
+        device: where tensors are computed.
+        sums: a folder where sums of earlier merges are to go on from and those of this one are put.
+    """
+
+    threads: int = 2
+    max_memory: int | None = None
+    device: str = "cpu"
+    sums: Path | None = None
+
+    @classmethod
+    def make(
+        cls,
+        threads: int | None = None,
+        max_memory: str | int | None = None,
+        device: str = "cpu",
+        sums: str | Path | None = None,
+    ) -> RunSettings:
+        """From what a user says: all cores by default, sizes such as ``"2GB"``, ``auto`` for a CUDA device if any.
+
+        Raises:
+            RecipeError: no size, an unknown device, or CUDA where there is none.
+        """
+        available = torch.cuda.is_available() if device != "cpu" else False
+        if device not in ("cpu", "cuda", "auto"):
+            raise RecipeError(f"unknown device {device!r}", where="device", mend="give cpu, cuda or auto")
+        if device == "cuda" and not available:
+            raise RecipeError("there is no CUDA device", where="device", mend="use cpu or auto")
+        size = parse_size(max_memory) if isinstance(max_memory, str) else max_memory
+        chosen = "cuda" if available else "cpu"
+        return cls(threads or os.cpu_count() or 1, size, chosen, None if sums is None else Path(sums))
+
+    @property
+    def torch_device(self) -> torch.device | None:
+        """Where tensors are put; None for where they are read to."""
+        return None if self.device == "cpu" else torch.device(self.device)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How the steps of a plan are fitted into memory.
+
+    Attributes:
+        steps: the plan's.
+        rows: of each step, how many rows of its stack are merged at once; None: all.
+        sizes: of each step, an estimate of the bytes that it takes at its worst moment.
+        threads: how many steps are worked on at once.
+        budget: bytes that these may take together.
+        resident: bytes of the process itself.
+    """
+
+    steps: tuple[Step, ...]
+    rows: tuple[int | None, ...]
+    sizes: tuple[int, ...]
+    threads: int
+    budget: int
+    resident: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """Estimate of the anonymous memory of the process at its worst moment."""
+        return self.resident + min(self.budget, _busiest(self.sizes, self.threads))
+
+    def uncut(self) -> list[tuple[str, int]]:
+        """What can only be merged as a whole: the first tensor of each step and its bytes, the costliest first."""
+        pairs = zip(self.steps, self.sizes, strict=True)
+        whole = [(s.unit.names[0], size) for s, size in pairs if size > SMALL and min_slice_rows(s) is None]
+        return sorted(whole, key=lambda entry: -entry[1])
+
+
+def fit(
+    steps: Sequence[Step], settings: RunSettings, *, extra: Callable[[Step], int] | None = None, whole: bool = False
+) -> Schedule:
+    """The steps cut into slices where that is of use, or where memory asks for it.
+
+    Args:
+        steps: of a plan.
+        settings: how it is run.
+        extra: the bytes that the target takes for a step beside the method; nothing by default.
+        whole: leave the steps in one piece.
+
+    Raises:
+        RecipeError: a step that cannot be cut small enough; several come as ``Problems``.
+    """
+    allowed, resident = settings.max_memory, anonymous_bytes() + OWN_BYTES
+    room = None if allowed is None else allowed - resident
+    where = f"max_memory: {(allowed or 0) / 1e9:.2f} GB"
+    if room is not None and room <= 0:
+        what = f"the process itself takes {resident / 1e9:.2f} GB, without a single tensor"
+        raise RecipeError(what, where=where, mend="allow more memory")
+    rows, sizes, problems = [], [], list[UserError]()
+    for step in steps:
+        beside = extra(step) if extra else 0
+        height, size = (None, step_bytes(step)) if whole else _cut(step, None if room is None else room - beside)
+        rows.append(height)
+        sizes.append(size + beside)
+        if room is not None and sizes[-1] > room:
+            what = f"{step.unit.names[0]!r} needs {(sizes[-1] + resident) / 1e9:.2f} GB at once"
+            what += "" if min_slice_rows(step) and not whole else " and cannot be cut into rows"
+            mend = "allow more memory, or exclude this tensor (--exclude), which averages it"
+            problems.append(RecipeError(what, where=where, mend=mend))
+    raise_all(problems)
+    budget = _busiest(sizes, settings.threads) if room is None else room
+    return Schedule(tuple(steps), tuple(rows), tuple(sizes), settings.threads, budget, resident)
+
+
+def _busiest(sizes: Sequence[int], threads: int) -> int:
+    """The memory of the costliest steps that could be worked on together."""
+    return sum(sorted(sizes, reverse=True)[:threads])
+
+
+def _cut(step: Step, room: int | None) -> tuple[int | None, int]:
+    """How many rows of a step are merged at once (None: all), and the bytes that this takes."""
+    whole, least = step_bytes(step), min_slice_rows(step)
+    if least is None:
+        return None, whole
+    height = step.unit.height()
+    rows = max(1, SLICE // max(1, elements(step.unit) // max(height, 1))) if least == 1 else height
+    if rows >= height and (room is None or whole <= room):
+        return None, whole
+    size = step_bytes(step, rows)
+    while room is not None and size > room and rows > least:
+        rows = max(least, rows // 2 // least * least)
+        size = step_bytes(step, rows)
+    return rows, size
+
+
+def min_slice_rows(step: Step) -> int | None:
+    """The fewest rows that can be merged apart; None where only the whole can."""
+    if step.rows is not None or step.method == COPY or not step.unit.height():
+        return None
+    method = step.treatment
+    return 1 if method is None else method.min_slice_rows(step.unit)
+
+
+def step_bytes(step: Step, rows: int | None = None) -> int:
+    """Estimate of the memory that a step, or a slice of so many rows, takes at its worst moment."""
+    unit = step.unit if rows is None else step.unit.cut(0, rows)[0]
+    largest = max((prod(fact.shape) for fact in unit.facts), default=0)
+    method = step.treatment
+    held = elements(unit) * 4 * 4 if method is None else method.memory(unit, len(step.takers))
+    return held + largest * 4 * _PIECES
 
 
 def anonymous_bytes() -> int:

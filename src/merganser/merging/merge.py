@@ -2,42 +2,79 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from merganser.checkpoints import home_of
-from merganser.checkpoints.writer import check_output
 from merganser.engines import Engine
 from merganser.errors import CheckpointError, RecipeError, UserError, raise_all
-from merganser.files import is_url, new_folder, parse_size, space_error
-from merganser.merging import provenance
-from merganser.merging.adapter_output import carry_out_adapter
-from merganser.merging.card import model_card
+from merganser.files import is_url
 from merganser.merging.distributed import run_on
-from merganser.merging.execution import Execution
-from merganser.merging.layout import make_layout, write_small_files
-from merganser.merging.memory import available_bytes
-from merganser.merging.places import Place, RemotePlace, new_remote
-from merganser.merging.plan import Plan, make_plan
+from merganser.merging.execution import Merging, execute
+from merganser.merging.memory import RunSettings, Schedule, available_bytes, fit
+from merganser.merging.parents import Inputs, open_inputs
+from merganser.merging.places import new_output, output_problems
+from merganser.merging.plan import Plan, Treatment, inputs_of, plan_of
+from merganser.merging.provenance import (
+    check_files,
+    check_parents,
+    describe_inputs,
+    differing_files,
+    plan_of_record,
+    read_provenance,
+    recipe_of,
+)
 from merganser.merging.recipe import Contributor, Recipe, make_recipe
-from merganser.merging.running_sums import RunningSums, check_sums
+from merganser.merging.running_sums import check_sums
+from merganser.merging.targets.adapter import AdapterTarget
+from merganser.merging.targets.checkpoint import CheckpointTarget, complete, make_layout, write_small_files
 from merganser.progress import track
+from merganser.results import PathResult, html_table
 
-#: A folder, or a folder or fsspec URL as text.
-Output = TypeVar("Output", str, Path)
-_SPARE = 64_000_000  # bytes for everything that is not weights
+
+@dataclass(frozen=True, eq=False)
+class MergeResult(PathResult):
+    """What :func:`merge` has written; can be used as the path of the folder.
+
+    Attributes:
+        path: of the folder, as it was given.
+        plan: what was done.
+        seconds: that it took.
+    """
+
+    path: str | Path
+    plan: Plan
+    seconds: float
+
+    @property
+    def method(self) -> str:
+        """The name of the method, where it was left open the one that was chosen."""
+        return self.plan.recipe.method
+
+    @property
+    def coverage(self) -> list[Treatment]:
+        """What was treated how, and why."""
+        return self.plan.coverage
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know."""
+        return self.plan.notes
+
+    def _repr_html_(self) -> str:
+        rows = [[t.method, t.kind, t.tensors, t.reason or ""] for t in self.coverage]
+        title = f"{self.path}: {len(self.plan.recipe.contributors)} models by {self.method} in {self.seconds:.1f} s"
+        return html_table(title, ["treatment", "how", "tensors", "why not the method"], rows, self.notes)
 
 
 def merge(
     models: Recipe | Sequence[str | Path | Contributor],
-    output: Output,
+    output: str | Path,
     *,
     method: str = "auto",
     base: str | Path | None = None,
@@ -52,7 +89,7 @@ def merge(
     engine: Engine | None = None,
     as_adapter: int | None = None,
     **settings: Any,
-) -> Output:
+) -> MergeResult:
     """Merge checkpoints of one pre-trained model into a folder that ``from_pretrained`` opens.
 
     Args:
@@ -77,7 +114,7 @@ def merge(
             ``dtype``, ``max_shard_size``, ``allow_pickle``.
 
     Returns:
-        The output, as it was given.
+        What was written; it can be used as the path of the output.
 
     Raises:
         UserError: anything the user can mend, before any work; several at once as ``Problems``.
@@ -88,13 +125,9 @@ def merge(
         contributors = contributors_of(models, coefficients, statistics)
         values = {"contributors": contributors, "method": method, "options": dict(options or {}), **settings}
         recipe = make_recipe(values if base is None else {**values, "base": str(base)}, "merge()")
-    plan = prepare(
-        recipe, output, overwrite=overwrite, threads=threads, sums=sums, max_memory=max_memory, device=device
-    )
-    if as_adapter is not None:
-        carry_out_adapter(plan, Path(output), as_adapter, overwrite=overwrite)
-        return output
-    return carry_out(plan, output, overwrite=overwrite, engine=engine)
+    run = RunSettings.make(threads, max_memory, device, sums)
+    prepared = prepare(recipe, output, run, overwrite=overwrite, rank=as_adapter, engine=engine)
+    return carry_out(prepared, output, overwrite=overwrite, engine=engine)
 
 
 def contributors_of(
@@ -123,138 +156,126 @@ def contributors_of(
     return found
 
 
+@dataclass(frozen=True)
+class PreparedMerge:
+    """A plan with everything that it takes to carry it out.
+
+    Attributes:
+        plan: what to do.
+        inputs: the open files.
+        settings: how it is run.
+        schedule: how it is fitted into memory.
+    """
+
+    plan: Plan
+    inputs: Inputs
+    settings: RunSettings
+    schedule: Schedule
+
+
 def prepare(
-    recipe: Recipe,
+    recipe: Recipe | Plan,
     output: str | Path | None,
+    settings: RunSettings | None = None,
     *,
     overwrite: bool = False,
-    threads: int | None = None,
-    sums: str | Path | None = None,
-    max_memory: str | int | None = None,
-    device: str = "cpu",
-) -> Plan:
+    rank: int | None = None,
+    engine: Engine | None = None,
+) -> PreparedMerge:
     """The plan of a merge, everything checked: headers, statistics against weights, place and space for the result.
 
     Args:
-        recipe: what to merge.
+        recipe: what to merge; or a plan that was made before.
         output: where to; None checks no place (for a dry run).
+        settings: how it will be run; on all cores by default.
         overwrite: whether an existing model folder may be replaced.
-        threads: how many units are worked on at once; all cores by default.
-        sums: the folder for running sums; made where there is none.
-        max_memory: what the process may take, in bytes or as ``"2GB"``.
-        device: ``cpu``, ``cuda`` or ``auto``.
+        rank: of the LoRA adapter to write; None: a full checkpoint.
+        engine: where the work will be done.
 
     Raises:
         UserError: what cannot be merged, all mistakes at once.
     """
-    kept = None if sums is None else RunningSums(Path(sums))
-    plan = make_plan(
-        recipe,
-        threads=threads or os.cpu_count() or 1,
-        max_memory=parse_size(max_memory) if isinstance(max_memory, str) else max_memory,
-        device=choose_device(device),
-    )
-    plan = replace(plan, kept=kept)
+    settings = settings or RunSettings.make()
+    if rank is not None and (engine is not None or (output is not None and is_url(output))):
+        what = "an adapter is written by this process, into a folder"
+        raise RecipeError(what, where="--as-adapter", mend="leave out the engine, and give a local folder")
+    if isinstance(recipe, Plan):
+        plan, inputs = recipe, inputs_of(recipe)
+    else:
+        inputs = open_inputs(recipe)
+        plan = plan_of(recipe, inputs, rank=rank)
+        inputs = inputs if plan.base else replace(inputs, base=None)
+    schedule = fit(plan.steps, settings, extra=None if plan.rank is None else AdapterTarget.extra_bytes)
     problems: list[UserError] = []
-    if (missing := plan.peak_bytes - plan.resident - available_bytes()) > 0:
-        problems.append(
-            RecipeError(
-                f"too little memory: {plan.peak_bytes / 1e9:.2f} GB are needed, {missing / 1e9:.2f} GB more than "
-                "are free",
-                where="memory",
-                mend="free some memory, or work in less: --max-memory SIZE, --threads 1",
-            )
-        )
-    if output is not None and is_url(output):
-        if not overwrite and RemotePlace(str(output)).exists():
-            problems.append(CheckpointError("the output exists", where=output, mend="give another URL, or --overwrite"))
-    elif output is not None:
-        output = Path(output)
-        opened = [parent.checkpoint for parent in plan.parents]
-        sources = [place.path for one in opened for place in (one, home_of(one))]
-        if problem := check_output(output, overwrite, sources):
-            problems.append(problem)
-        if plan.kept is not None:
-            units = (step.unit for step in plan.steps if step.method == plan.method.name)
-            models = (parent.checkpoint.path for parent in plan.parents)
-            if problem := check_sums(plan.kept.folder, plan.method, units, models, output):
-                problems.append(problem)
-        if problem := space_error(output, plan.bytes_written + _SPARE):
-            problems.append(problem)
+    if (missing := schedule.peak_bytes - schedule.resident - available_bytes()) > 0:
+        needed = f"{schedule.peak_bytes / 1e9:.2f} GB are needed, {missing / 1e9:.2f} GB more than are free"
+        mend = "free some memory, or work in less: --max-memory SIZE, --threads 1"
+        problems.append(RecipeError(f"too little memory: {needed}", where="memory", mend=mend))
+    if output is not None:
+        opened = [parent.checkpoint for parent in inputs.parents]
+        models = [one.path for one in opened]
+        opened += [inputs.base.checkpoint] if inputs.base and plan.rank is not None else []
+        places = [place.path for one in opened for place in (one, one.home)]
+        problems += output_problems(output, overwrite, places, plan.bytes_written)
+        if settings.sums is not None and not is_url(output):
+            problems += check_sums(settings.sums, plan.steps, models, Path(output))
     raise_all(problems)
-    for parent in [*plan.parents, *([plan.base] if plan.base else [])]:
-        parent.checkpoint.fetch()
-    if plan.method.needs.statistics:
-        _hash(plan)
-        for parent in plan.parents:
-            if parent.statistics is not None:
-                problems += parent.statistics.check_binding(parent.checkpoint)
+    for source in inputs.sources:
+        source.checkpoint.fetch()
+    if plan.method.needs.statistics or plan.rank is not None:
+        _hash(inputs, settings.threads)
+        for parent in inputs.parents:
+            problems += parent.statistics.check_binding(parent.checkpoint) if parent.statistics else []
     raise_all(problems)
-    return plan
+    return PreparedMerge(plan, inputs, settings, schedule)
 
 
-def choose_device(name: str) -> str:
-    """The device to compute on: ``auto`` is a CUDA device where there is one.
-
-    Raises:
-        RecipeError: an unknown one, or CUDA where there is none.
-    """
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name not in ("cpu", "cuda"):
-        raise RecipeError(f"unknown device {name!r}", where="device", mend="give cpu, cuda or auto")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise RecipeError("there is no CUDA device", where="device", mend="use cpu or auto")
-    return name
-
-
-def _hash(plan: Plan) -> None:
-    """Hash all weights and statistics, several tensors and files at once."""
-    work: list[Callable[[], str]] = [p.statistics.sha256 for p in plan.parents if p.statistics is not None]
-    work += [partial(p.checkpoint.sha256, name) for p in plan.parents for name in p.checkpoint.tensors]
-    with ThreadPoolExecutor(plan.threads) as pool:
+def _hash(inputs: Inputs, threads: int) -> None:
+    """Hash all weights and statistics that belong together, several tensors and files at once."""
+    bound = [(p.checkpoint, p.statistics) for p in inputs.parents if p.statistics is not None]
+    work: list[Callable[[], str]] = [statistics.sha256 for _, statistics in bound]
+    work += [partial(c.hash, name, "sha256") for c, s in bound for name in c.tensors]
+    with ThreadPoolExecutor(threads) as pool:
         for _ in track(pool.map(lambda one: one(), work), "hashing", "tensors", len(work)):
             pass
 
 
-def carry_out(plan: Plan, output: Output, *, overwrite: bool = False, engine: Engine | None = None) -> Output:
+def carry_out(
+    prepared: PreparedMerge, output: str | Path, *, overwrite: bool = False, engine: Engine | None = None
+) -> MergeResult:
     """Do what a plan says.
 
     Args:
-        plan: what :func:`prepare` returned.
+        prepared: what :func:`prepare` returned.
         output: a folder, or an fsspec URL.
         overwrite: replace what is there.
         engine: where the work is done, one job a weight file; by default in this process.
 
     Returns:
-        The output, as it was given.
+        What was written; it can be used as the path of the output.
 
     Raises:
         UserError: non-finite numbers in or out, a full disk; nothing is left behind.
     """
-    layout = make_layout(plan)
-    with _new_output(output, overwrite) as (place, folder):
-        write_small_files(plan, layout, folder)
-        if engine is not None:
-            outcomes = run_on(engine, plan, layout, place)
+    plan, inputs, settings, started = prepared.plan, prepared.inputs, prepared.settings, time.monotonic()
+    work = Merging(inputs, settings)
+    with new_output(output, overwrite) as (place, folder):
+        if plan.rank is not None:
+            with AdapterTarget(plan, inputs, folder) as adapter:
+                execute(prepared.schedule, work, adapter)
+                plan = adapter.complete()
         else:
-            outcomes = Execution(plan, layout, folder).run()
-        (folder / "README.md").write_text(model_card(plan, layout, outcomes), encoding="utf-8")
-        provenance.write_provenance(provenance.make_provenance(plan, outcomes, folder, layout), folder)
-    return output
-
-
-@contextmanager
-def _new_output(output: str | Path, overwrite: bool) -> Iterator[tuple[Place, Path]]:
-    """The place of the weight files, and a local folder for everything else."""
-    if is_url(output):
-        with new_remote(str(output), overwrite=overwrite) as (place, folder):
-            yield place, folder
-    else:
-        with new_folder(Path(output), overwrite=overwrite) as folder:
-            yield Place(folder), folder
+            layout = make_layout(plan)
+            write_small_files(plan, inputs, layout, folder)
+            if engine is not None:
+                records = run_on(engine, plan, inputs, settings, prepared.schedule, layout, place)
+            else:
+                with CheckpointTarget(plan, layout, folder) as target:
+                    execute(prepared.schedule, work, target)
+                records = target.records
+            people, base = describe_inputs(plan, inputs)
+            complete(plan, inputs.reference, layout, folder, records, people, base)
+    return MergeResult(output, plan, time.monotonic() - started)
 
 
 @dataclass(frozen=True)
@@ -278,9 +299,9 @@ def verify(folder: str | Path) -> Verification:
     Raises:
         UserError: everything that differs, at once.
     """
-    found = provenance.read_provenance(Path(folder))
-    parents, absent = provenance.check_parents(found, Path(folder))
-    raise_all(provenance.check_files(Path(folder), found) + parents)
+    found = read_provenance(Path(folder))
+    parents, absent = check_parents(found, Path(folder))
+    raise_all(check_files(Path(folder), found) + parents)
     total = len(found["parents"]) + bool(found.get("base"))
     return Verification(len(found["files"]), total - len(absent), tuple(absent))
 
@@ -299,23 +320,26 @@ def reproduce(folder: str | Path, output: str | Path | None = None) -> list[str]
         UserError: parents that cannot be had or are other weights, or anything that :func:`merge` raises.
     """
     folder = Path(folder)
-    found = provenance.read_provenance(folder)
+    found = read_provenance(folder)
     if "ledger" in found:
         raise CheckpointError(
             "this was solved from the sums of a ledger, not merged from its contributors",
             where=folder,
             mend="repeat it from the ledger: merganser ledger solve LEDGER -o FOLDER",
         )
-    problems, absent = provenance.check_parents(found, folder)
+    problems, absent = check_parents(found, folder)
     problems += [
         CheckpointError(f"a parent cannot be had: {reason}", where=folder, mend="put it where it was")
         for reason in absent
     ]
     raise_all(problems)
-    recipe = provenance.recipe_of(found, folder)
+    rank = found.get("as_adapter")
+    again = plan_of_record(found, folder) or recipe_of(found, folder)
     with tempfile.TemporaryDirectory(prefix="merganser-") as scratch:
         place = Path(output) if output is not None else Path(scratch) / "again"
-        plan = replace(prepare(recipe, place), choice=found.get("method_chosen_because"))
-        rank = found.get("as_adapter")
-        carry_out(plan, place) if rank is None else carry_out_adapter(plan, place, rank)
-        return provenance.differing_files(found["files"], place)
+        prepared = prepare(again, place, rank=rank)
+        if isinstance(again, Recipe):  # the record has its plan only since format 3
+            plan = replace(prepared.plan, choice=found.get("method_chosen_because"))
+            prepared = replace(prepared, plan=plan)
+        carry_out(prepared, place)
+        return differing_files(found["files"], place)

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from merganser.checkpoints import AdapterCheckpoint, Checkpoint, TensorInfo, home_of, open_checkpoint
+from merganser.checkpoints import AdapterCheckpoint, Checkpoint, TensorInfo, open_checkpoint
 from merganser.checkpoints.names import align
-from merganser.errors import UserError
+from merganser.errors import UserError, raise_all
 from merganser.merging.recipe import Contributor, Recipe
 from merganser.statistics import FILE_NAME, Statistics
 
@@ -48,6 +48,40 @@ class Parent:
             classifies = any("Classification" in str(name) for name in config.get("architectures") or [])
             return ["LABEL_0", "LABEL_1"] if classifies else []  # transformers writes no default down
         return [str(table[key]) for key in sorted(table, key=lambda key: int(key))]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The open files that a plan is made from and carried out with.
+
+    Attributes:
+        parents: the contributors.
+        base: the base model, where there is one.
+        reference: whose names and side files the result takes: the first contributor, or a ledger's base.
+    """
+
+    parents: tuple[Parent, ...]
+    base: Parent | None
+    reference: Parent
+
+    @property
+    def sources(self) -> list[Parent]:
+        """Everything that tensors are read from."""
+        return [*self.parents, *([self.base] if self.base else [])]
+
+
+def open_inputs(recipe: Recipe) -> Inputs:
+    """Open the files that a recipe names, reading headers only.
+
+    Raises:
+        UserError: what cannot be opened; several mistakes at once as ``Problems``.
+    """
+    problems: list[UserError] = []
+    parents = open_parents(recipe, problems)
+    raise_all(problems)
+    base = open_base(recipe, list(parents[0].checkpoint.tensors), problems, parents)
+    raise_all(problems)
+    return Inputs(tuple(parents), base, parents[0])
 
 
 def open_parents(recipe: Recipe, problems: list[UserError]) -> list[Parent]:
@@ -108,7 +142,7 @@ def _open(reference: str, recipe: Recipe, problems: list[UserError], known: dict
 
 
 def _statistics(contributor: Contributor, checkpoint: Checkpoint, problems: list[UserError]) -> Statistics | None:
-    place = Path(contributor.statistics) if contributor.statistics else home_of(checkpoint).path / FILE_NAME
+    place = Path(contributor.statistics) if contributor.statistics else checkpoint.home.path / FILE_NAME
     if contributor.statistics is None and not place.is_file():
         return None
     try:
@@ -116,3 +150,8 @@ def _statistics(contributor: Contributor, checkpoint: Checkpoint, problems: list
     except UserError as error:
         problems.append(error)
         return None
+
+
+def pin(model: str, revision: str) -> str:
+    """A Hub reference at a commit."""
+    return f"{model.rsplit('@', 1)[0]}@{revision}"

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from merganser.errors import CheckpointError
-from merganser.files import RemoteFolder, is_url
+from merganser.checkpoints.writer import check_output
+from merganser.errors import CheckpointError, UserError
+from merganser.files import RemoteFolder, is_url, new_folder, space_error
 
-_WORKER = ".worker-"
+_STAGING = ".worker-"
+_SPARE = 64_000_000  # bytes for everything that is not weights
 
 
 class Place:
@@ -29,9 +31,9 @@ class Place:
         """What a worker finds it by."""
         return str(self.folder.resolve())
 
-    def near(self, scratch: Path) -> Path:
+    def staging_folder(self, scratch: Path) -> Path:
         """A new folder to write a file in before it is put."""
-        return Path(tempfile.mkdtemp(prefix=_WORKER, dir=self.folder))
+        return Path(tempfile.mkdtemp(prefix=_STAGING, dir=self.folder))
 
     def put(self, path: Path, name: str) -> None:
         """Put a file that is written whole into its place."""
@@ -41,7 +43,7 @@ class Place:
 
     def tidy(self) -> None:
         """Remove what workers that were lost have left."""
-        for left in self.folder.glob(f"{_WORKER}*"):
+        for left in self.folder.glob(f"{_STAGING}*"):
             shutil.rmtree(left, ignore_errors=True)
 
 
@@ -60,7 +62,7 @@ class RemotePlace(Place):
         """Its URL."""
         return self.files.url
 
-    def near(self, scratch: Path) -> Path:
+    def staging_folder(self, scratch: Path) -> Path:
         """A local folder."""
         return Path(tempfile.mkdtemp(dir=scratch))
 
@@ -78,6 +80,33 @@ class RemotePlace(Place):
     def remove(self) -> None:
         """Remove everything at the URL."""
         self.files.remove()
+
+
+def output_problems(output: str | Path, overwrite: bool, inputs: Sequence[Path], nbytes: int) -> list[UserError]:
+    """Why a result cannot be written.
+
+    Args:
+        output: a folder, or an fsspec URL.
+        overwrite: whether an existing model folder may be replaced.
+        inputs: folders that are read.
+        nbytes: of the weights.
+    """
+    if is_url(output):
+        exists = not overwrite and RemotePlace(str(output)).exists()
+        return [CheckpointError("the output exists", where=output, mend="give another URL, or --overwrite")] * exists
+    found = [check_output(Path(output), overwrite, inputs), space_error(Path(output), nbytes + _SPARE)]
+    return [problem for problem in found if problem is not None]
+
+
+@contextmanager
+def new_output(output: str | Path, overwrite: bool) -> Iterator[tuple[Place, Path]]:
+    """The place of the weight files, and a local folder for everything else."""
+    if is_url(output):
+        with new_remote(str(output), overwrite=overwrite) as (place, folder):
+            yield place, folder
+    else:
+        with new_folder(Path(output), overwrite=overwrite) as folder:
+            yield Place(folder), folder
 
 
 @contextmanager

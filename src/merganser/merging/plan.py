@@ -1,40 +1,126 @@
-"""The plan: the tensor-by-tensor work of a merge, a pure value derived from file headers alone.
+"""The plan: what a merge will do, tensor by tensor, as a pure value made from file headers and configurations alone.
 
-Every mismatch is found here, all at once, before the first tensor is read.
+It holds no open file, thread, device or memory, prints as JSON, and is all that a worker needs. Every mismatch is found
+while it is made, all at once, before the first tensor is read.
 """
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import PurePosixPath
+from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 
+from merganser.checkpoints import TensorInfo
 from merganser.checkpoints.layers import Layer, describe_layers
 from merganser.checkpoints.writer import TensorSpec
 from merganser.errors import RecipeError, UserError, raise_all
-from merganser.files import parse_size
-from merganser.merging.checks import (
+from merganser.merging.matching import (
+    Rows,
+    check_adapter,
     check_architectures,
     check_needs,
     check_unmatched,
     find_separate,
+    match_labels,
     match_shapes,
     matches,
 )
-from merganser.merging.cutting import OWN_BYTES, SMALL, busiest, fit, min_slice_rows
-from merganser.merging.memory import anonymous_bytes
-from merganser.merging.parents import Parent, open_base, open_parents
+from merganser.merging.parents import Inputs, open_inputs, pin
 from merganser.merging.recipe import Recipe, method_options
-from merganser.merging.rows import LabelPlan, Rows, match_labels
-from merganser.merging.running_sums import RunningSums
-from merganser.merging.step import Step
 from merganser.methods import METHODS, Facts, Method, Unit, choose
 from merganser.tensors import DTYPE_NAMES, DTYPES, is_floating
 
-_HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head")  # what configurations call it
+AVERAGE, COPY, KEPT = "average", "copy", "kept separate"
+HEADS = "heads"
+_CONFIGURED_HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head")  # what configurations call it
+
+
+@dataclass(frozen=True)
+class Source:
+    """A tensor on disk, or a part of one.
+
+    Attributes:
+        tensor: its name in the checkpoint.
+        index: which one of a stack along the first dimension, such as one expert.
+        rows: (start, stop) along the first dimension, of the one that ``index`` names; all by default.
+        transposed: the last two dimensions change places.
+    """
+
+    tensor: str
+    index: int | None = None
+    rows: tuple[int, int] | None = None
+    transposed: bool = False
+
+    def shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
+        """Of the part, where the whole has the shape ``stored``."""
+        shape = stored if self.index is None else stored[1:]
+        shape = shape if self.rows is None else (self.rows[1] - self.rows[0], *shape[1:])
+        return (*shape[:-2], shape[-1], shape[-2]) if self.transposed else shape
+
+
+Sources = Mapping[str, Source]
+
+
+@dataclass(frozen=True)
+class Step:
+    """Tensors that are merged together.
+
+    Attributes:
+        unit: the targets: names in the result, shapes, and the method's word for how.
+        method: one of :data:`merganser.methods.METHODS`, or how it is done without: ``average``, ``copy`` for what is
+            no floating point, ``kept separate`` for what one contributor keeps to itself.
+        sources: for each contributor, where it has each target; empty for one that takes no part.
+        coefficients: of each contributor.
+        options: of the method, all of them.
+        base: where the base model has each target, if the method needs it.
+        reason: why it is not the method that was asked for.
+        rows: which rows of which contributor answer to which of the result, where they differ.
+    """
+
+    unit: Unit
+    method: str
+    sources: tuple[Sources, ...]
+    coefficients: tuple[float, ...]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    base: Sources = field(default_factory=dict)
+    reason: str | None = None
+    rows: Rows | None = None
+
+    @property
+    def treatment(self) -> Method | None:
+        """The method with its options; None where no method is used."""
+        method = METHODS.get(self.method)
+        return method and method.configured(method.options_type.model_validate(dict(self.options)))
+
+    @property
+    def takers(self) -> list[int]:
+        """The contributors that take part."""
+        return [number for number, sources in enumerate(self.sources) if sources]
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """How many tensors were treated alike.
+
+    Attributes:
+        method: that was used.
+        kind: the method's word for how.
+        reason: why it is not the method that was asked for.
+        tensors, nbytes: how many, and their size.
+    """
+
+    method: str
+    kind: str
+    reason: str | None
+    tensors: int
+    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -43,195 +129,250 @@ class Plan:
 
     Attributes:
         recipe: with the method and all of its options spelled out.
-        choice: why this method, where the recipe said ``auto``.
-        method: ready to merge units.
-        parents: the contributors, first the one whose names and side files the result takes.
-        base: the base model, where the method has use for one.
-        steps: the work, in the order of the first contributor's files.
-        outputs: the merged tensors.
-        separate: for each contributor, its tensors (its own names) that it keeps for itself.
-        labels: how heads with different labels are matched.
+        steps: the work, in the order of the reference's files.
+        outputs: the tensors of the result, in the order of its files.
+        folders: the file of each folder of the result with weights of its own.
+        base: the base model, where method or target need it; it may be that of the contributors' adapters.
+        revisions: the commit of each contributor that is on the Hub.
+        labels: the labels of the merged head, where they are not the reference's.
         vocabulary_from: the contributor whose tokenizer the result takes.
+        rank: of the LoRA adapter that is written; None: a full checkpoint.
+        choice: why this method, where the recipe said ``auto``.
         notes: what the user should know.
-        threads: how many units are worked on at once.
-        budget: bytes that the units being worked on may take together.
-        resident: bytes of the process itself.
-        device: where tensors are computed.
-        max_memory: what the process may take, where that was said.
-        kept: where sums of earlier merges are to go on from and those of this one are put.
+        bytes_read: size of weights and statistics that are read.
     """
 
     recipe: Recipe
-    choice: str | None
-    method: Method
-    parents: tuple[Parent, ...]
-    base: Parent | None
     steps: tuple[Step, ...]
     outputs: tuple[TensorSpec, ...]
-    separate: tuple[tuple[str, ...], ...]
-    labels: LabelPlan | None
-    vocabulary_from: int
-    notes: tuple[str, ...]
-    threads: int
-    budget: int
-    resident: int
-    device: str = "cpu"
-    max_memory: int | None = None
-    kept: RunningSums | None = None
+    folders: Mapping[str, str] = field(default_factory=dict)
+    base: str | None = None
+    revisions: tuple[str | None, ...] = ()
+    labels: tuple[str, ...] | None = None
+    vocabulary_from: int = 0
+    rank: int | None = None
+    choice: str | None = None
+    notes: tuple[str, ...] = ()
+    bytes_read: int = 0
+
+    @property
+    def method(self) -> Method:
+        """The method that was asked for, with its options."""
+        return METHODS[self.recipe.method].configured(method_options(self.recipe, self.recipe.method))
+
+    @cached_property
+    def specs(self) -> dict[str, TensorSpec]:
+        """The tensors of the result by name."""
+        return {spec.name: spec for spec in self.outputs}
+
+    @property
+    def bytes_written(self) -> int:
+        """Size of the result's weights."""
+        return sum(spec.nbytes for spec in self.outputs)
+
+    @property
+    def coverage(self) -> list[Treatment]:
+        """What is treated how, and why."""
+        groups: dict[tuple[str, str, str | None], list[TensorSpec]] = {}
+        for step in self.steps:
+            reason = "as the recipe says" if step.method == KEPT else step.reason
+            found = groups.setdefault((step.method, step.unit.kind, reason), [])
+            found += [self.specs[name] for name in step.unit.names]
+        return [Treatment(*key, len(found), sum(s.nbytes for s in found)) for key, found in groups.items()]
 
     @property
     def counts(self) -> dict[str, int]:
         """How many tensors each method treats."""
         counts: Counter[str] = Counter()
-        for step in self.steps:
-            counts[step.method] += len(step.unit.names)
-        if kept := sum(len(names) for names in self.separate):
-            counts["kept separate"] = kept
+        for part in self.coverage:
+            counts[part.method] += part.tensors
         return dict(counts)
 
-    @property
-    def bytes_written(self) -> int:
-        """Size of the result's weights."""
-        kept = sum(
-            parent.checkpoint.tensors[name].nbytes
-            for parent, names in zip(self.parents, self.separate, strict=True)
-            for name in names
-        )
-        return kept + sum(spec.nbytes for spec in self.outputs)
+    def file_of(self, name: str) -> tuple[str | None, str]:
+        """The file of a folder with weights of its own and the name inside it; None for the model's own files."""
+        folder = next((folder for folder in self.folders if name.startswith(f"{folder}/")), None)
+        return (None, name) if folder is None else (self.folders[folder], name.removeprefix(f"{folder}/"))
 
-    @property
-    def bytes_read(self) -> int:
-        """Size of everything that is read: weights of contributors and base, and their statistics."""
-        weights = sum(info.nbytes for p in self.parents for info in p.checkpoint.tensors.values())
-        base = sum(info.nbytes for info in self.base.checkpoint.tensors.values()) if self.base else 0
-        published = [p.statistics for p in self.parents if p.statistics and self.method.needs.statistics]
-        return weights + base + sum(info.nbytes for one in published for info in one.tensors.values())
+    def to_json(self) -> dict[str, Any]:
+        """The plan as plain values; what is as by default is left out, but for the recipe."""
+        found: dict[str, Any] = _PLAN.dump_python(self, mode="json", exclude_defaults=True)
+        return {**found, "recipe": self.recipe.model_dump(mode="json")}
 
-    @property
-    def peak_bytes(self) -> int:
-        """Estimate of the anonymous memory of the process at its worst moment."""
-        return self.resident + min(self.budget, busiest(self.steps, self.threads))
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any], where: str) -> Plan:
+        """The plan that :meth:`to_json` gave.
 
-    def uncut(self) -> list[tuple[str, int]]:
-        """What can only be merged as a whole: the first tensor of each unit and its bytes, the costliest first."""
-        whole = [
-            (step.unit.names[0], step.nbytes)
-            for step in self.steps
-            if min_slice_rows(step, self.method) is None and step.nbytes > SMALL
-        ]
-        return sorted(whole, key=lambda entry: -entry[1])
-
-    @cached_property
-    def specs(self) -> dict[str, TensorSpec]:
-        """The merged tensors by name."""
-        return {spec.name: spec for spec in self.outputs}
-
-    @property
-    def torch_device(self) -> torch.device | None:
-        """Where tensors are put; None for where they are read to."""
-        return None if self.device == "cpu" else torch.device(self.device)
+        Raises:
+            RecipeError: these values are no plan, or one of files outside the result's folder.
+        """
+        try:
+            plan = _PLAN.validate_python(values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in first["loc"])
+            raise RecipeError(f"no plan: {place}: {first['msg']}", where=where, mend="merge again") from None
+        targets = [name for step in plan.steps for name in step.unit.names]
+        paths = [PurePosixPath(path) for pair in plan.folders.items() for path in pair]
+        if any(path.is_absolute() or ".." in path.parts for path in paths) or not set(targets) <= set(plan.specs):
+            raise RecipeError("no plan: its files are not those of its steps", where=where, mend="merge again")
+        return plan
 
 
-def make_plan(recipe: Recipe, *, threads: int = 2, max_memory: int | None = None, device: str = "cpu") -> Plan:
+_PLAN = TypeAdapter(Plan)
+
+
+def make_plan(recipe: Recipe, *, rank: int | None = None) -> Plan:
     """Derive the plan of a recipe, reading headers only.
 
     Args:
         recipe: what to merge.
-        threads: how many units are worked on at once.
-        max_memory: bytes that the whole process may take; the bytes of the result do not depend on it.
-        device: where tensors are computed.
+        rank: of the LoRA adapter to write; None: a full checkpoint.
 
     Raises:
         UserError: one mistake.
         Problems: several.
     """
+    return plan_of(recipe, open_inputs(recipe), rank=rank)
+
+
+def inputs_of(plan: Plan) -> Inputs:
+    """Open the files that a plan names, at their commits.
+
+    Raises:
+        UserError: what cannot be opened, or files without what the plan reads.
+    """
+    people = plan.recipe.contributors
+    revisions = plan.revisions or (None,) * len(people)
+    pinned = [
+        one if revision is None or "+" in revision else one.model_copy(update={"model": pin(one.model, revision)})
+        for one, revision in zip(people, revisions, strict=True)
+    ]
+    inputs = open_inputs(plan.recipe.model_copy(update={"contributors": tuple(pinned)}))
+    for step in plan.steps:
+        shapes = {fact.name: fact.shape for fact in step.unit.facts}
+        for parent, sources in zip(inputs.parents, step.sources, strict=True):
+            for target, source in sources.items():
+                info = parent.checkpoint.tensors.get(source.tensor)
+                if info is None or (step.rows is None and source.shape(info.shape) != tuple(shapes[target])):
+                    where, mend = parent.checkpoint.name, "give the very files that the plan was made from"
+                    raise RecipeError(f"does not have {source.tensor!r} as the plan reads it", where=where, mend=mend)
+    return inputs if plan.base else replace(inputs, base=None)
+
+
+def plan_of(recipe: Recipe, inputs: Inputs, *, rank: int | None = None) -> Plan:
+    """The same of files that are open."""
     problems: list[UserError] = []
-    parents = open_parents(recipe, problems)
-    raise_all(problems)
-    reference = parents[0].checkpoint
-    base = open_base(recipe, list(reference.tensors), problems, parents)
-    check_architectures(parents, base, problems)
-    separate = find_separate(recipe, parents, problems)
-    merged_names = [name for name in reference.tensors if not matches(name, recipe.keep_separate)]
-    labels = match_labels(recipe, parents, merged_names, problems)
+    parents, base, reference = inputs.parents, inputs.base, inputs.reference
+    people = parents if reference in parents else (reference, *parents)
+    check_architectures(people, base, problems)
+    separate = find_separate(recipe, people, problems)
+    names = [name for name in reference.checkpoint.tensors if not matches(name, recipe.keep_separate)]
+    labels = match_labels(recipe, people, names, problems)
     rows = dict(labels.rows) if labels else {}
     notes = list(labels.notes) if labels else []
-    match_shapes(recipe, parents, merged_names, rows, problems)
-    check_unmatched(parents, separate, problems)
+    match_shapes(recipe, people, names, rows, problems)
+    check_unmatched(people, separate, problems)
 
-    method_name, choice = choose_method(recipe, parents, base)
-    method = METHODS[method_name].configured(method_options(recipe, method_name))
+    chosen, choice = choose_method(recipe, inputs)
+    method = METHODS[chosen].configured(method_options(recipe, chosen))
     check_needs(method, recipe, parents, base, problems)
+    if rank is not None:
+        check_adapter(recipe, inputs, rank, method, problems)
     raise_all(problems)
 
-    layers = _layers(method, parents, notes)
-    facts = make_facts(merged_names, parents, base, layers, rows)
-    steps = make_steps(method, recipe, facts, rows, parents)
-    if not any(step.method == method.name for step in steps):
+    steps = _steps(method, recipe, names, rows, inputs)
+    if not any(step.method == chosen for step in steps):
         reasons = Counter(step.reason for step in steps)
         raise RecipeError(
-            f"method {method.name!r} can treat no tensor of these models ({reasons.most_common(1)[0][0]})",
+            f"method {chosen!r} can treat no tensor of these models ({reasons.most_common(1)[0][0]})",
             where="recipe",
             mend="publish the statistics it needs, or choose --method simple",
         )
-    resident = anonymous_bytes() + OWN_BYTES
-    steps, budget = fit(steps, method, len(parents), threads, resident, max_memory)
-    if recipe.base is not None and not method.needs.base:
+    outputs = [_spec(name, recipe, inputs, rows) for name in names]
+    folders = nested_folders(reference.checkpoint.tensors.values())
+    if reference in parents and any(separate):
+        kept, specs = _kept(inputs, separate, folders)
+        steps, outputs = [*steps, *kept], [*outputs, *specs]
+    if recipe.base is not None and not method.needs.base and rank is None:
         notes.append(f"method {method.name} makes no use of the base model")
-    outputs = tuple(_spec(name, recipe, parents, rows) for name in merged_names)
-    resolved = recipe.model_copy(update={"method": method.name, "options": method.options.model_dump()})
-    longest = [sum(info.shape[0] for info in p.checkpoint.tensors.values() if info.shape) for p in parents]
-    vocabulary_from = longest.index(max(longest)) if recipe.vocabulary == "largest" else 0
+    tall = [sum(info.shape[0] for info in p.checkpoint.tensors.values() if info.shape) for p in parents]
+    used = base if base is not None and (method.needs.base or rank is not None) else None
     return Plan(
-        resolved, choice, method, tuple(parents), base if method.needs.base else None, tuple(steps), outputs,
-        separate, labels, vocabulary_from, tuple(notes), threads, budget, resident, device, max_memory,
-    )  # fmt: skip
+        recipe=recipe.model_copy(update={"method": chosen, "options": method.options.model_dump(mode="json")}),
+        steps=tuple(steps),
+        outputs=tuple(outputs),
+        folders=folders,
+        base=None if used is None else used.contributor.model,
+        revisions=tuple(parent.checkpoint.revision for parent in parents),
+        labels=labels.labels if labels and list(labels.labels) != reference.label_names else None,
+        vocabulary_from=tall.index(max(tall)) if recipe.vocabulary == "largest" else 0,
+        rank=rank,
+        choice=choice,
+        notes=tuple(notes),
+        bytes_read=_bytes_read(method, replace(inputs, base=used)),
+    )
 
 
-def choose_method(recipe: Recipe, parents: Sequence[Parent], base: Parent | None) -> tuple[str, str | None]:
+def choose_method(recipe: Recipe, inputs: Inputs) -> tuple[str, str | None]:
     """The method's name and, where the recipe leaves it open, why it was chosen."""
     if recipe.method != "auto":
         return recipe.method, None
-    statistics = [parent.statistics for parent in parents]
+    statistics = [parent.statistics for parent in inputs.parents]
     published = set()
     if all(s is not None and any(layer.input for layer in s.header.layers) for s in statistics):
         published.add("gram")
     if all(s is not None and s.header.fisher for s in statistics):
         published.add("fisher")
-    missing = ", ".join(p.title for p in parents if p.statistics is None) or "some contributors"
-    return choose(published, base is not None, missing)
+    missing = ", ".join(p.title for p in inputs.parents if p.statistics is None) or "some contributors"
+    return choose(published, inputs.base is not None, missing)
 
 
-def make_steps(
-    method: Method, recipe: Recipe, facts: Sequence[Facts], rows: dict[str, Rows], parents: Sequence[Parent]
+def _steps(
+    method: Method, recipe: Recipe, names: Sequence[str], rows: Mapping[str, Rows], inputs: Inputs
 ) -> list[Step]:
     """Every tensor in exactly one step: the method's units, and the average (or a copy) for what it cannot treat."""
-    excluded = {f.name: p for f in facts if (p := matches(f.name, recipe.exclude))}
-    copied = {f.name for f in facts if not is_floating(parents[0].checkpoint.tensors[f.name].dtype)}
-    units, reasons = method.units([f for f in facts if f.name not in excluded and f.name not in copied])
-    first = {f.name: number for number, f in enumerate(facts)}
-    steps = [Step(unit, method.name, None, _unit_rows(unit, rows)) for unit in units]
+    tensors, parents, base = inputs.reference.checkpoint.tensors, inputs.parents, inputs.base
+    coefficients = tuple(parent.contributor.coefficient for parent in parents)
+    options = method.options.model_dump(mode="json")
+
+    def step(unit: Unit, used: str, reason: str | None = None) -> Step:
+        owned = [parent.names for parent in parents]
+        sources = tuple({name: Source(own[name]) for name in unit.names if name in own} for own in owned)
+        found = Step(unit.without_publications(), used, sources, coefficients, reason=reason)
+        if used != COPY:
+            found = replace(found, rows=next((rows[name] for name in unit.names if name in rows), None))
+        if used == method.name:
+            theirs = {name: Source(base.names[name]) for name in unit.names} if base and method.needs.base else {}
+            found = replace(found, options=options, base=theirs)
+        return found
+
+    facts = make_facts(names, inputs, _layers(method, inputs), rows)
+    reasons = {f.name: f"excluded by {p!r}" for f in facts if (p := matches(f.name, recipe.exclude))}
+    copied = {f.name for f in facts if not is_floating(tensors[f.name].dtype)}
+    units, others = method.units([f for f in facts if f.name not in reasons and f.name not in copied])
+    reasons |= others
+    steps = [step(unit, method.name) for unit in units]
     for fact in facts:
-        unit = Unit((fact.name,), "average", (fact,))
         if fact.name in copied:
-            steps.append(Step(replace(unit, kind="copy"), "copy", "not floating point"))
-        elif fact.name in excluded:
-            steps.append(Step(unit, "average", f"excluded by {excluded[fact.name]!r}", rows.get(fact.name)))
+            steps.append(step(Unit((fact.name,), COPY, (fact,)), COPY, "not floating point"))
         elif fact.name in reasons:
-            steps.append(Step(unit, "average", reasons[fact.name], rows.get(fact.name)))
-    return sorted(steps, key=lambda step: min(first[name] for name in step.unit.names))
+            steps.append(step(Unit((fact.name,), AVERAGE, (fact,)), AVERAGE, reasons[fact.name]))
+    first = {name: number for number, name in enumerate(names)}
+    return sorted(steps, key=lambda one: min(first[name] for name in one.unit.names))
 
 
-def _unit_rows(unit: Unit, rows: dict[str, Rows]) -> Rows | None:
-    return next((rows[name] for name in unit.names if name in rows), None)
-
-
-def _layers(method: Method, parents: Sequence[Parent], notes: list[str]) -> dict[str, Layer]:
-    """The first contributor's layers by weight, from its statistics or from its configuration."""
-    if method.needs.statistics and parents[0].statistics is not None:
-        described = [Layer(x.module, x.kind, x.weight, x.bias, x.tied) for x in parents[0].statistics.header.layers]
+def _layers(method: Method, inputs: Inputs) -> dict[str, Layer]:
+    """The layers by the reference's name of their weight, from the first contributor's statistics or the model."""
+    first = inputs.parents[0]
+    if method.needs.statistics and first.statistics is not None:
+        ours = {own: name for name, own in first.names.items()}
+        described = [
+            Layer(x.module, x.kind, ours[x.weight], ours.get(x.bias or ""), x.tied)
+            for x in first.statistics.header.layers
+            if x.weight in ours
+        ]
     elif method.needs.layers:
-        described = describe_layers(parents[0].checkpoint)
+        described = describe_layers(inputs.reference.checkpoint)
     else:
         return {}
     layers: dict[str, Layer] = {}
@@ -241,23 +382,18 @@ def _layers(method: Method, parents: Sequence[Parent], notes: list[str]) -> dict
 
 
 def make_facts(
-    names: Sequence[str],
-    parents: Sequence[Parent],
-    base: Parent | None,
-    layers: dict[str, Layer],
-    rows: dict[str, Rows],
+    names: Sequence[str], inputs: Inputs, layers: Mapping[str, Layer], rows: Mapping[str, Rows]
 ) -> list[Facts]:
     """What the method may know of each tensor."""
     by_bias = {layer.bias: layer for layer in layers.values() if layer.bias}
-    config = parents[0].checkpoint.config
-    stated = [config[key] for key in _HEADS if isinstance(config.get(key), int)]
-    heads = stated[0] if stated else None
+    config = inputs.reference.checkpoint.config
+    heads = next((config[key] for key in _CONFIGURED_HEADS if isinstance(config.get(key), int)), None)
     facts = []
     for name in names:
-        shape = parents[0].checkpoint.tensors[name].shape
-        owned = [(p.statistics, p.names.get(name, "")) for p in parents]
+        shape = inputs.reference.checkpoint.tensors[name].shape
+        owned = [(p.statistics, p.names.get(name, "")) for p in inputs.parents]
         entries = [(s, s.layer(own) if s else None) for s, own in owned]
-        base_info = base.info(name) if base else None
+        base_info = inputs.base.info(name) if inputs.base else None
         facts.append(
             Facts(
                 name,
@@ -275,12 +411,11 @@ def make_facts(
     return facts
 
 
-def _spec(name: str, recipe: Recipe, parents: Sequence[Parent], rows: dict[str, Rows]) -> TensorSpec:
-    infos = [info for parent in parents if (info := parent.info(name)) is not None]
-    shape = infos[0].shape
+def _spec(name: str, recipe: Recipe, inputs: Inputs, rows: Mapping[str, Rows]) -> TensorSpec:
+    infos = [info for parent in (inputs.reference, *inputs.parents) if (info := parent.info(name)) is not None]
+    shape, dtype = infos[0].shape, infos[0].dtype
     if name in rows:
         shape = (rows[name].size, *shape[1:])
-    dtype = infos[0].dtype
     if is_floating(dtype):
         widest = DTYPES[dtype]
         for info in infos[1:]:
@@ -289,6 +424,36 @@ def _spec(name: str, recipe: Recipe, parents: Sequence[Parent], rows: dict[str, 
     return TensorSpec(name, dtype, shape)
 
 
-def max_shard_bytes(recipe: Recipe) -> int:
-    """The recipe's largest weight file in bytes."""
-    return parse_size(recipe.max_shard_size)
+def nested_folders(infos: Iterable[TensorInfo]) -> dict[str, str]:
+    """The file of each nested sentence-transformers module that has weights of its own, by its folder."""
+    pairs = ((str(PurePosixPath(info.file).parent), info) for info in infos)
+    return {folder: info.file for folder, info in pairs if info.name.startswith(f"{folder}/")}
+
+
+def _kept(
+    inputs: Inputs, separate: Sequence[Sequence[str]], folders: dict[str, str]
+) -> tuple[list[Step], list[TensorSpec]]:
+    """The tensors that each contributor keeps to itself, each contributor's in a folder of its own."""
+    steps, specs, taken = [], [], set[str]()
+    for number, (parent, names) in enumerate(zip(inputs.parents, separate, strict=True)):
+        stem = re.sub(r"[^\w.-]+", "-", parent.title).strip(".-") or "head"
+        name, again = stem, 2
+        while name in taken:
+            name, again = f"{stem}-{again}", again + 1
+        taken.add(name)
+        folder = f"{HEADS}/{name}"
+        folders |= {folder: f"{folder}/head.safetensors"} if names else {}
+        for own in names:
+            info, target = parent.checkpoint.tensors[own], f"{folder}/{own}"
+            sources = tuple({target: Source(own)} if n == number else {} for n in range(len(inputs.parents)))
+            unit = Unit((target,), COPY, (Facts(target, info.shape),))
+            steps.append(Step(unit, KEPT, sources, (1.0,) * len(sources), reason=parent.title))
+            specs.append(TensorSpec(target, info.dtype, info.shape))
+    return steps, specs
+
+
+def _bytes_read(method: Method, inputs: Inputs) -> int:
+    """Size of everything that is read: weights of contributors and base, and their statistics."""
+    tables = [source.checkpoint.tensors for source in inputs.sources]
+    tables += [p.statistics.tensors for p in inputs.parents if p.statistics and method.needs.statistics]
+    return sum(info.nbytes for table in tables for info in table.values())

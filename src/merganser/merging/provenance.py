@@ -7,51 +7,67 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from merganser.checkpoints import open_checkpoint
-from merganser.checkpoints.reader import read_json
+from merganser.checkpoints import open_checkpoint, sha256_file
+from merganser.checkpoints.header import TensorInfo, read_header, tensor_infos
+from merganser.checkpoints.reader import HASHES, PIECE, begin_hash, read_json
+from merganser.checkpoints.writer import TensorSpec, file_layout
 from merganser.errors import CheckpointError, UserError
-from merganser.merging.digests import file_digest, file_digests
-from merganser.merging.execution import Outcome
-from merganser.merging.layout import Layout
-from merganser.merging.parents import Parent
+from merganser.merging.execution import TensorRecord
+from merganser.merging.parents import Inputs, Parent
 from merganser.merging.plan import Plan
 from merganser.merging.recipe import Recipe, make_recipe
 
 FILE_NAME = "provenance.json"
-FORMAT = 2  # 1 had sha256 where this one has blake3
+FORMAT = 3  # 1 had sha256 where later ones have blake3, and neither 1 nor 2 had the plan
+_KINDS = {"blake3:": "blake3", "tensors:": "sha256"}  # by how a weight file's hash begins
 _LOADED = (".safetensors", ".bin", ".json", ".py")  # files that change what from_pretrained loads
 
 
-def make_provenance(
-    plan: Plan, outcomes: Mapping[str, Outcome], folder: Path, layout: Layout | None = None
-) -> dict[str, Any]:
-    """Everything that ``provenance.json`` says, with the hashes of all files that are in ``folder`` by now.
+def write_provenance(
+    plan: Plan,
+    folder: Path,
+    records: Mapping[str, TensorRecord],
+    parents: Sequence[Mapping[str, Any]],
+    base: Mapping[str, Any] | None,
+    files: Mapping[str, Sequence[TensorSpec]] | None = None,
+    places: Mapping[str, tuple[str, str]] | None = None,
+    **more: Any,
+) -> None:
+    """Write ``provenance.json`` into ``folder``, with the hashes of all files that are there by now.
 
     The card is left out: its owner is meant to edit it.
+
+    Args:
+        plan: what was done.
+        folder: of the result.
+        records: what became of each tensor.
+        parents: the contributors, see :func:`describe_parent`.
+        base: the base model, likewise.
+        files: the tensors of each weight file; these need not be in the folder.
+        places: file and name inside it of each tensor.
+        more: what else is to be said.
     """
-    return {
+    values = plan.to_json()
+    found = {
         "format": FORMAT,
-        "recipe": plan.recipe.model_dump(mode="json"),
+        "recipe": values.pop("recipe"),
+        "plan": values,
         "method_chosen_because": plan.choice,
-        "parents": [describe_parent(parent, plan.method.needs.statistics is not None) for parent in plan.parents],
-        "base": describe_parent(plan.base, False) if plan.base else None,
+        "parents": list(parents),
+        "base": base,
         "notes": list(plan.notes),
-        "tensors": {name: asdict(outcome) for name, outcome in outcomes.items()},
-        "files": file_digests(folder, _files(folder), layout, outcomes),
+        "tensors": {name: asdict(records[name]) for name in sorted(records)},
+        "files": _file_digests(folder, records, files or {}, places or {}),
         "versions": library_versions(),
+        **more,
     }
-
-
-def write_provenance(provenance: Mapping[str, Any], folder: Path) -> None:
-    """Write ``provenance.json`` into ``folder``."""
-    text = json.dumps(provenance, indent=1, ensure_ascii=False) + "\n"
-    (folder / FILE_NAME).write_text(text, encoding="utf-8")
+    (folder / FILE_NAME).write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
@@ -75,6 +91,18 @@ def read_provenance(folder: Path) -> dict[str, Any]:
         if not isinstance(found.get(key), kind):
             raise CheckpointError(f"{key!r} is missing or malformed", where=path, mend="merge again")
     return found
+
+
+def plan_of_record(provenance: Mapping[str, Any], where: Path) -> Plan | None:
+    """The plan to repeat a merge by, its folders as they are found from here; None in formats 1 and 2.
+
+    Raises:
+        RecipeError: the record was edited so that it is no plan.
+    """
+    if "plan" not in provenance:
+        return None
+    values = {**provenance["plan"], "recipe": recipe_of(provenance, where).model_dump(mode="json")}
+    return Plan.from_json(values, str(where / FILE_NAME))
 
 
 def recipe_of(provenance: Mapping[str, Any], where: Path) -> Recipe:
@@ -179,6 +207,13 @@ def _pinned(entry: Mapping[str, Any]) -> str:
     return f"{str(entry['model']).rsplit('@', 1)[0]}@{entry['revision']}"
 
 
+def describe_inputs(plan: Plan, inputs: Inputs) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+    """The contributors and the base model as they are recorded."""
+    uses = plan.method.needs.statistics is not None
+    base = describe_parent(inputs.base, False) if inputs.base else None
+    return [describe_parent(parent, uses) for parent in inputs.parents], base
+
+
 def describe_parent(parent: Parent, uses_statistics: bool) -> dict[str, Any]:
     """A contributor or base as it is recorded: its name, coefficient and hashes."""
     statistics = parent.statistics if uses_statistics else None
@@ -202,3 +237,57 @@ def _files(folder: Path) -> list[str]:
     inside = (path for path in folder.rglob("*") if path.is_file())
     names = (path.relative_to(folder).as_posix() for path in inside)
     return sorted(name for name in names if name not in (FILE_NAME, "README.md"))
+
+
+def _file_digests(
+    folder: Path,
+    records: Mapping[str, TensorRecord],
+    weights: Mapping[str, Sequence[TensorSpec]],
+    places: Mapping[str, tuple[str, str]],
+) -> dict[str, str]:
+    """The hashes of a result's files.
+
+    A weight file's is made of its header and of its tensors' hashes, which are known once the tensors are written: the
+    file is not read again. It starts with ``blake3:``, or in provenance of format 1 with ``tensors:`` for sha256. Every
+    other file's is the sha256 of its bytes.
+    """
+    known = {places[name]: record.blake3 for name, record in records.items() if name in places}
+    found = {file: sha256_file(folder / file) for file in _files(folder) if file not in weights}
+    for file, specs in weights.items():
+        header, infos = file_layout(file, specs)
+        found[file] = _digest(header, [known[file, info.name] for info in infos], "blake3:")
+    return dict(sorted(found.items()))
+
+
+def file_digest(path: Path, like: str) -> str:
+    """The hash of a file, of the kind that ``like`` is.
+
+    Raises:
+        CheckpointError: no weight file where there should be one.
+    """
+    prefix = next((prefix for prefix in _KINDS if like.startswith(prefix)), None)
+    if prefix is None:
+        return sha256_file(path)
+    header, infos = _layout(path)
+    with path.open("rb") as stream:
+        return _digest(header, [_hash(stream, info, _KINDS[prefix]) for info in infos], prefix)
+
+
+def _hash(stream: BinaryIO, info: TensorInfo, kind: str) -> str:
+    digest, left = begin_hash(info.dtype, info.shape, kind), info.nbytes
+    stream.seek(info.offset)
+    while left and (data := stream.read(min(left, PIECE))):
+        digest.update(data)
+        left -= len(data)
+    return digest.hexdigest()
+
+
+def _digest(header: bytes, hashes: list[str], prefix: str) -> str:
+    return prefix + HASHES[_KINDS[prefix]](header + "\n".join(hashes).encode()).hexdigest()
+
+
+def _layout(path: Path) -> tuple[bytes, list[TensorInfo]]:
+    """The bytes of a weight file's header, and its tensors in file order."""
+    header, start = read_header(path)
+    with path.open("rb") as stream:
+        return stream.read(start), tensor_infos(header, start, path.stat().st_size, path, path.name)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import torch
@@ -22,12 +22,13 @@ from torch import Tensor
 from merganser.checkpoints import hash_tensor
 from merganser.errors import CheckpointError, FileError, UserError
 from merganser.files import new_file, space_error
-from merganser.merging.parents import Parent
+from merganser.merging.plan import Step
+from merganser.merging.shares import ParentShare
 from merganser.methods import GramSums, Method, Unit
 from merganser.methods.base import elements, input_width
 from merganser.statistics import Statistics
 
-FORMAT = 3
+FORMAT = 4
 _SUFFIX = ".sums.safetensors"
 
 
@@ -41,29 +42,24 @@ class RunningSums:
 
     folder: Path
 
-    def keys(
-        self, method: Method, unit: Unit, parents: Sequence[Parent], own: Sequence[Sequence[int] | None]
-    ) -> tuple[str, ...]:
+    def keys(self, method: Method, unit: Unit, shares: Sequence[ParentShare]) -> tuple[str, ...]:
         """For each contributor, the hash of everything that its part of the sums depends on.
 
         Args:
             method: of the merge.
             unit: the tensors.
-            parents: the contributors, in order.
-            own: the rows of each one's tensors that are meant; None for all.
+            shares: of the contributors, in order.
         """
         layers = [(fact.layer.kind, bool(fact.layer.bias)) for fact in unit.facts if fact.layer]
         common = [FORMAT, torch.__version__, method.name, method.options.model_dump(mode="json"), layers]
         found = []
-        for parent, rows in zip(parents, own, strict=True):
-            weights = [parent.checkpoint.sha256(parent.names[name]) for name in unit.names]
-            entries = [
-                parent.statistics.layer(parent.names[fact.name])
-                for fact in unit.facts
-                if fact.layer and parent.statistics
-            ]
-            grams = [_hash_of(parent.statistics), *(entry.input if entry else None for entry in entries)]
-            value = [*common, parent.contributor.coefficient, weights, grams, rows if rows is None else list(rows)]
+        for share in shares:
+            statistics, sources = share.parent.statistics, share.sources
+            weights = [[share.parent.checkpoint.hash(s.tensor, "blake3"), *astuple(s)[1:]] for s in sources.values()]
+            known = [statistics.layer(sources[f.name].tensor) for f in unit.facts if f.layer and statistics]
+            grams = [_hash_of(statistics), *(entry.input if entry else None for entry in known)]
+            rows = None if share.own is None else list(share.own)
+            value = [*common, share.coefficient, weights, grams, rows]
             found.append(hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest())
         return tuple(found)
 
@@ -109,31 +105,29 @@ class RunningSums:
         return self.folder / f"{hashlib.sha256(value.encode()).hexdigest()[:32]}{_SUFFIX}"
 
 
-def check_sums(
-    folder: Path, method: Method, units: Iterable[Unit], models: Iterable[Path], output: Path
-) -> UserError | None:
+def check_sums(folder: Path, steps: Sequence[Step], models: Iterable[Path], output: Path) -> list[UserError]:
     """Why ``folder`` cannot keep the running sums of a merge of ``models`` into ``output``, if it cannot.
 
     Args:
         folder: of the sums.
-        method: of the merge.
-        units: that it treats.
+        steps: of the plan.
         models: folders of the contributors.
         output: folder of the merge.
     """
     place = folder.resolve()
     if any(place == model.resolve() for model in (output, *models)) or output.resolve() in place.parents:
-        return CheckpointError(
-            "the folder of running sums is a model folder", where=folder, mend="give it a place of its own"
-        )
+        what = "the folder of running sums is a model folder"
+        return [CheckpointError(what, where=folder, mend="give it a place of its own")]
     if folder.exists() and not folder.is_dir():
-        return CheckpointError("the place of the running sums is no folder", where=folder, mend="give a folder")
-    return space_error(
+        return [CheckpointError("the place of the running sums is no folder", where=folder, mend="give a folder")]
+    treated = [(step.unit, step.treatment) for step in steps]
+    problem = space_error(
         folder,
-        sums_bytes(unit for unit in units if method.additive(unit)),
+        sums_bytes(unit for unit, method in treated if method is not None and method.additive(unit)),
         "running sums take",
         "free some space, give a folder on another disk, or merge without keeping sums",
     )
+    return [] if problem is None else [problem]
 
 
 def sums_bytes(units: Iterable[Unit]) -> int:

@@ -151,6 +151,11 @@ class Unit:
                 facts.append(replace(fact, shape=(len(own), *fact.shape[1:]), rows=own))
         return Unit(tuple(ranges), self.kind, tuple(facts)), ranges
 
+    def without_publications(self) -> Unit:
+        """Without what only the choice of units asks for: what each contributor publishes."""
+        bare = (replace(f, grams=(), counts=(), fishers=(), in_base=False, alone=False) for f in self.facts)
+        return replace(self, facts=tuple(bare))
+
     def only(self, rows: Sequence[int]) -> Unit:
         """The part of the unit that lies in these rows of each of its tensors."""
         facts = (replace(fact, shape=(len(rows), *fact.shape[1:]), rows=rows) for fact in self.facts)

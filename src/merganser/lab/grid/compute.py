@@ -234,7 +234,7 @@ def merge_cell(
     if cell.heads == "separate":
         separate["keep_separate"] = head_patterns(models.model(cell.contributors[0]).path)
     needs_base = METHODS[method.method].needs.base
-    return merge(
+    merge(
         people,
         output,
         method=method.method,
@@ -247,6 +247,7 @@ def merge_cell(
         allow_pickle=models.allow_pickle,
         **separate,
     )
+    return output
 
 
 def reference(models: Models, cell: Cell, output: Path, set_name: str) -> str:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
 from dataclasses import replace
 from pathlib import Path
 
-from merganser.checkpoints.layers import Layer, describe_layers
 from merganser.checkpoints.names import align
-from merganser.errors import RecipeError, StatisticsError, UserError, raise_all
-from merganser.merging.checks import check_needs, matches
-from merganser.merging.ledger.record import RESTORE, Entry, LayerRecord, LedgerError, Part, Record, StatisticsRecord
+from merganser.errors import Problems, StatisticsError, UserError, raise_all
+from merganser.merging.ledger.record import RESTORE, Entry, LedgerError, Part, Record, StatisticsRecord
 from merganser.merging.ledger.terms import treatment
-from merganser.merging.parents import Parent, open_base, open_parents
+from merganser.merging.matching import matches
+from merganser.merging.parents import Inputs, Parent, open_base, open_parents, pin
+from merganser.merging.plan import Plan, Source, Step, plan_of
 from merganser.merging.provenance import located
 from merganser.merging.recipe import make_recipe
-from merganser.methods import Facts, Method, Unit
+from merganser.merging.shares import ParentShare
+from merganser.methods import Method
 from merganser.methods.least_squares import LeastSquares
 from merganser.tensors import is_floating
 
@@ -39,7 +40,8 @@ def open_same_base(record: Record, folder: Path, base: str | None, *, allow_pick
     """
     problems: list[UserError] = []
     known = record.base
-    reference = base or pinned(known.model, known.revision) or located(known.model, folder)
+    found = pin(known.model, known.revision) if known.revision else located(known.model, folder)
+    reference = base or found
     parent = open_reference(reference, problems, allow_pickle=allow_pickle)
     if parent is None:
         mend = "give the base model's place with --base MODEL"
@@ -64,26 +66,49 @@ def open_same_base(record: Record, folder: Path, base: str | None, *, allow_pick
 
 def open_contributor(
     record: Record, base: Parent, model: str, coefficient: float, statistics: str | None, *, allow_pickle: bool = False
-) -> Parent:
-    """A contributor whose headers fit the ledger; no tensor is read.
+) -> tuple[Parent, Plan]:
+    """A contributor whose headers fit the ledger, and the plan of what it adds; no tensor is read.
 
     Raises:
         UserError: everything that does not fit, at once.
     """
-    person = {"model": model, "coefficient": coefficient, "statistics": statistics}
-    recipe = make_recipe({"contributors": [person], "allow_pickle": allow_pickle}, model)
     problems: list[UserError] = []
+    person = {"model": model, "coefficient": coefficient, "statistics": statistics}
+    everything = list(base.checkpoint.tensors)
+    recipe = make_recipe({"contributors": [person], "allow_pickle": allow_pickle}, model)
     parents = open_parents(recipe, problems)
     raise_all(problems)
     (parent,) = parents
+    everything += parent.checkpoint.tensors
     parent = replace(parent, names=align(base.checkpoint.tensors, parent.checkpoint.tensors))
-    method = record.make_method()
-    check_needs(method, recipe, [parent], base if method.needs.base else None, problems)
-    problems += _tensor_problems(record, base, parent)
-    raise_all(problems)
+    asked = recipe.model_copy(
+        update={
+            "base": record.base.model,
+            "method": record.method,
+            "options": dict(record.options),
+            "exclude": record.exclude,
+            "keep_separate": tuple(p for p in record.keep_separate if any(matches(name, [p]) for name in everything)),
+        }
+    )
+    try:
+        plan = plan_of(asked, Inputs((parent,), base, base))
+    except UserError as error:
+        raise_all([_of_a_ledger(one) for one in (error.problems if isinstance(error, Problems) else [error])])
+        raise  # not reached: there is at least one problem
+    if any(step.rows for step in plan.steps):
+        text = "the labels of its head stand in another order than the base's"
+        mend = "save it with the base's order of labels, or make a ledger without the head (--keep-separate)"
+        raise LedgerError(text, where=parent.checkpoint.name, mend=mend)
     if record.parts:
         raise_all(_part_problems(record, parent))
-    return parent
+    return parent, plan
+
+
+def _of_a_ledger(problem: UserError) -> UserError:
+    """A problem of a merge with a mend that a ledger has, where it offered to keep a tensor separate."""
+    found = re.search(r"--keep-separate '([^']+)'", problem.mend or "")
+    mend = problem.mend if found is None else _SEPARATE.format(found[1])
+    return type(problem)(problem.what, where=problem.where, mend=mend)
 
 
 def check_contents(record: Record, base: Parent, parent: Parent) -> None:
@@ -135,126 +160,31 @@ def entry_of(base: Parent, parent: Parent, method: Method) -> Entry:
     )
 
 
-def make_parts(record: Record, base: Parent, parent: Parent) -> tuple[Part, ...]:
-    """What sums to keep, by the first contributor: every tensor of the ledger in exactly one part.
-
-    Raises:
-        RecipeError: the method can treat no tensor.
-    """
-    method = record.make_method()
-    names = [name for name in base.checkpoint.tensors if not matches(name, record.keep_separate)]
-    floats = [name for name in names if is_floating(base.checkpoint.tensors[name].dtype)]
-    excluded = {name: p for name in floats if (p := matches(name, record.exclude))}
-    facts = _facts([name for name in floats if name not in excluded], base, parent, _layers(method, base, parent))
-    units, reasons = method.units(facts)
-    parts = [_part(unit, method) for unit in units]
-    if not parts:
-        reason = next(iter(reasons.values()), "every tensor is excluded")
-        raise RecipeError(
-            f"method {method.name!r} can treat no tensor of this model ({reason})",
-            where=parent.checkpoint.name,
-            mend="publish the statistics it needs, or make a ledger of --method simple",
-        )
-    treated = {name for part in parts for name in part.names}
-    for name in names:
-        if name in treated:
-            continue
-        shape = base.checkpoint.tensors[name].shape
-        if name not in floats:
-            part = Part(names=(name,), shapes=(shape,), kind="copy", treatment="copy", reason="not floating point")
-        else:
-            why = f"excluded by {excluded[name]!r}" if name in excluded else reasons[name]
-            part = Part(names=(name,), shapes=(shape,), kind="average", treatment="average", reason=why)
-        parts.append(part)
-    order = {name: number for number, name in enumerate(names)}
-    return tuple(sorted(parts, key=lambda part: min(order[name] for name in part.names)))
+def parts_of(plan: Plan) -> tuple[Part, ...]:
+    """What sums to keep, by the first contributor's plan: every tensor of the ledger in exactly one part."""
+    return tuple(_part(step) for step in plan.steps)
 
 
-def _part(unit: Unit, method: LeastSquares) -> Part:
-    layers = tuple(
-        LayerRecord(kind=fact.layer.kind, weight=fact.layer.weight, bias=fact.layer.bias)
-        for fact in unit.facts
-        if fact.layer
-    )
-    return Part.model_validate(
-        {
-            "names": unit.names,
-            "shapes": tuple(fact.shape for fact in unit.facts),
-            "kind": unit.kind,
-            "treatment": treatment(method, unit),
-            "layers": layers,
-        }
-    )
+def _part(step: Step) -> Part:
+    method, layers = step.treatment, [fact.layer for fact in step.unit.facts if fact.layer]
+    known = [{"kind": layer.kind, "weight": layer.weight, "bias": layer.bias} for layer in layers]
+    values = {
+        "names": step.unit.names,
+        "shapes": tuple(fact.shape for fact in step.unit.facts),
+        "kind": step.unit.kind,
+        "treatment": treatment(method, step.unit) if isinstance(method, LeastSquares) else step.method,
+        "reason": step.reason,
+        "layers": known if method else (),
+    }
+    return Part.model_validate(values)
 
 
-def _layers(method: Method, base: Parent, parent: Parent) -> list[Layer]:
-    """The layers whose weights the base has, by its names."""
-    if method.needs.statistics and parent.statistics is not None:
-        ours = {own: name for name, own in parent.names.items()}
-        return [
-            Layer(layer.module, layer.kind, ours[layer.weight], ours.get(layer.bias or ""), layer.tied)
-            for layer in parent.statistics.header.layers
-            if layer.weight in ours
-        ]
-    return describe_layers(base.checkpoint) if method.needs.layers else []
-
-
-def _facts(names: Sequence[str], base: Parent, parent: Parent, layers: Sequence[Layer]) -> list[Facts]:
-    by_weight: dict[str, Layer] = {}
-    for layer in layers:
-        by_weight.setdefault(layer.weight, layer)
-    by_bias = {layer.bias: layer for layer in by_weight.values() if layer.bias}
-    statistics = parent.statistics
-    found = []
-    for name in names:
-        entry = statistics.layer(parent.names[name]) if statistics else None
-        counted = bool(statistics and entry and statistics.has_count(entry.module))
-        informed = bool(statistics and statistics.has_fisher(parent.names[name]))
-        found.append(
-            Facts(
-                name,
-                base.checkpoint.tensors[name].shape,
-                by_weight.get(name),
-                by_bias.get(name),
-                grams=(entry.input if entry else None,),
-                counts=(counted,),
-                fishers=(informed,),
-                in_base=True,
-            )
-        )
-    return found
-
-
-def _tensor_problems(record: Record, base: Parent, parent: Parent) -> list[UserError]:
-    """Another architecture; tensors that are missing, misshapen, or that the ledger has no place for."""
-    where = parent.checkpoint.name
-    found: list[UserError] = []
-    kind = parent.checkpoint.config.get("model_type")
-    if kind != record.base.model_type:
-        found.append(
-            LedgerError(
-                f"another architecture: {kind!r}, the ledger is of {record.base.model_type!r}",
-                where=where,
-                mend="add fine-tunes of the ledger's base model",
-            )
-        )
-    for name, info in base.checkpoint.tensors.items():
-        if matches(name, record.keep_separate):
-            continue
-        own = parent.info(name)
-        if own is None:
-            if is_floating(info.dtype):  # buffers are stored by some versions of the library, by others not
-                text = f"tensor {name!r} of the base is missing"
-                found.append(LedgerError(text, where=where, mend=_SEPARATE.format(name)))
-        elif own.shape != info.shape or is_floating(own.dtype) != is_floating(info.dtype):
-            text = f"tensor {own.name!r} is {own.dtype} {list(own.shape)}, the base's {info.dtype} {list(info.shape)}"
-            found.append(LedgerError(text, where=where, mend=_SEPARATE.format(name)))
-    twins = set(parent.names.values())
-    for name, info in parent.checkpoint.tensors.items():
-        if name not in twins and is_floating(info.dtype) and not matches(name, record.keep_separate):
-            text = f"tensor {name!r} is not in the base and would be lost"
-            found.append(LedgerError(text, where=where, mend=_SEPARATE.format(name)))
-    return found
+def share_of(part: Part, base: Parent, parent: Parent) -> ParentShare:
+    """What a contributor brings to a part, beside the base model."""
+    sources = {name: Source(parent.names[name]) for name in part.names if name in parent.names}
+    theirs = {name: Source(base.names[name]) for name in part.names}
+    step = Step(part.unit(), part.kind, (sources,), (parent.contributor.coefficient,), base=theirs)
+    return ParentShare(Inputs((parent,), base, base), step, 0)
 
 
 def _part_problems(record: Record, parent: Parent) -> list[UserError]:
@@ -280,8 +210,3 @@ def _part_problems(record: Record, parent: Parent) -> list[UserError]:
             text = f"no {part.kind} of {name!r}, which the ledger sums"
             found.append(StatisticsError(text, where=statistics.path, mend=mend))
     return found
-
-
-def pinned(model: str, revision: str | None) -> str | None:
-    """A Hub reference at its commit; None for a folder."""
-    return f"{model.rsplit('@', 1)[0]}@{revision}" if revision else None

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from merganser.checkpoints.layers import Layer
 from merganser.checkpoints.reader import read_json
 from merganser.errors import CheckpointError
+from merganser.merging.plan import AVERAGE, COPY, Step
 from merganser.methods import SUMMED, Facts, Unit
 from merganser.methods.least_squares import LeastSquares
 
@@ -181,10 +183,20 @@ class Record(_Frozen):
             "keep_separate": list(self.keep_separate),
         }
 
+    def steps(self) -> tuple[Step, ...]:
+        """The parts as steps of a plan."""
+        return tuple(step_of(part, self.method, self.options) for part in self.parts)
+
     def make_method(self, **options: Any) -> LeastSquares:
         """The method, with its options or others."""
         method = SUMMED[self.method]
         return method.configured(method.options_type.model_validate({**self.options, **options}))
+
+
+def step_of(part: Part, method: str, options: Mapping[str, Any]) -> Step:
+    """A part as a step of a plan, whose sums stand for all contributors."""
+    used = part.treatment if part.treatment in (AVERAGE, COPY) else method
+    return Step(part.unit(), used, (), (), options if used == method else {}, reason=part.reason)
 
 
 def dump(record: Record) -> bytes:

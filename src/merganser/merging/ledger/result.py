@@ -5,37 +5,38 @@ Only the base model and the ledger are read. Configuration, tokenizer and names 
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
-from merganser.checkpoints import hash_tensor
-from merganser.checkpoints.writer import SafetensorsWriter, TensorSpec, check_output
-from merganser.errors import RecipeError, UserError, raise_all
-from merganser.files import new_folder, space_error
-from merganser.merging import provenance
-from merganser.merging.layout import make_layout, write_small_files
-from merganser.merging.ledger.contributors import open_same_base
-from merganser.merging.ledger.record import BaseRecord, Entry, LedgerError, Part, Record
-from merganser.merging.ledger.store import Sums, locked
+from merganser.checkpoints.writer import TensorSpec
+from merganser.errors import RecipeError, raise_all
+from merganser.files import new_folder
+from merganser.merging.execution import Slice, execute
+from merganser.merging.ledger.contributors import open_same_base, share_of
+from merganser.merging.ledger.record import BaseRecord, Entry, LedgerError, Record
+from merganser.merging.ledger.store import Sums, locked, schedule_of
 from merganser.merging.ledger.terms import shapes
 from merganser.merging.ledger.terms import solve as solve_part
-from merganser.merging.parents import Parent
-from merganser.merging.plan import Plan, make_plan
+from merganser.merging.memory import RunSettings, fit
+from merganser.merging.merge import MergeResult
+from merganser.merging.parents import Inputs, Parent
+from merganser.merging.places import output_problems
+from merganser.merging.plan import COPY, Plan, Step, nested_folders
 from merganser.merging.recipe import make_recipe, method_options
-from merganser.merging.shares import ParentShare
+from merganser.merging.targets.checkpoint import CheckpointTarget, complete, make_layout, write_small_files
+from merganser.methods import Facts, Merged, Unit
 from merganser.methods.least_squares import LeastSquares
-from merganser.progress import bar
-from merganser.tensors import DTYPE_NAMES, DTYPES, is_floating, one_thread
+from merganser.tensors import DTYPE_NAMES, DTYPES, is_floating
 
-_SPARE = 64_000_000  # bytes for everything that is not weights
 _BASES_OWN = "no part of the ledger: the base's own"
+_MADE = """Made with merganser from a ledger, the sums over contributors that each added without the others: {}.
+`provenance.json` holds the hash of every contributor and of every tensor, and the method that was really used for each;
+`merganser verify` checks it."""
 
 
 def solve(
@@ -48,8 +49,9 @@ def solve(
     max_shard_size: str = "5GB",
     overwrite: bool = False,
     threads: int | None = None,
+    max_memory: str | int | None = None,
     allow_pickle: bool = False,
-) -> Path:
+) -> MergeResult:
     """Write the merge of a ledger's contributors.
 
     Args:
@@ -61,96 +63,68 @@ def solve(
         max_shard_size: largest weight file.
         overwrite: replace an existing model folder.
         threads: how many parts are worked on at once; the bytes do not depend on it.
+        max_memory: what the process may take, in bytes or as ``"2GB"``; nor on this.
         allow_pickle: accept a base model in ``pytorch_model.bin``.
 
     Raises:
         UserError: anything the user can mend, before any work; several at once as ``Problems``.
     """
-    place, target = Path(folder), Path(output)
+    place, target, started = Path(folder), Path(output), time.monotonic()
+    settings = RunSettings.make(threads, max_memory)
     with locked(place, write=False) as record:
         if record.total == 0:
             what = "its coefficients sum to zero" if record.contributors else "it has no contributors"
             raise LedgerError(f"there is nothing to solve for: {what}", where=place, mend="merganser ledger add")
         method = _method(record, options or {})
         sums = Sums.open(place, record)
-        reference = open_same_base(record, place, None if base is None else str(base), allow_pickle=allow_pickle)
-        plan = _plan_of_base(record, reference, dtype, max_shard_size, allow_pickle)
-        raise_all(_output_problems(target, place, plan, reference, overwrite))
+        text = None if base is None else str(base)
+        reference = open_same_base(record, place, text, allow_pickle=allow_pickle)
+        plan = _plan(record, method, reference, dtype, max_shard_size, allow_pickle)
+        raise_all(output_problems(target, overwrite, [reference.checkpoint.path, place], plan.bytes_written))
+        parts, rest = schedule_of(record, settings), fit(plan.steps[len(record.parts) :], settings, whole=True)
+        schedule = replace(
+            parts,
+            steps=plan.steps,
+            rows=(None,) * len(plan.steps),
+            sizes=parts.sizes + rest.sizes,
+            budget=max(parts.budget, rest.budget),
+        )
         layout = make_layout(plan)
         with new_folder(target, overwrite=overwrite) as work:
-            write_small_files(plan, layout, work)
-            with SafetensorsWriter(work, layout.files) as writer:
-
-                def write(spec: TensorSpec, tensor: torch.Tensor) -> str:
-                    stored = tensor.to(DTYPES[spec.dtype]).contiguous()
-                    if is_floating(spec.dtype) and not bool(torch.isfinite(stored.to(torch.float32)).all()):
-                        raise RecipeError(
-                            f"the merge of {spec.name!r} holds NaN or Inf (stored as {spec.dtype})",
-                            mend="use a wider --dtype or a larger --ridge",
-                        )
-                    file, name = layout.places[spec.name]
-                    writer.write(file, name, stored)
-                    return hash_tensor(stored, spec.dtype, "blake3")
-
-                outcomes = _Solving(record, method, sums, reference, plan, write).run(threads)
-            (work / "README.md").write_text(_card(record, method, outcomes), encoding="utf-8")
-            provenance.write_provenance(_provenance(record, method, plan, outcomes, work), work)
-    return target
+            write_small_files(plan, Inputs((), reference, reference), layout, work)
+            with CheckpointTarget(plan, layout, work) as written:
+                execute(schedule, _Solving(record, method, sums, reference), written, "solving")
+            people = [_parent(entry.name, entry) for entry in record.contributors]
+            ledger = {"generation": record.generation, "base_manifest_sha256": record.base.manifest_sha256}
+            bases = _parent("base", record.base)
+            complete(plan, reference, layout, work, written.records, people, bases, _MADE, ledger=ledger)
+    return MergeResult(output, plan, time.monotonic() - started)
 
 
+@dataclass
 class _Solving:
-    """The tensors of the result, part by part, written as they are solved."""
+    """The tensors of each part, solved from its sums."""
 
-    def __init__(self, record: Record, method: LeastSquares, sums: Sums, base: Parent, plan: Plan, write: Any) -> None:
-        self.record, self.method, self.sums, self.base, self.write = record, method, sums, base, write
-        self.specs = {spec.name: spec for spec in plan.outputs}
-        self.share = ParentShare(base, base)
-        self.outcomes: dict[str, dict[str, Any]] = {}
+    record: Record
+    method: LeastSquares
+    sums: Sums
+    base: Parent
+    mend: str = "remove the contributor whose statistics are wrong, or add a --ridge"
 
-    def run(self, threads: int | None) -> dict[str, dict[str, Any]]:
-        """What became of each tensor, by name."""
-        solved = {name for part in self.record.parts for name in part.names}
-        rest = [name for name in self.specs if name not in solved]
-        with (
-            one_thread(),
-            bar(len(self.record.parts), "solving") as progress,
-            ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool,
-        ):
-            futures = [pool.submit(self._part, number, part) for number, part in enumerate(self.record.parts)]
-            try:
-                for future in futures:
-                    future.result()
-                    progress.update()
-            finally:
-                for future in futures:
-                    future.cancel()
-        for name in rest:
-            self._copy(name, _BASES_OWN)
-        return dict(sorted(self.outcomes.items()))
+    def prefetch(self, step: Step) -> None:
+        """The sums are read when they are solved."""
 
-    def _part(self, number: int, part: Part) -> None:
-        if part.treatment == "copy":
-            return self._copy(part.names[0], part.reason)
-        terms = self.sums.rounded(number, list(shapes(self.method, part)))
-        try:
-            merged = solve_part(self.method, part, part.unit(), terms, self.record.total, self.share)
-        except ValueError as error:
-            raise RecipeError(
-                f"{', '.join(part.names)}: {error}",
-                mend="remove the contributor whose statistics are wrong, or add a --ridge",
-            ) from None
-        used = "average" if part.reason else self.method.name
-        for name, tensor in merged.tensors.items():
-            digest = self.write(self.specs[name], tensor)
-            self.outcomes[name] = _outcome(digest, used, part.reason, merged.note)
-
-    def _copy(self, name: str, reason: str | None) -> None:
-        digest = self.write(self.specs[name], self.base.checkpoint.read(name))
-        self.outcomes[name] = _outcome(digest, "copy", reason, None)
-
-
-def _outcome(blake3: str, method: str, reason: str | None, note: str | None) -> dict[str, Any]:
-    return {"blake3": blake3, "method": method, "reason": reason, "note": note}
+    def slices(self, step: Step, rows: int | None) -> Iterator[Slice]:
+        """What is summed, solved; anything else as the base has it."""
+        found = next(((n, p) for n, p in enumerate(self.record.parts) if p.names == step.unit.names), None)
+        if found is None or found[1].treatment == COPY:
+            merged = Merged({name: self.base.checkpoint.read(self.base.names[name]) for name in step.unit.names})
+        else:
+            number, part = found
+            terms = self.sums.rounded(number, list(shapes(self.method, part)))
+            share = share_of(part, self.base, self.base)
+            merged = solve_part(self.method, part, part.unit(), terms, self.record.total, share)
+        yield dict.fromkeys(merged.tensors, 0), merged
 
 
 def _method(record: Record, options: Mapping[str, Any]) -> LeastSquares:
@@ -165,17 +139,47 @@ def _method(record: Record, options: Mapping[str, Any]) -> LeastSquares:
     return record.make_method(**options)
 
 
-def _plan_of_base(record: Record, base: Parent, dtype: str | None, max_shard_size: str, allow_pickle: bool) -> Plan:
-    """The plan of a merge of the base alone, its tensors as wide as the contributors': names, files, side files."""
-    recipe = {
-        "contributors": [base.contributor.model],
-        "method": "simple",
-        "dtype": dtype,
-        "max_shard_size": max_shard_size,
-        "allow_pickle": allow_pickle,
-    }
-    plan = replace(make_plan(make_recipe(recipe)), parents=(base,))  # the one whose hashes are known
-    return plan if dtype else replace(plan, outputs=tuple(_widest(spec, record) for spec in plan.outputs))
+def _plan(
+    record: Record, method: LeastSquares, base: Parent, dtype: str | None, max_shard_size: str, allow_pickle: bool
+) -> Plan:
+    """As that of the merge that this equals to rounding, its steps the parts of the ledger."""
+    people = [
+        {
+            "model": entry.model,
+            "coefficient": entry.coefficient,
+            "name": entry.name,
+            "statistics": entry.statistics and entry.statistics.file,
+        }
+        for entry in record.contributors
+    ]
+    recipe = make_recipe(
+        {
+            "contributors": people,
+            "method": record.method,
+            "options": method.options.model_dump(mode="json"),
+            "base": record.base.model,
+            "exclude": record.exclude,
+            "keep_separate": record.keep_separate,
+            "dtype": dtype,
+            "max_shard_size": max_shard_size,
+            "allow_pickle": allow_pickle,
+        }
+    )
+    infos = base.checkpoint.tensors
+    summed = {name for part in record.parts for name in part.names}
+    rest = [Unit((name,), COPY, (Facts(name, info.shape),)) for name, info in infos.items() if name not in summed]
+    specs = [
+        TensorSpec(info.name, dtype if dtype and is_floating(info.dtype) else info.dtype, info.shape)
+        for info in infos.values()
+    ]
+    return Plan(
+        recipe=recipe,
+        steps=(*record.steps(), *(Step(unit, COPY, (), (), reason=_BASES_OWN) for unit in rest)),
+        outputs=tuple(specs if dtype else (_widest(spec, record) for spec in specs)),
+        folders=nested_folders(infos.values()),
+        base=record.base.model,
+        bytes_read=sum(info.nbytes for info in infos.values()),
+    )
 
 
 def _widest(spec: TensorSpec, record: Record) -> TensorSpec:
@@ -185,40 +189,6 @@ def _widest(spec: TensorSpec, record: Record) -> TensorSpec:
     for entry in record.contributors:
         widest = torch.promote_types(widest, DTYPES[entry.dtypes.get(spec.name, spec.dtype)])
     return replace(spec, dtype=DTYPE_NAMES[widest])
-
-
-def _output_problems(target: Path, ledger: Path, plan: Plan, base: Parent, overwrite: bool) -> list[UserError]:
-    problems: list[UserError] = []
-    if problem := check_output(target, overwrite, [base.checkpoint.path, ledger]):
-        problems.append(problem)
-    if problem := space_error(target, plan.bytes_written + _SPARE):
-        problems.append(problem)
-    return problems
-
-
-def _provenance(
-    record: Record, method: LeastSquares, plan: Plan, outcomes: Mapping[str, Any], folder: Path
-) -> dict[str, Any]:
-    """As a merge's, so that it is verified alike; the recipe is that of the merge that this equals to rounding."""
-    found = provenance.make_provenance(plan, {}, folder)
-    people = [
-        {"model": e.model, "coefficient": e.coefficient, "name": e.name, **_statistics_file(e)}
-        for e in record.contributors
-    ]
-    recipe = {
-        **found["recipe"],
-        "contributors": people,
-        "method": record.method,
-        "options": method.options.model_dump(mode="json"),
-        "base": record.base.model,
-        "exclude": list(record.exclude),
-        "keep_separate": list(record.keep_separate),
-    }
-    base = _parent("base", record.base)
-    ledger = {"generation": record.generation, "base_manifest_sha256": record.base.manifest_sha256}
-    parents = [_parent(entry.name, entry) for entry in record.contributors]
-    changes = {"recipe": recipe, "parents": parents, "base": base, "tensors": dict(outcomes), "ledger": ledger}
-    return {**found, **changes}
 
 
 def _parent(name: str, one: Entry | BaseRecord) -> dict[str, Any]:
@@ -231,47 +201,3 @@ def _parent(name: str, one: Entry | BaseRecord) -> dict[str, Any]:
         "manifest_sha256": one.manifest_sha256,
         "statistics": statistics and statistics.model_dump(mode="json", exclude={"file"}),
     }
-
-
-def _statistics_file(entry: Entry) -> dict[str, str]:
-    return {"statistics": entry.statistics.file} if entry.statistics and entry.statistics.file else {}
-
-
-def _card(record: Record, method: LeastSquares, outcomes: Mapping[str, Mapping[str, Any]]) -> str:
-    """README.md of the result, with the metadata that the Hub reads."""
-    names = [e.model.rsplit("@", 1)[0] if e.revision else e.name for e in record.contributors]
-    front = {
-        "base_model": list(dict.fromkeys(names)),
-        "base_model_relation": "merge",
-        "library_name": "transformers",
-        "tags": ["merge", "merganser"],
-    }
-    options = ", ".join(f"{key} {value}" for key, value in method.options.model_dump().items()) or "no options"
-    rows = "\n".join(
-        f"| {name} | {e.coefficient:g} | {e.statistics.examples if e.statistics else '–'} | {e.manifest_sha256[:16]} |"
-        for name, e in zip(names, record.contributors, strict=True)
-    )
-    kinds: dict[tuple[str, str], int] = {}
-    for outcome in outcomes.values():
-        key = (outcome["method"], outcome["reason"] or "")
-        kinds[key] = kinds.get(key, 0) + 1
-    treatment = "\n".join(f"| {used} | {count} | {why} |" for (used, why), count in sorted(kinds.items()))
-    return f"""---
-{yaml.safe_dump(front, sort_keys=False)}---
-
-# Merge of {len(names)} models by {method.name}
-
-Made with merganser from a ledger, the sums over contributors that each added without the others: {method.summary}
-({options}). `provenance.json` holds the hash of every contributor and of every tensor, and the method that was really
-used for each; `merganser verify` checks it.
-
-| contributor | coefficient | examples in its statistics | sha256 of its weights |
-|---|---|---|---|
-{rows}
-
-| treatment | tensors | why not the method |
-|---|---|---|
-{treatment}
-
-The licences of the contributors apply to the result.
-"""

@@ -6,9 +6,7 @@ Killed before that, the ledger is the old one; after it, the new one. What is le
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +19,12 @@ from merganser.checkpoints import Checkpoint, hash_tensor
 from merganser.checkpoints.header import read_infos
 from merganser.checkpoints.writer import SafetensorsWriter, TensorSpec
 from merganser.errors import UserError
+from merganser.merging.execution import Slice, execute
 from merganser.merging.ledger.record import FILE_NAME, RESTORE, LedgerError, Part, Record, dump, load
 from merganser.merging.ledger.terms import shapes
-from merganser.progress import bar
-from merganser.tensors import one_thread
+from merganser.merging.memory import RunSettings, Schedule, fit
+from merganser.merging.plan import Step
+from merganser.methods import Merged
 
 LOCK = ".lock"
 HALVES = ("high", "low")
@@ -80,60 +80,86 @@ def check_disk(folder: Path, specs: Sequence[TensorSpec]) -> UserError | None:
     )
 
 
-def write_sums(
-    folder: Path, file: str, record: Record, parts: Sequence[Part], compute: Compute, threads: int | None
-) -> dict[str, str]:
+@dataclass
+class SumsWork:
+    """The sums of each part, computed.
+
+    Args:
+        parts: of the model.
+        compute: the sums of a part, by term; called on several threads.
+    """
+
+    parts: Sequence[Part]
+    compute: Compute
+    mend: str = "collect the statistics again, or make a ledger with --exclude for this tensor"
+
+    def prefetch(self, step: Step) -> None:
+        """Parts are read when they are summed."""
+
+    def slices(self, step: Step, rows: int | None) -> Iterator[Slice]:
+        """Every sum of a part, by its name in the file."""
+        number = next(n for n, part in enumerate(self.parts) if part.names == step.unit.names)
+        pairs = self.compute(number, self.parts[number]).items()
+        halves = {f"{number}.{term}.{half}": t for term, pair in pairs for half, t in zip(HALVES, pair, strict=True)}
+        yield {}, Merged(halves)
+
+
+class SumsTarget:
+    """A file of sums, being written.
+
+    Args:
+        writer: of the file.
+        file: its name.
+        wanted: the tensors in it.
+    """
+
+    def __init__(self, writer: SafetensorsWriter, file: str, wanted: Sequence[TensorSpec]) -> None:
+        self.total, self.hashes = sum(spec.nbytes for spec in wanted), dict[str, str]()
+        self._writer, self._file = writer, file
+
+    def take(self, step: Step, firsts: Mapping[str, int], merged: Merged) -> int:
+        """Write the sums of a part."""
+        for name, tensor in merged.tensors.items():
+            self._writer.write(self._file, name, tensor)
+            self.hashes[name] = hash_tensor(tensor, "F64", "sha256")
+        return sum(tensor.nbytes for tensor in merged.tensors.values())
+
+    def finish(self, step: Step, note: str | None) -> None:
+        """Nothing is left to do."""
+
+
+def write_sums(folder: Path, file: str, record: Record, compute: Compute, settings: RunSettings) -> dict[str, str]:
     """Compute the sums part by part, a few at a time, and write them; returns their hashes.
 
     Args:
         folder: of the ledger.
         file: name of the file; removed again if anything fails.
-        record: names the method.
-        parts: of the model.
+        record: names the method and the parts.
         compute: the sums of a part; called on several threads.
-        threads: how many; the bytes do not depend on it.
+        settings: how many of them, and how much memory; the bytes do not depend on it.
 
     Raises:
         FileError: the disk is full or the folder cannot be written to.
     """
-    wanted = specs(record, parts)
-    hashes: dict[str, str] = {}
+    wanted = specs(record, record.parts)
     try:
-        with (
-            files.writing(folder, "the ledger is as it was"),
-            one_thread(),
-            SafetensorsWriter(folder, {file: wanted}) as writer,
-            bar(sum(spec.nbytes for spec in wanted), "sums", "B", scale=True) as progress,
-            ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool,
-        ):
-
-            def work(number: int, part: Part) -> int:
-                written = 0
-                for term, pair in compute(number, part).items():
-                    for half, tensor in zip(HALVES, pair, strict=True):
-                        name = f"{number}.{term}.{half}"
-                        writer.write(file, name, tensor)
-                        hashes[name] = hash_tensor(tensor, "F64", "sha256")
-                        written += tensor.nbytes
-                return written
-
-            futures = [pool.submit(work, number, part) for number, part in enumerate(parts)]
-            for future in futures:
-                future.add_done_callback(
-                    lambda done: done.cancelled() or done.exception() or progress.update(done.result())
-                )
-            try:
-                wait(futures, return_when=FIRST_EXCEPTION)
-            finally:
-                for future in futures:
-                    future.cancel()
-            for future in futures:
-                if not future.cancelled():
-                    future.result()
+        schedule = schedule_of(record, settings)
+        with files.writing(folder, "the ledger is as it was"), SafetensorsWriter(folder, {file: wanted}) as writer:
+            target = SumsTarget(writer, file, wanted)
+            execute(schedule, SumsWork(record.parts, compute), target, "sums")
     except BaseException:
         (folder / file).unlink(missing_ok=True)
         raise
-    return {spec.name: hashes[spec.name] for spec in wanted}
+    return {spec.name: target.hashes[spec.name] for spec in wanted}
+
+
+def schedule_of(record: Record, settings: RunSettings) -> Schedule:
+    """The parts as steps, fitted into memory: each is worked on as a whole, beside its sums and a term of each."""
+    sizes: dict[tuple[str, ...], int] = {}
+    for spec in specs(record, record.parts):
+        names = record.parts[int(spec.name.partition(".")[0])].names
+        sizes[names] = sizes.get(names, 0) + spec.nbytes
+    return fit(record.steps(), settings, extra=lambda step: 2 * sizes.get(step.unit.names, 0), whole=True)
 
 
 def commit(folder: Path, record: Record) -> None:

@@ -12,16 +12,15 @@ import torch
 
 from merganser.errors import RecipeError, UserError, did_you_mean, raise_all
 from merganser.files import new_folder
-from merganser.merging.checks import matches
 from merganser.merging.ledger.compensated import accumulate
 from merganser.merging.ledger.contributors import (
     check_contents,
     entry_of,
-    make_parts,
     open_contributor,
     open_reference,
     open_same_base,
-    pinned,
+    parts_of,
+    share_of,
 )
 from merganser.merging.ledger.record import FILE_NAME, BaseRecord, Entry, LedgerError, Part, Record, dump, load
 from merganser.merging.ledger.store import (
@@ -36,10 +35,11 @@ from merganser.merging.ledger.store import (
     zeros_like,
 )
 from merganser.merging.ledger.terms import contribution, shapes
-from merganser.merging.parents import Parent
+from merganser.merging.matching import matches
+from merganser.merging.memory import RunSettings
+from merganser.merging.parents import Parent, pin
 from merganser.merging.provenance import located
 from merganser.merging.recipe import make_recipe, method_options
-from merganser.merging.shares import ParentShare
 from merganser.methods import SUMMED
 
 _FEWEST = 4  # digits of a hash that are taken for one
@@ -113,6 +113,7 @@ def add(
     statistics: str | Path | None = None,
     base: str | Path | None = None,
     threads: int | None = None,
+    max_memory: str | int | None = None,
     allow_pickle: bool = False,
 ) -> Entry:
     """Add a contributor's share to the sums: whole or not at all, whatever happens meanwhile.
@@ -124,15 +125,16 @@ def add(
         statistics: by default the file in its folder.
         base: where the base model is, if not where it was.
         threads: how many parts are worked on at once; the bytes do not depend on it.
+        max_memory: what the process may take, in bytes or as ``"2GB"``; nor on this.
         allow_pickle: accept ``pytorch_model.bin``.
 
     Raises:
         UserError: anything the user can mend, before any work; several at once as ``Problems``.
     """
-    place = Path(folder)
+    place, settings = Path(folder), RunSettings.make(threads, max_memory)
     with locked(place) as record:
         reference = open_same_base(record, place, _text(base), allow_pickle=allow_pickle)
-        parent = open_contributor(
+        parent, plan = open_contributor(
             record, reference, str(model), coefficient, _text(statistics), allow_pickle=allow_pickle
         )
         check_contents(record, reference, parent)
@@ -144,14 +146,14 @@ def add(
                     where=place,
                     mend="for another coefficient, remove it first",
                 )
-        parts = record.parts or make_parts(record, reference, parent)
+        parts = record.parts or parts_of(plan)
         if problem := check_disk(place, specs(record, parts)):
             raise problem
         if parent.statistics is not None and entry.statistics is not None:
             parent.statistics.validate()  # of a Gram matrix that is none, nobody could say later whose it was
         people = (*record.contributors, entry)
         change = record.model_copy(update={"contributors": people, "parts": parts})
-        _change(place, record, change, reference, parent, 1.0, threads)
+        _change(place, record, change, reference, parent, 1.0, settings)
     return entry
 
 
@@ -162,6 +164,7 @@ def remove(
     statistics: str | Path | None = None,
     base: str | Path | None = None,
     threads: int | None = None,
+    max_memory: str | int | None = None,
     allow_pickle: bool = False,
 ) -> Entry:
     """Take a contributor's share out of the sums again; its weights and statistics must be at hand.
@@ -169,20 +172,20 @@ def remove(
     Args:
         folder: the ledger.
         model: the contributor's folder or Hub name, or the first digits of its hash if it is where it was.
-        statistics, base, threads, allow_pickle: as for :func:`add`.
+        statistics, base, threads, max_memory, allow_pickle: as for :func:`add`.
 
     Raises:
         UserError: it is not in the ledger, or weights or statistics are not those that were added.
     """
-    place = Path(folder)
+    place, settings = Path(folder), RunSettings.make(threads, max_memory)
     with locked(place) as record:
         reference = open_same_base(record, place, _text(base), allow_pickle=allow_pickle)
         listed = _by_digits(record, str(model))
         if listed is not None:
-            model = pinned(listed.model, listed.revision) or located(listed.model, place)
+            model = pin(listed.model, listed.revision) if listed.revision else located(listed.model, place)
             if statistics is None and listed.statistics is not None and listed.statistics.file is not None:
                 statistics = located(listed.statistics.file, place)
-        parent = open_contributor(record, reference, str(model), 1.0, _text(statistics), allow_pickle=allow_pickle)
+        parent, _ = open_contributor(record, reference, str(model), 1.0, _text(statistics), allow_pickle=allow_pickle)
         entry = _find(record, parent, place)
         if listed is not None and listed != entry:
             raise LedgerError(
@@ -202,17 +205,23 @@ def remove(
         if problem := check_disk(place, specs(record, record.parts)):
             raise problem
         change = record.model_copy(update={"contributors": people})
-        _change(place, record, change, reference, parent, -1.0, threads)
+        _change(place, record, change, reference, parent, -1.0, settings)
     return entry
 
 
-def combine(folders: Sequence[str | Path], output: str | Path, *, threads: int | None = None) -> Path:
+def combine(
+    folders: Sequence[str | Path],
+    output: str | Path,
+    *,
+    threads: int | None = None,
+    max_memory: str | int | None = None,
+) -> Path:
     """Add up ledgers of several sites into a new one, as if all had added to it.
 
     Args:
         folders: at least two ledgers of one base, method and options, without common contributors.
         output: the ledger to make.
-        threads: how many parts are worked on at once.
+        threads, max_memory: as for :func:`add`.
 
     Raises:
         UserError: they do not fit together; several mistakes at once as ``Problems``.
@@ -255,21 +264,20 @@ def combine(folders: Sequence[str | Path], output: str | Path, *, threads: int |
         with new_folder(target) as folder:
             if filled:
                 file = file_name(1)
-                hashes = write_sums(folder, file, merged, merged.parts, compute, threads)
+                hashes = write_sums(folder, file, merged, compute, RunSettings.make(threads, max_memory))
                 merged = merged.model_copy(update={"file": file, "sums": hashes})
             (folder / FILE_NAME).write_bytes(dump(merged))
     return target
 
 
 def _change(
-    place: Path, before: Record, after: Record, base: Parent, parent: Parent, sign: float, threads: int | None
+    place: Path, before: Record, after: Record, base: Parent, parent: Parent, sign: float, settings: RunSettings
 ) -> None:
     """Add (sign 1) or subtract (-1) a contributor's terms, part by part, and switch to the new sums."""
     method, old = after.make_method(), Sums.open(place, before)
-    share = ParentShare(parent, base)
 
     def compute(number: int, part: Part) -> dict[str, Pair]:
-        terms = contribution(method, part, part.unit(), share)
+        terms = contribution(method, part, part.unit(), share_of(part, base, parent))
         sums = zeros_like(terms) if old.checkpoint is None else old.pairs(number, list(terms))
         for name, term in terms.items():
             if not bool(torch.isfinite(term).all()):
@@ -283,7 +291,7 @@ def _change(
 
     generation = before.generation + 1
     file = file_name(generation)
-    hashes = write_sums(place, file, after, after.parts, compute, threads)
+    hashes = write_sums(place, file, after, compute, settings)
     commit(place, after.model_copy(update={"generation": generation, "file": file, "sums": hashes}))
 
 

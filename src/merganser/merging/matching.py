@@ -1,0 +1,332 @@
+"""How the contributors' tensors fit together: what must hold before a merge, and who votes on which row of a tensor.
+
+Every violation is added to one list, with its mend. A contributor votes only on the output rows that it has trained
+(heads whose label spaces differ, vocabularies of different length): the result's rows are listed once, and for each
+contributor the row of its own tensor that answers to each, or -1.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cached_property
+from itertools import groupby
+
+from merganser.errors import CheckpointError, RecipeError, StatisticsError, UserError, did_you_mean
+from merganser.merging.parents import Inputs, Parent
+from merganser.merging.recipe import Recipe
+from merganser.methods import Method
+from merganser.tensors import is_floating
+
+_HEAD = re.compile(r"(^|\.)(classifier|score|out_proj|logits_proj|qa_outputs)\.(weight|bias)$")
+_BODY = re.compile(r"(^|\.)(layers?|blocks?|h)\.\d+\.")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one merged tensor.
+
+    Attributes:
+        size: how many rows the result has.
+        runs: for each contributor, in the order of the result's rows, (first row of its own tensor, how many follow
+            each other from there), and -1 for rows that it does not have.
+    """
+
+    size: int
+    runs: tuple[tuple[tuple[int, int], ...], ...]
+
+    @classmethod
+    def of(cls, own: Iterable[Sequence[int]]) -> Rows:
+        """From the row of each contributor's own tensor that answers to each row of the result, or -1."""
+        found, size = [], 0
+        for rows in own:
+            size = len(rows)
+            grouped = groupby(enumerate(rows), lambda pair: pair[1] - pair[0] if pair[1] >= 0 else None)
+            pieces = [[row for _, row in run] for _, run in grouped]
+            found.append(tuple((piece[0], len(piece)) for piece in pieces))
+        return cls(size, tuple(found))
+
+    @cached_property
+    def own(self) -> tuple[tuple[int, ...], ...]:
+        """For each contributor, for each row of the result, the row of its own tensor, or -1."""
+        return tuple(
+            tuple(first + shift if first >= 0 else -1 for first, length in runs for shift in range(length))
+            for runs in self.runs
+        )
+
+    def groups(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """(rows of the result, contributors that vote on them), each row once; rows that nobody owns go to all.
+
+        Raises:
+            ValueError: a row that exists in no contributor.
+        """
+        by_owners: dict[tuple[int, ...], list[int]] = {}
+        for row in range(self.size):
+            owners = tuple(i for i, own in enumerate(self.own) if own[row] >= 0)
+            by_owners.setdefault(owners, []).append(row)
+        if () in by_owners:
+            raise ValueError(f"row {by_owners[()][0]} exists in no contributor")
+        return [(tuple(rows), owners) for owners, rows in by_owners.items()]
+
+
+@dataclass(frozen=True)
+class LabelPlan:
+    """How the heads' rows are matched: the result's labels, the rows of each head tensor, what to tell the user."""
+
+    labels: tuple[str, ...]
+    rows: dict[str, Rows]
+    notes: tuple[str, ...] = ()
+
+
+def match_labels(
+    recipe: Recipe, parents: Sequence[Parent], names: Sequence[str], problems: list[UserError]
+) -> LabelPlan | None:
+    """Match the rows of the heads by the names of their labels; None where all heads agree anyway.
+
+    Args:
+        recipe: for ``labels`` and the contributors' own lists.
+        parents: the open contributors.
+        names: tensors to be merged; those kept separate are not among them.
+        problems: receives what cannot be matched.
+    """
+    known = [_plain(parent.label_names, parents) for parent in parents]
+    heads = [name for name in names if _is_head(name, parents)]
+    restricted = any(parent.contributor.labels is not None for parent in parents)
+    if not heads or (all(labels == known[0] for labels in known) and not restricted):
+        return None
+    if any(set(labels) != set(known[0]) for labels in known) and recipe.labels == "same":
+        listing = "; ".join(f"{p.title}: {', '.join(k)}" for p, k in zip(parents, known, strict=True))
+        problems.append(
+            RecipeError(
+                f"the heads have different label spaces ({listing}; tensors {', '.join(heads)})",
+                mend="--labels union for one head that knows every label, or "
+                f"--keep-separate '{heads[0].rsplit('.', 1)[0]}*' so that each contributor keeps its own",
+            )
+        )
+        return None
+    union = list(dict.fromkeys(label for labels in known for label in labels))
+    own, voted = [], []
+    for parent, labels in zip(parents, known, strict=True):
+        chosen = set(labels) if parent.contributor.labels is None else set(parent.contributor.labels)
+        for label in sorted(chosen - set(labels)):
+            problems.append(
+                RecipeError(
+                    f"{parent.title} has no label {label!r}",
+                    where=f"labels of {parent.title}",
+                    mend=did_you_mean(label, labels),
+                )
+            )
+        own.append([labels.index(label) if label in labels else -1 for label in union])
+        voted.append([label in chosen for label in union])
+    notes = []
+    orphans = [label for j, label in enumerate(union) if not any(v[j] for v in voted)]
+    if orphans:
+        notes.append(f"no contributor votes on {', '.join(orphans)}: averaged over all that have the row")
+    final = [
+        tuple(row if vote[j] or union[j] in orphans else -1 for j, row in enumerate(rows))
+        for rows, vote in zip(own, voted, strict=True)
+    ]
+    notes.append(f"heads matched by label name: {', '.join(union)}")
+    rows = Rows.of(final)
+    return LabelPlan(tuple(union), dict.fromkeys(heads, rows), tuple(notes))
+
+
+def match_vocabulary(parents: Sequence[Parent], name: str) -> Rows:
+    """Rows of a tensor whose contributors differ in length: the first rows are common, the rest are appended."""
+    sizes = [info.shape[0] for parent in parents if (info := parent.info(name)) is not None]
+    size = max(sizes)
+    return Rows.of([[row if row < own else -1 for row in range(size)] for own in sizes])
+
+
+def _is_head(name: str, parents: Sequence[Parent]) -> bool:
+    if not _HEAD.search(name) or _BODY.search(name):
+        return False
+    infos = [parent.info(name) for parent in parents]
+    return all(
+        info is not None and info.shape and info.shape[0] == len(parent.label_names)
+        for info, parent in zip(infos, parents, strict=True)
+    )
+
+
+def _plain(labels: list[str], parents: Sequence[Parent]) -> list[str]:
+    """Unnamed labels (LABEL_0, …) take the names that a contributor with as many labels gives them."""
+    if labels and all(label == f"LABEL_{i}" for i, label in enumerate(labels)):
+        for parent in parents:
+            if len(parent.label_names) == len(labels):
+                named = parent.label_names
+                if any(label != f"LABEL_{i}" for i, label in enumerate(named)):
+                    return named
+    return labels
+
+
+def matches(name: str, patterns: Sequence[str]) -> str | None:
+    """The first pattern (``*`` and ``?``) that a name matches."""
+    return next((pattern for pattern in patterns if fnmatchcase(name, pattern)), None)
+
+
+def check_architectures(parents: Sequence[Parent], base: Parent | None, problems: list[UserError]) -> None:
+    """Every contributor and the base are of one model type."""
+    expected = parents[0].checkpoint.config.get("model_type")
+    for parent in [*parents[1:], *([base] if base else [])]:
+        found = parent.checkpoint.config.get("model_type")
+        if found != expected:
+            problems.append(
+                CheckpointError(
+                    f"another architecture: {found!r}, while {parents[0].title} is {expected!r}",
+                    where=parent.checkpoint.name,
+                    mend="merge models of one architecture that started from one pre-trained model",
+                )
+            )
+
+
+def find_separate(recipe: Recipe, parents: Sequence[Parent], problems: list[UserError]) -> tuple[tuple[str, ...], ...]:
+    """Each contributor's own tensors that the recipe keeps separate; patterns that match nothing are mistakes."""
+    everything = [
+        tuple(name for name in parent.checkpoint.tensors if matches(name, recipe.keep_separate)) for parent in parents
+    ]
+    available = sorted({name for parent in parents for name in parent.checkpoint.tensors})
+    for option, patterns in (("keep_separate", recipe.keep_separate), ("exclude", recipe.exclude)):
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in available):
+                problems.append(
+                    RecipeError(
+                        f"no tensor is called {pattern!r}",
+                        where=option,
+                        mend=f"use a name or a pattern with *, such as {available[-1]!r}",
+                    )
+                )
+    return tuple(everything)
+
+
+def match_shapes(
+    recipe: Recipe, parents: Sequence[Parent], names: Sequence[str], rows: dict[str, Rows], problems: list[UserError]
+) -> None:
+    """Check presence, dtype kind and shape of every tensor; add the rows of vocabularies of different length."""
+    for name in names:
+        infos = [parent.info(name) for parent in parents]
+        absent = [p for p, info in zip(parents, infos, strict=True) if info is None]
+        if absent:
+            if not is_floating(parents[0].checkpoint.tensors[name].dtype):
+                continue  # a buffer that some versions of the library store and some do not
+            for parent in absent:
+                problems.append(
+                    CheckpointError(
+                        f"tensor {name!r} is missing (it is in {parents[0].title})",
+                        where=parent.checkpoint.name,
+                        mend=f"--keep-separate '{name}' if only some contributors have it",
+                    )
+                )
+            continue
+        shapes = [info.shape for info in infos if info is not None]
+        if all(shape == shapes[0] for shape in shapes) or name in rows:
+            continue
+        listing = ", ".join(f"{p.title} {list(s)}" for p, s in zip(parents, shapes, strict=True))
+        grows = all(len(s) == len(shapes[0]) and s[1:] == shapes[0][1:] for s in shapes)
+        if grows and recipe.vocabulary == "largest":
+            rows[name] = match_vocabulary(parents, name)
+            continue
+        vocabulary = [p.checkpoint.config.get("vocab_size") for p in parents]
+        if grows and [s[0] for s in shapes] == vocabulary:
+            mend = "--vocabulary largest if the longer ones only appended tokens to the shorter"
+        else:
+            mend = f"--keep-separate '{name}' so that each contributor keeps its own"
+        problems.append(CheckpointError(f"tensor {name!r} differs in shape: {listing}", mend=mend))
+
+
+def check_unmatched(parents: Sequence[Parent], separate: Sequence[Sequence[str]], problems: list[UserError]) -> None:
+    """A tensor that another contributor has and the first lacks would be lost: say so."""
+    for parent, kept in zip(parents, separate, strict=True):
+        twins = set(parent.names.values())
+        for name, info in parent.checkpoint.tensors.items():
+            if name not in twins and name not in kept and is_floating(info.dtype):
+                problems.append(
+                    CheckpointError(
+                        f"tensor {name!r} is not in {parents[0].title} and would be lost",
+                        where=parent.checkpoint.name,
+                        mend=f"--keep-separate '{name}' so that it is kept",
+                    )
+                )
+
+
+def check_needs(
+    method: Method, recipe: Recipe, parents: Sequence[Parent], base: Parent | None, problems: list[UserError]
+) -> None:
+    """The method has what it needs: a package, base model, statistics of these tensors, coefficients with a meaning."""
+    if method.needs.package and importlib.util.find_spec(method.needs.package[0]) is None:
+        problems.append(
+            RecipeError(
+                f"method {method.name!r} needs {method.needs.package[1]}, which is not installed",
+                where="method",
+                mend=f"pip install {method.needs.package[1]}",
+            )
+        )
+    if method.needs.models is not None and len(parents) != method.needs.models:
+        problems.append(
+            RecipeError(
+                f"method {method.name!r} merges exactly {method.needs.models} models, {len(parents)} are given",
+                where="contributors",
+                mend=f"give {method.needs.models} models, or choose another method",
+            )
+        )
+    if method.needs.base and recipe.base is None and base is None:
+        problems.append(
+            RecipeError(
+                f"method {method.name!r} needs the pre-trained model that the contributors started from",
+                mend="add --base MODEL",
+            )
+        )
+    if method.needs.base and base is not None and not base.names:
+        problems.append(
+            CheckpointError(
+                "holds none of the contributors' tensors", where=base.checkpoint.name, mend="give the right base model"
+            )
+        )
+    for parent in parents:
+        if parent.contributor.coefficient < 0 and not method.needs.signed:
+            problems.append(
+                RecipeError(
+                    f"{parent.title}: the coefficient {parent.contributor.coefficient} is negative, "
+                    f"which has no meaning for method {method.name!r}",
+                    mend="use a coefficient of at least 0",
+                )
+            )
+        if not method.needs.statistics:
+            continue
+        if parent.statistics is None:
+            problems.append(
+                StatisticsError(
+                    f"{parent.title} has no statistics, and method {method.name!r} needs them",
+                    where=parent.checkpoint.name,
+                    mend=f"merganser collect {parent.contributor.model} --data …"
+                    + (" --fisher" if method.needs.statistics == "fisher" else ""),
+                )
+            )
+        else:
+            problems += parent.statistics.check_names(parent.checkpoint)
+
+
+def check_adapter(recipe: Recipe, inputs: Inputs, rank: int, method: Method, problems: list[UserError]) -> None:
+    """The result can be a LoRA adapter: there is a base that is a full model, and one adapter holds all of it."""
+    base, where = inputs.base, "--as-adapter"
+    if rank < 1:
+        problems.append(RecipeError(f"the rank is {rank}", where=where, mend="give at least 1"))
+    if base is None:
+        mend = "add --base MODEL, or merge adapters of one base"
+        problems.append(RecipeError("an adapter needs the model that it is put on", where=where, mend=mend))
+    elif base.checkpoint.home is not base.checkpoint:
+        mend = "give the model below it"
+        problems.append(RecipeError(f"the base {base.title} is itself an adapter", where="--base", mend=mend))
+    if recipe.keep_separate:
+        mend = "leave out --keep-separate, or write a full checkpoint"
+        problems.append(RecipeError("heads that are kept separate do not fit into one adapter", where=where, mend=mend))
+    if recipe.vocabulary == "largest":
+        mend = "write a full checkpoint"
+        problems.append(
+            RecipeError("an adapter cannot hold another vocabulary than its base's", where=where, mend=mend)
+        )
+    if not method.needs.statistics:  # otherwise they are checked already
+        for parent in inputs.parents:
+            problems += parent.statistics.check_names(parent.checkpoint) if parent.statistics else []

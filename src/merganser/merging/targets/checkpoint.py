@@ -1,0 +1,220 @@
+"""A full checkpoint as the target of a plan: which file each tensor goes to, and the small files around the weights.
+
+With heads kept separate, the shared tensors are one set of shards, each contributor's own tensors lie in
+``heads/<name>/head.safetensors``, and an index in each folder joins the two: ``from_pretrained`` opens the root (with
+the first contributor's head) and ``heads/<name>`` alike, and nothing is stored twice.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from merganser.checkpoints import Checkpoint
+from merganser.checkpoints.reader import TensorHash, read_json
+from merganser.checkpoints.writer import SafetensorsWriter, TensorSpec, index_json, shard
+from merganser.errors import CheckpointError
+from merganser.files import parse_size
+from merganser.merging.card import model_card, public_name
+from merganser.merging.execution import TensorRecord, storable
+from merganser.merging.parents import Inputs, Parent
+from merganser.merging.plan import HEADS, KEPT, Plan, Step
+from merganser.merging.provenance import write_provenance
+from merganser.methods import Merged
+from merganser.tensors import DTYPES
+
+_CONFIG, _INDEX = "config.json", "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the tensors go.
+
+    Attributes:
+        files: the tensors of each file, as named inside it.
+        places: file and name inside it of each tensor of the result.
+        heads: the folder of each contributor's own tensors, by its number, and their names.
+    """
+
+    files: dict[str, list[TensorSpec]]
+    places: dict[str, tuple[str, str]]
+    heads: dict[int, tuple[str, list[str]]]
+
+
+def make_layout(plan: Plan) -> Layout:
+    """Derive the layout from the plan."""
+    heads: dict[int, tuple[str, list[str]]] = {}
+    for step in plan.steps:
+        if step.method == KEPT:
+            folder, _, own = step.unit.names[0].rpartition("/")
+            heads.setdefault(step.takers[0], (folder, []))[1].append(own)
+    root = [spec for spec in plan.outputs if plan.file_of(spec.name)[0] is None]
+    files = shard(root, "model", parse_size(plan.recipe.max_shard_size)) if root else {}
+    apart = any(folder.startswith(f"{HEADS}/") for folder in plan.folders)
+    if apart and len(files) == 1:  # a lone model.safetensors would be taken for the whole model
+        files = {"model-00001-of-00001.safetensors": root}
+    places = {spec.name: (file, spec.name) for file, specs in files.items() for spec in specs}
+    for spec in plan.outputs:
+        file, inside = plan.file_of(spec.name)
+        if file is not None:
+            files.setdefault(file, []).append(TensorSpec(inside, spec.dtype, spec.shape))
+            places[spec.name] = (file, inside)
+    return Layout(files, places, heads)
+
+
+_MADE = """Made with merganser: {}. `provenance.json` holds the recipe, the plan, the hash of every parent and of every
+tensor, and the method that was really used for each; `merganser verify` checks it and `merganser reproduce` repeats the
+merge byte for byte."""
+
+
+class CheckpointTarget:
+    """The weight files of a result, being written. Use as a context manager, see :class:`SafetensorsWriter`.
+
+    Args:
+        plan: what is carried out.
+        layout: where each tensor goes.
+        folder: receives the files; thrown away by the caller when anything goes wrong.
+        files: the only files to write; all by default.
+    """
+
+    def __init__(self, plan: Plan, layout: Layout, folder: Path, files: Collection[str] | None = None) -> None:
+        wanted = {file: specs for file, specs in layout.files.items() if files is None or file in files}
+        self.records: dict[str, TensorRecord] = {}
+        self.total = sum(spec.nbytes for specs in wanted.values() for spec in specs)
+        self._specs = {name: spec for name, spec in plan.specs.items() if layout.places[name][0] in wanted}
+        self._places, self._hashes = layout.places, dict[str, TensorHash]()
+        self._writer, self._open = SafetensorsWriter(folder, wanted), ExitStack()
+
+    def __enter__(self) -> CheckpointTarget:
+        self._open.enter_context(self._writer)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._open.__exit__(*error)
+
+    def take(self, step: Step, firsts: Mapping[str, int], merged: Merged) -> int:
+        """Write the tensors of a slice that belong to these files."""
+        done = 0
+        for name, tensor in merged.tensors.items():
+            if (spec := self._specs.get(name)) is not None:
+                stored = storable(tensor, DTYPES[spec.dtype], name, step.method)
+                self._writer.write(*self._places[name], stored, firsts[name])
+                self._hashes.setdefault(name, TensorHash(spec.dtype, spec.shape, "blake3")).update(stored)
+                done += stored.nbytes
+        return done
+
+    def finish(self, step: Step, note: str | None) -> None:
+        """Note what became of the tensors."""
+        for name in step.unit.names:
+            if name in self._specs:
+                digest = self._hashes.pop(name).hexdigest()
+                self.records[name] = TensorRecord(digest, step.method, step.reason, note)
+
+
+def complete(
+    plan: Plan,
+    reference: Parent,
+    layout: Layout,
+    folder: Path,
+    records: Mapping[str, TensorRecord],
+    people: Sequence[Mapping[str, Any]],
+    base: Mapping[str, Any] | None,
+    made: str = _MADE,
+    **more: Any,
+) -> None:
+    """Write the card and the provenance, when everything else is there.
+
+    Args:
+        plan: what was done.
+        reference: whose side files the result has.
+        layout: where each tensor went.
+        folder: of the result.
+        records: what became of each tensor.
+        people, base: see :func:`merganser.merging.provenance.describe_inputs`.
+        made: what the card says of how it was made.
+        more: what else provenance is to say.
+    """
+    nested = "modules.json" in reference.checkpoint.side_files()
+    front = {
+        "base_model": list(dict.fromkeys(public_name(one["model"], one["revision"]) for one in people)),
+        "base_model_relation": "merge",
+        "library_name": "sentence-transformers" if nested else "transformers",
+    }
+    listing = "\n".join(f'- `from_pretrained(folder, subfolder="{head}")`' for head, _ in layout.heads.values())
+    heads = (
+        f"\n## Heads\n\nEach contributor's own head is kept under `{HEADS}/`; the root opens with the first. "
+        f"Download the whole folder, then\n\n{listing}\n"
+    )
+    sections = heads if layout.heads else ""
+    card = model_card(plan, people, records, front=front, made=made, sections=sections, notes=plan.notes)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    write_provenance(plan, folder, records, people, base, layout.files, layout.places, **more)
+
+
+def write_small_files(plan: Plan, inputs: Inputs, layout: Layout, folder: Path) -> None:
+    """Everything but weights, card and provenance: configuration, tokenizer, indices, heads.
+
+    Files are copied byte for byte from the reference; ``config.json`` changes only where the merge changed
+    what it says (labels, vocabulary size, storage dtype).
+    """
+    source = inputs.parents[plan.vocabulary_from] if plan.vocabulary_from else inputs.reference
+    for file in source.checkpoint.side_files():
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source.checkpoint.path / file, folder / file)
+    _write_config(inputs.reference.checkpoint, folder, _config_changes(plan, inputs))
+    _write_indices(plan, layout, folder)
+    for number, (head, _) in layout.heads.items():
+        checkpoint = inputs.parents[number].checkpoint
+        config = checkpoint.path / _CONFIG
+        if not config.is_file():
+            raise CheckpointError("has no config.json", where=checkpoint.name, mend="restore it")
+        shutil.copyfile(config, folder / head / _CONFIG)
+        _write_config(checkpoint, folder / head)
+
+
+def _write_config(checkpoint: Checkpoint, folder: Path, changes: Mapping[str, Any] | None = None) -> None:
+    """``config.json`` anew where the merge changes what it says, or an adapter what its base says."""
+    config = {**checkpoint.config, **(changes or {})}
+    if changes or config != read_json(checkpoint.path / _CONFIG, missing={}):
+        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+        (folder / _CONFIG).write_text(text, encoding="utf-8")
+
+
+def _write_indices(plan: Plan, layout: Layout, folder: Path) -> None:
+    shared = {name: file for name, (file, _) in layout.places.items() if "/" not in file}
+    size = sum(plan.specs[name].nbytes for name in shared)
+    if layout.heads or len(set(shared.values())) > 1:
+        (folder / _INDEX).write_bytes(index_json(shared, size))
+    for number, (head, names) in layout.heads.items():
+        (folder / head).mkdir(parents=True, exist_ok=True)
+        total = size + sum(plan.specs[f"{head}/{name}"].nbytes for name in names)
+        outward = {name: f"../../{file}" for name, file in shared.items()}
+        inward = dict.fromkeys(names, "head.safetensors")
+        (folder / head / _INDEX).write_bytes(index_json({**outward, **inward}, total))
+        if number == 0:  # the root opens with the first contributor's head
+            inner = dict.fromkeys(names, f"{head}/head.safetensors")
+            (folder / _INDEX).write_bytes(index_json({**shared, **inner}, total))
+
+
+def _config_changes(plan: Plan, inputs: Inputs) -> dict[str, Any]:
+    first = inputs.reference.checkpoint.config
+    changes: dict[str, Any] = {}
+    if plan.labels is not None:
+        changes["id2label"] = {str(i): label for i, label in enumerate(plan.labels)}
+        changes["label2id"] = {label: i for i, label in enumerate(plan.labels)}
+    if plan.recipe.vocabulary == "largest":
+        sizes = [parent.checkpoint.config.get("vocab_size") for parent in inputs.parents]
+        largest = max((size for size in sizes if isinstance(size, int)), default=None)
+        if largest is not None and largest != first.get("vocab_size"):
+            changes["vocab_size"] = largest
+    if plan.recipe.dtype is not None:
+        names = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+        for key in ("dtype", "torch_dtype"):
+            if key in first and first[key] != names[plan.recipe.dtype]:
+                changes[key] = names[plan.recipe.dtype]
+    return changes
