@@ -11,17 +11,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from merganser.errors import DataError, UserError, raise_all
+from merganser.errors import DataError, ErrorCollector, raise_all
 
 FORMAT = 1
 #: More broken files than this are counted, not listed.
 MOST_PROBLEMS = 10
+_AGAIN = "delete the file and run the experiment again: only missing cells are computed"
 
 Layout = Literal["pairs", "greedy", "all", "partitions"]
 Kind = Literal["individual", "ensemble", "multitask", "merge"]
@@ -126,6 +127,12 @@ class ResultRow(_Part):
     chosen: Chosen | None = None
     provenance: Provenance = Provenance()
 
+    @property
+    def origins(self) -> tuple[Origin, ...]:
+        """Where the contributors came from, in their order, then whoever else had a part."""
+        known = {origin.name: origin for origin in self.provenance.contributors}
+        return (*(known.pop(name, Origin(name=name)) for name in self.contributors), *known.values())
+
     def domain_average(self, domain: Domain) -> float | None:
         """The row's own average, else the mean over its tests of a domain; None where a score is missing."""
         if domain in self.average:
@@ -142,25 +149,17 @@ def read_rows(path: Path) -> tuple[ResultRow, ...]:
         DataError: there are no rows, or one cannot be read; several such files come as one
             :class:`~merganser.errors.Problems`.
     """
+    if not path.exists():
+        raise DataError("there is no such file or folder", where=path, mend="check the path of the results")
     rows: dict[tuple[str, str], ResultRow] = {}
-    problems: list[UserError] = []
-    for where, value in _values(path):
-        try:
-            if isinstance(value, UserError):
-                raise value
-            row = _parse(value, where)
-            if rows.setdefault((row.experiment, row.cell), row) != row:
-                raise DataError(
-                    f"another row has the cell id {row.cell}, with other contents",
-                    where=where,
-                    mend="keep one of the two",
-                )
-        except UserError as error:
-            problems.append(error)
-    if len(problems) > MOST_PROBLEMS:
-        rest = len(problems) - MOST_PROBLEMS
-        problems = [*problems[:MOST_PROBLEMS], DataError(f"and {rest} more like these", where=path)]
-    raise_all(problems)
+    problems = ErrorCollector()
+    for where, value in _values(path, problems):
+        row = problems.catch(_parse, value, where)
+        if row is not None and rows.setdefault((row.experiment, row.cell), row) != row:
+            what = f"another row has the cell id {row.cell}, with other contents"
+            problems.add(DataError(what, where=where, mend="keep one of the two"))
+    shown, rest = problems.found[:MOST_PROBLEMS], problems.found[MOST_PROBLEMS:]
+    raise_all([*shown, *([DataError(f"and {len(rest)} more like these", where=path)] if rest else [])])
     if not rows:
         raise DataError(
             "no result rows here",
@@ -177,30 +176,27 @@ def render_rows(rows: Iterable[ResultRow]) -> str:
     return "".join(f"{json.dumps(line, ensure_ascii=False, sort_keys=True)}\n" for line in lines)
 
 
-def _values(path: Path) -> Iterator[tuple[str, Any]]:
-    """Place and parsed JSON of each row; a DataError in its stead where it cannot be parsed."""
-    if not path.exists():
-        yield (
-            str(path),
-            DataError("there is no such file or folder", where=path, mend="check the path of the results"),
-        )
-        return
+def _values(path: Path, problems: ErrorCollector) -> Iterator[tuple[str, Any]]:
+    """Place and parsed JSON of each row; what cannot be parsed goes to ``problems``."""
     for file in _files(path):
         try:
             text = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            yield str(file), DataError(f"cannot be read: {error}", where=file, mend="give a UTF-8 JSON file")
+            problems.add(DataError(f"cannot be read: {error}", where=file, mend="give a UTF-8 JSON file"))
             continue
+        texts = {str(file): text}
         if file.suffix == ".jsonl":
-            for number, line in enumerate(text.splitlines(), 1):
-                if line.strip():
-                    yield f"{file}:{number}", _json(line, f"{file}:{number}")
-            continue
-        value = _json(text, str(file))
-        if isinstance(value, list):
-            yield from ((f"{file}[{index}]", item) for index, item in enumerate(value))
-        else:
-            yield str(file), value
+            texts = {f"{file}:{number}": line for number, line in enumerate(text.splitlines(), 1) if line.strip()}
+        for where, one in texts.items():
+            try:
+                value = json.loads(one)
+            except ValueError as error:
+                problems.add(DataError(f"not JSON: {error}", where=where, mend=_AGAIN))
+                continue
+            if isinstance(value, list):
+                yield from ((f"{where}[{index}]", item) for index, item in enumerate(value))
+            else:
+                yield where, value
 
 
 def _files(path: Path) -> list[Path]:
@@ -210,17 +206,6 @@ def _files(path: Path) -> list[Path]:
     patterns = ["*.json"] if path.name == "cells" else [*inside, *(f"*/{pattern}" for pattern in inside)]
     found = [file for pattern in patterns for file in path.glob(pattern)]
     return sorted(file for file in found if not file.name.startswith("."))
-
-
-def _json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        return DataError(
-            f"not JSON: {error}",
-            where=where,
-            mend="delete the file and run the experiment again: only missing cells are computed",
-        )
 
 
 def _parse(value: Any, where: str) -> ResultRow:
@@ -237,27 +222,19 @@ def _parse(value: Any, where: str) -> ResultRow:
         row = ResultRow.model_validate(value)
     except ValidationError as error:
         told = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'row'}: {e['msg']}" for e in error.errors()[:5])
-        raise DataError(
-            f"not a result row: {told}",
-            where=where,
-            mend="delete the file and run the experiment again: only missing cells are computed",
-        ) from error
+        raise DataError(f"not a result row: {told}", where=where, mend=_AGAIN) from error
+    wrong = ""
     if row.sets and len(row.sets) != len(row.contributors):
-        raise DataError(
-            f"there are {len(row.contributors)} contributors, but {len(row.sets)} sets",
-            where=where,
-            mend="delete the file and run the experiment again",
-        )
-    if row.chosen and row.chosen.best >= len(row.chosen.candidates):
-        raise DataError(
-            f"chosen.best is {row.chosen.best}, but there are {len(row.chosen.candidates)} candidates",
-            where=where,
-            mend="delete the file and run the experiment again",
-        )
+        wrong = f"there are {len(row.contributors)} contributors, but {len(row.sets)} sets"
+    elif row.chosen and row.chosen.best >= len(row.chosen.candidates):
+        wrong = f"chosen.best is {row.chosen.best}, but there are {len(row.chosen.candidates)} candidates"
+    if wrong:
+        raise DataError(wrong, where=where, mend=_AGAIN)
     return row
 
 
-def _writer(value: dict[str, Any]) -> str:
-    provenance = value.get("provenance")
-    versions = provenance.get("versions") if isinstance(provenance, dict) else None
-    return str(versions.get("merganser", "(unknown)")) if isinstance(versions, dict) else "(unknown)"
+def _writer(value: Mapping[str, Any]) -> str:
+    try:
+        return str(value["provenance"]["versions"]["merganser"])
+    except (KeyError, TypeError):
+        return "(unknown)"
