@@ -92,7 +92,7 @@ def test_each_use_says_its_extra(
         ("data", lambda: read_rows("glue:sst2")),
         ("train", lambda: train(tmp_path, TASKS["seq2seq"], rows, output=tmp_path / "out", settings=settings)),
         ("lab", lambda: run_experiment(config, **folders)),
-        ("lab", lambda: render_page([], "simple")),
+        ("lab", lambda: render_page([])),
     ):
         with pytest.raises(UserError, match=rf"needs .* not installed\n.*pip install 'merganser\[{extra}\]'"):
             use()

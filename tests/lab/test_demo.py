@@ -19,7 +19,8 @@ from merganser.lab import demo
 from merganser.lab.demo import Settings, demo_sections, find_base, run_demo
 from merganser.lab.grid.loading import load_config
 from merganser.lab.grid.planning import plan_experiment
-from merganser.lab.report import ResultRow, read_rows, terminal_tables
+from merganser.lab.report.rows import ResultRow, read_rows
+from merganser.lab.report.text import terminal_tables
 from merganser.lab.sentiment import Domain, Example
 from merganser.merging import merge
 from merganser.statistics import Statistics

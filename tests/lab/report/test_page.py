@@ -8,27 +8,22 @@ from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import jinja2
 import pytest
 from click.testing import CliRunner
 
 from merganser.cli.report import report_command
 from merganser.errors import DataError, UserError
-from merganser.lab.report import (
-    Introduction,
-    Note,
-    ResultRow,
-    make_sections,
-    read_rows,
-    render_csv,
-    render_markdown,
-    render_page,
-)
 from merganser.lab.report.dots import dot_plot, plot_rows
 from merganser.lab.report.grid import make_grids
-from merganser.lab.report.layouts import on_tests
-from merganser.lab.report.sections import Section, duration
+from merganser.lab.report.layouts import average_over_tests, on_tests
+from merganser.lab.report.page import render_page
+from merganser.lab.report.rows import ResultRow, read_rows
+from merganser.lab.report.sections import Section, duration, make_sections
 from merganser.lab.report.tables import Cell, Line, Table
+from merganser.lab.report.text import render_csv, render_markdown
 
 
 class Reader(HTMLParser):
@@ -81,7 +76,7 @@ def sections(results: Path) -> list[Section]:
 
 @pytest.fixture(scope="module")
 def page(sections: list[Section]) -> str:
-    return render_page(sections, "simple")
+    return render_page(sections)
 
 
 def test_the_page_shows_every_number_of_every_table(sections: list[Section], page: str) -> None:
@@ -137,7 +132,7 @@ def test_best_and_second_are_marked_as_such(page: str, sections: list[Section]) 
         cell
         for section in sections
         for block in section.blocks
-        for table in (*block.tables, *filter(None, [block.chosen]))
+        for table in block.tables
         for line in table.lines
         for cell in line.cells
     ]
@@ -162,7 +157,7 @@ def test_text_from_rows_is_escaped(tmp_path: Path, examples: ModuleType) -> None
         row["title"] = f"{row['title']} <b> | a_b & c"
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     sections = make_sections(read_rows(tmp_path / "rows.json"), "simple")
-    page = render_page(sections, "simple")
+    page = render_page(sections)
     assert "<script" not in page and "Simple <b>" not in page
     Reader(page)
     markdown = render_markdown(sections)
@@ -175,7 +170,7 @@ def test_the_dot_plot_has_every_line_test_and_average(examples: ModuleType) -> N
     (grid,), _ = make_grids([ResultRow.model_validate(row) for row in examples.all_at_once()])
     figure = dot_plot(grid, "in", "x", "macro-F1 × 100")
     assert figure is not None
-    average = on_tests(grid, "in", grid.units).average
+    average = average_over_tests(grid, on_tests(grid, "in"))
     for drawn in (figure.wide, figure.narrow):
         texts = re.findall(r"<text[^>]*>([^<]*)</text>", drawn)
         assert {*examples.EMOTION, "average", "macro-F1 × 100"} <= set(texts)
@@ -198,16 +193,28 @@ def test_a_row_without_a_test_is_no_line_of_the_dot_plot(examples: ModuleType) -
     assert "Fisher" not in titles and "RegMean" in titles
 
 
-def test_an_introduction_is_on_the_page_and_escaped(tmp_path: Path, examples: ModuleType) -> None:
+def test_an_introduction_is_on_the_page_and_escaped(
+    tmp_path: Path, examples: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "rows.json").write_text(json.dumps(examples.all_at_once()))
     sections = make_sections(read_rows(tmp_path / "rows.json"), "simple")
     table = Table("t", "Counts <of>", "Split", ("Texts",), (Line("train", (Cell(text="1,234"),)),))
-    note = Note("How & why", ("A <paragraph>.",), ("merganser merge a b -o c",), (table,))
-    page = render_page(sections, "simple", Introduction("Two & one", "demo", "Led.", (note,)))
+    template = (
+        '{% extends "report.html.j2" %}{% from "macros.html.j2" import table_of %}{% set title = name %}'
+        "{% block lead %}<p>{{ lead }}</p>{% endblock %}"
+        '{% block notes %}<h3>How &amp; why</h3><p>{{ text }}</p>{{ table_of(table, "note") }}{% endblock %}'
+    )
+    load = jinja2.PackageLoader.get_source
+
+    def get_source(self: jinja2.PackageLoader, environment: jinja2.Environment, name: str) -> Any:
+        return (template, None, None) if name == "own.html.j2" else load(self, environment, name)
+
+    monkeypatch.setattr(jinja2.PackageLoader, "get_source", get_source)
+    page = render_page(sections, "own.html.j2", name="Two & one", lead="Led.", text="A <paragraph>.", table=table)
     reader = Reader(page)
     for words in ("<h1>Two &amp; one</h1>", "Led.", "How &amp; why", "A &lt;paragraph&gt;.", "Counts &lt;of&gt;"):
         assert words in page
-    assert "<code>merganser merge a b -o c</code>" in page and ["train", "1,234"] in reader.rows
+    assert ["train", "1,234"] in reader.rows
     assert page.index("Led.") < page.index("<table") < page.index("How &amp; why") < page.index("Provenance</h3>")
 
 
@@ -243,14 +250,14 @@ def test_the_same_rows_give_the_same_bytes(tmp_path: Path, examples: ModuleType)
     for name, listed in (("a.json", rows), ("b.json", rows[::-1])):
         (tmp_path / name).write_text(json.dumps(listed))
         sections = make_sections(read_rows(tmp_path / name), "simple")
-        pages.append((render_page(sections, "simple"), render_markdown(sections), render_csv(sections)))
+        pages.append((render_page(sections), render_markdown(sections), render_csv(sections)))
     assert pages[0] == pages[1]
 
 
 def test_an_incomplete_grid_is_the_first_thing_said(tmp_path: Path, examples: ModuleType) -> None:
     rows = [r for r in examples.greedy(seeds=(1, 2)) if not (r["title"] == "Fisher" and r["seed"] == 2)]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    page = render_page(make_sections(read_rows(tmp_path / "rows.json"), "simple"), "simple")
+    page = render_page(make_sections(read_rows(tmp_path / "rows.json"), "simple"))
     assert page.index("Not complete.") < page.index("<table")
     assert "Fisher has 4 of 8 cells" in page
 

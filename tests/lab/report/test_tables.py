@@ -27,7 +27,7 @@ def grids_of(rows: list[Row]) -> list[Grid]:
 
 
 def tables_of(rows: list[Row], against: str = "simple", which: int = 0) -> dict[str, Table]:
-    return {table.key: table for table in grid_tables(grids_of(rows)[which], against)}
+    return {table.key: table for table in grid_tables(make_grids(parsed(rows), against)[0][which])}
 
 
 def cell(table: Table, line: str, column: str, group: str = "") -> Cell:
@@ -350,8 +350,7 @@ def test_searched_methods_are_told_apart_and_their_coefficients_listed(examples:
     (grid,) = grids_of(rows)
     assert [m.title for m in grid.merges] == ["Simple", "Fisher", "RegMean", "RegMean, searched"]
     (section,) = make_sections([ResultRow.model_validate(row) for row in rows], "simple")
-    table = section.blocks[0].chosen
-    assert table is not None
+    (table,) = [table for table in section.blocks[0].tables if table.key == "chosen"]
     row = next(r for r in rows if r["chosen"] and r["contributors"] == ["cola", "sst2"])
     best = row["chosen"]["candidates"][row["chosen"]["best"]]
     x, y = best["coefficients"]

@@ -39,7 +39,7 @@ def test_leaders_are_the_highest_and_its_ties() -> None:
 
 
 def table_of(grid: Grid, key: str) -> Table:
-    return next(table for table in grid_tables(grid, "simple") if table.key == key)
+    return next(table for table in grid_tables(grid) if table.key == key)
 
 
 def cell(table: Table, line: str, column: str) -> Cell:
@@ -80,10 +80,10 @@ def test_what_differs_by_noise_is_tied_everywhere(examples: ModuleType, noise: f
     assert (difference.text, counts.text) == ("0.0", "0 / 0, 20 tied")
     assert (p.value == 1) if noise == 0 else (p.value < 0.001), "p is of the real differences"
     assert adjusted.stars == cell(summary, "RegMean", "In-domain").stars == "", "a tie is no difference"
-    drawn = scatter(grid, "simple", "x")
+    drawn = scatter(grid, "x")
     assert drawn and "0 above, 20 tied" in drawn.wide and "20 of 20 above" not in drawn.wide
     only = make_grids([row for row in grid.rows if row.method != "fisher"])[0][0]
-    coloured = pair_map(only, "simple", "x")
+    coloured = pair_map(only, "x")
     assert coloured and "0.0" in coloured.wide
     assert "var(--up)" not in coloured.wide and "var(--down)" not in coloured.wide
 
@@ -97,7 +97,7 @@ def test_what_can_be_seen_is_no_tie(examples: ModuleType) -> None:
         line.title: line.cells[1].text for line in table_of(grid, "significance").lines if line.group == "In-domain"
     }
     assert counts == {"Fisher": "0 / 20", "RegMean": "20 / 0"}
-    drawn, coloured = scatter(grid, "simple", "x"), pair_map(grid, "simple", "x")
+    drawn, coloured = scatter(grid, "x"), pair_map(grid, "x")
     assert drawn and ">20 above<" in drawn.wide and ">0 below<" in drawn.wide
     assert coloured and "var(--up)" in coloured.wide and "var(--down)" in coloured.wide
 

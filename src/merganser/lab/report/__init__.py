@@ -7,63 +7,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal
 
 from merganser.errors import UserError
 from merganser.files import write_text
 from merganser.lab.report.latex import render_latex
-from merganser.lab.report.page import Introduction, Note, render_page
-from merganser.lab.report.rows import ResultRow, read_rows, render_rows
+from merganser.lab.report.page import render_page
+from merganser.lab.report.rows import read_rows, render_rows
 from merganser.lab.report.sections import Section, make_sections
-from merganser.lab.report.text import render_csv, render_markdown, terminal_tables
+from merganser.lab.report.text import render_csv, render_markdown
+from merganser.methods.simple import SIMPLE
 
-Form = Literal["html", "markdown", "latex", "csv", "rows"]
-_FORMS: dict[str, Form] = {
-    ".html": "html",
-    ".htm": "html",
-    ".md": "markdown",
-    ".tex": "latex",
-    ".csv": "csv",
-    ".jsonl": "rows",
-}
-
-__all__ = [
-    "Introduction",
-    "Note",
-    "ResultRow",
-    "Section",
-    "form_of",
-    "make_sections",
-    "read_rows",
-    "render_csv",
-    "render_latex",
-    "render_markdown",
-    "render_page",
-    "render_rows",
-    "terminal_tables",
-    "write_report",
-]
+#: Ending of a file → the form of a report that it holds.
+FORMS = {".html": "html", ".htm": "html", ".md": "markdown", ".tex": "latex", ".csv": "csv", ".jsonl": "rows"}
 
 
-def form_of(path: Path) -> Form:
+def form_of(path: Path) -> str:
     """What to write into a file, by its ending.
 
     Raises:
         UserError: the ending is none of .html, .md, .tex, .csv and .jsonl.
     """
-    try:
-        return _FORMS[path.suffix.lower()]
-    except KeyError:
-        raise UserError(
-            f"a report is no {path.suffix or 'file without an ending'!r}",
-            where=path,
-            mend="end the name in .html, .md, .tex, .csv or .jsonl (the rows themselves)",
-        ) from None
+    form = FORMS.get(path.suffix.lower())
+    if form is None:
+        what = f"a report is no {path.suffix or 'file without an ending'!r}"
+        mend = "end the name in .html, .md, .tex, .csv or .jsonl (the rows themselves)"
+        raise UserError(what, where=path, mend=mend)
+    return form
 
 
-def write_report(
-    results: Path, outputs: Mapping[Form, Path], *, against: str = "simple"
-) -> tuple[list[Section], list[Path]]:
+def write_report(results: Path, outputs: Mapping[str, Path], *, against: str = SIMPLE.name) -> list[Section]:
     """Read results and write their report, in one or more forms; each file whole or not at all.
 
     Args:
@@ -72,7 +44,7 @@ def write_report(
         against: name or title of the merge that the others are compared with.
 
     Returns:
-        the sections of the report, and the files written.
+        the sections of the report.
 
     Raises:
         DataError: the rows cannot be read.
@@ -82,15 +54,14 @@ def write_report(
     """
     rows = read_rows(results)
     sections = make_sections(rows, against)
-    renderers: dict[Form, Callable[[], str]] = {
-        "html": lambda: render_page(sections, against),
+    renderers: dict[str, Callable[[], str]] = {
+        "html": lambda: render_page(sections),
         "markdown": lambda: render_markdown(sections),
         "latex": lambda: render_latex(sections),
         "csv": lambda: render_csv(sections),
         "rows": lambda: render_rows(rows),
     }
-    texts = {form: renderers[form]() for form in outputs}
-    written = []
+    texts = {form: renderers[form]() for form in outputs}  # all of them before the first is written
     for form, path in outputs.items():
-        written.append(write_text(path, texts[form]))
-    return sections, written
+        write_text(path, texts[form])
+    return sections

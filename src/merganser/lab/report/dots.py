@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle, pairwise
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from merganser.lab.report.grid import Grid
 from merganser.lab.report.layouts import models_on_tests, on_tests
 from merganser.lab.report.rows import Domain
 from merganser.lab.report.svg import INK, LINE, MARKERS, MUTED, PAPER, SERIES, Figure, draw
-from merganser.lab.report.tables import DOMAIN_TITLES, Cell
+from merganser.lab.report.tables import DOMAIN_TITLES, Cell, compare
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,11 +30,6 @@ class Row:
     average: float
     colour: str
     group: str
-
-    @property
-    def weight(self) -> str:
-        """Merges stand out."""
-        return "bold" if self.group == "merge" else "normal"
 
 
 def dot_plot(grid: Grid, domain: Domain, prefix: str, metric: str) -> Figure | None:
@@ -51,27 +46,34 @@ def dot_plot(grid: Grid, domain: Domain, prefix: str, metric: str) -> Figure | N
         return None
 
     def paint(wide: bool) -> Canvas:
-        per_row = 6 if wide else 3
+        width, per_row = (7.6, 6) if wide else (3.6, 3)
         legend = 0.24 * -(-(len(tests) + 1) // per_row)
         height = (0.34 if wide else 0.52) * len(rows) + 0.75 + legend
-        canvas = Canvas(figsize=(7.6 if wide else 3.6, height))
-        axes = canvas.add_axes(_margins(canvas, rows, wide, legend))
+        # Room for the names on the left, the legend above, the label of the axis below.
+        left = min(0.4 * width, 0.35 + 0.073 * max(len(row.title) for row in rows)) if wide else 0.12
+        bottom, top, right = 0.55, legend + (0.1 if wide else 0.2), 0.5
+        canvas = Canvas(figsize=(width, height))
+        shares = (left / width, bottom / height, 1 - (left + right) / width, 1 - (bottom + top) / height)
+        axes = canvas.add_axes(shares)
         for position, row in enumerate(rows):
             _draw_row(axes, row, -position, tests, wide)
         _finish(axes, rows, metric, wide)
-        _legend(canvas, tests, per_row)
+        handles = [Line2D([], [], label=test, **mark) for mark, test in zip(_marks(), tests, strict=False)]
+        handles.append(Line2D([], [], marker="o", markersize=8, color=INK, linestyle="none", label="average"))
+        spaces = {"handletextpad": 0.2, "columnspacing": 1.2}
+        canvas.legend(handles=handles, bbox_to_anchor=(0, 1), ncols=per_row, labelcolor=MUTED, **spaces)
         return canvas
 
     told = "; ".join(f"{row.title} {row.average:.1f}" for row in rows)
     alt = f"Dot plot, {DOMAIN_TITLES[domain].lower()} averages of {metric}: {told}"
-    wide, narrow = draw(f"{prefix}-dots-{domain}", alt, paint)
-    return Figure(
-        key=f"dots-{domain}",
+    return draw(
+        prefix,
+        f"dots-{domain}",
         title="From the worst test to the best",
         caption=f"{DOMAIN_TITLES[domain]}, {metric}, mean over seeds. Each line spans the worst and the best test of a "
         "model or method; the large dot and the number are the average of the tests.",
-        wide=wide,
-        narrow=narrow,
+        alt=alt,
+        paint=paint,
     )
 
 
@@ -79,11 +81,11 @@ def plot_rows(grid: Grid, domain: Domain) -> list[Row]:
     """Single models, where each is scored on every test, then the comparators, then the merges."""
     alone = models_on_tests(grid) if domain == "in" else {}
     found = [_row(f"{grid.show(name)} alone", cells, MUTED, "model") for name, cells in alone.items()]
-    scores = on_tests(grid, domain, grid.units)
+    scores = {test: compare(values) for test, values in on_tests(grid, domain).items()}
     for method in grid.methods:
         merge = method.kind == "merge"
         colour = SERIES[grid.merges.index(method) % len(SERIES)] if merge else INK
-        cells = {test: of_test.get(method, Cell()) for test, of_test in scores.cells.items()}
+        cells = {test: of_test[method] for test, of_test in scores.items()}
         found.append(_row(method.title, cells, colour, "merge" if merge else "comparator"))
     return [row for row in found if row]
 
@@ -96,81 +98,39 @@ def _row(title: str, cells: Mapping[str, Cell], colour: str, group: str) -> Row 
     return Row(title, scores, statistics.fmean(scores.values()), colour, group)
 
 
-def _margins(canvas: Canvas, rows: Sequence[Row], wide: bool, legend: float) -> tuple[float, float, float, float]:
-    """The axes in shares of the figure: room for the names on the left, the legend above, the axis label below."""
-    width, height = canvas.get_size_inches()
-    left = min(0.4 * width, 0.35 + 0.073 * max(len(row.title) for row in rows)) if wide else 0.12
-    bottom, top, right = 0.55, legend + (0.1 if wide else 0.2), 0.5
-    return left / width, bottom / height, 1 - (left + right) / width, 1 - (bottom + top) / height
-
-
 def _draw_row(axes: Axes, row: Row, y: int, tests: Sequence[str], wide: bool) -> None:
     ends = [min(row.scores.values()), max(row.scores.values())]
     axes.plot(ends, [y, y], color=LINE, linewidth=2, solid_capstyle="round", zorder=2)
-    for marker, test in zip(cycle(MARKERS), tests, strict=False):
-        axes.plot(row.scores[test], y, zorder=3, **_mark(marker))
+    for mark, test in zip(_marks(), tests, strict=False):
+        axes.plot(row.scores[test], y, zorder=3, **mark)
     axes.plot(row.average, y, marker="o", markersize=8.5, color=row.colour, markeredgecolor=PAPER, zorder=4)
-    axes.annotate(
-        f"{row.average:.1f}",
-        (1, y),
-        xycoords=("axes fraction", "data"),
-        xytext=(6, 0),
-        textcoords="offset points",
-        va="center_baseline",
-        color=row.colour,
-        fontweight=row.weight,
-    )
-    axes.annotate(
-        row.title,
-        (0, y),
-        xycoords=("axes fraction", "data"),
-        xytext=(-8, 0) if wide else (0, 9),
-        textcoords="offset points",
-        ha="right" if wide else "left",
-        va="center_baseline" if wide else "baseline",
-        color=INK,
-        fontweight=row.weight,
-    )
-
-
-def _mark(marker: str) -> dict[str, Any]:
-    """The small mark of a test."""
-    return {
-        "marker": marker,
-        "markersize": 4.6,
-        "markerfacecolor": PAPER,
-        "markeredgecolor": MUTED,
-        "linestyle": "none",
+    weight = "bold" if row.group == "merge" else "normal"  # merges stand out
+    common: dict[str, Any] = {
+        "xycoords": ("axes fraction", "data"),
+        "textcoords": "offset points",
+        "fontweight": weight,
     }
+    number = f"{row.average:.1f}"
+    axes.annotate(number, (1, y), xytext=(6, 0), va="center_baseline", color=row.colour, **common)
+    beside: dict[str, Any] = {"xytext": (-8, 0), "ha": "right", "va": "center_baseline"}
+    above: dict[str, Any] = {"xytext": (0, 9), "ha": "left", "va": "baseline"}
+    axes.annotate(row.title, (0, y), color=INK, **common, **(beside if wide else above))
+
+
+def _marks() -> Iterator[dict[str, Any]]:
+    """The small marks of the tests, one after the other."""
+    common = {"markersize": 4.6, "markerfacecolor": PAPER, "markeredgecolor": MUTED, "linestyle": "none"}
+    return ({"marker": marker, **common} for marker in cycle(MARKERS))
 
 
 def _finish(axes: Axes, rows: Sequence[Row], metric: str, wide: bool) -> None:
     """Axis, grid lines, and rules between models, comparators and merges."""
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    axes.spines[:].set_visible(False)
     axes.set_yticks([])
     axes.set_ylim(-len(rows) + (0.4 if wide else 0.6), 0.6 if wide else 0.85)
-    axes.tick_params(axis="x", length=0, labelcolor=MUTED, pad=6)
-    axes.grid(axis="x", color=LINE, linewidth=0.7, zorder=0)
-    axes.set_axisbelow(True)
-    axes.set_xlabel(metric, color=MUTED, labelpad=6)
+    axes.tick_params(axis="x", pad=6)
+    axes.grid(axis="x", linewidth=0.7, zorder=0)
+    axes.set_xlabel(metric, labelpad=6)
     for index, (one, other) in enumerate(pairwise(rows)):
         if one.group != other.group:
             axes.axhline(-index - 0.5, color=LINE, linewidth=0.7, xmin=-1 if wide else 0, xmax=1.2, clip_on=False)
-
-
-def _legend(canvas: Canvas, tests: Sequence[str], per_row: int) -> None:
-    handles = [Line2D([], [], label=test, **_mark(marker)) for marker, test in zip(cycle(MARKERS), tests, strict=False)]
-    handles.append(Line2D([], [], marker="o", markersize=8, color=INK, linestyle="none", label="average"))
-    canvas.legend(
-        handles=handles,
-        loc="upper left",
-        bbox_to_anchor=(0, 1),
-        borderaxespad=0,
-        ncols=per_row,
-        frameon=False,
-        handletextpad=0.2,
-        columnspacing=1.2,
-        labelcolor=MUTED,
-        fontsize=9,
-    )

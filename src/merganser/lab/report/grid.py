@@ -11,26 +11,25 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from merganser.lab.report.rows import Domain, Kind, ResultRow
+from merganser.methods.fisher import FISHER
+from merganser.methods.regmean import REGMEAN
+from merganser.methods.simple import SIMPLE
 
 DOMAINS: tuple[Domain, ...] = ("in", "out")
 KINDS: tuple[Kind, ...] = ("individual", "ensemble", "multitask", "merge")
-#: Published merges first, in the paper's order; others follow by name.
-KNOWN_ORDER = ("simple", "fisher", "regmean")
+#: The merges of the paper, in its order.
+PUBLISHED = (SIMPLE.name, FISHER.name, REGMEAN.name)
 HEADS = {"same": "same head initialisation", "different": "different head initialisation", "separate": "separate heads"}
 METRICS = {
     "macro_f1": "macro-F1",
     "micro_f1": "micro-F1",
     "f1": "F1",
-    "entity_f1": "entity F1",
-    "accuracy": "accuracy",
     "matthews": "Matthews correlation",
-    "matthews_correlation": "Matthews correlation",
     "pearson": "Pearson correlation",
     "spearman": "Spearman correlation",
 }
@@ -47,9 +46,14 @@ class Method:
 
     @property
     def rank(self) -> tuple[int, int, str, str, bool]:
-        """Comparators first, then merges in the published order."""
-        known = KNOWN_ORDER.index(self.name) if self.name in KNOWN_ORDER else len(KNOWN_ORDER)
-        return KINDS.index(self.kind), known, self.name, self.title, self.searched
+        """Comparators first, then merges: the published ones, and the others by name."""
+        place = PUBLISHED.index(self.name) if self.name in PUBLISHED else len(PUBLISHED)
+        return KINDS.index(self.kind), place, self.name, self.title, self.searched
+
+    @property
+    def group(self) -> str:
+        """What methods of its kind stand under."""
+        return "Merged into one model" if self.kind == "merge" else "For comparison"
 
 
 #: Each test by the models whose own test it is; out-of-domain tests by all.
@@ -79,14 +83,16 @@ Values = Mapping[Unit, Value]
 
 @dataclass(frozen=True)
 class Grid:
-    """The rows of an experiment that share model, layout and heads, without superseded ones."""
+    """The rows of an experiment that share model, layout and heads, without superseded ones.
 
-    experiment: str
-    suite: str
+    ``against`` is the name or title of the merge that the others are compared with.
+    """
+
     model: str
     layout: str
     heads: str
     rows: tuple[ResultRow, ...]
+    against: str
 
     @cached_property
     def _also_plain(self) -> frozenset[tuple[str, str]]:
@@ -116,6 +122,13 @@ class Grid:
         return tuple(method for method in self.methods if method.kind == "merge")
 
     @cached_property
+    def reference(self) -> Method | None:
+        """The merge that the others are compared with; without a coefficient search rather than with."""
+        name = self.against.lower()
+        found = [method for method in self.merges if name in (method.name.lower(), method.title.lower())]
+        return min(found, key=lambda method: method.searched, default=None)
+
+    @cached_property
     def _cells(self) -> dict[tuple[Method, Unit], ResultRow]:
         return {(self.method(row), unit_of(row)): row for row in self.rows if row.kind != "individual"}
 
@@ -130,11 +143,18 @@ class Grid:
         for some in kinds:
             found = {unit_of(row) for row in self.rows if row.kind in some}
             if found:
-                place = {name: index for index, name in enumerate(self.contributors)}
-                return tuple(
-                    sorted(found, key=lambda u: (len(u.contributors), sorted(place[c] for c in u.contributors), u.seed))
-                )
+
+                def order(unit: Unit) -> tuple[int, list[int], int]:
+                    return len(unit.contributors), sorted(map(self.contributors.index, unit.contributors)), unit.seed
+
+                return tuple(sorted(found, key=order))
         return ()
+
+    @cached_property
+    def last(self) -> tuple[Unit, ...]:
+        """The units whose tests are shown one by one: all; where models are merged one after the other, the largest."""
+        most = max((len(unit.contributors) for unit in self.units), default=0)
+        return tuple(unit for unit in self.units if self.layout != "greedy" or len(unit.contributors) == most)
 
     @cached_property
     def seeds(self) -> tuple[int, ...]:
@@ -146,11 +166,10 @@ class Grid:
         """All contributors, by the mean of their places in the rows: the order that the experiment names them in."""
         places: dict[str, list[int]] = {name: [] for row in self.rows for name in row.contributors}
         for row in self.rows:
-            for position, name in enumerate(row.contributors if len(row.contributors) > 1 else ()):
-                places[name].append(position)
-        return tuple(
-            sorted(places, key=lambda name: (statistics.fmean(places[name]) if places[name] else math.inf, name))
-        )
+            if len(row.contributors) > 1:
+                for position, name in enumerate(row.contributors):
+                    places[name].append(position)
+        return tuple(sorted(places, key=lambda name: (statistics.fmean(places[name] or [math.inf]), name)))
 
     @cached_property
     def sets(self) -> dict[str, str]:
@@ -169,11 +188,6 @@ class Grid:
                 tested.setdefault(row.contributors[0], set()).add(inside[0])
         return {name: next(iter(found)) for name, found in {**tested, **said}.items() if len(found) == 1}
 
-    @cached_property
-    def _claims(self) -> Counter[str]:
-        """How many contributors a data set would stand for."""
-        return Counter(self.sets.get(name, name) for name in self.contributors)
-
     def show(self, contributor: str) -> str:
         """A contributor as people are to read it: by its data set, where that is known.
 
@@ -183,12 +197,12 @@ class Grid:
         own = self.sets.get(contributor)
         if own is None or own in (contributor, _stem(contributor)):
             return contributor
-        return own if self._claims[own] == 1 else f"{own} ({contributor})"
+        claims = [self.sets.get(name, name) for name in self.contributors].count(own)
+        return own if claims == 1 else f"{own} ({contributor})"
 
     def label(self, contributors: Iterable[str]) -> str:
         """Contributors as tables name them."""
-        place = {name: index for index, name in enumerate(self.contributors)}
-        return " + ".join(map(self.show, sorted(contributors, key=lambda name: place[name])))
+        return " + ".join(map(self.show, sorted(contributors, key=self.contributors.index)))
 
     @cached_property
     def orders(self) -> dict[tuple[str, ...], tuple[int, ...]]:
@@ -199,17 +213,10 @@ class Grid:
                 longest[row.seed] = row.contributors
         return {order: tuple(sorted(s for s in longest if longest[s] == order)) for order in sorted(longest.values())}
 
-    def row(self, method: Method, unit: Unit) -> ResultRow | None:
-        """The row of a method other than the individual models."""
-        return self._cells.get((method, unit))
-
     @cached_property
     def _tests(self) -> dict[Unit, dict[str, Domain]]:
         found: dict[Unit, dict[str, Domain]] = {unit: {} for unit in self.units}
-        for (_, unit), row in sorted(self._cells.items(), key=lambda item: item[0][0].rank, reverse=True):
-            if unit in found:
-                found[unit].update({name: score.domain for name, score in row.scores.items()})
-        for row in self._individuals.values():
+        for row in self.rows:
             if unit_of(row) in found:
                 found[unit_of(row)].update({name: score.domain for name, score in row.scores.items()})
         return found
@@ -218,11 +225,11 @@ class Grid:
         """The tests of a domain: those of the contributors' data sets in their order, then by name."""
         chosen = self.units if units is None else units
         names = {name for unit in chosen for name, own in self._tests[unit].items() if own == domain}
-        place: dict[str, int] = {}
+        own: list[str] = []
         for name in self.contributors:
-            for own in (self.sets[name],) if name in self.sets else (name, _stem(name)):
-                place.setdefault(own, len(place))
-        return tuple(sorted(names, key=lambda name: (place.get(_bare(name), len(place)), name)))
+            own += [self.sets[name]] if name in self.sets else [name, _stem(name)]
+        place = {name: own.index(_bare(name)) if _bare(name) in own else len(own) for name in names}
+        return tuple(sorted(names, key=lambda name: (place[name], name)))
 
     @property
     def domains(self) -> tuple[Domain, ...]:
@@ -238,53 +245,34 @@ class Grid:
     def on_test(self, method: Method, unit: Unit, test: str) -> Value | None:
         """A method's score on one test of a unit; None where it is missing."""
         if method.kind != "individual":
-            row = self.row(method, unit)
-            score = row.scores.get(test) if row else None
-            return Value(100 * score.value, (row.cell,)) if row and score and score.value is not None else None
-        if method == EVERY and self._tests[unit].get(test) != "in":
-            return None
-        scores = []
-        for name in unit.contributors:
-            row = self._individuals.get((name, unit.seed))
-            if row is None:
-                return None
-            score = row.scores.get(test)
-            if score is not None and (method == EVERY or score.domain == self._tests[unit].get(test)):
-                scores.append((row, score.value))
-            elif method == EVERY:
-                return None
-        values = [Value(100 * value, (row.cell,)) for row, value in scores if value is not None]
-        return mean_of(values) if values and len(values) == len(scores) else None
+            return _score(self._cells.get((method, unit)), test)
+        rows = [self._individuals.get((name, unit.seed)) for name in unit.contributors]
+        domain = self._tests[unit].get(test)
+        if method == EVERY:
+            return mean_of([_score(row, test) for row in rows]) if domain == "in" else None
+        has = [row for row in rows if row is None or (test in row.scores and row.scores[test].domain == domain)]
+        return mean_of([_score(row, test) for row in has])
 
     def of_model(self, contributor: str, test: str) -> dict[Unit, Value]:
         """The score of a single model on any test, by seed."""
-        found = {}
-        for (name, seed), row in sorted(self._individuals.items(), key=lambda item: item[0]):
-            score = row.scores.get(test)
-            if name == contributor and score is not None and score.value is not None:
-                found[Unit((name,), seed)] = Value(100 * score.value, (row.cell,))
-        return found
+        rows = {Unit((name,), seed): row for (name, seed), row in self._individuals.items() if name == contributor}
+        return {unit: value for unit, row in sorted(rows.items()) if (value := _score(row, test))}
 
     def on_domain(self, method: Method, unit: Unit, domain: Domain) -> Value | None:
         """A method's average over the tests of a domain; None where one is missing."""
         if method.kind != "individual":
-            row = self.row(method, unit)
+            row = self._cells.get((method, unit))
             average = row.domain_average(domain) if row else None
             return Value(100 * average, (row.cell,)) if row and average is not None else None
-        if method == EVERY and domain != "in":
-            return None
-        values = [self.on_test(method, unit, test) for test in self.tests(domain, [unit])]
-        known = [value for value in values if value is not None]
-        return mean_of(known) if known and len(known) == len(values) else None
+        return mean_of([self.on_test(method, unit, test) for test in self.tests(domain, [unit])])
 
     def label_scores(self, method: Method, unit: Unit) -> dict[tuple[str, str], Value]:
         """(In-domain test, label) → score; of an individual model only on its own test."""
         if method == EVERY:
             return {}
+        rows = [self._cells.get((method, unit))]
         if method.kind == "individual":
             rows = [self._individuals.get((name, unit.seed)) for name in unit.contributors]
-        else:
-            rows = [self.row(method, unit)]
         return {
             (test, label): Value(100 * value, (row.cell,))
             for row in rows
@@ -295,18 +283,16 @@ class Grid:
             if value is not None
         }
 
-    def by_domain(self, domain: Domain, units: Sequence[Unit]) -> dict[Method, Values]:
+    def by_domain(self, domain: Domain) -> dict[Method, Values]:
         """Method → unit → average over the tests of a domain."""
-        return {
-            method: {u: v for u in units if (v := self.on_domain(method, u, domain)) is not None}
-            for method in self.methods
-        }
+        return self._by_method(self.units, lambda method, unit: self.on_domain(method, unit, domain))
 
-    def by_test(self, test: str, units: Sequence[Unit]) -> dict[Method, Values]:
+    def by_test(self, test: str) -> dict[Method, Values]:
         """Method → unit → score on a test."""
-        return {
-            method: {u: v for u in units if (v := self.on_test(method, u, test)) is not None} for method in self.methods
-        }
+        return self._by_method(self.last, lambda method, unit: self.on_test(method, unit, test))
+
+    def _by_method(self, units: Sequence[Unit], score: Callable[[Method, Unit], Value | None]) -> dict[Method, Values]:
+        return {method: {u: v for u in units if (v := score(method, u)) is not None} for method in self.methods}
 
     def gaps(self) -> list[str]:
         """What is missing, a sentence each: methods without some units, and units without some seeds.
@@ -314,9 +300,8 @@ class Grid:
         A comparator is expected only at the numbers of models at which it is known at all.
         """
         told = []
-        units = set(self.units)
         for method in self.methods:
-            has = {u for u in units if any(self.on_domain(method, u, d) is not None for d in self.domains)}
+            has = {u for u in self.units if any(self.on_domain(method, u, d) is not None for d in self.domains)}
             sizes = {len(u.contributors) for u in has}
             due = [u for u in self.units if method.kind == "merge" or len(u.contributors) in sizes or not sizes]
             missing: dict[str, list[str]] = {}
@@ -329,15 +314,12 @@ class Grid:
                 ]
                 shown = "; ".join(listed[:4]) + (f"; and {len(listed) - 4} more" if len(listed) > 4 else "")
                 told.append(f"{method.title} has {len(has)} of {len(due)} cells. Missing: {shown}.")
-        if self.layout == "greedy":
-            grown = {(len(u.contributors), u.seed) for u in units}
-            expected = len({n for n, _ in grown}) * len(self.seeds)
-            have, what = len(grown), "numbers of models × seeds"
-        else:
-            expected = len({u.contributors for u in units}) * len(self.seeds)
-            have, what = len(units), ("pairs" if self.layout == "pairs" else "sets of models") + " × seeds"
-        if have < expected:
-            told.append(f"Only {have} of {expected} {what} have been computed by any method.")
+        greedy = self.layout == "greedy"
+        found = {(len(unit.contributors) if greedy else unit.contributors, unit.seed) for unit in self.units}
+        expected = len({merged for merged, _ in found}) * len(self.seeds)
+        if len(found) < expected:
+            what = {"greedy": "numbers of models", "pairs": "pairs"}.get(self.layout, "sets of models")
+            told.append(f"Only {len(found)} of {expected} {what} × seeds have been computed by any method.")
         return told
 
 
@@ -346,10 +328,19 @@ def unit_of(row: ResultRow) -> Unit:
     return Unit(tuple(sorted(row.contributors)), row.seed)
 
 
-def mean_of(values: Sequence[Value]) -> Value:
-    """The mean of values, with the cells of all."""
-    cells = dict.fromkeys(cell for value in values for cell in value.cells)
-    return Value(statistics.fmean(value.points for value in values), tuple(cells))
+def _score(row: ResultRow | None, test: str) -> Value | None:
+    """The score of a row on a test; None where it is missing."""
+    score = row.scores.get(test) if row else None
+    return Value(100 * score.value, (row.cell,)) if row and score and score.value is not None else None
+
+
+def mean_of(values: Sequence[Value | None]) -> Value | None:
+    """The mean of values, with the cells of all; None where there are none, or one is missing."""
+    known = [value for value in values if value is not None]
+    if not known or len(known) < len(values):
+        return None
+    cells = dict.fromkeys(cell for value in known for cell in value.cells)
+    return Value(statistics.fmean(value.points for value in known), tuple(cells))
 
 
 def _bare(test: str) -> str:
@@ -368,18 +359,16 @@ def common_units(values: Mapping[Method, Values]) -> tuple[frozenset[Unit], froz
     A merge with less than half of the units of the fullest one does not take part, so that a method that has just
     begun does not throw away everybody else's cells.
     """
-    merges = {method: set(found) for method, found in values.items() if method.kind == "merge" and found}
-    sets = list(merges.values()) or [set(found) for found in values.values() if found]
+    merges = [frozenset(found) for method, found in values.items() if method.kind == "merge" and found]
+    sets = merges or [frozenset(found) for found in values.values() if found]
     if not sets:
         return frozenset(), frozenset()
-    most = max(map(len, sets))
-    common = frozenset.intersection(*(frozenset(found) for found in sets if 2 * len(found) >= most))
-    if not common:
-        common = frozenset(sorted(sets, key=len)[-1])
+    most = sorted(sets, key=len)[-1]
+    common = frozenset.intersection(*(found for found in sets if 2 * len(found) >= len(most))) or most
     return common, frozenset(method for method, found in values.items() if common <= set(found))
 
 
-def make_grids(rows: Sequence[ResultRow]) -> tuple[list[Grid], list[ResultRow]]:
+def make_grids(rows: Sequence[ResultRow], against: str = SIMPLE.name) -> tuple[list[Grid], list[ResultRow]]:
     """Grids of one experiment's rows, and the rows that a later one of the same cell supersedes.
 
     A later row of an individual model that says nothing new is left out without being one of these: an experiment
@@ -400,7 +389,7 @@ def make_grids(rows: Sequence[ResultRow]) -> tuple[list[Grid], list[ResultRow]]:
         groups.setdefault((row.model, row.layout, row.heads), []).append(row)
     order = list(HEADS)
     keys = sorted(groups, key=lambda key: (key[0], key[1], order.index(key[2])))
-    return [Grid(groups[key][0].experiment, groups[key][0].suite, *key, tuple(groups[key])) for key in keys], old
+    return [Grid(*key, tuple(groups[key]), against) for key in keys], old
 
 
 def _repeats(older: ResultRow, row: ResultRow) -> bool:

@@ -67,7 +67,7 @@ def escape(text: str) -> str:
 
 def render_latex(sections: Sequence[Section]) -> str:
     """All tables: best merge bold, second best underlined. What is to be said beside them is in comments."""
-    tables = [table for section in sections for block in section.blocks for table in block.every_table]
+    tables = [table for section in sections for block in section.blocks for table in block.tables]
     packages = ["booktabs", "graphicx", *(["longtable"] if any(map(_is_long, tables)) else [])]
     parts = [_comment("Needs " + " ".join(rf"\usepackage{{{name}}}" for name in packages))]
     for section in sections:
@@ -75,7 +75,7 @@ def render_latex(sections: Sequence[Section]) -> str:
         parts.append("\n".join(map(_comment, notices)))
         for number, block in enumerate(section.blocks, 1):
             parts.append("\n".join(map(_comment, (block.title, *block.notices, *block.orders))))
-            for table in block.every_table:
+            for table in block.tables:
                 about = f"{table.title} ({section.title}; {block.title}). {table.caption}"
                 label = f"tab:{anchor(section.title)}-{number}-{table.key}"
                 named = rf"\caption{{{escape(about)}}}\label{{{label}}}"

@@ -2,191 +2,156 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import product
+from typing import Any
 
-from merganser.lab.report.grid import EVERY, Grid, Method, Unit, Value, Values
-from merganser.lab.report.rows import Domain
+from merganser.lab.report.grid import EVERY, Grid, Method, Unit, Value, Values, mean_of
+from merganser.lab.report.rows import Domain, ResultRow
 from merganser.lab.report.tables import (
     DOMAIN_TITLES,
     Cell,
     Line,
     Table,
     compare,
+    compare_groups,
     compare_paired,
-    find_method,
     method_lines,
     method_spans,
-    rankable,
     significance_table,
     spread,
     summarise,
-    with_stars,
 )
-from merganser.lab.report.ties import RULE, and_tied, leaders
+from merganser.lab.report.ties import RULE, and_tied
 
 
-def grid_tables(grid: Grid, against: str) -> list[Table]:
-    """All tables of a grid, in the order of the page."""
-    builders: dict[str, Callable[[Grid, str], list[Table]]] = {
-        "pairs": _pairs,
-        "greedy": _greedy,
-        "partitions": _tests_by_methods,
-        "all": _tests_by_methods,
+def grid_tables(grid: Grid) -> list[Table]:
+    """All tables of a grid, in the order of the page; that of the chosen coefficients is the last."""
+    builders: dict[str, Callable[[Grid], list[Table | None]]] = {"pairs": _pairs, "greedy": _greedy}
+    tables = builders.get(grid.layout, _tests_by_methods)(grid)
+    return [table for table in [*tables, _labels(grid), _chosen(grid)] if table and table.lines]
+
+
+def _pairs(grid: Grid) -> list[Table | None]:
+    values = {DOMAIN_TITLES[domain]: grid.by_domain(domain) for domain in grid.domains}
+    each = {title: compare_groups(grid, found, lambda unit: unit.contributors) for title, found in values.items()}
+    whole = {title: compare(found) for title, found in values.items()}
+    tests = compare_paired(grid, values)
+    stars = {title: {m: tests[title, m].marker for m in grid.merges if (title, m) in tests} for title in values}
+    columns: dict[str, Mapping[Method, Cell]] = {
+        title: {m: replace(cell, stars=stars[title].get(m, "")) for m, cell in cells.items()}
+        for title, cells in whole.items()
     }
-    tables = builders[grid.layout](grid, against)
-    return [table for table in [*tables, _labels(grid)] if table and table.lines]
-
-
-def _pairs(grid: Grid, against: str) -> list[Table]:
-    values = {domain: grid.by_domain(domain, grid.units) for domain in grid.domains}
-    titled = {DOMAIN_TITLES[domain]: values[domain] for domain in grid.domains}
-    tests = compare_paired(grid, titled, against)
-    columns, names = [], []
-    for title, found in titled.items():
-        columns.append(with_stars(compare(found), tests, title))
-        names.append(title)
-    for title, found in titled.items():
-        columns.append(_wins(grid, found))
-        names.append(f"Pairs won, {title.lower()}")
-    pairs = list(dict.fromkeys(unit.contributors for unit in grid.units))
-    reference = find_method(grid, against)
-    starred = f" Stars: differs from {reference.title} (table below)." if tests and reference else ""
+    columns |= {f"Pairs won, {title.lower()}": _wins(grid, each[title].values()) for title in values}
+    starred = f" Stars: differs from {grid.reference.title} (table below)." if tests and grid.reference else ""
     tables: list[Table | None] = [
         Table(
             key="summary",
             title="Averages over pairs",
             corner="Method",
-            columns=tuple(names),
-            lines=method_lines(grid, columns),
+            columns=tuple(columns),
+            lines=method_lines(grid, list(columns.values())),
             caption="Average over pairs, mean ± deviation over seeds. A merge wins the pairs on which its mean over "
             f"seeds is the highest of all merges; a pair whose best merges are tied ({RULE}) is won by none, and "
             f"counts as tied for each of these.{starred}",
             main=True,
         ),
-        significance_table(grid, titled, against, "pairs and seeds"),
+        significance_table(grid, tests, "pairs and seeds"),
     ]
     for domain in grid.domains:
-        lines = []
-        for pair in pairs:
-            of_pair = {
-                method: {u: v for u, v in found.items() if u.contributors == pair}
-                for method, found in values[domain].items()
-            }
-            if any(of_pair.values()):
-                lines.append(Line(grid.label(pair), spread(compare(of_pair), grid.methods)))
-        total = Line("Average over pairs", spread(compare(values[domain]), grid.methods), total=True)
+        title = DOMAIN_TITLES[domain]
+        lines = [
+            Line(grid.label(pair), spread(cells, grid.methods))
+            for pair, cells in each[title].items()
+            if any(cell.value is not None for cell in cells.values())
+        ]
         tables.append(
             Table(
                 key=f"each-{domain}",
-                title=f"Each pair, {DOMAIN_TITLES[domain].lower()}",
+                title=f"Each pair, {title.lower()}",
                 corner="Pair",
                 columns=tuple(method.title for method in grid.methods),
-                lines=(*lines, total),
+                lines=(*lines, Line("Average over pairs", spread(whole[title], grid.methods), total=True)),
                 caption="Mean ± deviation over seeds of a pair’s average over its tests.",
                 spans=method_spans(grid.methods),
             )
         )
-    return [table for table in tables if table]
+    return tables
 
 
-def _wins(grid: Grid, values: Mapping[Method, Values]) -> dict[Method, Cell]:
-    """How many pairs (or sets of contributors) each merge wins, by its mean over seeds, and on how many it is tied
-    for the best."""
-    won, tied = dict.fromkeys(grid.merges, 0), dict.fromkeys(grid.merges, 0)
-    total = 0
-    for group in dict.fromkeys(unit.contributors for unit in grid.units):
-        of_group = {
-            method: {u: v for u, v in values[method].items() if u.contributors == group} for method in grid.merges
-        }
-        ranked = rankable(compare(of_group))
-        if len(ranked) > 1:
-            total += 1
-            best = leaders(ranked)
-            for method in best:
-                (won if len(best) == 1 else tied)[method] += 1
-    if not total:
-        return {}
-    return {m: Cell(value=won[m], text=f"{won[m]} of {total}{and_tied(tied[m])}") for m in grid.merges}
+def _wins(grid: Grid, pairs: Iterable[Mapping[Method, Cell]]) -> dict[Method, Cell]:
+    """How many pairs each merge wins, by its mean over seeds, and on how many it is tied for the best."""
+    best = [[method for method, cell in cells.items() if cell.mark == "best"] for cells in pairs]
+    total = sum(map(bool, best))
+    won = Counter(methods[0] for methods in best if len(methods) == 1)
+    tied = Counter(method for methods in best if len(methods) > 1 for method in methods)
+    shown = {method: f"{won[method]} of {total}{and_tied(tied[method])}" for method in grid.merges}
+    return {method: Cell(value=won[method], text=text) for method, text in shown.items()} if total else {}
 
 
-def _greedy(grid: Grid, against: str) -> list[Table]:
-    sizes = sorted({len(unit.contributors) for unit in grid.units})
-    tables: list[Table] = []
+def _greedy(grid: Grid) -> list[Table | None]:
+    tables: list[Table | None] = []
     for domain in grid.domains:
-        values = grid.by_domain(domain, grid.units)
-        columns = [compare(_of_size(values, size)) for size in sizes]
-        whose = " of the models merged, which differ from column to column" if _differ(grid, domain) else ""
+        sizes = compare_groups(grid, grid.by_domain(domain), lambda unit: len(unit.contributors))
+        differ = len({grid.tests(domain, [unit]) for unit in grid.units}) > 1
+        whose = " of the models merged, which differ from column to column" if differ else ""
         tables.append(
             Table(
                 key=f"greedy-{domain}",
                 title=DOMAIN_TITLES[domain],
                 corner="Method",
-                columns=tuple(str(size) for size in sizes),
-                lines=method_lines(grid, columns),
+                columns=tuple(map(str, sizes)),
+                lines=method_lines(grid, list(sizes.values())),
                 caption=f"Average over the tests{whose}, mean ± deviation over seeds.",
                 spans=(("Number of models", len(sizes)),),
                 main=True,
             )
         )
-    last = [unit for unit in grid.units if len(unit.contributors) == sizes[-1]] if sizes else []
-    return [*tables, *_tests_by_methods(grid, against, last)]
+    return [*tables, *_tests_by_methods(grid)]
 
 
-def _differ(grid: Grid, domain: Domain) -> bool:
-    """Whether the units of a grid have different tests of a domain."""
-    return len({grid.tests(domain, [unit]) for unit in grid.units}) > 1
+def on_tests(grid: Grid, domain: Domain) -> dict[str, dict[Method, Values]]:
+    """Test → method → unit → score, for each test of a domain."""
+    return {test: grid.by_test(test) for test in grid.tests(domain, grid.last)}
 
 
-def _of_size(values: Mapping[Method, Values], size: int) -> dict[Method, Values]:
-    return {method: {u: v for u, v in found.items() if len(u.contributors) == size} for method, found in values.items()}
+def average_over_tests(grid: Grid, tests: Mapping[str, Mapping[Method, Values]]) -> dict[Method, Cell]:
+    """Method → the average over tests (:func:`on_tests`).
 
-
-@dataclass(frozen=True)
-class OnTests:
-    """How the methods do on the tests of a domain.
-
-    Attributes:
-        cells: test → method → mean over seeds.
-        values: method → (test, contributors) and seed → score: what is compared in pairs.
-        average: of the tests, by method; empty where there is one test only.
+    A seed counts for a method only where the method has all tests that any method has with that seed.
     """
-
-    cells: Mapping[str, Mapping[Method, Cell]]
-    values: Mapping[Method, Values]
-    average: Mapping[Method, Cell]
-
-
-def on_tests(grid: Grid, domain: Domain, units: Sequence[Unit]) -> OnTests:
-    """The methods on each test of a domain."""
-    cells: dict[str, Mapping[Method, Cell]] = {}
-    pooled: dict[Method, dict[Unit, Value]] = {method: {} for method in grid.methods}
-    for test in grid.tests(domain, units):
-        values = grid.by_test(test, units)
-        cells[test] = compare(values)
-        for method, found in values.items():
-            pooled[method].update({Unit((test, *unit.contributors), unit.seed): v for unit, v in found.items()})
-    return OnTests(cells, pooled, compare(_over_tests(pooled)) if len(cells) > 1 else {})
+    averages: dict[Method, dict[Unit, Value]] = {method: {} for method in grid.methods}
+    for seed in grid.seeds:
+        of_seed = [
+            {method: [v for u, v in found.items() if u.seed == seed] for method, found in values.items()}
+            for values in tests.values()
+        ]
+        due = [found for found in of_seed if any(found.values())]
+        for method in grid.methods:
+            average = mean_of([mean_of(found[method]) for found in due])
+            if average is not None:
+                averages[method][Unit((), seed)] = average
+    return compare(averages)
 
 
-def _tests_by_methods(grid: Grid, against: str, some: Sequence[Unit] | None = None) -> list[Table]:
+def _tests_by_methods(grid: Grid) -> list[Table | None]:
     """Lines = tests, columns = methods; with an average for each domain."""
-    units = list(grid.units if some is None else some)
     lines = []
     paired: dict[str, Mapping[Method, Values]] = {}
     for domain in grid.domains:
-        title, found = DOMAIN_TITLES[domain], on_tests(grid, domain, units)
-        paired[title] = found.values
-        lines += [Line(test, spread(cells, grid.methods), title) for test, cells in found.cells.items()]
-        if found.average:
-            lines.append(Line("Average", spread(found.average, grid.methods), title, total=True))
-    size = {len(unit.contributors) for unit in units}
-    every = f"all {size.pop()} models" if grid.layout in ("greedy", "all") and len(size) == 1 else ""
+        title, found = DOMAIN_TITLES[domain], on_tests(grid, domain)
+        paired[title] = _pooled(grid, found)
+        lines += [Line(test, spread(compare(values), grid.methods), title) for test, values in found.items()]
+        if len(found) > 1:
+            lines.append(Line("Average", spread(average_over_tests(grid, found), grid.methods), title, total=True))
+    size = {len(unit.contributors) for unit in grid.last}
+    every = f", all {size.pop()} models merged" if grid.layout in ("greedy", "all") and len(size) == 1 else ""
     noun = "task" if grid.layout == "partitions" else "test set"
     table = Table(
         key="tests",
-        title=f"Each {noun}{', ' + every + ' merged' if every else ''}",
+        title=f"Each {noun}{every}",
         corner=noun.capitalize(),
         columns=tuple(method.title for method in grid.methods),
         lines=tuple(lines),
@@ -194,11 +159,20 @@ def _tests_by_methods(grid: Grid, against: str, some: Sequence[Unit] | None = No
         spans=method_spans(grid.methods),
         main=grid.layout != "greedy",
     )
-    more = [
-        _each_model(grid) if grid.layout == "all" else None,
-        significance_table(grid, paired, against, f"{noun}s and seeds"),
-    ]
-    return [table, *filter(None, more)]
+    significance = significance_table(grid, compare_paired(grid, paired), f"{noun}s and seeds")
+    return [table, _each_model(grid) if grid.layout == "all" else None, significance]
+
+
+def _pooled(grid: Grid, tests: Mapping[str, Mapping[Method, Values]]) -> dict[Method, Values]:
+    """Method → (test, contributors) and seed → score: what is compared in pairs."""
+    return {
+        method: {
+            Unit((test, *unit.contributors), unit.seed): value
+            for test, values in tests.items()
+            for unit, value in values[method].items()
+        }
+        for method in grid.methods
+    }
 
 
 def models_on_tests(grid: Grid) -> dict[str, dict[str, Cell]]:
@@ -207,21 +181,17 @@ def models_on_tests(grid: Grid) -> dict[str, dict[str, Cell]]:
     if EVERY not in grid.methods:
         return {}
     tests = grid.tests("in")
-    return {name: {test: summarise(grid.of_model(name, test).items()) for test in tests} for name in grid.contributors}
+    return {name: {test: summarise(grid.of_model(name, test)) for test in tests} for name in grid.contributors}
 
 
-def _each_model(grid: Grid) -> Table | None:
+def _each_model(grid: Grid) -> Table:
     """Lines = single models, columns = in-domain tests."""
-    found = models_on_tests(grid)
-    lines = [Line(grid.show(name), tuple(cells.values())) for name, cells in found.items()]
-    if not lines:
-        return None
     return Table(
         key="models",
         title="Each model alone",
         corner="Model",
         columns=grid.tests("in"),
-        lines=_tinted(lines),
+        lines=_tinted([Line(grid.show(name), tuple(own.values())) for name, own in models_on_tests(grid).items()]),
         caption=f"Each model on every test before anything is merged, mean ± deviation over seeds. {_TINT}",
         main=True,
     )
@@ -234,63 +204,67 @@ _TINT = "The tint runs from the lowest to the highest number of the table."
 def _tinted(lines: Sequence[Line]) -> tuple[Line, ...]:
     """Lines whose numbers are tinted by how high they are."""
     numbers = [cell.value for line in lines for cell in line.cells if cell.value is not None]
-    low, width = min(numbers, default=0.0), (max(numbers, default=0.0) - min(numbers, default=0.0)) or 1.0
+    low, high = min(numbers, default=0.0), max(numbers, default=0.0)
 
     def tint(cell: Cell) -> Cell:
-        return replace(cell, shade=None if cell.value is None else (cell.value - low) / width)
+        return cell if cell.value is None else replace(cell, shade=(cell.value - low) / ((high - low) or 1.0))
 
     return tuple(replace(line, cells=tuple(map(tint, line.cells))) for line in lines)
 
 
-def _over_tests(pooled: Mapping[Method, Values]) -> dict[Method, Values]:
-    """Test and seed → seed: the mean over the tests that every method with the seed's tests has.
-
-    A seed counts for a method only where the method has all tests that any method has with that seed.
-    """
-    expected: dict[int, set[str]] = {}
-    for found in pooled.values():
-        for unit in found:
-            expected.setdefault(unit.seed, set()).add(unit.contributors[0])
-    averaged: dict[Method, Values] = {}
-    for method, found in pooled.items():
-        by_seed: dict[int, dict[str, list[Value]]] = {}
-        for unit, value in found.items():
-            by_seed.setdefault(unit.seed, {}).setdefault(unit.contributors[0], []).append(value)
-        averaged[method] = {
-            Unit((), seed): Value(
-                statistics.fmean(statistics.fmean(v.points for v in values) for values in tests.values()),
-                tuple(dict.fromkeys(c for values in tests.values() for v in values for c in v.cells)),
-            )
-            for seed, tests in by_seed.items()
-            if set(tests) == expected[seed]
-        }
-    return averaged
-
-
-def _labels(grid: Grid) -> Table | None:
+def _labels(grid: Grid) -> Table:
     """Per-label scores: labels × methods, over the in-domain tests that have the label."""
-    sizes = {len(unit.contributors) for unit in grid.units}
-    units = [u for u in grid.units if grid.layout != "greedy" or len(u.contributors) == max(sizes)]
     found: dict[str, dict[Method, dict[Unit, Value]]] = {}
-    for method in grid.methods:
-        for unit in units:
-            for (test, label), value in grid.label_scores(method, unit).items():
-                key = Unit((test, *unit.contributors), unit.seed)
-                found.setdefault(label, {}).setdefault(method, {})[key] = value
-    if not found:
-        return None
-    methods = [method for method in grid.methods if any(method in of_label for of_label in found.values())]
-    lines = [
-        Line(label, spread(compare({method: of_label.get(method, {}) for method in methods}), methods))
-        for label, of_label in sorted(found.items())
-    ]
+    for method, unit in product(grid.methods, grid.last):
+        for (test, label), value in grid.label_scores(method, unit).items():
+            of_label = found.setdefault(label, {method: {} for method in grid.methods})
+            of_label[method][Unit((test, *unit.contributors), unit.seed)] = value
+    methods = [method for method in grid.methods if any(of_label[method] for of_label in found.values())]
+    lines = [Line(label, spread(compare(of_label), methods)) for label, of_label in sorted(found.items())]
+    merged = f", {len(grid.last[0].contributors)} models merged" if grid.layout == "greedy" else ""
     return Table(
         key="labels",
-        title="Each label, in-domain" + (f", {max(sizes)} models merged" if grid.layout == "greedy" else ""),
+        title=f"Each label, in-domain{merged}",
         corner="Label",
         columns=tuple(method.title for method in methods),
         lines=_tinted(lines),
         caption="F1 × 100 of each label, average over the in-domain tests that have it, mean ± deviation over seeds. "
         + _TINT,
         spans=method_spans(methods),
+    )
+
+
+def _chosen(grid: Grid) -> Table:
+    """The coefficients of searched cells."""
+
+    def order(row: ResultRow) -> tuple[Any, ...]:
+        places = list(map(grid.contributors.index, row.contributors))
+        return grid.method(row).rank, len(places), places, row.seed
+
+    lines, by = [], set()
+    for row in sorted(grid.rows, key=order):
+        if row.chosen is None:
+            continue
+        by.add(row.chosen.by)
+        best = row.chosen.candidates[row.chosen.best]
+        known = [c.dev for c in row.chosen.candidates if c.dev is not None]
+        span = f"{100 * min(known):.1f} – {100 * max(known):.1f}" if known else "–"
+        weights = zip(row.contributors, best.coefficients, strict=False)
+        cells = (
+            Cell(text=" + ".join(f"{weight:.2g} {grid.show(name)}" for name, weight in weights)),
+            Cell(text=str(row.seed)),
+            Cell(value=None if best.dev is None else 100 * best.dev, cells=(row.cell,), n=1, seeds=1),
+            Cell(text=span),
+            Cell(text=str(len(row.chosen.candidates))),
+        )
+        lines.append(Line(grid.label(row.contributors), cells, group=grid.method(row).title))
+    return Table(
+        key="chosen",
+        title="Chosen coefficients",
+        corner="Models",
+        columns=("Coefficients", "Seed", "Score when chosen", "Lowest – highest", "Tried"),
+        lines=tuple(lines),
+        caption=f"The coefficients with the highest score on {' and '.join(sorted(by))} data, that score, and the "
+        "range of all that were tried. The scores of the other tables are of test data.",
+        numeric=(False, True, True, True, True),
     )

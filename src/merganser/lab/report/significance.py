@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from merganser.lab.report.ties import sign, tally
+from merganser.lab.report.ties import Tally, sign, tally
 
 #: Up to this many differences other than zero all assignments are counted.
 EXACT = 18
@@ -24,21 +24,13 @@ MARKERS = (("**", 0.01), ("*", 0.05))
 
 @dataclass(frozen=True)
 class Paired:
-    """A comparison over ``n`` units: their mean difference, how many are above and below zero (the others are tied),
-    and p."""
+    """A comparison over ``n`` units: their mean difference, how many are above, below and tied, and p."""
 
     n: int
     difference: float
-    above: int
-    below: int
+    counts: Tally
     p: float
-    exact: bool
     adjusted: float = 1.0
-
-    @property
-    def tied(self) -> int:
-        """How many units are neither above nor below."""
-        return self.n - self.above - self.below
 
     @property
     def marker(self) -> str:
@@ -58,13 +50,13 @@ def sign_flip(differences: Sequence[float]) -> Paired:
     """
     values = np.asarray(differences, np.float64)
     nonzero = values[values != 0]
-    seen = abs(nonzero.sum())
-    floor = seen - 1e-12 * max(1.0, np.abs(nonzero).sum())  # sums of another order differ in the last bits
-    exact = len(nonzero) <= EXACT
-    if not len(nonzero):
-        p = 1.0
-    elif exact:
-        p = float((np.abs(_all_sums(nonzero)) >= floor).mean())
+    # Sums of another order differ in the last bits.
+    floor = abs(nonzero.sum()) - 1e-12 * max(1.0, np.abs(nonzero).sum())
+    if len(nonzero) <= EXACT:
+        sums = np.zeros(1)
+        for value in nonzero:
+            sums = np.concatenate([sums + value, sums - value])
+        p = float((np.abs(sums) >= floor).mean())
     else:
         generator = np.random.default_rng(SEED)
         hits = 0
@@ -72,25 +64,12 @@ def sign_flip(differences: Sequence[float]) -> Paired:
             signs = generator.integers(0, 2, (10_000, len(nonzero)), np.int8) * 2.0 - 1.0
             hits += int((np.abs(signs @ nonzero) >= floor).sum())
         p = (hits + 1) / (SAMPLES + 1)
-    counts = tally(differences)
-    return Paired(
-        n=len(values), difference=float(values.mean()), above=counts.above, below=counts.below, p=p, exact=exact
-    )
-
-
-def _all_sums(values: np.ndarray) -> np.ndarray:
-    """The sums under every assignment of signs: float64 (2ⁿ,)."""
-    sums = np.zeros(1)
-    for value in values:
-        sums = np.concatenate([sums + value, sums - value])
-    return sums
+    return Paired(len(values), float(values.mean()), tally(differences), p)
 
 
 def holm(ps: Sequence[float]) -> list[float]:
     """Holm's step-down adjusted p-values, in the order given."""
-    adjusted = [0.0] * len(ps)
-    highest = 0.0
-    for rank, index in enumerate(sorted(range(len(ps)), key=lambda i: ps[i])):
-        highest = max(highest, min(1.0, (len(ps) - rank) * ps[index]))
-        adjusted[index] = highest
-    return adjusted
+    order = np.argsort(ps, kind="stable")
+    adjusted = np.empty(len(ps))
+    adjusted[order] = np.maximum.accumulate(np.arange(len(ps), 0, -1) * np.asarray(ps)[order])
+    return [min(1.0, p) for p in adjusted.tolist()]

@@ -32,6 +32,29 @@ _VARIABLES = {
 }
 
 
+_SETTINGS = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "merganser",
+    "text.parse_math": False,  # names are not formulas
+    "font.size": 9.5,
+    "axes.linewidth": 0.7,
+    "axes.edgecolor": LINE,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 9.5,
+    "axes.titlecolor": MUTED,
+    "axes.labelcolor": MUTED,
+    "grid.color": LINE,
+    "legend.frameon": False,
+    "legend.borderaxespad": 0,
+    "legend.fontsize": 9,
+    "legend.loc": "upper left",
+    **{f"{axis}tick.{name}": value for axis in "xy" for name, value in (("major.size", 0), ("labelcolor", MUTED))},
+}
+
+
 @dataclass(frozen=True)
 class Figure:
     """A figure of the page: two drawings of the same, and what a reader needs to read them."""
@@ -43,32 +66,27 @@ class Figure:
     narrow: str
 
 
-def draw(prefix: str, alt: str, paint: Callable[[bool], Canvas]) -> tuple[str, str]:
-    """The wide and the narrow ``<svg>`` of a figure.
+def draw(prefix: str, key: str, *, title: str, caption: str, alt: str, paint: Callable[[bool], Canvas]) -> Figure:
+    """A figure with its wide and its narrow ``<svg>``.
 
     Args:
-        prefix: makes the ids of the drawing unique in the page.
+        prefix: with ``key``, makes the ids of the drawings unique in the page.
+        key: which of a grid's figures it is.
+        title: stands above the figure.
+        caption: stands below it.
         alt: what the figure says, for those who do not see it.
         paint: draws it, given whether it is wide.
     """
-    settings = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "merganser",
-        "text.parse_math": False,  # names are not formulas
-        "font.size": 9.5,
-        "axes.linewidth": 0.7,
-    }
-    drawn = []
-    with matplotlib.rc_context(settings):
+    drawn = {}
+    with matplotlib.rc_context(_SETTINGS):
         for shape in ("wide", "narrow"):
             canvas = paint(shape == "wide")
-            canvas.patch.set_visible(False)
-            for axes in canvas.axes:
-                axes.patch.set_visible(False)
+            for patch in (canvas.patch, *(axes.patch for axes in canvas.axes)):
+                patch.set_visible(False)
             stream = io.StringIO()
             canvas.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
-            drawn.append(_inline(stream.getvalue(), f"{prefix}-{shape}", shape, alt))
-    return drawn[0], drawn[1]
+            drawn[shape] = _inline(stream.getvalue(), f"{prefix}-{key}-{shape}", shape, alt)
+    return Figure(key, title, caption, **drawn)
 
 
 def _inline(document: str, prefix: str, shape: str, alt: str) -> str:
@@ -79,8 +97,8 @@ def _inline(document: str, prefix: str, shape: str, alt: str) -> str:
     svg = re.sub(r'(href="|url\()#', rf"\1#{prefix}-", svg)
     width = re.search(r'<svg[^>]*? width="([\d.]+)pt"', svg)
     size = f' style="max-width:{float(width.group(1)) * 4 / 3:.0f}px"' if width else ""
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    for dimension in ("width", "height"):
+        svg = re.sub(rf'(<svg[^>]*?) {dimension}="[^"]*"', r"\1", svg, count=1)
     for placeholder, variable in _VARIABLES.items():
         svg = svg.replace(placeholder, f"var(--{variable})")
     return svg.replace("<svg", f'<svg role="img" aria-label="{escape(alt)}" class="{shape}"{size}', 1)

@@ -6,33 +6,18 @@ import csv
 import io
 import textwrap
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 
 from rich import box
 from rich.markup import escape
 from rich.table import Table as RichTable
 
-from merganser.lab.report.grid import Grid
 from merganser.lab.report.sections import Section
 from merganser.lab.report.tables import Cell, Table
 
-CSV_COLUMNS = (
-    "experiment",
-    "model",
-    "heads",
-    "layout",
-    "table",
-    "group",
-    "row",
-    "column",
-    "mean",
-    "std",
-    "units",
-    "seeds",
-    "partial",
-    "mark",
-    "text",
-    "cells",
-)
+#: Columns of the CSV: where a number stands, and what it is.
+_PLACE = ("experiment", "model", "heads", "layout", "table", "group", "row", "column")
+_NUMBER = ("mean", "std", "units", "seeds", "partial", "mark", "text", "cells")
 
 
 def render_markdown(sections: Sequence[Section]) -> str:
@@ -47,7 +32,7 @@ def render_markdown(sections: Sequence[Section]) -> str:
             parts.append(f"## {_md(block.title)}")
             parts.extend(f"> {_md(notice)}" for notice in block.notices)
             parts.extend(f"Order: {_md(order)}" for order in block.orders)
-            for table in block.every_table:
+            for table in block.tables:
                 parts.append(f"### {_md(table.title)}")
                 parts.append(_markdown(table))
                 if table.caption:
@@ -57,15 +42,12 @@ def render_markdown(sections: Sequence[Section]) -> str:
 
 def _markdown(table: Table) -> str:
     grouped = any(line.group for line in table.lines)
-    heads = ([""] if grouped else []) + [table.corner, *table.columns]
-    rules = ["---"] * (2 if grouped else 1)
-    rules += ["---:" if table.is_numeric(index) else "---" for index in range(len(table.columns))]
-    rows = [heads, rules]
+    rules = ["---:" if table.is_numeric(index) else "---" for index in range(len(table.columns))]
+    rows = [["", table.corner, *table.columns], ["---", "---", *rules]]
     for line in table.lines:
-        cells = [_md_cell(cell) for cell in line.cells]
         title = f"**{_md(line.title)}**" if line.total else _md(line.title)
-        rows.append(([_md(line.group)] if grouped else []) + [title, *cells])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+        rows.append([_md(line.group), title, *map(_md_cell, line.cells)])
+    return "\n".join(f"| {' | '.join(row if grouped else row[1:])} |" for row in rows)
 
 
 def _md_cell(cell: Cell) -> str:
@@ -85,37 +67,21 @@ def render_csv(sections: Sequence[Section]) -> str:
     """All tables, a line a number: means and deviations in points, unrounded, with the ids of their cells."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(CSV_COLUMNS)
+    writer.writerow((*_PLACE, *_NUMBER))
     for section in sections:
         for block in section.blocks:
-            for table in block.every_table:
-                writer.writerows(_csv_rows(section, block.grid, table))
+            place = (section.title, block.grid.model, block.grid.heads, block.grid.layout)
+            writer.writerows(place + row for table in block.tables for row in _csv_rows(table))
     return stream.getvalue()
 
 
-def _csv_rows(section: Section, grid: Grid, table: Table) -> Iterator[list[object]]:
+def _csv_rows(table: Table) -> Iterator[tuple[object, ...]]:
     for line in table.lines:
         for column, cell in zip(table.columns, line.cells, strict=True):
-            if cell.value is None and cell.text is None:
-                continue
-            yield [
-                section.title,
-                grid.model,
-                grid.heads,
-                grid.layout,
-                table.key,
-                line.group,
-                line.title,
-                column,
-                "" if cell.value is None else repr(cell.value),
-                "" if cell.std is None else repr(cell.std),
-                cell.n or "",
-                cell.seeds or "",
-                "yes" if cell.counted else "",
-                cell.mark,
-                cell.text or "",
-                " ".join(cell.cells),
-            ]
+            if cell.value is not None or cell.text is not None:
+                place = (table.key, line.group, line.title, column)
+                counts = (cell.n or "", cell.seeds or "", "yes" if cell.counted else "")
+                yield (*place, cell.value, cell.std, *counts, cell.mark, cell.text, " ".join(cell.cells))
 
 
 def terminal_tables(sections: Sequence[Section]) -> Iterator[RichTable | str]:
@@ -136,12 +102,10 @@ def _rich(table: Table) -> RichTable:
     for index, column in enumerate(table.columns):
         heading = textwrap.fill(column, 12, break_long_words=False, break_on_hyphens=False)
         drawn.add_column(escape(heading), justify="right" if table.is_numeric(index) else "left", no_wrap=True)
-    group = None
-    for line in table.lines:
-        if group is not None and line.group != group:
-            drawn.add_section()
-        group = line.group
-        drawn.add_row(escape(line.title), *map(_rich_cell, line.cells))
+    for _, lines in groupby(table.lines, key=lambda line: line.group):
+        for line in lines:
+            drawn.add_row(escape(line.title), *map(_rich_cell, line.cells))
+        drawn.add_section()
     return drawn
 
 
