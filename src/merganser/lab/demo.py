@@ -189,13 +189,8 @@ def _files(domains: Sequence[Domain], settings: Settings, base: str, folder: Pat
 
 
 def _line(example: Example) -> str:
-    row = {
-        "text": example.text,
-        "label": LABEL_NAMES[example.label],
-        "rating": example.rating,
-        "id": example.identifier,
-    }
-    return json.dumps(row, ensure_ascii=False) + "\n"
+    row = {"text": example.text, "label": LABEL_NAMES[example.label], "rating": example.rating}
+    return json.dumps({**row, "id": example.identifier}, ensure_ascii=False) + "\n"
 
 
 def _configuration(names: Sequence[str], settings: Settings, title: str, weights: str) -> dict[str, Any]:
@@ -238,23 +233,15 @@ def _prepare_folder(output: Path, files: Mapping[str, str], overwrite: bool, nee
         raise UserError("the output is a file", where=output, mend="give a folder")
     found = output.is_dir() and any(output.iterdir())
     if found and not (output / CONFIG).is_file():
-        raise UserError(
-            "the folder exists and holds something other than a demo, so it is left alone",
-            where=output,
-            mend="choose another folder with -o",
-        )
+        what = "the folder exists and holds something other than a demo, so it is left alone"
+        raise UserError(what, where=output, mend="choose another folder with -o")
     if found and not overwrite:
-        unlike = [
-            name
-            for name, text in files.items()
-            if (output / name).is_file() and (output / name).read_bytes() != text.encode()
-        ]
+        there = {name: text for name, text in files.items() if (output / name).is_file()}
+        unlike = [name for name, text in there.items() if (output / name).read_bytes() != text.encode()]
         if unlike:
-            raise UserError(
-                f"the folder holds another demo: other contents of {', '.join(unlike)}",
-                where=output,
-                mend="choose another folder with -o, or replace the old demo with --overwrite",
-            )
+            what = f"the folder holds another demo: other contents of {', '.join(unlike)}"
+            mend = "choose another folder with -o, or replace the old demo with --overwrite"
+            raise UserError(what, where=output, mend=mend)
         return
     for name in _OURS:
         remove(output / name)
