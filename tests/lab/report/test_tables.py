@@ -358,3 +358,12 @@ def test_searched_methods_are_told_apart_and_their_coefficients_listed(examples:
     assert line.cells[0].text == f"{x:.2g} cola + {y:.2g} sst2"
     assert line.cells[2].value == pytest.approx(100 * best["dev"])
     assert best["dev"] == max(c["dev"] for c in row["chosen"]["candidates"])
+
+
+def test_published_merges_come_first_and_others_by_name(examples: ModuleType) -> None:
+    names = ("ties", "RegMean, as published", "actmat", "regmean", "fisher", "simple")
+    common = {"layout": "all", "contributors": ("a", "b"), "seed": 1, "tests": {"t": "in"}}
+    rows = [examples.make_row(kind="merge", method=name, title=name, **common) for name in names]
+    (grid,) = grids_of(rows)
+    ordered = ["simple", "fisher", "regmean", "RegMean, as published", "actmat", "ties"]
+    assert [method.title for method in grid.merges] == ordered

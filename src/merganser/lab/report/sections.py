@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain, groupby
+from itertools import chain, groupby, product
 
 from merganser.errors import RecipeError, did_you_mean
 from merganser.lab.report.grid import DOMAINS, EVERY, HEADS, Grid, make_grids
@@ -157,17 +157,12 @@ def _how(grids: Sequence[Grid], rows: Sequence[ResultRow]) -> tuple[str, ...]:
         told.append("A number is the mean over seeds of each seed’s average, ± their standard deviation (n − 1).")
     else:
         told.append("There is one seed, so that there are no deviations.")
-    errors = [
-        [
-            100 * score.standard_error
-            for score in row.scores.values()
-            if score.domain == domain and score.standard_error is not None
-        ]
-        for row in rows
-        for domain in DOMAINS
-    ]
+    errors = []
+    for row, domain in product(rows, DOMAINS):
+        found = [score.standard_error for score in row.scores.values() if score.domain == domain]
+        errors.append([100 * error for error in found if error is not None])
     # The errors of several tests are independent.
-    averages = [math.hypot(*found) / len(found) for found in errors if len(found) > 1]
+    averages = [math.hypot(*of_tests) / len(of_tests) for of_tests in errors if len(of_tests) > 1]
     if any(errors):
         told.append(
             f"The standard error (bootstrap over a test’s examples) of a score is {_range(chain(*errors))} points"
