@@ -130,6 +130,7 @@ def _finish(axes: Axes, rows: Sequence[Row], metric: str, wide: bool) -> None:
     axes.set_ylim(-len(rows) + (0.4 if wide else 0.6), 0.6 if wide else 0.85)
     axes.tick_params(axis="x", pad=6)
     axes.grid(axis="x", linewidth=0.7, zorder=0)
+    axes.set_axisbelow(True)
     axes.set_xlabel(metric, labelpad=6)
     for index, (one, other) in enumerate(pairwise(rows)):
         if one.group != other.group:

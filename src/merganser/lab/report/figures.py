@@ -109,6 +109,7 @@ def _panels(canvas: Canvas, count: int, wide: bool) -> Iterable[Axes]:
     for ax in axes:
         ax.tick_params(pad=5)
         ax.grid(linewidth=0.6, zorder=0)
+        ax.set_axisbelow(True)
     return axes
 
 

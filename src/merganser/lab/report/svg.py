@@ -41,7 +41,6 @@ _SETTINGS = {
     "axes.edgecolor": LINE,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.axisbelow": True,
     "axes.titlelocation": "left",
     "axes.titlesize": 9.5,
     "axes.titlecolor": MUTED,
