@@ -11,7 +11,7 @@ import transformers
 from conftest import ARCHITECTURES, make_model
 from merganser.checkpoints import open_checkpoint
 from merganser.checkpoints.layers import describe_layers, layers_of, map_parameters
-from merganser.checkpoints.names import align
+from merganser.checkpoints.reader import align
 from merganser.errors import CheckpointError
 
 

@@ -16,8 +16,8 @@ from merganser.checkpoints import open_checkpoint
 from merganser.collection import collect_statistics
 from merganser.errors import StatisticsError, UserError
 from merganser.merging import Contributor, merge
+from merganser.methods.sums import augment
 from merganser.statistics import Statistics, write_statistics
-from merganser.statistics.algebra import augment
 from merganser.statistics.gram_encodings import WIDEST
 from merganser.statistics.storage import compress, parse_storage, rounded_within, top_factor
 from merganser.tensors import mirror_upper, pack_upper, unpack_upper

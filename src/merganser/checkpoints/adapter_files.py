@@ -14,8 +14,7 @@ from typing import Any
 
 from merganser.checkpoints.adapter_settings import MERGE_FIRST, Settings, read_settings
 from merganser.checkpoints.adapters import CONFIG, WEIGHTS, AdapterCheckpoint, Change
-from merganser.checkpoints.names import align, renamed
-from merganser.checkpoints.reader import Checkpoint, read_json
+from merganser.checkpoints.reader import Checkpoint, align, read_json, renamed
 from merganser.errors import CheckpointError, ErrorCollector, UserError, raise_all
 from merganser.tensors import is_floating
 

@@ -13,8 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from merganser.checkpoints.names import renamed
-from merganser.checkpoints.reader import Checkpoint, read_json
+from merganser.checkpoints.reader import Checkpoint, read_json, renamed
 from merganser.errors import CheckpointError
 
 Kind = Literal["linear", "conv1d", "embedding"]

@@ -8,7 +8,7 @@ import math
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -290,3 +290,33 @@ def sha256_file(path: Path) -> str:
     """The hash of a file's bytes, in hexadecimal."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def align(names: Collection[str], others: Collection[str]) -> dict[str, str]:
+    """Map each of ``names`` to its twin among ``others``; names without a twin are absent.
+
+    Twins are equal, or equal but for one leading component (``bert.`` before everything, say). The prefix is the
+    one that pairs the most names; a name that is there literally always wins.
+    """
+    available = set(others)
+    best: dict[str, str] = {}
+    for prefix in _prefixes(names) | _prefixes(others) | {""}:
+        pairs = {}
+        for name in names:
+            for candidate in (name, f"{prefix}{name}", name.removeprefix(prefix)):
+                if candidate in available:
+                    pairs[name] = candidate
+                    break
+        if (len(pairs), -len(prefix)) > (len(best), 0) or (len(pairs) == len(best) and not prefix):
+            best = pairs
+    return best
+
+
+def renamed(name: str) -> list[str]:
+    """How old files spell a parameter: ``gamma`` for a norm's ``weight``, ``beta`` for its ``bias``."""
+    spellings = ((".weight", ".gamma"), (".bias", ".beta"))
+    return [name.removesuffix(new) + old for new, old in spellings if name.endswith(new)]
+
+
+def _prefixes(names: Collection[str]) -> set[str]:
+    return {name.split(".", 1)[0] + "." for name in names if "." in name}

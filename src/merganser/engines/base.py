@@ -19,8 +19,8 @@ from typing import Any, ClassVar
 
 from tqdm import tqdm
 
-from merganser import progress
 from merganser.errors import UserError
+from merganser.progress import bar
 
 _FRAMES = 5  # of a traceback, the innermost ones
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
@@ -135,7 +135,7 @@ def payload_of(job: Job) -> str:
 
 def job_bar(jobs: Sequence[Job], description: str) -> tqdm[Any]:
     """One bar for all jobs, to be advanced by the cost of each that has ended."""
-    shown = progress.bar(math.ceil(sum(job.cost for job in jobs)), description)
+    shown = bar(math.ceil(sum(job.cost for job in jobs)), description)
     shown.smoothing = 0  # the mean rate since the start: jobs differ too much for a recent one
     shown.bar_format = "{desc} {percentage:3.0f}%|{bar}| {elapsed} so far, {remaining} to go"
     return shown

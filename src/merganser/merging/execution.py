@@ -11,20 +11,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from merganser.errors import CheckpointError, RecipeError
-from merganser.merging.matching import Rows
-from merganser.merging.memory import Budget, RunSettings, Schedule
-from merganser.merging.parents import Inputs
-from merganser.merging.plan import COPY, KEPT, Step
-from merganser.merging.running_sums import RunningSums
-from merganser.merging.shares import ParentShare, Ranges, read_finite, read_source
-from merganser.methods import Merged, Method, Unit, average_unit
+from merganser.errors import RecipeError
+from merganser.merging.memory import Budget, Schedule
+from merganser.merging.plan import Step
+from merganser.methods import Merged
 from merganser.methods.base import elements
 from merganser.progress import bar
 from merganser.tensors import is_finite, one_thread
@@ -143,110 +139,3 @@ def storable(tensor: Tensor, dtype: torch.dtype, name: str, method: str) -> Tens
             mend="use a wider --dtype, a larger ridge, or exclude this tensor (--exclude)",
         )
     return stored
-
-
-@dataclass
-class Merging:
-    """Steps as their methods have it.
-
-    Args:
-        inputs: the open files.
-        settings: device, and the folder of running sums.
-    """
-
-    inputs: Inputs
-    settings: RunSettings = field(default_factory=RunSettings)
-    mend: str = "collect the statistics again, or exclude this tensor (--exclude)"
-
-    def prefetch(self, step: Step) -> None:
-        """Of every contributor and the base."""
-        for parent, sources in zip(self.inputs.parents, step.sources, strict=True):
-            for source in sources.values():
-                parent.checkpoint.prefetch(source.tensor)
-        if self.inputs.base is not None:
-            for source in step.base.values():
-                self.inputs.base.checkpoint.prefetch(source.tensor)
-
-    def slices(self, step: Step, rows: int | None) -> Iterator[Slice]:
-        """Float tensors come in float32 or wider, others as they are stored."""
-        unit, method = step.unit, step.treatment
-        sums = None if self.settings.sums is None or method is None else RunningSums(self.settings.sums)
-        keeps = sums is not None and method is not None and method.additive(unit)
-        if step.method in (COPY, KEPT):
-            yield from self._copies(step, rows)
-        elif step.rows is not None:
-            merged = self._by_rows(step, step.rows, method, sums if keeps else None)
-            yield dict.fromkeys(merged.tensors, 0), merged
-        elif sums is not None and method is not None and keeps:
-            merged = _with_sums(step, method, unit, self.shares(step), sums, None)
-            yield dict.fromkeys(merged.tensors, 0), merged
-        elif rows is None:
-            merged = average_unit(unit, self.shares(step)) if method is None else method.merge(unit, self.shares(step))
-            yield dict.fromkeys(merged.tensors, 0), merged
-        else:
-            merge = average_unit if method is None else method.prepare(unit, self.shares(step))
-            for start in range(0, unit.height(), rows):
-                part, ranges = unit.cut(start, start + rows)
-                yield {name: first for name, (first, _) in ranges.items()}, merge(part, self.shares(step, ranges))
-
-    def shares(self, step: Step, ranges: Ranges | None = None) -> list[ParentShare]:
-        """Of every contributor that takes part, of these rows of each tensor; of all by default."""
-        device = self.settings.torch_device
-        return [ParentShare(self.inputs, step, number, ranges=ranges, device=device) for number in step.takers]
-
-    def _by_rows(self, step: Step, table: Rows, method: Method | None, sums: RunningSums | None) -> Merged:
-        """Row by row, by those contributors that have the row."""
-        pieces: dict[str, Tensor] = {}
-        notes: dict[str, None] = {}
-        device = self.settings.torch_device
-        for rows, owners in table.groups():
-            own = {i: [table.own[i][row] for row in rows] for i in owners}
-            shares = [ParentShare(self.inputs, step, i, rows=own[i], device=device) for i in owners]
-            if not sum(share.coefficient for share in shares):
-                owned = ", ".join(share.parent.title for share in shares)
-                raise RecipeError(
-                    f"rows of {step.unit.names[0]!r} belong to {owned} alone, whose coefficients sum to zero",
-                    mend="give at least one of them another coefficient",
-                )
-            part = step.unit.only(rows)
-            if method is None:
-                merged = average_unit(part, shares)
-            elif sums is not None:
-                merged = _with_sums(step, method, part, shares, sums, rows)
-            else:
-                merged = method.merge(part, shares)
-            notes |= {merged.note: None} if merged.note else {}
-            for name, tensor in merged.tensors.items():
-                whole = pieces.setdefault(name, tensor.new_empty(table.size, *tensor.shape[1:]))
-                whole[torch.tensor(rows)] = tensor
-        return Merged(pieces, "; ".join(notes) or None)
-
-    def _copies(self, step: Step, rows: int | None) -> Iterator[Slice]:
-        """A tensor as the first contributor has it; the others that have it are to agree."""
-        (name,), (first, *others) = step.unit.names, step.takers
-        parent, source = self.inputs.parents[first], step.sources[first][name]
-        for number in others:
-            other, theirs = self.inputs.parents[number], step.sources[number][name]
-            if not torch.equal(read_source(other.checkpoint, theirs), read_source(parent.checkpoint, source)):
-                raise CheckpointError(
-                    f"tensor {theirs.tensor!r} is not floating point and differs from that of {parent.title}",
-                    where=other.checkpoint.name,
-                    mend=f"--keep-separate '{name}' so that each contributor keeps its own",
-                )
-        height = step.unit.height()
-        for start in range(0, max(height, 1), rows or max(height, 1)):
-            yield {name: start}, Merged({name: read_finite(parent, source, start, rows and start + rows)})
-
-
-def _with_sums(
-    step: Step, method: Method, unit: Unit, shares: Sequence[ParentShare], kept: RunningSums, rows: Sequence[int] | None
-) -> Merged:
-    """Merge a unit, or the part of it in these rows, going on from the sums of earlier merges."""
-    keys = kept.keys(method, step.unit, shares)
-    found, done = kept.load(step.unit, rows, keys)
-    sums = method.new_sums() if found is None else found
-    for share in shares[done:]:
-        method.add(unit, share, sums)
-    if done < len(shares):
-        kept.save(step.unit, rows, keys, sums)
-    return method.solve(unit, sums)

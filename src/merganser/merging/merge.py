@@ -15,10 +15,10 @@ from merganser.engines import Engine
 from merganser.errors import CheckpointError, RecipeError, UserError, raise_all
 from merganser.files import is_url
 from merganser.merging.distributed import run_on
-from merganser.merging.execution import Merging, execute
+from merganser.merging.execution import execute
 from merganser.merging.memory import RunSettings, Schedule, available_bytes, fit
 from merganser.merging.parents import Inputs, open_inputs
-from merganser.merging.places import new_output, output_problems
+from merganser.merging.places import place_of
 from merganser.merging.plan import Plan, Treatment, inputs_of, plan_of
 from merganser.merging.provenance import (
     check_files,
@@ -32,7 +32,15 @@ from merganser.merging.provenance import (
 from merganser.merging.recipe import Contributor, Recipe, make_recipe
 from merganser.merging.running_sums import check_sums
 from merganser.merging.targets.adapter import AdapterTarget
-from merganser.merging.targets.checkpoint import CheckpointTarget, complete, make_layout, write_small_files
+from merganser.merging.targets.checkpoint import (
+    CheckpointTarget,
+    complete,
+    make_layout,
+    new_output,
+    output_problems,
+    write_small_files,
+)
+from merganser.merging.work import Merging
 from merganser.progress import track
 from merganser.results import PathResult, html_table
 
@@ -259,7 +267,7 @@ def carry_out(
     """
     plan, inputs, settings, started = prepared.plan, prepared.inputs, prepared.settings, time.monotonic()
     work = Merging(inputs, settings)
-    with new_output(output, overwrite) as (place, folder):
+    with new_output(output, overwrite) as folder:
         if plan.rank is not None:
             with AdapterTarget(plan, inputs, folder) as adapter:
                 execute(prepared.schedule, work, adapter)
@@ -268,6 +276,7 @@ def carry_out(
             layout = make_layout(plan)
             write_small_files(plan, inputs, layout, folder)
             if engine is not None:
+                place = place_of(str(output) if is_url(output) else str(folder.resolve()))
                 records = run_on(engine, plan, inputs, settings, prepared.schedule, layout, place)
             else:
                 with CheckpointTarget(plan, layout, folder) as target:

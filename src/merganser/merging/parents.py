@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from merganser.checkpoints import AdapterCheckpoint, Checkpoint, TensorInfo, open_checkpoint
-from merganser.checkpoints.names import align
+from merganser.checkpoints.reader import align
 from merganser.errors import UserError, raise_all
 from merganser.merging.recipe import Contributor, Recipe
 from merganser.statistics import FILE_NAME, Statistics

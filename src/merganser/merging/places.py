@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from merganser.checkpoints.writer import check_output
-from merganser.errors import CheckpointError, UserError
-from merganser.files import RemoteFolder, is_url, new_folder, space_error
+from merganser.errors import CheckpointError
+from merganser.files import RemoteFolder, is_url
 
 _STAGING = ".worker-"
-_SPARE = 64_000_000  # bytes for everything that is not weights
 
 
 class Place:
@@ -82,36 +80,9 @@ class RemotePlace(Place):
         self.files.remove()
 
 
-def output_problems(output: str | Path, overwrite: bool, inputs: Sequence[Path], nbytes: int) -> list[UserError]:
-    """Why a result cannot be written.
-
-    Args:
-        output: a folder, or an fsspec URL.
-        overwrite: whether an existing model folder may be replaced.
-        inputs: folders that are read.
-        nbytes: of the weights.
-    """
-    if is_url(output):
-        exists = not overwrite and RemotePlace(str(output)).exists()
-        return [CheckpointError("the output exists", where=output, mend="give another URL, or --overwrite")] * exists
-    found = [check_output(Path(output), overwrite, inputs), space_error(Path(output), nbytes + _SPARE)]
-    return [problem for problem in found if problem is not None]
-
-
 @contextmanager
-def new_output(output: str | Path, overwrite: bool) -> Iterator[tuple[Place, Path]]:
-    """The place of the weight files, and a local folder for everything else."""
-    if is_url(output):
-        with new_remote(str(output), overwrite=overwrite) as (place, folder):
-            yield place, folder
-    else:
-        with new_folder(Path(output), overwrite=overwrite) as folder:
-            yield Place(folder), folder
-
-
-@contextmanager
-def new_remote(url: str, *, overwrite: bool = False) -> Iterator[tuple[RemotePlace, Path]]:
-    """A URL to fill, and a local folder for the small files, which are uploaded at the end, ``config.json`` last.
+def new_remote(url: str, *, overwrite: bool = False) -> Iterator[Path]:
+    """A local folder for what is not at the URL yet; it is uploaded at the end, ``config.json`` last.
 
     So what is not complete cannot be opened; on any error everything is removed again.
 
@@ -127,7 +98,7 @@ def new_remote(url: str, *, overwrite: bool = False) -> Iterator[tuple[RemotePla
     with tempfile.TemporaryDirectory(prefix="merganser-") as scratch:
         folder = Path(scratch)
         try:
-            yield place, folder
+            yield folder
             files = sorted(path for path in folder.rglob("*") if path.is_file())
             for path in sorted(files, key=lambda path: path.name == "config.json"):
                 place.put(path, path.relative_to(folder).as_posix())

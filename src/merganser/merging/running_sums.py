@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,10 +23,8 @@ from merganser.checkpoints import hash_tensor
 from merganser.errors import CheckpointError, FileError, UserError
 from merganser.files import new_file, space_error
 from merganser.merging.plan import Step
-from merganser.merging.shares import ParentShare
 from merganser.methods import GramSums, Method, Unit
 from merganser.methods.base import elements, input_width
-from merganser.statistics import Statistics
 
 FORMAT = 4
 _SUFFIX = ".sums.safetensors"
@@ -42,26 +40,18 @@ class RunningSums:
 
     folder: Path
 
-    def keys(self, method: Method, unit: Unit, shares: Sequence[ParentShare]) -> tuple[str, ...]:
+    def keys(self, method: Method, unit: Unit, shares: Sequence[list[object]]) -> tuple[str, ...]:
         """For each contributor, the hash of everything that its part of the sums depends on.
 
         Args:
             method: of the merge.
             unit: the tensors.
-            shares: of the contributors, in order.
+            shares: what each contributor brings, as plain values, in order.
         """
         layers = [(fact.layer.kind, bool(fact.layer.bias)) for fact in unit.facts if fact.layer]
         common = [FORMAT, torch.__version__, method.name, method.options.model_dump(mode="json"), layers]
-        found = []
-        for share in shares:
-            statistics, sources = share.parent.statistics, share.sources
-            weights = [[share.parent.checkpoint.hash(s.tensor, "blake3"), *astuple(s)[1:]] for s in sources.values()]
-            known = [statistics.layer(sources[f.name].tensor) for f in unit.facts if f.layer and statistics]
-            grams = [_hash_of(statistics), *(entry.input if entry else None for entry in known)]
-            rows = None if share.own is None else list(share.own)
-            value = [*common, share.coefficient, weights, grams, rows]
-            found.append(hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest())
-        return tuple(found)
+        texts = (json.dumps([*common, *share], sort_keys=True) for share in shares)
+        return tuple(hashlib.sha256(text.encode()).hexdigest() for text in texts)
 
     def load(self, unit: Unit, rows: Sequence[int] | None, keys: Sequence[str]) -> tuple[GramSums | None, int]:
         """The sums of the first contributors, and how many these are; None and 0 where none are kept.
@@ -133,10 +123,6 @@ def check_sums(folder: Path, steps: Sequence[Step], models: Iterable[Path], outp
 def sums_bytes(units: Iterable[Unit]) -> int:
     """The size of the sums of a merge, float64 at most: a system and three sums of weights for each additive unit."""
     return sum(8 * (input_width(unit.facts[0]) ** 2 + 3 * elements(unit)) for unit in units)
-
-
-def _hash_of(statistics: Statistics | None) -> str | None:
-    return None if statistics is None or statistics.path is None else statistics.sha256()
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from merganser.methods.base import Facts, Needs, Options, Share, Unit
 from merganser.methods.least_squares import Diagonal, Gram, LeastSquares, Rule, layers_of
-from merganser.statistics.algebra import augment
+from merganser.methods.sums import augment
 
 
 class RegMeanOptions(Options):

@@ -271,3 +271,18 @@ def _lower_copy(system: Tensor, diagonal: Tensor) -> Tensor:
         copied[rows, columns] = system[rows, columns]
     copied.diagonal().copy_(diagonal)
     return copied
+
+
+def augment(gram: Tensor, mean: Tensor) -> Tensor:
+    """The Gram matrix (d+1, d+1) of inputs with one more component that is always 1: it solves for the bias.
+
+    Args:
+        gram: (d, d), the mean of x xᵀ.
+        mean: (d,), the mean of x.
+    """
+    width = gram.shape[0]
+    augmented = roomy_empty(width + 1, width + 1, gram)
+    augmented[:width, :width] = gram
+    augmented[:width, width] = augmented[width, :width] = mean
+    augmented[width, width] = 1.0
+    return augmented

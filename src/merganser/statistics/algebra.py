@@ -14,24 +14,9 @@ from merganser.errors import StatisticsError
 from merganser.statistics.format import FISHER_OF_ANNOTATED, StatisticsHeader
 from merganser.statistics.reading import Statistics
 from merganser.statistics.writing import LazyTensors, TensorGroup
-from merganser.tensors import pack_upper, roomy_empty
+from merganser.tensors import pack_upper
 
 MOST_ROWS = 2**53  # whole numbers up to here are exact in float64
-
-
-def augment(gram: Tensor, mean: Tensor) -> Tensor:
-    """The Gram matrix (d+1, d+1) of inputs with one more component that is always 1: it solves for the bias.
-
-    Args:
-        gram: (d, d), the mean of x xᵀ.
-        mean: (d,), the mean of x.
-    """
-    width = gram.shape[0]
-    augmented = roomy_empty(width + 1, width + 1, gram)
-    augmented[:width, :width] = gram
-    augmented[:width, width] = augmented[width, :width] = mean
-    augmented[width, width] = 1.0
-    return augmented
 
 
 def add(parts: Sequence[Statistics]) -> tuple[StatisticsHeader, Mapping[str, Tensor]]:

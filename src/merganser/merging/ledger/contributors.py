@@ -6,7 +6,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from merganser.checkpoints.names import align
+from merganser.checkpoints.reader import align
 from merganser.errors import Problems, StatisticsError, UserError, raise_all
 from merganser.merging.ledger.record import RESTORE, Entry, LedgerError, Part, Record, StatisticsRecord
 from merganser.merging.ledger.terms import treatment
@@ -15,7 +15,7 @@ from merganser.merging.parents import Inputs, Parent, open_base, open_parents, p
 from merganser.merging.plan import Plan, Source, Step, plan_of
 from merganser.merging.provenance import located
 from merganser.merging.recipe import make_recipe
-from merganser.merging.shares import ParentShare
+from merganser.merging.work import ParentShare
 from merganser.methods import Method
 from merganser.methods.least_squares import LeastSquares
 from merganser.tensors import is_floating

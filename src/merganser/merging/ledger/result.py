@@ -25,10 +25,15 @@ from merganser.merging.ledger.terms import solve as solve_part
 from merganser.merging.memory import RunSettings, fit
 from merganser.merging.merge import MergeResult
 from merganser.merging.parents import Inputs, Parent
-from merganser.merging.places import output_problems
 from merganser.merging.plan import COPY, Plan, Step, nested_folders
 from merganser.merging.recipe import make_recipe, method_options
-from merganser.merging.targets.checkpoint import CheckpointTarget, complete, make_layout, write_small_files
+from merganser.merging.targets.checkpoint import (
+    CheckpointTarget,
+    complete,
+    make_layout,
+    output_problems,
+    write_small_files,
+)
 from merganser.methods import Facts, Merged, Unit
 from merganser.methods.least_squares import LeastSquares
 from merganser.tensors import DTYPE_NAMES, DTYPES, is_floating

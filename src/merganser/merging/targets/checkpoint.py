@@ -9,25 +9,26 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from merganser.checkpoints import Checkpoint
 from merganser.checkpoints.reader import TensorHash, read_json
-from merganser.checkpoints.writer import SafetensorsWriter, TensorSpec, index_json, shard
-from merganser.errors import CheckpointError
-from merganser.files import parse_size
-from merganser.merging.card import model_card, public_name
+from merganser.checkpoints.writer import SafetensorsWriter, TensorSpec, check_output, index_json, shard
+from merganser.errors import CheckpointError, UserError
+from merganser.files import is_url, new_folder, parse_size, space_error
 from merganser.merging.execution import TensorRecord, storable
 from merganser.merging.parents import Inputs, Parent
+from merganser.merging.places import RemotePlace, new_remote
 from merganser.merging.plan import HEADS, KEPT, Plan, Step
-from merganser.merging.provenance import write_provenance
+from merganser.merging.provenance import model_card, public_name, write_provenance
 from merganser.methods import Merged
 from merganser.tensors import DTYPES
 
+_SPARE = 64_000_000  # bytes for everything that is not weights
 _CONFIG, _INDEX = "config.json", "model.safetensors.index.json"
 
 
@@ -218,3 +219,30 @@ def _config_changes(plan: Plan, inputs: Inputs) -> dict[str, Any]:
             if key in first and first[key] != names[plan.recipe.dtype]:
                 changes[key] = names[plan.recipe.dtype]
     return changes
+
+
+def output_problems(output: str | Path, overwrite: bool, inputs: Sequence[Path], nbytes: int) -> list[UserError]:
+    """Why a result cannot be written.
+
+    Args:
+        output: a folder, or an fsspec URL.
+        overwrite: whether an existing model folder may be replaced.
+        inputs: folders that are read.
+        nbytes: of the weights.
+    """
+    if is_url(output):
+        exists = not overwrite and RemotePlace(str(output)).exists()
+        return [CheckpointError("the output exists", where=output, mend="give another URL, or --overwrite")] * exists
+    found = [check_output(Path(output), overwrite, inputs), space_error(Path(output), nbytes + _SPARE)]
+    return [problem for problem in found if problem is not None]
+
+
+@contextmanager
+def new_output(output: str | Path, overwrite: bool) -> Iterator[Path]:
+    """A folder to fill, which becomes the output when everything is there; nothing is left of it after an error."""
+    if is_url(output):
+        with new_remote(str(output), overwrite=overwrite) as folder:
+            yield folder
+    else:
+        with new_folder(Path(output), overwrite=overwrite) as folder:
+            yield folder
