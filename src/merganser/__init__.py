@@ -13,24 +13,45 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from merganser.collection import collect
     from merganser.evaluation import evaluate
-    from merganser.merging import Contributor, Recipe, reproduce, verify
-    from merganser.merging.merge import merge
+    from merganser.merging import Contributor, Plan, Recipe, RunSettings, ledger, make_plan, merge, reproduce, verify
 
 _HOMES = {
+    "Contributor": "merganser.merging",
+    "Plan": "merganser.merging",
+    "Recipe": "merganser.merging",
+    "RunSettings": "merganser.merging",
     "collect": "merganser.collection",
     "evaluate": "merganser.evaluation",
-    "Contributor": "merganser.merging",
-    "Recipe": "merganser.merging",
+    "ledger": "merganser.merging",
+    "make_plan": "merganser.merging",
     "merge": "merganser.merging",
     "reproduce": "merganser.merging",
     "verify": "merganser.merging",
 }
 
-__all__ = ["Contributor", "Recipe", "__version__", "collect", "evaluate", "merge", "reproduce", "verify"]
+__all__ = [
+    "Contributor",
+    "Plan",
+    "Recipe",
+    "RunSettings",
+    "__version__",
+    "collect",
+    "evaluate",
+    "ledger",
+    "make_plan",
+    "merge",
+    "reproduce",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used: torch and transformers take seconds, ``--help`` must not."""
     if name not in _HOMES:
         raise AttributeError(f"module 'merganser' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    home = importlib.import_module(_HOMES[name])
+    return importlib.import_module(f"{_HOMES[name]}.{name}") if name == "ledger" else getattr(home, name)
+
+
+def __dir__() -> list[str]:
+    return __all__

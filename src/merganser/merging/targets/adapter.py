@@ -280,7 +280,7 @@ class AdapterTarget:
 
     def _settings(self) -> dict[str, Any]:
         """``adapter_config.json``."""
-        checkpoint = self.base.checkpoint
+        checkpoint, named = self.base.checkpoint, str(self.plan.base)
         architecture = str((self.inputs.reference.checkpoint.config.get("architectures") or [""])[0])
         task = next((t for suffix, t in _HEAD_CLASSES.items() if architecture.endswith(suffix)), None)
         conv1d = [layer for layer in self._layers.values() if layer.kind == "conv1d"]
@@ -288,7 +288,7 @@ class AdapterTarget:
             "peft_type": "LORA",
             "task_type": task,
             "auto_mapping": None,
-            "base_model_name_or_path": checkpoint.name.split("@")[0] if checkpoint.revision else checkpoint.name,
+            "base_model_name_or_path": named.split("@")[0] if checkpoint.revision else named,
             "revision": checkpoint.revision,
             "r": self.rank,
             "lora_alpha": self.rank,

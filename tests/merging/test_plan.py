@@ -1,0 +1,197 @@
+"""The plan is a value: it prints as JSON, comes back the same, and is all that it takes to carry a merge out."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import merganser
+from merganser.checkpoints import open_checkpoint
+from merganser.checkpoints.writer import TensorSpec
+from merganser.engines import SerialEngine
+from merganser.errors import RecipeError, UserError
+from merganser.merging import Plan, Source, Step, carry_out, make_plan, make_recipe, merge, prepare, reproduce, verify
+from merganser.merging.plan import inputs_of
+from merganser.merging.work import Merging, read_source
+from merganser.methods import Facts, Unit
+
+Family = Callable[..., tuple[Path, list[Path]]]
+KEPT = Path(__file__).parent / "kept"
+RECIPES: list[dict[str, Any]] = [
+    {"method": "regmean"},
+    {"method": "ties", "options": {"density": 0.5}, "dtype": "BF16"},
+    {"method": "simple", "keep_separate": ["classifier*"], "max_shard_size": "8kB"},
+    {"method": "fisher", "exclude": ["*.pooler.*"]},
+]
+
+
+def recipe_of(base: Path, models: list[Path], values: dict[str, Any]) -> merganser.Recipe:
+    people = [{"model": str(m), "coefficient": n + 1.0} for n, m in enumerate(models)]
+    return make_recipe({"contributors": people, "base": str(base), **values})
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {f.relative_to(folder).as_posix(): f.read_bytes() for f in folder.rglob("*.safetensors")}
+
+
+@pytest.mark.parametrize("values", RECIPES, ids=lambda values: values["method"])
+def test_a_plan_comes_back_from_json_and_is_carried_out(family: Family, tmp_path: Path, values: dict[str, Any]) -> None:
+    base, models = family("bert", 2, fisher="expected")
+    recipe = recipe_of(base, models, values)
+    plan = make_plan(recipe)
+    text = json.dumps(plan.to_json())
+    again = Plan.from_json(json.loads(text), "here")
+    assert again == plan and json.dumps(again.to_json()) == text
+    carry_out(prepare(again, tmp_path / "plan"), tmp_path / "plan")
+    merge(recipe, tmp_path / "recipe")
+    assert weights(tmp_path / "plan") == weights(tmp_path / "recipe")
+    assert (tmp_path / "plan" / "provenance.json").read_bytes() == (
+        tmp_path / "recipe" / "provenance.json"
+    ).read_bytes()
+    assert reproduce(tmp_path / "plan") == []
+
+
+def test_rows_that_differ_are_in_the_plan_as_runs(
+    family: Family, tmp_path: Path, save_model: Callable[..., Path]
+) -> None:
+    models = []
+    for seed, labels in enumerate((["sad", "glad", "angry"], ["glad", "sad", "calm"])):
+        model = save_model(f"m{seed}", "bert", seed, num_labels=3)
+        config = json.loads((model / "config.json").read_text())
+        config |= {"id2label": dict(enumerate(labels)), "label2id": {label: n for n, label in enumerate(labels)}}
+        (model / "config.json").write_text(json.dumps(config))
+        models.append(model)
+    plan = make_plan(make_recipe({"contributors": [str(m) for m in models], "method": "simple", "labels": "union"}))
+    (rows,) = {step.rows for step in plan.steps if step.rows}
+    assert rows.own == ((0, 1, 2, -1), (1, 0, -1, 2)) and rows.runs[0] == ((0, 3), (-1, 1))
+    assert Plan.from_json(json.loads(json.dumps(plan.to_json())), "here") == plan
+
+
+def test_workers_get_the_plan_and_derive_none(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, models = family("bert", 2)
+    recipe = recipe_of(base, models, {"method": "regmean", "max_shard_size": "8kB"})
+    prepared = prepare(recipe, tmp_path / "jobs")
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("a plan was made again")
+
+    for module in ("plan", "merge"):
+        monkeypatch.setattr(sys.modules[f"merganser.merging.{module}"], "plan_of", never)
+    carry_out(prepared, tmp_path / "jobs", engine=SerialEngine())
+    monkeypatch.undo()
+    merge(recipe, tmp_path / "here")
+    assert weights(tmp_path / "jobs") == weights(tmp_path / "here")
+
+
+@pytest.mark.parametrize("rows", [None, 2, 3])
+def test_a_source_can_be_a_part_of_a_tensor(save_model: Callable[..., Path], rows: int | None) -> None:
+    """One contributor stacks its experts and stores a map the other way round; the other has them apart."""
+    one, two = save_model("one"), save_model("two")
+    torch.manual_seed(0)
+    stacked, apart, fused = torch.randn(3, 4, 6), torch.randn(4, 6), torch.randn(6, 9)
+    save_file({"experts": stacked, "fused": fused}, one / "model.safetensors")
+    save_file({"expert.1": apart, "query": torch.zeros(3, 6)}, two / "model.safetensors")
+    facts = {"expert.1": (4, 6), "query": (3, 6)}
+    sources = {
+        "expert.1": (Source("experts", index=1), Source("expert.1")),
+        "query": (Source("fused", rows=None, transposed=True), Source("query")),
+    }
+    stored = open_checkpoint(one)
+    parts = {
+        Source("experts", index=2, rows=(1, 3)): stacked[2, 1:3],
+        Source("experts", rows=(1, 2)): stacked[1:2],
+        Source("fused", transposed=True): fused.T,
+        Source("fused", rows=(2, 5)): fused[2:5],
+        Source("experts", index=0, transposed=True): stacked[0].T,
+    }
+    for source, wanted in parts.items():
+        assert torch.equal(read_source(stored, source), wanted)
+        assert torch.equal(read_source(stored, source, 1, 2), wanted[1:2])
+        assert source.shape(tuple(stored.tensors[source.tensor].shape)) == tuple(wanted.shape)
+    recipe = make_recipe({"contributors": [str(one), str(two)], "method": "simple"})
+    name = "expert.1"
+    step = Step(
+        Unit((name,), "average", (Facts(name, facts[name]),)),
+        "average",
+        tuple({name: source} for source in sources[name]),
+        (1.0, 3.0),
+    )
+    plan = Plan(recipe, (step,), (TensorSpec(name, "F32", facts[name]),))
+    plan = Plan.from_json(json.loads(json.dumps(plan.to_json())), "here")
+    found = [merged.tensors[name] for _, merged in Merging(inputs_of(plan)).slices(plan.steps[0], rows)]
+    torch.testing.assert_close(torch.cat(found), (stacked[1] + 3 * apart) / 4)
+
+
+def test_a_plan_from_a_stranger_is_data(family: Family, tmp_path: Path) -> None:
+    base, models = family("bert", 2)
+    plan = make_plan(recipe_of(base, models, {"method": "simple", "keep_separate": ["classifier*"]}))
+    values = plan.to_json()
+    for changes in (
+        {"folders": {"../../evil": "../../evil/model.safetensors"}},
+        {"folders": {"evil": "/evil/model.safetensors"}},
+        {"outputs": values["outputs"][1:]},
+        {"steps": [{}]},
+        {"vocabulary_from": "all"},
+    ):
+        with pytest.raises(RecipeError, match="no plan"):
+            Plan.from_json({**values, **changes}, "provenance.json")
+    step = next(step for step in plan.steps if len(step.unit.facts[0].shape) == 2)
+    (name,) = step.unit.names
+    other = next(s for s in plan.steps if s.unit.facts[0].shape != step.unit.facts[0].shape).unit.names[0]
+    for tensor in ("nothing", other):
+        wrong = replace(step, sources=({name: Source(tensor)}, *step.sources[1:]))
+        with pytest.raises(UserError, match="does not have"):
+            inputs_of(replace(plan, steps=(wrong,)))
+
+
+@pytest.mark.parametrize(("folder", "number"), [("format-1", 1), ("format-2", 2), ("format-2-adapter", 2)])
+def test_results_of_older_versions_are_checked_and_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str, number: int
+) -> None:
+    """These folders were written by the versions that wrote these formats."""
+    shutil.copytree(KEPT, tmp_path / "kept")
+    monkeypatch.chdir(tmp_path / "kept")  # the adapter's configuration names its base as it was found
+    old = tmp_path / "kept" / folder
+    assert json.loads((old / "provenance.json").read_text())["format"] == number
+    assert not verify(old).absent
+    # The last bits of products depend on the processor.
+    differing = reproduce(old, tmp_path / "again")
+    assert all(file.endswith(".safetensors") for file in differing)
+    for file in old.glob("*.safetensors"):
+        before, after = load_file(file), load_file(tmp_path / "again" / file.name)
+        for name, tensor in before.items():
+            torch.testing.assert_close(after[name], tensor, rtol=1e-5, atol=1e-6)
+    assert verify(tmp_path / "again").parents == verify(old).parents
+    weights_file = next(old.glob("*.safetensors"))
+    data = bytearray(weights_file.read_bytes())
+    data[-1] ^= 1
+    weights_file.write_bytes(bytes(data))
+    with pytest.raises(UserError, match="was changed after the merge"):
+        verify(old)
+
+
+def test_what_merge_returns(family: Family, tmp_path: Path) -> None:
+    _, models = family("bert", 2)
+    result = merge(models, tmp_path / "out", method="regmean", exclude=["*.pooler.*"])
+    assert result == tmp_path / "out" and Path(result) == tmp_path / "out" and str(result) == str(tmp_path / "out")
+    assert (result / "config.json").is_file() and result.method == "regmean" and result.seconds > 0
+    assert merge(models, str(tmp_path / "text"), method="simple") == str(tmp_path / "text")
+    shown = result._repr_html_()
+    assert sum(part.tensors for part in result.coverage) == len(result.plan.outputs)
+    assert any(part.reason and "*.pooler.*" in part.reason for part in result.coverage)
+    assert "<table>" in shown and "regmean" in shown and "excluded by &#x27;*.pooler.*&#x27;" in shown
+
+
+def test_the_package_shows_what_there_is() -> None:
+    assert {"collect", "evaluate", "ledger", "merge", "verify"} <= set(dir(merganser))
+    for name in dir(merganser):
+        assert getattr(merganser, name) is not None
