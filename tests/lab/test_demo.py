@@ -16,7 +16,7 @@ import merganser.lab.grid.compute as grid_compute
 from merganser.checkpoints import open_checkpoint
 from merganser.errors import CheckpointError, UserError
 from merganser.lab import demo
-from merganser.lab.demo import Settings, demo_sections, find_base, run_demo
+from merganser.lab.demo import DemoSettings, demo_sections, find_base, run_demo
 from merganser.lab.grid.loading import load_config
 from merganser.lab.grid.planning import plan_experiment
 from merganser.lab.report.rows import ResultRow, read_rows
@@ -25,7 +25,7 @@ from merganser.lab.sentiment import Domain, Example
 from merganser.merging import merge
 from merganser.statistics import Statistics
 
-SETTINGS = Settings(
+SETTINGS = DemoSettings(
     train=24, test=12, dev=2, epochs=1, learning_rate=1e-3, batch_size=8, statistics_texts=16, fisher_texts=8
 )
 TONES = [["bad", "not"], ["the", "was"], ["good", "very"]]
@@ -174,7 +174,7 @@ def test_a_failed_part_is_said(base: Path, tmp_path: Path, monkeypatch: pytest.M
 
 def test_another_demo_needs_overwrite(finished: Path, base: Path) -> None:
     before = snapshot(finished)
-    other = Settings(**{**vars(SETTINGS), "seed": 2})
+    other = DemoSettings(**{**vars(SETTINGS), "seed": 2})
     with pytest.raises(UserError, match=r"another demo: other contents of demo.yaml\n.*--overwrite"):
         run_demo(finished, base=base, domains=DOMAINS, settings=other)
     texts = (DOMAINS[0], replace(DOMAINS[1], test=DOMAINS[1].train[:12]))

@@ -22,7 +22,7 @@ from torch import Tensor
 from conftest import ARCHITECTURES, VOCABULARY, make_model
 from merganser.errors import RecipeError
 from merganser.merging import merge
-from merganser.methods.optimal_transport import Place, join, match, split
+from merganser.methods.optimal_transport import UnitAxis, join, match, split
 
 #: For each architecture, written out by hand: (tensors with units, axis they run along, copies, kind) of each layer.
 #: The oracle of these tests; it shares nothing with the method's own table.
@@ -335,8 +335,8 @@ def test_match_of_units_that_are_all_alike_is_still_a_permutation() -> None:
 @pytest.mark.parametrize(("shape", "axis", "fused"), [((6, 4), 0, 1), ((4, 6), 1, 1), ((4, 18), 1, 3), ((18,), 0, 3)])
 def test_split_and_join(shape: tuple[int, ...], axis: int, fused: int) -> None:
     tensor = torch.arange(float(np.prod(shape))).reshape(shape)
-    parts = split(tensor, Place(axis, fused), 3)
+    parts = split(tensor, UnitAxis(axis, fused), 3)
     assert parts.shape[:3] == (3, fused, 2)
-    assert torch.equal(join(parts, Place(axis, fused)), tensor)
+    assert torch.equal(join(parts, UnitAxis(axis, fused)), tensor)
     along = tensor.movedim(axis, 0)
     assert torch.equal(parts[1, fused - 1, 0], along[(fused - 1) * 6 + 2])

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from merganser.checkpoints.adapter_settings import MERGE_FIRST, Settings, read_settings
+from merganser.checkpoints.adapter_settings import MERGE_FIRST, AdapterSettings, read_settings
 from merganser.checkpoints.adapters import CONFIG, WEIGHTS, AdapterCheckpoint, Change
 from merganser.checkpoints.reader import Checkpoint, align, read_json, renamed
 from merganser.errors import CheckpointError, ErrorCollector, UserError, raise_all
@@ -126,7 +126,7 @@ def _kinds(found: _Found) -> list[str]:
     return list(kinds)
 
 
-def _change(adapter: Checkpoint, settings: Settings, module: str, found: _Found, kind: str) -> Change:
+def _change(adapter: Checkpoint, settings: AdapterSettings, module: str, found: _Found, kind: str) -> Change:
     """What happens to one parameter of a module.
 
     Raises:
@@ -168,7 +168,9 @@ def _change(adapter: Checkpoint, settings: Settings, module: str, found: _Found,
     return replace(change, a=a, b=b, scale=scale, transposed=embedding)
 
 
-def _fitted(base: Checkpoint, adapter: Checkpoint, settings: Settings, module: str, own: str, change: Change) -> Change:
+def _fitted(
+    base: Checkpoint, adapter: Checkpoint, settings: AdapterSettings, module: str, own: str, change: Change
+) -> Change:
     """A change that fits the shape of the base's tensor, transposed where that says so.
 
     Raises:
@@ -200,7 +202,7 @@ def _fitted(base: Checkpoint, adapter: Checkpoint, settings: Settings, module: s
     return change
 
 
-def _oriented(found: AdapterCheckpoint, settings: Settings) -> AdapterCheckpoint:
+def _oriented(found: AdapterCheckpoint, settings: AdapterSettings) -> AdapterCheckpoint:
     """Square weights do not tell by their shape whether they are (in, out): ask the architecture."""
     square = {
         name: change
@@ -249,7 +251,7 @@ def _absent(base: Checkpoint, module: str, kind: str) -> UserError:
 
 
 def _config(
-    base: Checkpoint, adapter: Checkpoint, settings: Settings, changes: Mapping[str, Change], added: bool
+    base: Checkpoint, adapter: Checkpoint, settings: AdapterSettings, changes: Mapping[str, Change], added: bool
 ) -> dict[str, Any]:
     """What ``config.json`` says differently: the labels of a trained head, and the class where the base had none.
 

@@ -12,7 +12,7 @@ from merganser.checkpoints.adapters import CONFIG
 from merganser.checkpoints.reader import Checkpoint, read_json
 from merganser.errors import CheckpointError, ErrorCollector
 
-#: Settings of LoRA's relatives whose effect is not W + s·BA, and what they are.
+#: AdapterSettings of LoRA's relatives whose effect is not W + s·BA, and what they are.
 _OTHER_KINDS = {
     "use_dora": "DoRA, which also scales every column",
     "use_qalora": "QALoRA, which pools the inputs",
@@ -29,7 +29,7 @@ _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # any othe
 
 
 @dataclass(frozen=True)
-class Settings:
+class AdapterSettings:
     """What matters of ``adapter_config.json``.
 
     Attributes:
@@ -67,7 +67,7 @@ class Settings:
         return any(name.endswith(one) for name in [*parents, module] for one in self.saved)
 
 
-def read_settings(adapter: Checkpoint) -> Settings:
+def read_settings(adapter: Checkpoint) -> AdapterSettings:
     """``adapter_config.json``, checked.
 
     Raises:
@@ -112,7 +112,7 @@ def read_settings(adapter: Checkpoint) -> Settings:
     errors.raise_all()
     mapping = raw.get("auto_mapping")
     model_class = mapping.get("base_model_class") if isinstance(mapping, dict) else None
-    return Settings(
+    return AdapterSettings(
         rank=raw["r"],
         alpha=raw.get("lora_alpha", 8),
         ranks=ranks,

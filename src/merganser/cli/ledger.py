@@ -13,7 +13,7 @@ from merganser.cli.common import parse_options, print_table, quiet_libraries, wa
 from merganser.files import human_bytes
 
 if TYPE_CHECKING:
-    from merganser.merging.ledger import Record
+    from merganser.merging.ledger import LedgerRecord
 
 _DIGITS = 12  # of a hash, where people read it
 _FOLDER = click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
@@ -145,7 +145,7 @@ def show_command(folder: Path, as_json: bool) -> None:
         _print(record, size)
 
 
-def _print(record: Record, size: int) -> None:
+def _print(record: LedgerRecord, size: int) -> None:
     options = ", ".join(f"{key}={value}" for key, value in record.options.items()) or "no options"
     rows = [
         [

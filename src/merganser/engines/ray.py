@@ -60,7 +60,7 @@ class RayEngine(Engine):
         ours = not ray.is_initialized()
         if ours:
             _connect(ray, self.address)
-        grid = _Grid(ray, self, function)
+        grid = _ClusterJobs(ray, self, function)
         try:
             if problem := grid.too_large(jobs):
                 raise UserError(problem, where="--engine ray", mend="ask for less, or add a larger machine")
@@ -77,7 +77,7 @@ class RayEngine(Engine):
                 ray.shutdown()  # leaves the cluster, which goes on
 
 
-class _Grid:
+class _ClusterJobs:
     """The jobs that the cluster has been given and that have not ended.
 
     Attributes:

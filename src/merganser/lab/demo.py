@@ -56,7 +56,7 @@ _WORDS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", 
 
 
 @dataclass(frozen=True)
-class Settings:
+class DemoSettings:
     """Sizes and hyper-parameters of a run.
 
     Attributes:
@@ -79,7 +79,7 @@ class Settings:
     seed: int = 1
 
 
-FULL = Settings()
+FULL = DemoSettings()
 #: Few steps need a higher learning rate: at 5e-5, 75 steps leave the specialists hardly trained.
 FAST = replace(FULL, train=600, test=300, dev=100, epochs=2, learning_rate=2e-4, statistics_texts=300, fisher_texts=64)
 
@@ -92,7 +92,7 @@ def run_demo(
     overwrite: bool = False,
     base: str | Path | None = None,
     domains: Sequence[Domain] | None = None,
-    settings: Settings | None = None,
+    settings: DemoSettings | None = None,
 ) -> Path:
     """Run the demonstration, or what is left of it, and write its report.
 
@@ -176,7 +176,7 @@ def _size(base: Path, specialists: int) -> int:
     return model * (1 + 5 * specialists)
 
 
-def _files(domains: Sequence[Domain], settings: Settings, base: str, folder: Path) -> dict[str, str]:
+def _files(domains: Sequence[Domain], settings: DemoSettings, base: str, folder: Path) -> dict[str, str]:
     """Name → text of everything that decides the results: the texts and the experiment's configuration."""
     files = {
         f"data/{domain.name}/{split}.jsonl": "".join(map(_line, examples))
@@ -193,7 +193,7 @@ def _line(example: Example) -> str:
     return json.dumps({**row, "id": example.identifier}, ensure_ascii=False) + "\n"
 
 
-def _configuration(names: Sequence[str], settings: Settings, title: str, weights: str) -> dict[str, Any]:
+def _configuration(names: Sequence[str], settings: DemoSettings, title: str, weights: str) -> dict[str, Any]:
     """The experiment, as its file says it."""
     return {
         "name": NAME,
@@ -261,7 +261,7 @@ def _publish(models: Models, folder: Path) -> None:
             shutil.copyfile(models.statistics(spec, "gram"), work / STATISTICS)
 
 
-def _introduction(section: Section, domains: Sequence[Domain], settings: Settings, output: Path) -> dict[str, Any]:
+def _introduction(section: Section, domains: Sequence[Domain], settings: DemoSettings, output: Path) -> dict[str, Any]:
     """What the page says beside its rows, as values of its template."""
     grid = section.blocks[0].grid
     cells = average_over_tests(grid, on_tests(grid, "in"))

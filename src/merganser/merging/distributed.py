@@ -18,8 +18,8 @@ from merganser.engines import Engine, Job
 from merganser.errors import CheckpointError, UserError, raise_all
 from merganser.merging.execution import TensorRecord, execute
 from merganser.merging.memory import RunSettings, Schedule, fit
+from merganser.merging.outputs import OutputFolder, output_of
 from merganser.merging.parents import Inputs, Parent
-from merganser.merging.places import Place, place_of
 from merganser.merging.plan import Plan, inputs_of
 from merganser.merging.recipe import Recipe
 from merganser.merging.targets.checkpoint import CheckpointTarget, Layout, make_layout
@@ -29,7 +29,13 @@ FUNCTION = "merganser.merging.distributed:write_file"
 
 
 def run_on(
-    engine: Engine, plan: Plan, inputs: Inputs, settings: RunSettings, schedule: Schedule, layout: Layout, place: Place
+    engine: Engine,
+    plan: Plan,
+    inputs: Inputs,
+    settings: RunSettings,
+    schedule: Schedule,
+    layout: Layout,
+    place: OutputFolder,
 ) -> dict[str, TensorRecord]:
     """Have every weight file of a plan written by an engine's jobs; returns what became of each tensor.
 
@@ -97,7 +103,7 @@ def write_file(payload: Mapping[str, Any]) -> dict[str, Any]:
     inputs = inputs_of(plan)
     settings = RunSettings(payload["threads"], payload["max_memory"], payload["device"])
     with tempfile.TemporaryDirectory(prefix="merganser-") as scratch:
-        place = place_of(payload["place"])
+        place = output_of(payload["place"])
         folder = place.staging_folder(Path(scratch))  # on the same disk, so that a rename puts the file into its place
         try:
             with CheckpointTarget(plan, make_layout(plan), folder, {file}) as target:

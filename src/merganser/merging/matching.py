@@ -26,7 +26,7 @@ _BODY = re.compile(r"(^|\.)(layers?|blocks?|h)\.\d+\.")
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowMap:
     """The rows of one merged tensor.
 
     Attributes:
@@ -39,7 +39,7 @@ class Rows:
     runs: tuple[tuple[tuple[int, int], ...], ...]
 
     @classmethod
-    def of(cls, own: Iterable[Sequence[int]]) -> Rows:
+    def of(cls, own: Iterable[Sequence[int]]) -> RowMap:
         """From the row of each contributor's own tensor that answers to each row of the result, or -1."""
         found, size = [], 0
         for rows in own:
@@ -77,7 +77,7 @@ class LabelPlan:
     """How the heads' rows are matched: the result's labels, the rows of each head tensor, what to tell the user."""
 
     labels: tuple[str, ...]
-    rows: dict[str, Rows]
+    rows: dict[str, RowMap]
     notes: tuple[str, ...] = ()
 
 
@@ -130,15 +130,15 @@ def match_labels(
         for rows, vote in zip(own, voted, strict=True)
     ]
     notes.append(f"heads matched by label name: {', '.join(union)}")
-    rows = Rows.of(final)
+    rows = RowMap.of(final)
     return LabelPlan(tuple(union), dict.fromkeys(heads, rows), tuple(notes))
 
 
-def match_vocabulary(parents: Sequence[Parent], name: str) -> Rows:
-    """Rows of a tensor whose contributors differ in length: the first rows are common, the rest are appended."""
+def match_vocabulary(parents: Sequence[Parent], name: str) -> RowMap:
+    """RowMap of a tensor whose contributors differ in length: the first rows are common, the rest are appended."""
     sizes = [info.shape[0] for parent in parents if (info := parent.info(name)) is not None]
     size = max(sizes)
-    return Rows.of([[row if row < own else -1 for row in range(size)] for own in sizes])
+    return RowMap.of([[row if row < own else -1 for row in range(size)] for own in sizes])
 
 
 def _is_head(name: str, parents: Sequence[Parent]) -> bool:
@@ -202,7 +202,7 @@ def find_separate(recipe: Recipe, parents: Sequence[Parent], problems: list[User
 
 
 def match_shapes(
-    recipe: Recipe, parents: Sequence[Parent], names: Sequence[str], rows: dict[str, Rows], problems: list[UserError]
+    recipe: Recipe, parents: Sequence[Parent], names: Sequence[str], rows: dict[str, RowMap], problems: list[UserError]
 ) -> None:
     """Check presence, dtype kind and shape of every tensor; add the rows of vocabularies of different length."""
     for name in names:

@@ -17,8 +17,8 @@ from merganser.files import is_url
 from merganser.merging.distributed import run_on
 from merganser.merging.execution import execute
 from merganser.merging.memory import RunSettings, Schedule, available_bytes, fit
+from merganser.merging.outputs import output_of
 from merganser.merging.parents import Inputs, open_inputs
-from merganser.merging.places import place_of
 from merganser.merging.plan import Plan, Treatment, inputs_of, plan_of
 from merganser.merging.provenance import (
     check_files,
@@ -276,7 +276,7 @@ def carry_out(
             layout = make_layout(plan)
             write_small_files(plan, inputs, layout, folder)
             if engine is not None:
-                place = place_of(str(output) if is_url(output) else str(folder.resolve()))
+                place = output_of(str(output) if is_url(output) else str(folder.resolve()))
                 records = run_on(engine, plan, inputs, settings, prepared.schedule, layout, place)
             else:
                 with CheckpointTarget(plan, layout, folder) as target:

@@ -22,7 +22,7 @@ from merganser.checkpoints.layers import Layer, describe_layers
 from merganser.checkpoints.writer import TensorSpec
 from merganser.errors import RecipeError, UserError, raise_all
 from merganser.merging.matching import (
-    Rows,
+    RowMap,
     check_adapter,
     check_architectures,
     check_needs,
@@ -91,7 +91,7 @@ class Step:
     options: Mapping[str, Any] = field(default_factory=dict)
     base: Sources = field(default_factory=dict)
     reason: str | None = None
-    rows: Rows | None = None
+    rows: RowMap | None = None
 
     @property
     def treatment(self) -> Method | None:
@@ -328,7 +328,7 @@ def choose_method(recipe: Recipe, inputs: Inputs) -> tuple[str, str | None]:
 
 
 def _steps(
-    method: Method, recipe: Recipe, names: Sequence[str], rows: Mapping[str, Rows], inputs: Inputs
+    method: Method, recipe: Recipe, names: Sequence[str], rows: Mapping[str, RowMap], inputs: Inputs
 ) -> list[Step]:
     """Every tensor in exactly one step: the method's units, and the average (or a copy) for what it cannot treat."""
     tensors, parents, base = inputs.reference.checkpoint.tensors, inputs.parents, inputs.base
@@ -382,7 +382,7 @@ def _layers(method: Method, inputs: Inputs) -> dict[str, Layer]:
 
 
 def make_facts(
-    names: Sequence[str], inputs: Inputs, layers: Mapping[str, Layer], rows: Mapping[str, Rows]
+    names: Sequence[str], inputs: Inputs, layers: Mapping[str, Layer], rows: Mapping[str, RowMap]
 ) -> list[Facts]:
     """What the method may know of each tensor."""
     by_bias = {layer.bias: layer for layer in layers.values() if layer.bias}
@@ -411,7 +411,7 @@ def make_facts(
     return facts
 
 
-def _spec(name: str, recipe: Recipe, inputs: Inputs, rows: Mapping[str, Rows]) -> TensorSpec:
+def _spec(name: str, recipe: Recipe, inputs: Inputs, rows: Mapping[str, RowMap]) -> TensorSpec:
     infos = [info for parent in (inputs.reference, *inputs.parents) if (info := parent.info(name)) is not None]
     shape, dtype = infos[0].shape, infos[0].dtype
     if name in rows:

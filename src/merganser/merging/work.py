@@ -11,7 +11,7 @@ from torch import Tensor
 from merganser.checkpoints import Checkpoint
 from merganser.errors import CheckpointError, RecipeError
 from merganser.merging.execution import Slice
-from merganser.merging.matching import Rows
+from merganser.merging.matching import RowMap
 from merganser.merging.memory import RunSettings
 from merganser.merging.parents import Inputs, Parent
 from merganser.merging.plan import COPY, KEPT, Source, Step
@@ -140,7 +140,7 @@ class ParentShare:
 
 
 def read_finite(parent: Parent, source: Source, start: int = 0, stop: int | None = None) -> Tensor:
-    """Rows of what a source names, as stored, hashed on the way.
+    """RowMap of what a source names, as stored, hashed on the way.
 
     Raises:
         CheckpointError: NaN or Inf in it.
@@ -156,7 +156,7 @@ def read_finite(parent: Parent, source: Source, start: int = 0, stop: int | None
 
 
 def read_source(checkpoint: Checkpoint, source: Source, start: int = 0, stop: int | None = None) -> Tensor:
-    """Rows ``start:stop`` of what a source names, as stored; a tensor that is read as it is is hashed on the way."""
+    """RowMap ``start:stop`` of what a source names, as stored; a tensor that is read as it is is hashed on the way."""
     if source.transposed:
         return read_source(checkpoint, replace(source, transposed=False)).mT.contiguous()[start:stop]
     if source.rows is not None:
@@ -218,7 +218,7 @@ class Merging:
         device = self.settings.torch_device
         return [ParentShare(self.inputs, step, number, ranges=ranges, device=device) for number in step.takers]
 
-    def _by_rows(self, step: Step, table: Rows, method: Method | None, sums: RunningSums | None) -> Merged:
+    def _by_rows(self, step: Step, table: RowMap, method: Method | None, sums: RunningSums | None) -> Merged:
         """Row by row, by those contributors that have the row."""
         pieces: dict[str, Tensor] = {}
         notes: dict[str, None] = {}

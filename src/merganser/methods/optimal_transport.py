@@ -22,7 +22,7 @@ from merganser.methods.base import Facts, Merged, Method, Needs, Options, Share,
 
 
 @dataclass(frozen=True)
-class Block:
+class AlignedBlock:
     """How a block's layers are called: the ends of their names, after a common beginning.
 
     Attributes:
@@ -48,29 +48,29 @@ _ITERATIONS = 1_000_000_000
 _SHARED_BIAS = "a relative position bias, shared by all layers, fixes the order of the heads"
 
 BLOCKS = (
-    Block("feed-forward", ("intermediate.dense",), "output.dense"),  # BERT, RoBERTa, DeBERTa, MPNet
-    Block("feed-forward", ("ffn.lin1",), "ffn.lin2"),  # DistilBERT
-    Block("feed-forward", ("DenseReluDense.wi",), "DenseReluDense.wo"),  # T5
-    Block("feed-forward", ("DenseReluDense.wi_0", "DenseReluDense.wi_1"), "DenseReluDense.wo"),  # T5 1.1
-    Block("feed-forward", ("mlp.c_fc",), "mlp.c_proj"),  # GPT-2
-    Block("feed-forward", ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"),  # Llama, Qwen
-    Block(
+    AlignedBlock("feed-forward", ("intermediate.dense",), "output.dense"),  # BERT, RoBERTa, DeBERTa, MPNet
+    AlignedBlock("feed-forward", ("ffn.lin1",), "ffn.lin2"),  # DistilBERT
+    AlignedBlock("feed-forward", ("DenseReluDense.wi",), "DenseReluDense.wo"),  # T5
+    AlignedBlock("feed-forward", ("DenseReluDense.wi_0", "DenseReluDense.wi_1"), "DenseReluDense.wo"),  # T5 1.1
+    AlignedBlock("feed-forward", ("mlp.c_fc",), "mlp.c_proj"),  # GPT-2
+    AlignedBlock("feed-forward", ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"),  # Llama, Qwen
+    AlignedBlock(
         "heads", ("attention.self.query", "attention.self.key", "attention.self.value"), "attention.output.dense"
     ),  # BERT, RoBERTa
-    Block(
+    AlignedBlock(
         "heads",
         ("attention.self.query_proj", "attention.self.key_proj", "attention.self.value_proj"),
         "attention.output.dense",
         maybe=("attention.self.pos_key_proj", "attention.self.pos_query_proj"),
     ),  # DeBERTa-v2, v3
-    Block("heads", ("attention.q_lin", "attention.k_lin", "attention.v_lin"), "attention.out_lin"),  # DistilBERT
-    Block("heads", ("attn.c_attn",), "attn.c_proj", fused=3),  # GPT-2
-    Block("heads", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.o_proj"),  # Llama
-    Block("heads", ("EncDecAttention.q", "EncDecAttention.k", "EncDecAttention.v"), "EncDecAttention.o"),  # T5
-    Block(
+    AlignedBlock("heads", ("attention.q_lin", "attention.k_lin", "attention.v_lin"), "attention.out_lin"),  # DistilBERT
+    AlignedBlock("heads", ("attn.c_attn",), "attn.c_proj", fused=3),  # GPT-2
+    AlignedBlock("heads", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.o_proj"),  # Llama
+    AlignedBlock("heads", ("EncDecAttention.q", "EncDecAttention.k", "EncDecAttention.v"), "EncDecAttention.o"),  # T5
+    AlignedBlock(
         "heads", ("SelfAttention.q", "SelfAttention.k", "SelfAttention.v"), "SelfAttention.o", fixed=_SHARED_BIAS
     ),  # T5
-    Block(
+    AlignedBlock(
         "heads", ("attention.attn.q", "attention.attn.k", "attention.attn.v"), "attention.attn.o", fixed=_SHARED_BIAS
     ),  # MPNet
 )
@@ -114,7 +114,7 @@ class OptimalTransport(Method):
     def merge(self, unit: Unit, shares: Sequence[Share]) -> Merged:
         """Put every contributor's units in the first one's order and average."""
         total = sum(share.coefficient for share in shares)
-        places = [place_of(fact, unit) for fact in unit.facts]
+        places = [axis_of(fact, unit) for fact in unit.facts]
         count = unit_count(unit)
         order = straight = torch.arange(count)
         first: Tensor | None = None
@@ -140,7 +140,7 @@ class OptimalTransport(Method):
         return elements(unit) * 8 * 6 + matching * 8
 
     def _reason(
-        self, block: Block, prefix: str, rows: Sequence[Facts], columns: Facts, by_name: dict[str, Facts]
+        self, block: AlignedBlock, prefix: str, rows: Sequence[Facts], columns: Facts, by_name: dict[str, Facts]
     ) -> str | None:
         """Why a block's units are not matched; None where they are."""
         layers = [fact.layer for fact in (*rows, columns) if fact.layer and fact.layer.kind != "embedding"]
@@ -172,7 +172,7 @@ class OptimalTransport(Method):
 
 
 @dataclass(frozen=True)
-class Place:
+class UnitAxis:
     """Where the units of a block are in one of its tensors.
 
     Attributes:
@@ -184,13 +184,13 @@ class Place:
     fused: int
 
 
-def place_of(fact: Facts, unit: Unit) -> Place:
+def axis_of(fact: Facts, unit: Unit) -> UnitAxis:
     """Where the units are: along the outputs of the first layers, along the inputs of the last."""
     if fact.layer is None:
-        return Place(0, _fused(unit))
+        return UnitAxis(0, _fused(unit))
     if fact.name == unit.names[-1]:
-        return Place(0 if transposed(fact) else 1, 1)
-    return Place(1 if transposed(fact) else 0, _fused(unit))
+        return UnitAxis(0 if transposed(fact) else 1, 1)
+    return UnitAxis(1 if transposed(fact) else 0, _fused(unit))
 
 
 def unit_count(unit: Unit) -> int:
@@ -199,13 +199,13 @@ def unit_count(unit: Unit) -> int:
     return (unit.kind == "heads" and last.heads) or _size(last, outputs=False)
 
 
-def split(tensor: Tensor, place: Place, count: int) -> Tensor:
+def split(tensor: Tensor, place: UnitAxis, count: int) -> Tensor:
     """A tensor with its units in front, (units, fused, width, rest); :func:`join` is the inverse."""
     front = tensor.movedim(place.axis, 0)
     return front.reshape(place.fused, count, -1, *front.shape[1:]).transpose(0, 1)
 
 
-def join(parts: Tensor, place: Place) -> Tensor:
+def join(parts: Tensor, place: UnitAxis) -> Tensor:
     """A tensor in on-disk orientation from (units, fused, width, rest)."""
     return parts.transpose(0, 1).flatten(0, 2).movedim(0, place.axis)
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from merganser.errors import DataError
-from merganser.lab.report.grid import Grid, make_grids
+from merganser.lab.report.grid import ResultGrid, make_grids
 from merganser.lab.report.latex import render_latex
 from merganser.lab.report.page import render_page
 from merganser.lab.report.rows import ResultRow, read_rows, render_rows
@@ -68,11 +68,11 @@ def test_rows_say_the_sets_where_there_are_no_individual_models(examples: Module
     assert grid.label(grid.contributors[:2]) == "m4 + m2", "unknown sets leave the names"
 
 
-def grids_of(rows: Sequence[Row]) -> list[Grid]:
+def grids_of(rows: Sequence[Row]) -> list[ResultGrid]:
     return make_grids([ResultRow.model_validate(row) for row in rows])[0]
 
 
-def grid_with(examples: ModuleType, sets: dict[str, str | None], tests: Sequence[str] = ("t",)) -> Grid:
+def grid_with(examples: ModuleType, sets: dict[str, str | None], tests: Sequence[str] = ("t",)) -> ResultGrid:
     """One merge of contributors with these sets, all of which are tested on the same."""
     row = examples.make_row(
         layout="all", kind="merge", method="simple", contributors=list(sets), seed=1, tests=dict.fromkeys(tests, "in")

@@ -22,7 +22,7 @@ from merganser.lab.report.layouts import average_over_tests, on_tests
 from merganser.lab.report.page import render_page
 from merganser.lab.report.rows import ResultRow, read_rows
 from merganser.lab.report.sections import Section, duration, make_sections
-from merganser.lab.report.tables import Cell, Line, Table
+from merganser.lab.report.tables import Line, Table, TableCell
 from merganser.lab.report.text import render_csv, render_markdown
 
 
@@ -198,7 +198,7 @@ def test_an_introduction_is_on_the_page_and_escaped(
 ) -> None:
     (tmp_path / "rows.json").write_text(json.dumps(examples.all_at_once()))
     sections = make_sections(read_rows(tmp_path / "rows.json"), "simple")
-    table = Table("t", "Counts <of>", "Split", ("Texts",), (Line("train", (Cell(text="1,234"),)),))
+    table = Table("t", "Counts <of>", "Split", ("Texts",), (Line("train", (TableCell(text="1,234"),)),))
     template = (
         '{% extends "report.html.j2" %}{% from "macros.html.j2" import table_of %}{% set title = name %}'
         "{% block lead %}<p>{{ lead }}</p>{% endblock %}"

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from merganser.errors import RecipeError
-from merganser.lab.report.grid import Grid, make_grids
+from merganser.lab.report.grid import ResultGrid, make_grids
 from merganser.lab.report.layouts import grid_tables
 from merganser.lab.report.rows import ResultRow
 from merganser.lab.report.sections import make_sections
 from merganser.lab.report.significance import holm, sign_flip
-from merganser.lab.report.tables import Cell, Table
+from merganser.lab.report.tables import Table, TableCell
 
 Row = dict[str, Any]
 
@@ -22,7 +22,7 @@ def parsed(rows: list[Row]) -> list[ResultRow]:
     return [ResultRow.model_validate(row) for row in rows]
 
 
-def grids_of(rows: list[Row]) -> list[Grid]:
+def grids_of(rows: list[Row]) -> list[ResultGrid]:
     return make_grids(parsed(rows))[0]
 
 
@@ -30,7 +30,7 @@ def tables_of(rows: list[Row], against: str = "simple", which: int = 0) -> dict[
     return {table.key: table for table in grid_tables(make_grids(parsed(rows), against)[0][which])}
 
 
-def cell(table: Table, line: str, column: str, group: str = "") -> Cell:
+def cell(table: Table, line: str, column: str, group: str = "") -> TableCell:
     (found,) = [one for one in table.lines if one.title == line and (not group or one.group == group)]
     return found.cells[table.columns.index(column)]
 
@@ -39,7 +39,7 @@ def mean_and_deviation(by_seed: list[float]) -> tuple[float, float]:
     return 100 * statistics.fmean(by_seed), 100 * statistics.stdev(by_seed)
 
 
-def check(found: Cell, by_seed: list[float]) -> None:
+def check(found: TableCell, by_seed: list[float]) -> None:
     mean, deviation = mean_and_deviation(by_seed)
     assert found.value == pytest.approx(mean)
     assert found.std == pytest.approx(deviation)

@@ -9,11 +9,11 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from merganser.lab.report.figures import pair_map, scatter
-from merganser.lab.report.grid import Grid, make_grids
+from merganser.lab.report.grid import ResultGrid, make_grids
 from merganser.lab.report.layouts import grid_tables
 from merganser.lab.report.rows import ResultRow
-from merganser.lab.report.tables import Cell, Table
-from merganser.lab.report.ties import Tally, leaders, sign, signed, tally
+from merganser.lab.report.tables import Table, TableCell
+from merganser.lab.report.ties import TestTally, leaders, sign, signed, tally
 
 Row = dict[str, Any]
 
@@ -35,19 +35,19 @@ def test_the_last_bits_do_not_decide() -> None:
 def test_leaders_are_the_highest_and_its_ties() -> None:
     assert leaders({"a": 50.0, "b": 50.04, "c": 49.98, "d": 50.0}) == ["a", "b", "d"]
     assert leaders({"a": 1.0}) == ["a"] and leaders({}) == []
-    assert tally([0.0, 1e-7, -0.04, 0.06, -3.0, -0.05]) == Tally(above=1, below=2, tied=3)
+    assert tally([0.0, 1e-7, -0.04, 0.06, -3.0, -0.05]) == TestTally(above=1, below=2, tied=3)
 
 
-def table_of(grid: Grid, key: str) -> Table:
+def table_of(grid: ResultGrid, key: str) -> Table:
     return next(table for table in grid_tables(grid) if table.key == key)
 
 
-def cell(table: Table, line: str, column: str) -> Cell:
+def cell(table: Table, line: str, column: str) -> TableCell:
     (found,) = [one for one in table.lines if one.title == line]
     return found.cells[table.columns.index(column)]
 
 
-def pairs_with(examples: ModuleType, points: dict[str, float]) -> Grid:
+def pairs_with(examples: ModuleType, points: dict[str, float]) -> ResultGrid:
     """Ten pairs, two seeds; each method's scores are so many points above a score of the pair."""
     rows = [r for r in examples.pairs(seeds=(1, 2), heads=("same",)) if r["kind"] == "merge"]
     places = {pair: place for place, pair in enumerate(itertools.combinations(examples.EMOTION, 2))}

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 
-from merganser.lab.report.grid import Grid
+from merganser.lab.report.grid import ResultGrid
 from merganser.lab.report.layouts import models_on_tests, on_tests
 from merganser.lab.report.rows import Domain
 from merganser.lab.report.svg import INK, LINE, MARKERS, MUTED, PAPER, SERIES, Figure, draw
-from merganser.lab.report.tables import DOMAIN_TITLES, Cell, compare
+from merganser.lab.report.tables import DOMAIN_TITLES, TableCell, compare
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,7 +32,7 @@ class Row:
     group: str
 
 
-def dot_plot(grid: Grid, domain: Domain, prefix: str, metric: str) -> Figure | None:
+def dot_plot(grid: ResultGrid, domain: Domain, prefix: str, metric: str) -> Figure | None:
     """How far every model and method spreads over the tests of a domain; None where there is one test only.
 
     Args:
@@ -77,7 +77,7 @@ def dot_plot(grid: Grid, domain: Domain, prefix: str, metric: str) -> Figure | N
     )
 
 
-def plot_rows(grid: Grid, domain: Domain) -> list[Row]:
+def plot_rows(grid: ResultGrid, domain: Domain) -> list[Row]:
     """Single models, where each is scored on every test, then the comparators, then the merges."""
     alone = models_on_tests(grid) if domain == "in" else {}
     found = [_row(f"{grid.show(name)} alone", cells, MUTED, "model") for name, cells in alone.items()]
@@ -90,7 +90,7 @@ def plot_rows(grid: Grid, domain: Domain) -> list[Row]:
     return [row for row in found if row]
 
 
-def _row(title: str, cells: Mapping[str, Cell], colour: str, group: str) -> Row | None:
+def _row(title: str, cells: Mapping[str, TableCell], colour: str, group: str) -> Row | None:
     """A line of the plot; None where a test is missing, since its average would be of other tests."""
     scores = {test: cell.value for test, cell in cells.items() if cell.value is not None}
     if not scores or len(scores) < len(cells):

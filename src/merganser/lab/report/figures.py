@@ -15,11 +15,11 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from merganser.lab.report.dots import dot_plot
-from merganser.lab.report.grid import Grid, Method, Values
+from merganser.lab.report.grid import ResultGrid, TableLine, Values
 from merganser.lab.report.rows import Domain
 from merganser.lab.report.svg import DOWN, INK, LINE, MARKERS, MUTED, PAPER, SERIES, STYLES, UP, Figure, draw
 from merganser.lab.report.tables import DOMAIN_TITLES, compare_groups
-from merganser.lab.report.ties import RULE, Tally, and_tied, sign, signed, tally
+from merganser.lab.report.ties import RULE, TestTally, and_tied, sign, signed, tally
 from merganser.methods.regmean import REGMEAN
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ _TINTS = {1: UP, 0: MUTED, -1: DOWN}
 Points = Sequence[tuple[int, float, float | None]]
 
 
-def grid_figures(grid: Grid, prefix: str) -> list[Figure]:
+def grid_figures(grid: ResultGrid, prefix: str) -> list[Figure]:
     """The figures that a grid's layout calls for; ``prefix`` is unique in the page."""
     if grid.layout == "greedy":
         found = [growth(grid, prefix)]
@@ -44,12 +44,12 @@ def grid_figures(grid: Grid, prefix: str) -> list[Figure]:
     return [figure for figure in found if figure]
 
 
-def growth(grid: Grid, prefix: str) -> Figure | None:
+def growth(grid: ResultGrid, prefix: str) -> Figure | None:
     """Number of models against score, a line a method; None where there is a single number."""
     sizes = sorted({len(unit.contributors) for unit in grid.units})
     if len(sizes) < 2:
         return None
-    curves: dict[Domain, dict[Method, Points]] = {}
+    curves: dict[Domain, dict[TableLine, Points]] = {}
     for domain in grid.domains:
         found = compare_groups(grid, grid.by_domain(domain), lambda unit: len(unit.contributors))
         points = {
@@ -113,7 +113,7 @@ def _panels(canvas: Canvas, count: int, wide: bool) -> Iterable[Axes]:
     return axes
 
 
-def _curve(ax: Axes, method: Method, points: Points, sizes: Sequence[int], look: Mapping[str, Any]) -> None:
+def _curve(ax: Axes, method: TableLine, points: Points, sizes: Sequence[int], look: Mapping[str, Any]) -> None:
     x, y = [size for size, *_ in points], [value for _, value, _ in points]
     bands = [(size, value - std, value + std) for size, value, std in points if std is not None]
     if method.kind == "merge" and len(bands) == len(points):
@@ -124,7 +124,7 @@ def _curve(ax: Axes, method: Method, points: Points, sizes: Sequence[int], look:
     ax.plot(x, y, **look, zorder=3 if method.kind == "merge" else 2)
 
 
-def _look(grid: Grid, method: Method) -> dict[str, Any]:
+def _look(grid: ResultGrid, method: TableLine) -> dict[str, Any]:
     """Colour, dash and marker of a method's line."""
     if method.kind == "merge":
         index = grid.merges.index(method)
@@ -141,11 +141,11 @@ def _look(grid: Grid, method: Method) -> dict[str, Any]:
     return {"color": INK if method.kind == "multitask" else MUTED, "linestyle": dash, "linewidth": 1.3}
 
 
-def _metric(grid: Grid) -> str:
+def _metric(grid: ResultGrid) -> str:
     return f"{grid.metrics[0]} × 100" if len(grid.metrics) == 1 else "key scores × 100"
 
 
-def scatter(grid: Grid, prefix: str) -> Figure | None:
+def scatter(grid: ResultGrid, prefix: str) -> Figure | None:
     """A point a unit: the reference's score across, up that of RegMean, or of the last merge where there is none."""
     reference = grid.reference
     others = [method for method in grid.merges if method != reference]
@@ -188,7 +188,7 @@ def scatter(grid: Grid, prefix: str) -> Figure | None:
     )
 
 
-def _scatter(ax: Axes, pairs: Sequence[tuple[float, float]], counts: Tally, look: Mapping[str, Any]) -> None:
+def _scatter(ax: Axes, pairs: Sequence[tuple[float, float]], counts: TestTally, look: Mapping[str, Any]) -> None:
     flat = [value for pair in pairs for value in pair]
     room = max(1.0, 0.06 * (max(flat) - min(flat)))
     low, high = min(flat) - room, max(flat) + room
@@ -203,7 +203,7 @@ def _scatter(ax: Axes, pairs: Sequence[tuple[float, float]], counts: Tally, look
     ax.text(0.97, 0.03, f"{counts.below} below", transform=ax.transAxes, ha="right", color=INK, fontsize=9)
 
 
-def pair_map(grid: Grid, prefix: str) -> Figure | None:
+def pair_map(grid: ResultGrid, prefix: str) -> Figure | None:
     """Contributors × contributors: a merge's score less the reference's, mean over seeds."""
     reference = grid.reference
     others = [method for method in grid.merges if method != reference][-MOST_MAPS:]
@@ -250,7 +250,7 @@ def pair_map(grid: Grid, prefix: str) -> Figure | None:
     )
 
 
-def _differences(grid: Grid, base: Values, own: Values) -> dict[tuple[str, str], float]:
+def _differences(grid: ResultGrid, base: Values, own: Values) -> dict[tuple[str, str], float]:
     """(Later contributor, earlier contributor) → mean difference over the seeds that both have."""
     found: dict[tuple[str, str], list[float]] = {}
     for unit in base:
@@ -260,7 +260,7 @@ def _differences(grid: Grid, base: Values, own: Values) -> dict[tuple[str, str],
     return {pair: sum(differences) / len(differences) for pair, differences in found.items()}
 
 
-def _map(ax: Axes, grid: Grid, maps: Mapping[Domain, Mapping[tuple[str, str], float]], most: float) -> None:
+def _map(ax: Axes, grid: ResultGrid, maps: Mapping[Domain, Mapping[tuple[str, str], float]], most: float) -> None:
     count = len(grid.contributors)
 
     def fill(row: int, column: int, colour: str, alpha: float) -> None:

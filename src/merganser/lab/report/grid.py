@@ -36,7 +36,7 @@ METRICS = {
 
 
 @dataclass(frozen=True)
-class Method:
+class TableLine:
     """A line of the tables; ``searched`` ones had their coefficients chosen on development data."""
 
     kind: Kind
@@ -57,13 +57,13 @@ class Method:
 
 
 #: Each test by the models whose own test it is; out-of-domain tests by all.
-INDIVIDUAL = Method("individual", "individual", "Individual")
+INDIVIDUAL = TableLine("individual", "individual", "Individual")
 #: Each in-domain test by every model.
-EVERY = Method("individual", "individual-every", "Individual, all")
+EVERY = TableLine("individual", "individual-every", "Individual, all")
 
 
 @dataclass(frozen=True, order=True)
-class Unit:
+class Comparison:
     """What methods are compared on. ``contributors`` are sorted: their order does not matter to a merge."""
 
     contributors: tuple[str, ...]
@@ -78,11 +78,11 @@ class Value:
     cells: tuple[str, ...]
 
 
-Values = Mapping[Unit, Value]
+Values = Mapping[Comparison, Value]
 
 
 @dataclass(frozen=True)
-class Grid:
+class ResultGrid:
     """The rows of an experiment that share model, layout and heads, without superseded ones.
 
     ``against`` is the name or title of the merge that the others are compared with.
@@ -99,17 +99,17 @@ class Grid:
         """Names and titles of methods that ran without a coefficient search."""
         return frozenset((row.method, row.title) for row in self.rows if row.chosen is None)
 
-    def method(self, row: ResultRow) -> Method:
+    def method(self, row: ResultRow) -> TableLine:
         """The method of a row. Searched ones say so in the title where the method also ran without."""
         if row.kind == "individual":
             return INDIVIDUAL
         chosen = row.chosen is not None
         both = chosen and (row.method, row.title) in self._also_plain
         title = f"{row.title}, searched" if both else row.title
-        return Method(row.kind, row.method, title, chosen)
+        return TableLine(row.kind, row.method, title, chosen)
 
     @cached_property
-    def methods(self) -> tuple[Method, ...]:
+    def methods(self) -> tuple[TableLine, ...]:
         """Individual, ensemble and multi-task first, then the merges."""
         found = {self.method(row) for row in self.rows}
         if any(score.domain == "other" for row in self._individuals.values() for score in row.scores.values()):
@@ -117,19 +117,19 @@ class Grid:
         return tuple(sorted(found, key=lambda method: method.rank))
 
     @property
-    def merges(self) -> tuple[Method, ...]:
+    def merges(self) -> tuple[TableLine, ...]:
         """The merging methods alone."""
         return tuple(method for method in self.methods if method.kind == "merge")
 
     @cached_property
-    def reference(self) -> Method | None:
+    def reference(self) -> TableLine | None:
         """The merge that the others are compared with; without a coefficient search rather than with."""
         name = self.against.lower()
         found = [method for method in self.merges if name in (method.name.lower(), method.title.lower())]
         return min(found, key=lambda method: method.searched, default=None)
 
     @cached_property
-    def _cells(self) -> dict[tuple[Method, Unit], ResultRow]:
+    def _cells(self) -> dict[tuple[TableLine, Comparison], ResultRow]:
         return {(self.method(row), unit_of(row)): row for row in self.rows if row.kind != "individual"}
 
     @cached_property
@@ -137,21 +137,21 @@ class Grid:
         return {(row.contributors[0], row.seed): row for row in self.rows if row.kind == "individual"}
 
     @cached_property
-    def units(self) -> tuple[Unit, ...]:
+    def units(self) -> tuple[Comparison, ...]:
         """The units of the merges; of the comparators where nothing was merged."""
         kinds: tuple[Iterable[Kind], ...] = (("merge",), ("ensemble", "multitask"), ("individual",))
         for some in kinds:
             found = {unit_of(row) for row in self.rows if row.kind in some}
             if found:
 
-                def order(unit: Unit) -> tuple[int, list[int], int]:
+                def order(unit: Comparison) -> tuple[int, list[int], int]:
                     return len(unit.contributors), sorted(map(self.contributors.index, unit.contributors)), unit.seed
 
                 return tuple(sorted(found, key=order))
         return ()
 
     @cached_property
-    def last(self) -> tuple[Unit, ...]:
+    def last(self) -> tuple[Comparison, ...]:
         """The units whose tests are shown one by one: all; where models are merged one after the other, the largest."""
         most = max((len(unit.contributors) for unit in self.units), default=0)
         return tuple(unit for unit in self.units if self.layout != "greedy" or len(unit.contributors) == most)
@@ -214,14 +214,14 @@ class Grid:
         return {order: tuple(sorted(s for s in longest if longest[s] == order)) for order in sorted(longest.values())}
 
     @cached_property
-    def _tests(self) -> dict[Unit, dict[str, Domain]]:
-        found: dict[Unit, dict[str, Domain]] = {unit: {} for unit in self.units}
+    def _tests(self) -> dict[Comparison, dict[str, Domain]]:
+        found: dict[Comparison, dict[str, Domain]] = {unit: {} for unit in self.units}
         for row in self.rows:
             if unit_of(row) in found:
                 found[unit_of(row)].update({name: score.domain for name, score in row.scores.items()})
         return found
 
-    def tests(self, domain: Domain, units: Sequence[Unit] | None = None) -> tuple[str, ...]:
+    def tests(self, domain: Domain, units: Sequence[Comparison] | None = None) -> tuple[str, ...]:
         """The tests of a domain: those of the contributors' data sets in their order, then by name."""
         chosen = self.units if units is None else units
         names = {name for unit in chosen for name, own in self._tests[unit].items() if own == domain}
@@ -242,7 +242,7 @@ class Grid:
         names = {score.metric for row in self.rows for score in row.scores.values()}
         return tuple(sorted(METRICS.get(name, name.replace("_", " ")) for name in names))
 
-    def on_test(self, method: Method, unit: Unit, test: str) -> Value | None:
+    def on_test(self, method: TableLine, unit: Comparison, test: str) -> Value | None:
         """A method's score on one test of a unit; None where it is missing."""
         if method.kind != "individual":
             return _score(self._cells.get((method, unit)), test)
@@ -253,12 +253,14 @@ class Grid:
         has = [row for row in rows if row is None or (test in row.scores and row.scores[test].domain == domain)]
         return mean_of([_score(row, test) for row in has])
 
-    def of_model(self, contributor: str, test: str) -> dict[Unit, Value]:
+    def of_model(self, contributor: str, test: str) -> dict[Comparison, Value]:
         """The score of a single model on any test, by seed."""
-        rows = {Unit((name,), seed): row for (name, seed), row in self._individuals.items() if name == contributor}
+        rows = {
+            Comparison((name,), seed): row for (name, seed), row in self._individuals.items() if name == contributor
+        }
         return {unit: value for unit, row in sorted(rows.items()) if (value := _score(row, test))}
 
-    def on_domain(self, method: Method, unit: Unit, domain: Domain) -> Value | None:
+    def on_domain(self, method: TableLine, unit: Comparison, domain: Domain) -> Value | None:
         """A method's average over the tests of a domain; None where one is missing."""
         if method.kind != "individual":
             row = self._cells.get((method, unit))
@@ -266,7 +268,7 @@ class Grid:
             return Value(100 * average, (row.cell,)) if row and average is not None else None
         return mean_of([self.on_test(method, unit, test) for test in self.tests(domain, [unit])])
 
-    def label_scores(self, method: Method, unit: Unit) -> dict[tuple[str, str], Value]:
+    def label_scores(self, method: TableLine, unit: Comparison) -> dict[tuple[str, str], Value]:
         """(In-domain test, label) → score; of an individual model only on its own test."""
         if method == EVERY:
             return {}
@@ -283,15 +285,17 @@ class Grid:
             if value is not None
         }
 
-    def by_domain(self, domain: Domain) -> dict[Method, Values]:
+    def by_domain(self, domain: Domain) -> dict[TableLine, Values]:
         """Method → unit → average over the tests of a domain."""
         return self._by_method(self.units, lambda method, unit: self.on_domain(method, unit, domain))
 
-    def by_test(self, test: str) -> dict[Method, Values]:
+    def by_test(self, test: str) -> dict[TableLine, Values]:
         """Method → unit → score on a test."""
         return self._by_method(self.last, lambda method, unit: self.on_test(method, unit, test))
 
-    def _by_method(self, units: Sequence[Unit], score: Callable[[Method, Unit], Value | None]) -> dict[Method, Values]:
+    def _by_method(
+        self, units: Sequence[Comparison], score: Callable[[TableLine, Comparison], Value | None]
+    ) -> dict[TableLine, Values]:
         return {method: {u: v for u in units if (v := score(method, u)) is not None} for method in self.methods}
 
     def gaps(self) -> list[str]:
@@ -323,9 +327,9 @@ class Grid:
         return told
 
 
-def unit_of(row: ResultRow) -> Unit:
+def unit_of(row: ResultRow) -> Comparison:
     """The unit that a row belongs to."""
-    return Unit(tuple(sorted(row.contributors)), row.seed)
+    return Comparison(tuple(sorted(row.contributors)), row.seed)
 
 
 def _score(row: ResultRow | None, test: str) -> Value | None:
@@ -353,7 +357,7 @@ def _stem(contributor: str) -> str:
     return contributor.rpartition("/")[0] or contributor
 
 
-def common_units(values: Mapping[Method, Values]) -> tuple[frozenset[Unit], frozenset[Method]]:
+def common_units(values: Mapping[TableLine, Values]) -> tuple[frozenset[Comparison], frozenset[TableLine]]:
     """The units that the merges are compared on, and the methods that have them all.
 
     A merge with less than half of the units of the fullest one does not take part, so that a method that has just
@@ -368,7 +372,7 @@ def common_units(values: Mapping[Method, Values]) -> tuple[frozenset[Unit], froz
     return common, frozenset(method for method, found in values.items() if common <= set(found))
 
 
-def make_grids(rows: Sequence[ResultRow], against: str = SIMPLE.name) -> tuple[list[Grid], list[ResultRow]]:
+def make_grids(rows: Sequence[ResultRow], against: str = SIMPLE.name) -> tuple[list[ResultGrid], list[ResultRow]]:
     """Grids of one experiment's rows, and the rows that a later one of the same cell supersedes.
 
     A later row of an individual model that says nothing new is left out without being one of these: an experiment
@@ -389,7 +393,7 @@ def make_grids(rows: Sequence[ResultRow], against: str = SIMPLE.name) -> tuple[l
         groups.setdefault((row.model, row.layout, row.heads), []).append(row)
     order = list(HEADS)
     keys = sorted(groups, key=lambda key: (key[0], key[1], order.index(key[2])))
-    return [Grid(*key, tuple(groups[key]), against) for key in keys], old
+    return [ResultGrid(*key, tuple(groups[key]), against) for key in keys], old
 
 
 def _repeats(older: ResultRow, row: ResultRow) -> bool:

@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 
 from merganser.lab.report.sections import Section, anchor
-from merganser.lab.report.tables import Cell, Table
+from merganser.lab.report.tables import Table, TableCell
 
 #: A table with more lines than this may break across pages: it is a longtable, which does not float.
 MOST_LINES = 40
@@ -141,7 +141,7 @@ def _lines(table: Table) -> Iterator[str]:
         yield f"{' & '.join([title, *map(_cell, line.cells)])} \\\\"
 
 
-def _cell(cell: Cell) -> str:
+def _cell(cell: TableCell) -> str:
     shown = escape(cell.shown)
     shown = {"best": rf"\textbf{{{shown}}}", "second": rf"\underline{{{shown}}}"}.get(cell.mark, shown)
     small = [cell.deviation, f"(n = {cell.n})" if cell.counted else ""]

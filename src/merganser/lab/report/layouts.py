@@ -8,13 +8,13 @@ from dataclasses import replace
 from itertools import product
 from typing import Any
 
-from merganser.lab.report.grid import EVERY, Grid, Method, Unit, Value, Values, mean_of
+from merganser.lab.report.grid import EVERY, Comparison, ResultGrid, TableLine, Value, Values, mean_of
 from merganser.lab.report.rows import Domain, ResultRow
 from merganser.lab.report.tables import (
     DOMAIN_TITLES,
-    Cell,
     Line,
     Table,
+    TableCell,
     compare,
     compare_groups,
     compare_paired,
@@ -27,20 +27,20 @@ from merganser.lab.report.tables import (
 from merganser.lab.report.ties import RULE, and_tied
 
 
-def grid_tables(grid: Grid) -> list[Table]:
+def grid_tables(grid: ResultGrid) -> list[Table]:
     """All tables of a grid, in the order of the page; that of the chosen coefficients is the last."""
-    builders: dict[str, Callable[[Grid], list[Table | None]]] = {"pairs": _pairs, "greedy": _greedy}
+    builders: dict[str, Callable[[ResultGrid], list[Table | None]]] = {"pairs": _pairs, "greedy": _greedy}
     tables = builders.get(grid.layout, _tests_by_methods)(grid)
     return [table for table in [*tables, _labels(grid), _chosen(grid)] if table and table.lines]
 
 
-def _pairs(grid: Grid) -> list[Table | None]:
+def _pairs(grid: ResultGrid) -> list[Table | None]:
     values = {DOMAIN_TITLES[domain]: grid.by_domain(domain) for domain in grid.domains}
     each = {title: compare_groups(grid, found, lambda unit: unit.contributors) for title, found in values.items()}
     whole = {title: compare(found) for title, found in values.items()}
     tests = compare_paired(grid, values)
     stars = {title: {m: tests[title, m].marker for m in grid.merges if (title, m) in tests} for title in values}
-    columns: dict[str, Mapping[Method, Cell]] = {
+    columns: dict[str, Mapping[TableLine, TableCell]] = {
         title: {m: replace(cell, stars=stars[title].get(m, "")) for m, cell in cells.items()}
         for title, cells in whole.items()
     }
@@ -81,17 +81,17 @@ def _pairs(grid: Grid) -> list[Table | None]:
     return tables
 
 
-def _wins(grid: Grid, pairs: Iterable[Mapping[Method, Cell]]) -> dict[Method, Cell]:
+def _wins(grid: ResultGrid, pairs: Iterable[Mapping[TableLine, TableCell]]) -> dict[TableLine, TableCell]:
     """How many pairs each merge wins, by its mean over seeds, and on how many it is tied for the best."""
     best = [[method for method, cell in cells.items() if cell.mark == "best"] for cells in pairs]
     total = sum(map(bool, best))
     won = Counter(methods[0] for methods in best if len(methods) == 1)
     tied = Counter(method for methods in best if len(methods) > 1 for method in methods)
     shown = {method: f"{won[method]} of {total}{and_tied(tied[method])}" for method in grid.merges}
-    return {method: Cell(value=won[method], text=text) for method, text in shown.items()} if total else {}
+    return {method: TableCell(value=won[method], text=text) for method, text in shown.items()} if total else {}
 
 
-def _greedy(grid: Grid) -> list[Table | None]:
+def _greedy(grid: ResultGrid) -> list[Table | None]:
     tables: list[Table | None] = []
     for domain in grid.domains:
         sizes = compare_groups(grid, grid.by_domain(domain), lambda unit: len(unit.contributors))
@@ -112,17 +112,17 @@ def _greedy(grid: Grid) -> list[Table | None]:
     return [*tables, *_tests_by_methods(grid)]
 
 
-def on_tests(grid: Grid, domain: Domain) -> dict[str, dict[Method, Values]]:
+def on_tests(grid: ResultGrid, domain: Domain) -> dict[str, dict[TableLine, Values]]:
     """Test → method → unit → score, for each test of a domain."""
     return {test: grid.by_test(test) for test in grid.tests(domain, grid.last)}
 
 
-def average_over_tests(grid: Grid, tests: Mapping[str, Mapping[Method, Values]]) -> dict[Method, Cell]:
+def average_over_tests(grid: ResultGrid, tests: Mapping[str, Mapping[TableLine, Values]]) -> dict[TableLine, TableCell]:
     """Method → the average over tests (:func:`on_tests`).
 
     A seed counts for a method only where the method has all tests that any method has with that seed.
     """
-    averages: dict[Method, dict[Unit, Value]] = {method: {} for method in grid.methods}
+    averages: dict[TableLine, dict[Comparison, Value]] = {method: {} for method in grid.methods}
     for seed in grid.seeds:
         of_seed = [
             {method: [v for u, v in found.items() if u.seed == seed] for method, found in values.items()}
@@ -132,14 +132,14 @@ def average_over_tests(grid: Grid, tests: Mapping[str, Mapping[Method, Values]])
         for method in grid.methods:
             average = mean_of([mean_of(found[method]) for found in due])
             if average is not None:
-                averages[method][Unit((), seed)] = average
+                averages[method][Comparison((), seed)] = average
     return compare(averages)
 
 
-def _tests_by_methods(grid: Grid) -> list[Table | None]:
+def _tests_by_methods(grid: ResultGrid) -> list[Table | None]:
     """Lines = tests, columns = methods; with an average for each domain."""
     lines = []
-    paired: dict[str, Mapping[Method, Values]] = {}
+    paired: dict[str, Mapping[TableLine, Values]] = {}
     for domain in grid.domains:
         title, found = DOMAIN_TITLES[domain], on_tests(grid, domain)
         paired[title] = _pooled(grid, found)
@@ -163,11 +163,11 @@ def _tests_by_methods(grid: Grid) -> list[Table | None]:
     return [table, _each_model(grid) if grid.layout == "all" else None, significance]
 
 
-def _pooled(grid: Grid, tests: Mapping[str, Mapping[Method, Values]]) -> dict[Method, Values]:
+def _pooled(grid: ResultGrid, tests: Mapping[str, Mapping[TableLine, Values]]) -> dict[TableLine, Values]:
     """Method → (test, contributors) and seed → score: what is compared in pairs."""
     return {
         method: {
-            Unit((test, *unit.contributors), unit.seed): value
+            Comparison((test, *unit.contributors), unit.seed): value
             for test, values in tests.items()
             for unit, value in values[method].items()
         }
@@ -175,7 +175,7 @@ def _pooled(grid: Grid, tests: Mapping[str, Mapping[Method, Values]]) -> dict[Me
     }
 
 
-def models_on_tests(grid: Grid) -> dict[str, dict[str, Cell]]:
+def models_on_tests(grid: ResultGrid) -> dict[str, dict[str, TableCell]]:
     """Contributor → in-domain test → the score of its model alone; empty where models are scored on their own tests
     only."""
     if EVERY not in grid.methods:
@@ -184,7 +184,7 @@ def models_on_tests(grid: Grid) -> dict[str, dict[str, Cell]]:
     return {name: {test: summarise(grid.of_model(name, test)) for test in tests} for name in grid.contributors}
 
 
-def _each_model(grid: Grid) -> Table:
+def _each_model(grid: ResultGrid) -> Table:
     """Lines = single models, columns = in-domain tests."""
     return Table(
         key="models",
@@ -206,19 +206,19 @@ def _tinted(lines: Sequence[Line]) -> tuple[Line, ...]:
     numbers = [cell.value for line in lines for cell in line.cells if cell.value is not None]
     low, high = min(numbers, default=0.0), max(numbers, default=0.0)
 
-    def tint(cell: Cell) -> Cell:
+    def tint(cell: TableCell) -> TableCell:
         return cell if cell.value is None else replace(cell, shade=(cell.value - low) / ((high - low) or 1.0))
 
     return tuple(replace(line, cells=tuple(map(tint, line.cells))) for line in lines)
 
 
-def _labels(grid: Grid) -> Table:
+def _labels(grid: ResultGrid) -> Table:
     """Per-label scores: labels × methods, over the in-domain tests that have the label."""
-    found: dict[str, dict[Method, dict[Unit, Value]]] = {}
+    found: dict[str, dict[TableLine, dict[Comparison, Value]]] = {}
     for method, unit in product(grid.methods, grid.last):
         for (test, label), value in grid.label_scores(method, unit).items():
             of_label = found.setdefault(label, {method: {} for method in grid.methods})
-            of_label[method][Unit((test, *unit.contributors), unit.seed)] = value
+            of_label[method][Comparison((test, *unit.contributors), unit.seed)] = value
     methods = [method for method in grid.methods if any(of_label[method] for of_label in found.values())]
     lines = [Line(label, spread(compare(of_label), methods)) for label, of_label in sorted(found.items())]
     merged = f", {len(grid.last[0].contributors)} models merged" if grid.layout == "greedy" else ""
@@ -234,7 +234,7 @@ def _labels(grid: Grid) -> Table:
     )
 
 
-def _chosen(grid: Grid) -> Table:
+def _chosen(grid: ResultGrid) -> Table:
     """The coefficients of searched cells."""
 
     def order(row: ResultRow) -> tuple[Any, ...]:
@@ -251,11 +251,11 @@ def _chosen(grid: Grid) -> Table:
         span = f"{100 * min(known):.1f} – {100 * max(known):.1f}" if known else "–"
         weights = zip(row.contributors, best.coefficients, strict=False)
         cells = (
-            Cell(text=" + ".join(f"{weight:.2g} {grid.show(name)}" for name, weight in weights)),
-            Cell(text=str(row.seed)),
-            Cell(value=None if best.dev is None else 100 * best.dev, cells=(row.cell,), n=1, seeds=1),
-            Cell(text=span),
-            Cell(text=str(len(row.chosen.candidates))),
+            TableCell(text=" + ".join(f"{weight:.2g} {grid.show(name)}" for name, weight in weights)),
+            TableCell(text=str(row.seed)),
+            TableCell(value=None if best.dev is None else 100 * best.dev, cells=(row.cell,), n=1, seeds=1),
+            TableCell(text=span),
+            TableCell(text=str(len(row.chosen.candidates))),
         )
         lines.append(Line(grid.label(row.contributors), cells, group=grid.method(row).title))
     return Table(

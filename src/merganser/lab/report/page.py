@@ -11,10 +11,10 @@ from typing import Any
 
 from merganser import __version__
 from merganser.errors import require
-from merganser.lab.report.grid import Grid
+from merganser.lab.report.grid import ResultGrid
 from merganser.lab.report.rows import ResultRow
 from merganser.lab.report.sections import Section, anchor, duration
-from merganser.lab.report.tables import Cell
+from merganser.lab.report.tables import TableCell
 
 #: A number over more cells names the first of them and counts the rest.
 MOST_CELLS = 12
@@ -56,7 +56,7 @@ def render_page(sections: Sequence[Section], template: str = "report.html.j2", *
     )
 
 
-def _trace(cell: Cell) -> str:
+def _trace(cell: TableCell) -> str:
     """What a number is made of: how many units and seeds, and the ids of the cells."""
     if not cell.cells:
         return ""
@@ -72,7 +72,7 @@ def _short(hashed: str) -> str:
     return bare[:HASH_LENGTH] + ("…" if len(bare) > HASH_LENGTH else "")
 
 
-def _provenance(grids: Sequence[Grid]) -> dict[str, Any]:
+def _provenance(grids: Sequence[ResultGrid]) -> dict[str, Any]:
     """The cells of an experiment, each with its grid, and what they share.
 
     The data are (name, hash): a name stands twice if cells read different contents under it. Settings and versions are
@@ -88,7 +88,7 @@ def _provenance(grids: Sequence[Grid]) -> dict[str, Any]:
     }
 
 
-def _in_order(grid: Grid) -> list[ResultRow]:
+def _in_order(grid: ResultGrid) -> list[ResultRow]:
     def order(row: ResultRow) -> tuple[Any, ...]:
         return grid.method(row).rank, row.seed, list(map(grid.contributors.index, row.contributors)), row.cell
 

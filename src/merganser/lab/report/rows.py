@@ -45,7 +45,7 @@ class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
-class Score(_Part):
+class RowScore(_Part):
     """The score on one test set: ``value`` is of ``metric``, ``all`` has every metric of the task.
 
     ``standard_error`` is that of the value, by bootstrap over the examples, where the experiment asks for it.
@@ -76,7 +76,7 @@ class Chosen(_Part):
     best: int = Field(ge=0)
 
 
-class Origin(_Part):
+class ContributorOrigin(_Part):
     """Where a contributor came from; ``score`` is its own on development data, ``examples`` counts its training
     examples."""
 
@@ -93,7 +93,7 @@ class Provenance(_Part):
     """What the scores can be traced to."""
 
     base: str | None = None
-    contributors: tuple[Origin, ...] = ()
+    contributors: tuple[ContributorOrigin, ...] = ()
     data: dict[str, str | None] = Field(default_factory=dict)
     tensors: dict[str, int] = Field(default_factory=dict)
     settings: dict[str, Any] = Field(default_factory=dict)
@@ -122,16 +122,16 @@ class ResultRow(_Part):
     sets: tuple[str, ...] = ()
     seed: int
     heads: Heads = "same"
-    scores: dict[str, Score]
+    scores: dict[str, RowScore]
     average: dict[Domain, Number] = Field(default_factory=dict)
     chosen: Chosen | None = None
     provenance: Provenance = Provenance()
 
     @property
-    def origins(self) -> tuple[Origin, ...]:
+    def origins(self) -> tuple[ContributorOrigin, ...]:
         """Where the contributors came from, in their order, then whoever else had a part."""
         known = {origin.name: origin for origin in self.provenance.contributors}
-        return (*(known.pop(name, Origin(name=name)) for name in self.contributors), *known.values())
+        return (*(known.pop(name, ContributorOrigin(name=name)) for name in self.contributors), *known.values())
 
     def domain_average(self, domain: Domain) -> float | None:
         """The row's own average, else the mean over its tests of a domain; None where a score is missing."""

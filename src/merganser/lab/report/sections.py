@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import chain, groupby, product
 
 from merganser.errors import RecipeError, did_you_mean
-from merganser.lab.report.grid import DOMAINS, EVERY, HEADS, Grid, make_grids
+from merganser.lab.report.grid import DOMAINS, EVERY, HEADS, ResultGrid, make_grids
 from merganser.lab.report.layouts import grid_tables
 from merganser.lab.report.rows import ResultRow
 from merganser.lab.report.significance import EXACT, SAMPLES
@@ -26,12 +26,12 @@ LAYOUTS = {
 
 
 @dataclass(frozen=True)
-class Block:
+class PageBlock:
     """The tables of one grid."""
 
     key: str
     title: str
-    grid: Grid
+    grid: ResultGrid
     notices: tuple[str, ...]
     orders: tuple[str, ...]
     tables: tuple[Table, ...]
@@ -46,7 +46,7 @@ class Section:
     facts: tuple[tuple[str, str], ...]
     notices: tuple[str, ...]
     how: tuple[str, ...]
-    blocks: tuple[Block, ...]
+    blocks: tuple[PageBlock, ...]
 
 
 def make_sections(rows: Sequence[ResultRow], against: str) -> list[Section]:
@@ -97,7 +97,7 @@ def _section(rows: Sequence[ResultRow], against: str, key: str) -> Section:
     )
 
 
-def _block(grid: Grid, key: str) -> Block:
+def _block(grid: ResultGrid, key: str) -> PageBlock:
     notices = list(grid.gaps())
     if notices:
         notices.append(
@@ -111,7 +111,7 @@ def _block(grid: Grid, key: str) -> Block:
         for order, seeds in grid.orders.items():
             told = f"seeds {', '.join(map(str, seeds))}: " if len(grid.orders) > 1 else ""
             orders.append(told + " → ".join(map(grid.show, order)))
-    return Block(
+    return PageBlock(
         key=key,
         title=f"{grid.model}, {HEADS[grid.heads]}",
         grid=grid,
@@ -121,7 +121,7 @@ def _block(grid: Grid, key: str) -> Block:
     )
 
 
-def _facts(grids: Sequence[Grid], rows: Sequence[ResultRow]) -> tuple[tuple[str, str], ...]:
+def _facts(grids: Sequence[ResultGrid], rows: Sequence[ResultRow]) -> tuple[tuple[str, str], ...]:
     methods = sorted({method for grid in grids for method in grid.methods}, key=lambda method: method.rank)
     contributors = dict.fromkeys(grid.show(name) for grid in grids for name in grid.contributors)
     tests = {name: score for row in rows for name, score in row.scores.items()}
@@ -147,7 +147,7 @@ def _facts(grids: Sequence[Grid], rows: Sequence[ResultRow]) -> tuple[tuple[str,
     return tuple((name, value) for name, value in facts if value)
 
 
-def _how(grids: Sequence[Grid], rows: Sequence[ResultRow]) -> tuple[str, ...]:
+def _how(grids: Sequence[ResultGrid], rows: Sequence[ResultRow]) -> tuple[str, ...]:
     kinds = {method.kind for grid in grids for method in grid.methods}
     told = [
         "Scores are × 100, higher is better. Bold: the best merge and those tied with it "

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import TypeVar
 
-from merganser.lab.report.grid import Grid, Method, Unit, Values, common_units
+from merganser.lab.report.grid import Comparison, ResultGrid, TableLine, Values, common_units
 from merganser.lab.report.rows import Domain
 from merganser.lab.report.significance import Paired, holm, sign_flip
 from merganser.lab.report.ties import RULE, and_tied, leaders, signed
@@ -23,7 +23,7 @@ Group = TypeVar("Group", bound=Hashable)
 
 
 @dataclass(frozen=True)
-class Cell:
+class TableCell:
     """A number (points, × 100) with its deviation over seeds, or ``text``.
 
     ``n`` counts the units behind it; ``partial`` says that these are fewer than its neighbours have; ``mark`` is
@@ -64,7 +64,7 @@ class Line:
     """A line of a table; lines of one ``group`` stand together."""
 
     title: str
-    cells: tuple[Cell, ...]
+    cells: tuple[TableCell, ...]
     group: str = ""
     total: bool = False
 
@@ -88,20 +88,20 @@ class Table:
         return self.numeric[column] if self.numeric else True
 
 
-def summarise(values: Values) -> Cell:
+def summarise(values: Values) -> TableCell:
     """Mean over seeds of the per-seed means, and the sample deviation of these."""
     by_seed: dict[int, list[float]] = {}
     for unit, value in sorted(values.items()):
         by_seed.setdefault(unit.seed, []).append(value.points)
     means = [statistics.fmean(points) for _, points in sorted(by_seed.items())]
     if not means:
-        return Cell()
+        return TableCell()
     deviation = statistics.stdev(means) if len(means) > 1 else None
     cells = dict.fromkeys(cell for _, value in sorted(values.items()) for cell in value.cells)
-    return Cell(statistics.fmean(means), deviation, len(values), len(means), tuple(cells))
+    return TableCell(statistics.fmean(means), deviation, len(values), len(means), tuple(cells))
 
 
-def compare(values: Mapping[Method, Values]) -> dict[Method, Cell]:
+def compare(values: Mapping[TableLine, Values]) -> dict[TableLine, TableCell]:
     """A cell a method, over the units that the merges share; best and second best merge are marked.
 
     A method that lacks some of these units is averaged over those that it has and is ``partial``; it gets no mark.
@@ -120,19 +120,21 @@ def compare(values: Mapping[Method, Values]) -> dict[Method, Cell]:
 
 
 def compare_groups(
-    grid: Grid, values: Mapping[Method, Values], key: Callable[[Unit], Group]
-) -> dict[Group, dict[Method, Cell]]:
+    grid: ResultGrid, values: Mapping[TableLine, Values], key: Callable[[Comparison], Group]
+) -> dict[Group, dict[TableLine, TableCell]]:
     """Key → cells: a comparison of its own for all units with the same key, in the order of the grid's units."""
 
-    def only(group: Group) -> dict[Method, Values]:
+    def only(group: Group) -> dict[TableLine, Values]:
         return {method: {u: v for u, v in found.items() if key(u) == group} for method, found in values.items()}
 
     return {group: compare(only(group)) for group in dict.fromkeys(map(key, grid.units))}
 
 
-def compare_paired(grid: Grid, columns: Mapping[str, Mapping[Method, Values]]) -> dict[tuple[str, Method], Paired]:
+def compare_paired(
+    grid: ResultGrid, columns: Mapping[str, Mapping[TableLine, Values]]
+) -> dict[tuple[str, TableLine], Paired]:
     """Every other merge against the reference, on the units that both have; p-values adjusted together (Holm)."""
-    found: dict[tuple[str, Method], Paired] = {}
+    found: dict[tuple[str, TableLine], Paired] = {}
     for column, values in columns.items():
         base = values[grid.reference] if grid.reference else {}
         for method in grid.merges:
@@ -143,7 +145,7 @@ def compare_paired(grid: Grid, columns: Mapping[str, Mapping[Method, Values]]) -
     return {key: replace(found[key], adjusted=p) for key, p in zip(found, adjusted, strict=True)}
 
 
-def significance_table(grid: Grid, found: Mapping[tuple[str, Method], Paired], what: str) -> Table | None:
+def significance_table(grid: ResultGrid, found: Mapping[tuple[str, TableLine], Paired], what: str) -> Table | None:
     """The comparisons behind the stars; None where there are none."""
     if grid.reference is None or not found:
         return None
@@ -151,11 +153,11 @@ def significance_table(grid: Grid, found: Mapping[tuple[str, Method], Paired], w
     for (column, method), paired in found.items():
         counts = paired.counts
         cells = (
-            Cell(value=paired.difference, text=signed(paired.difference)),
-            Cell(text=f"{counts.above} / {counts.below}{and_tied(counts.tied)}"),
-            Cell(value=paired.n, text=str(paired.n)),
-            Cell(value=paired.p, text=_p(paired.p)),
-            Cell(value=paired.adjusted, text=_p(paired.adjusted), stars=paired.marker),
+            TableCell(value=paired.difference, text=signed(paired.difference)),
+            TableCell(text=f"{counts.above} / {counts.below}{and_tied(counts.tied)}"),
+            TableCell(value=paired.n, text=str(paired.n)),
+            TableCell(value=paired.p, text=_p(paired.p)),
+            TableCell(value=paired.adjusted, text=_p(paired.adjusted), stars=paired.marker),
         )
         lines.append(Line(method.title, cells, group=column))
     return Table(
@@ -175,20 +177,20 @@ def _p(value: float) -> str:
     return "< 0.0001" if value < 0.0001 else f"{value:.4f}"
 
 
-def method_lines(grid: Grid, columns: Sequence[Mapping[Method, Cell]]) -> tuple[Line, ...]:
+def method_lines(grid: ResultGrid, columns: Sequence[Mapping[TableLine, TableCell]]) -> tuple[Line, ...]:
     """Lines = methods, comparators in a group of their own."""
     lines = [
-        Line(method.title, tuple(column.get(method, Cell()) for column in columns), method.group)
+        Line(method.title, tuple(column.get(method, TableCell()) for column in columns), method.group)
         for method in grid.methods
     ]
     return tuple(line for line in lines if any(cell.value is not None or cell.text for cell in line.cells))
 
 
-def spread(cells: Mapping[Method, Cell], methods: Sequence[Method]) -> tuple[Cell, ...]:
+def spread(cells: Mapping[TableLine, TableCell], methods: Sequence[TableLine]) -> tuple[TableCell, ...]:
     """The cells of methods, in their order."""
-    return tuple(cells.get(method, Cell()) for method in methods)
+    return tuple(cells.get(method, TableCell()) for method in methods)
 
 
-def method_spans(methods: Sequence[Method]) -> tuple[tuple[str, int], ...]:
+def method_spans(methods: Sequence[TableLine]) -> tuple[tuple[str, int], ...]:
     """What stands above columns of methods: the comparators, then the merges."""
     return tuple((group, len(list(own))) for group, own in groupby(methods, key=lambda method: method.group))

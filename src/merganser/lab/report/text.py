@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table as RichTable
 
 from merganser.lab.report.sections import Section
-from merganser.lab.report.tables import Cell, Table
+from merganser.lab.report.tables import Table, TableCell
 
 #: Columns of the CSV: where a number stands, and what it is.
 _PLACE = ("experiment", "model", "heads", "layout", "table", "group", "row", "column")
@@ -50,7 +50,7 @@ def _markdown(table: Table) -> str:
     return "\n".join(f"| {' | '.join(row if grouped else row[1:])} |" for row in rows)
 
 
-def _md_cell(cell: Cell) -> str:
+def _md_cell(cell: TableCell) -> str:
     shown = _md(cell.shown)
     shown = {"best": f"**{shown}**", "second": f"*{shown}*"}.get(cell.mark, shown)
     more = [_md(cell.stars), cell.deviation and f" {cell.deviation}", f" (n={cell.n})" if cell.counted else ""]
@@ -109,7 +109,7 @@ def _rich(table: Table) -> RichTable:
     return drawn
 
 
-def _rich_cell(cell: Cell) -> str:
+def _rich_cell(cell: TableCell) -> str:
     shown = escape(cell.shown)
     style = {"best": "bold", "second": "underline"}.get(cell.mark)
     shown = f"[{style}]{shown}[/{style}]" if style else shown

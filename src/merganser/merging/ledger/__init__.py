@@ -5,8 +5,8 @@ reference of all differences, so that any site can add without the others' weigh
 not grow with their number. See docs/ledger.md.
 """
 
-from merganser.merging.ledger.record import Entry, LedgerError, Record
+from merganser.merging.ledger.record import LedgerError, LedgerMember, LedgerRecord
 from merganser.merging.ledger.result import solve
 from merganser.merging.ledger.verbs import add, combine, init, remove, show
 
-__all__ = ["Entry", "LedgerError", "Record", "add", "combine", "init", "remove", "show", "solve"]
+__all__ = ["LedgerError", "LedgerMember", "LedgerRecord", "add", "combine", "init", "remove", "show", "solve"]

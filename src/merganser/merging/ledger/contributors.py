@@ -8,7 +8,14 @@ from pathlib import Path
 
 from merganser.checkpoints.reader import align
 from merganser.errors import Problems, StatisticsError, UserError, raise_all
-from merganser.merging.ledger.record import RESTORE, Entry, LedgerError, Part, Record, StatisticsRecord
+from merganser.merging.ledger.record import (
+    RESTORE,
+    LedgerError,
+    LedgerMember,
+    LedgerPart,
+    LedgerRecord,
+    StatisticsRecord,
+)
 from merganser.merging.ledger.terms import treatment
 from merganser.merging.matching import matches
 from merganser.merging.parents import Inputs, Parent, open_base, open_parents, pin
@@ -32,7 +39,7 @@ def open_reference(model: str, problems: list[UserError], *, allow_pickle: bool 
     return replace(parent, names={name: name for name in parent.checkpoint.tensors})
 
 
-def open_same_base(record: Record, folder: Path, base: str | None, *, allow_pickle: bool = False) -> Parent:
+def open_same_base(record: LedgerRecord, folder: Path, base: str | None, *, allow_pickle: bool = False) -> Parent:
     """The base model of a ledger, where it was or where ``base`` says; its weights are hashed.
 
     Raises:
@@ -65,7 +72,13 @@ def open_same_base(record: Record, folder: Path, base: str | None, *, allow_pick
 
 
 def open_contributor(
-    record: Record, base: Parent, model: str, coefficient: float, statistics: str | None, *, allow_pickle: bool = False
+    record: LedgerRecord,
+    base: Parent,
+    model: str,
+    coefficient: float,
+    statistics: str | None,
+    *,
+    allow_pickle: bool = False,
 ) -> tuple[Parent, Plan]:
     """A contributor whose headers fit the ledger, and the plan of what it adds; no tensor is read.
 
@@ -111,7 +124,7 @@ def _of_a_ledger(problem: UserError) -> UserError:
     return type(problem)(problem.what, where=problem.where, mend=mend)
 
 
-def check_contents(record: Record, base: Parent, parent: Parent) -> None:
+def check_contents(record: LedgerRecord, base: Parent, parent: Parent) -> None:
     """Read the contributor's weights for what hashes tell.
 
     Raises:
@@ -136,12 +149,12 @@ def check_contents(record: Record, base: Parent, parent: Parent) -> None:
     raise_all(problems)
 
 
-def entry_of(base: Parent, parent: Parent, method: Method) -> Entry:
+def entry_of(base: Parent, parent: Parent, method: Method) -> LedgerMember:
     """What the ledger notes of a contributor."""
     statistics = parent.statistics if method.needs.statistics else None
     header = statistics.header if statistics else None
     infos = ((name, info.dtype, parent.info(name)) for name, info in base.checkpoint.tensors.items())
-    return Entry(
+    return LedgerMember(
         name=parent.title,
         model=parent.contributor.model,
         revision=parent.checkpoint.revision,
@@ -160,12 +173,12 @@ def entry_of(base: Parent, parent: Parent, method: Method) -> Entry:
     )
 
 
-def parts_of(plan: Plan) -> tuple[Part, ...]:
+def parts_of(plan: Plan) -> tuple[LedgerPart, ...]:
     """What sums to keep, by the first contributor's plan: every tensor of the ledger in exactly one part."""
     return tuple(_part(step) for step in plan.steps)
 
 
-def _part(step: Step) -> Part:
+def _part(step: Step) -> LedgerPart:
     method, layers = step.treatment, [fact.layer for fact in step.unit.facts if fact.layer]
     known = [{"kind": layer.kind, "weight": layer.weight, "bias": layer.bias} for layer in layers]
     values = {
@@ -176,10 +189,10 @@ def _part(step: Step) -> Part:
         "reason": step.reason,
         "layers": known if method else (),
     }
-    return Part.model_validate(values)
+    return LedgerPart.model_validate(values)
 
 
-def share_of(part: Part, base: Parent, parent: Parent) -> ParentShare:
+def share_of(part: LedgerPart, base: Parent, parent: Parent) -> ParentShare:
     """What a contributor brings to a part, beside the base model."""
     sources = {name: Source(parent.names[name]) for name in part.names if name in parent.names}
     theirs = {name: Source(base.names[name]) for name in part.names}
@@ -187,7 +200,7 @@ def share_of(part: Part, base: Parent, parent: Parent) -> ParentShare:
     return ParentShare(Inputs((parent,), base, base), step, 0)
 
 
-def _part_problems(record: Record, parent: Parent) -> list[UserError]:
+def _part_problems(record: LedgerRecord, parent: Parent) -> list[UserError]:
     """What the contributors before published and this one did not."""
     statistics, found = parent.statistics, list[UserError]()
     mend = "collect the statistics as the others did, or make a ledger with --exclude for these tensors"

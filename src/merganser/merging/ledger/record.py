@@ -47,7 +47,7 @@ class LayerRecord(_Frozen):
     bias: str | None = None
 
 
-class Part(_Frozen):
+class LedgerPart(_Frozen):
     """Tensors whose sums belong together.
 
     Attributes:
@@ -108,7 +108,7 @@ class StatisticsRecord(_Frozen):
     label: str = ""
 
 
-class Entry(_Frozen):
+class LedgerMember(_Frozen):
     """A contributor.
 
     Attributes:
@@ -130,7 +130,7 @@ class Entry(_Frozen):
     dtypes: dict[str, str] = Field(default_factory=dict)
 
 
-class Record(_Frozen):
+class LedgerRecord(_Frozen):
     """All that ``ledger.json`` holds.
 
     Attributes:
@@ -153,8 +153,8 @@ class Record(_Frozen):
     options: dict[str, Any]
     exclude: tuple[str, ...] = ()
     keep_separate: tuple[str, ...] = ()
-    contributors: tuple[Entry, ...] = ()
-    parts: tuple[Part, ...] = ()
+    contributors: tuple[LedgerMember, ...] = ()
+    parts: tuple[LedgerPart, ...] = ()
     generation: int = 0
     file: str | None = Field(default=None, pattern=r"^sums-[0-9]{6,}\.safetensors$")
     sums: dict[str, str] = Field(default_factory=dict)
@@ -193,19 +193,19 @@ class Record(_Frozen):
         return method.configured(method.options_type.model_validate({**self.options, **options}))
 
 
-def step_of(part: Part, method: str, options: Mapping[str, Any]) -> Step:
+def step_of(part: LedgerPart, method: str, options: Mapping[str, Any]) -> Step:
     """A part as a step of a plan, whose sums stand for all contributors."""
     used = part.treatment if part.treatment in (AVERAGE, COPY) else method
     return Step(part.unit(), used, (), (), options if used == method else {}, reason=part.reason)
 
 
-def dump(record: Record) -> bytes:
+def dump(record: LedgerRecord) -> bytes:
     """The contents of ``ledger.json``."""
     fields = record.model_dump(mode="json")
     return (json.dumps({**fields, "sha256": _digest(fields)}, indent=1, ensure_ascii=False) + "\n").encode()
 
 
-def load(folder: Path) -> Record:
+def load(folder: Path) -> LedgerRecord:
     """What the ledger in ``folder`` says of itself.
 
     Raises:
@@ -223,7 +223,7 @@ def load(folder: Path) -> Record:
         )
     stated = fields.pop("sha256", None)
     try:
-        record = Record.model_validate(fields)
+        record = LedgerRecord.model_validate(fields)
         record.make_method()
         sound = stated == _digest(fields)
     except (ValidationError, KeyError):

@@ -18,7 +18,7 @@ from merganser.errors import RecipeError, raise_all
 from merganser.files import new_folder
 from merganser.merging.execution import Slice, execute
 from merganser.merging.ledger.contributors import open_same_base, share_of
-from merganser.merging.ledger.record import BaseRecord, Entry, LedgerError, Record
+from merganser.merging.ledger.record import BaseRecord, LedgerError, LedgerMember, LedgerRecord
 from merganser.merging.ledger.store import Sums, locked, schedule_of
 from merganser.merging.ledger.terms import shapes
 from merganser.merging.ledger.terms import solve as solve_part
@@ -110,7 +110,7 @@ def solve(
 class _Solving:
     """The tensors of each part, solved from its sums."""
 
-    record: Record
+    record: LedgerRecord
     method: LeastSquares
     sums: Sums
     base: Parent
@@ -132,7 +132,7 @@ class _Solving:
         yield dict.fromkeys(merged.tensors, 0), merged
 
 
-def _method(record: Record, options: Mapping[str, Any]) -> LeastSquares:
+def _method(record: LedgerRecord, options: Mapping[str, Any]) -> LeastSquares:
     for name in options:
         if name != "ridge":
             raise RecipeError(
@@ -145,7 +145,7 @@ def _method(record: Record, options: Mapping[str, Any]) -> LeastSquares:
 
 
 def _plan(
-    record: Record, method: LeastSquares, base: Parent, dtype: str | None, max_shard_size: str, allow_pickle: bool
+    record: LedgerRecord, method: LeastSquares, base: Parent, dtype: str | None, max_shard_size: str, allow_pickle: bool
 ) -> Plan:
     """As that of the merge that this equals to rounding, its steps the parts of the ledger."""
     people = [
@@ -187,7 +187,7 @@ def _plan(
     )
 
 
-def _widest(spec: TensorSpec, record: Record) -> TensorSpec:
+def _widest(spec: TensorSpec, record: LedgerRecord) -> TensorSpec:
     if not is_floating(spec.dtype):
         return spec
     widest = DTYPES[spec.dtype]
@@ -196,13 +196,13 @@ def _widest(spec: TensorSpec, record: Record) -> TensorSpec:
     return replace(spec, dtype=DTYPE_NAMES[widest])
 
 
-def _parent(name: str, one: Entry | BaseRecord) -> dict[str, Any]:
-    statistics = one.statistics if isinstance(one, Entry) else None
+def _parent(name: str, one: LedgerMember | BaseRecord) -> dict[str, Any]:
+    statistics = one.statistics if isinstance(one, LedgerMember) else None
     return {
         "model": one.model,
         "name": name,
         "revision": one.revision,
-        "coefficient": one.coefficient if isinstance(one, Entry) else 1.0,
+        "coefficient": one.coefficient if isinstance(one, LedgerMember) else 1.0,
         "manifest_sha256": one.manifest_sha256,
         "statistics": statistics and statistics.model_dump(mode="json", exclude={"file"}),
     }

@@ -20,7 +20,7 @@ from merganser.checkpoints.header import read_infos
 from merganser.checkpoints.writer import SafetensorsWriter, TensorSpec
 from merganser.errors import UserError
 from merganser.merging.execution import Slice, execute
-from merganser.merging.ledger.record import FILE_NAME, RESTORE, LedgerError, Part, Record, dump, load
+from merganser.merging.ledger.record import FILE_NAME, RESTORE, LedgerError, LedgerPart, LedgerRecord, dump, load
 from merganser.merging.ledger.terms import shapes
 from merganser.merging.memory import RunSettings, Schedule, fit
 from merganser.merging.plan import Step
@@ -32,11 +32,11 @@ _SPARE = 1_000_000  # bytes for ledger.json
 
 Pair = tuple[Tensor, Tensor]
 #: Number of a part and the part → its sums by term.
-Compute = Callable[[int, Part], dict[str, Pair]]
+Compute = Callable[[int, LedgerPart], dict[str, Pair]]
 
 
 @contextmanager
-def locked(folder: Path, *, write: bool = True) -> Iterator[Record]:
+def locked(folder: Path, *, write: bool = True) -> Iterator[LedgerRecord]:
     """The ledger, for this process alone; what a killed change left over is removed.
 
     Args:
@@ -59,7 +59,7 @@ def file_name(generation: int) -> str:
     return f"sums-{generation:06d}.safetensors"
 
 
-def specs(record: Record, parts: Sequence[Part]) -> list[TensorSpec]:
+def specs(record: LedgerRecord, parts: Sequence[LedgerPart]) -> list[TensorSpec]:
     """The tensors of a file of sums."""
     method = record.make_method()
     return [
@@ -89,7 +89,7 @@ class SumsWork:
         compute: the sums of a part, by term; called on several threads.
     """
 
-    parts: Sequence[Part]
+    parts: Sequence[LedgerPart]
     compute: Compute
     mend: str = "collect the statistics again, or make a ledger with --exclude for this tensor"
 
@@ -128,7 +128,9 @@ class SumsTarget:
         """Nothing is left to do."""
 
 
-def write_sums(folder: Path, file: str, record: Record, compute: Compute, settings: RunSettings) -> dict[str, str]:
+def write_sums(
+    folder: Path, file: str, record: LedgerRecord, compute: Compute, settings: RunSettings
+) -> dict[str, str]:
     """Compute the sums part by part, a few at a time, and write them; returns their hashes.
 
     Args:
@@ -153,7 +155,7 @@ def write_sums(folder: Path, file: str, record: Record, compute: Compute, settin
     return {spec.name: target.hashes[spec.name] for spec in wanted}
 
 
-def schedule_of(record: Record, settings: RunSettings) -> Schedule:
+def schedule_of(record: LedgerRecord, settings: RunSettings) -> Schedule:
     """The parts as steps, fitted into memory: each is worked on as a whole, beside its sums and a term of each."""
     sizes: dict[tuple[str, ...], int] = {}
     for spec in specs(record, record.parts):
@@ -162,7 +164,7 @@ def schedule_of(record: Record, settings: RunSettings) -> Schedule:
     return fit(record.steps(), settings, extra=lambda step: 2 * sizes.get(step.unit.names, 0), whole=True)
 
 
-def commit(folder: Path, record: Record) -> None:
+def commit(folder: Path, record: LedgerRecord) -> None:
     """Make ``record`` what the ledger says: the one step that counts. Then the sums before it are removed.
 
     Raises:
@@ -183,11 +185,11 @@ class Sums:
         checkpoint: the file; None where there are none.
     """
 
-    record: Record
+    record: LedgerRecord
     checkpoint: Checkpoint | None
 
     @classmethod
-    def open(cls, folder: Path, record: Record) -> Sums:
+    def open(cls, folder: Path, record: LedgerRecord) -> Sums:
         """Open the file of sums; its header is checked, no sum is read.
 
         Raises:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from merganser.merging.ledger.record import Part, Treatment
+from merganser.merging.ledger.record import LedgerPart, Treatment
 from merganser.methods import GramSums, Merged, Share, Unit
 from merganser.methods.base import input_width
 from merganser.methods.least_squares import Diagonal, Gram, Identity, LeastSquares, Metric
@@ -29,14 +29,14 @@ def treatment(method: LeastSquares, unit: Unit) -> Treatment:
     return _TREATMENTS[method.form(unit)]
 
 
-def contribution(method: LeastSquares, part: Part, unit: Unit, share: Share) -> Terms:
+def contribution(method: LeastSquares, part: LedgerPart, unit: Unit, share: Share) -> Terms:
     """The terms of one contributor, float64.
 
     The same files give the same bits, but for products with Gram matrices, whose last bits depend on the machine.
     """
     if part.treatment == "gram":
         sums = GramSums()
-        method.add(unit, Origin(share, unit), sums)
+        method.add(unit, BaseShare(share, unit), sums)
         method.add(unit, share, sums)
         terms = sums.tensors()
         return {"system": pack_upper(terms["system"]), "right": terms["right"], "offset": terms["offset"]}
@@ -50,7 +50,7 @@ def contribution(method: LeastSquares, part: Part, unit: Unit, share: Share) -> 
     return {"metric": metric, "right": metric * difference, "offset": difference * share.coefficient}
 
 
-def solve(method: LeastSquares, part: Part, unit: Unit, sums: Terms, total: float, base: Share) -> Merged:
+def solve(method: LeastSquares, part: LedgerPart, unit: Unit, sums: Terms, total: float, base: Share) -> Merged:
     """The merged tensors of a part, float64.
 
     Args:
@@ -63,7 +63,7 @@ def solve(method: LeastSquares, part: Part, unit: Unit, sums: Terms, total: floa
     """
     if part.treatment == "gram":
         gram = GramSums()
-        method.add(unit, Origin(base, unit), gram)
+        method.add(unit, BaseShare(base, unit), gram)
         gram.system, gram.right, gram.offset = unpack_upper(sums["system"]), sums["right"], sums["offset"]
         gram.total = total
         return method.solve(unit, gram)
@@ -77,9 +77,9 @@ def solve(method: LeastSquares, part: Part, unit: Unit, sums: Terms, total: floa
     return Merged({name: merged.add_(base.base(name))})
 
 
-def shapes(method: LeastSquares, part: Part) -> dict[str, tuple[int, ...]]:
+def shapes(method: LeastSquares, part: LedgerPart) -> dict[str, tuple[int, ...]]:
     """The shape of each term of a part, from shapes alone."""
-    share = Outline(part)
+    share = ShapesOnly(part)
     terms = contribution(method, part, part.unit(), share)
     return {name: tuple(tensor.shape) for name, tensor in terms.items()}
 
@@ -108,7 +108,7 @@ class _Whole:
         return self.tensor(name)[start:stop]
 
 
-class Origin(_Whole):
+class BaseShare(_Whole):
     """The base model as a contributor without weight or statistics: what differences are taken from.
 
     Args:
@@ -144,7 +144,7 @@ class Origin(_Whole):
         return torch.zeros_like(self._share.base(name))
 
 
-class Outline(_Whole):
+class ShapesOnly(_Whole):
     """A share of tensors that have shapes but no numbers.
 
     Args:
@@ -153,7 +153,7 @@ class Outline(_Whole):
 
     number, coefficient = 0, 1.0
 
-    def __init__(self, part: Part) -> None:
+    def __init__(self, part: LedgerPart) -> None:
         self._shapes = dict(zip(part.names, part.shapes, strict=True))
         self._kinds = {layer.weight: layer.kind for layer in part.layers}
 

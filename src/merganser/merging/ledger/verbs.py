@@ -22,7 +22,16 @@ from merganser.merging.ledger.contributors import (
     parts_of,
     share_of,
 )
-from merganser.merging.ledger.record import FILE_NAME, BaseRecord, Entry, LedgerError, Part, Record, dump, load
+from merganser.merging.ledger.record import (
+    FILE_NAME,
+    BaseRecord,
+    LedgerError,
+    LedgerMember,
+    LedgerPart,
+    LedgerRecord,
+    dump,
+    load,
+)
 from merganser.merging.ledger.store import (
     Pair,
     Sums,
@@ -88,7 +97,7 @@ def init(
             problems.append(RecipeError(f"no tensor of the base is called {pattern!r}", where="exclude", mend=mend))
     raise_all(problems)
     parent.checkpoint.fetch()
-    record = Record(
+    record = LedgerRecord(
         base=BaseRecord(
             model=str(base),
             revision=parent.checkpoint.revision,
@@ -115,7 +124,7 @@ def add(
     threads: int | None = None,
     max_memory: str | int | None = None,
     allow_pickle: bool = False,
-) -> Entry:
+) -> LedgerMember:
     """Add a contributor's share to the sums: whole or not at all, whatever happens meanwhile.
 
     Args:
@@ -166,7 +175,7 @@ def remove(
     threads: int | None = None,
     max_memory: str | int | None = None,
     allow_pickle: bool = False,
-) -> Entry:
+) -> LedgerMember:
     """Take a contributor's share out of the sums again; its weights and statistics must be at hand.
 
     Args:
@@ -253,7 +262,7 @@ def combine(
             raise problem
         opened = [Sums.open(place, record) for place, record in filled]
 
-        def compute(number: int, part: Part) -> dict[str, Pair]:
+        def compute(number: int, part: LedgerPart) -> dict[str, Pair]:
             terms = list(shapes(merged.make_method(), part))
             sums = opened[0].pairs(number, terms)
             for other in opened[1:]:
@@ -271,12 +280,18 @@ def combine(
 
 
 def _change(
-    place: Path, before: Record, after: Record, base: Parent, parent: Parent, sign: float, settings: RunSettings
+    place: Path,
+    before: LedgerRecord,
+    after: LedgerRecord,
+    base: Parent,
+    parent: Parent,
+    sign: float,
+    settings: RunSettings,
 ) -> None:
     """Add (sign 1) or subtract (-1) a contributor's terms, part by part, and switch to the new sums."""
     method, old = after.make_method(), Sums.open(place, before)
 
-    def compute(number: int, part: Part) -> dict[str, Pair]:
+    def compute(number: int, part: LedgerPart) -> dict[str, Pair]:
         terms = contribution(method, part, part.unit(), share_of(part, base, parent))
         sums = zeros_like(terms) if old.checkpoint is None else old.pairs(number, list(terms))
         for name, term in terms.items():
@@ -295,7 +310,7 @@ def _change(
     commit(place, after.model_copy(update={"generation": generation, "file": file, "sums": hashes}))
 
 
-def _find(record: Record, parent: Parent, place: Path) -> Entry:
+def _find(record: LedgerRecord, parent: Parent, place: Path) -> LedgerMember:
     found = parent.checkpoint.manifest_sha256()
     for entry in record.contributors:
         if entry.manifest_sha256 == found:
@@ -308,7 +323,7 @@ def _find(record: Record, parent: Parent, place: Path) -> Entry:
     )
 
 
-def _by_digits(record: Record, text: str) -> Entry | None:
+def _by_digits(record: LedgerRecord, text: str) -> LedgerMember | None:
     """The contributor whose hash begins so; None where the text is a model's folder or name."""
     if Path(text).exists() or len(text) < _FEWEST or set(text) - set("0123456789abcdef"):
         return None
@@ -321,7 +336,7 @@ def _by_digits(record: Record, text: str) -> Entry | None:
     return found[0]
 
 
-def _check_statistics(entry: Entry, parent: Parent) -> None:
+def _check_statistics(entry: LedgerMember, parent: Parent) -> None:
     if entry.statistics is None or parent.statistics is None:
         return
     if (found := parent.statistics.sha256()) != entry.statistics.sha256:
@@ -332,7 +347,7 @@ def _check_statistics(entry: Entry, parent: Parent) -> None:
         )
 
 
-def _check_alike(places: Sequence[Path], records: Sequence[Record]) -> None:
+def _check_alike(places: Sequence[Path], records: Sequence[LedgerRecord]) -> None:
     problems: list[UserError] = []
     seen: dict[str, Path] = {}
     first, filled = records[0], [(p, r) for p, r in zip(places, records, strict=True) if r.parts]
@@ -361,7 +376,7 @@ def _text(value: str | Path | None) -> str | None:
     return None if value is None else str(value)
 
 
-def show(folder: str | Path) -> Record:
+def show(folder: str | Path) -> LedgerRecord:
     """What a ledger says of itself.
 
     Raises:

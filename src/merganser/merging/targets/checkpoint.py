@@ -21,8 +21,8 @@ from merganser.checkpoints.writer import SafetensorsWriter, TensorSpec, check_ou
 from merganser.errors import CheckpointError, UserError
 from merganser.files import is_url, new_folder, parse_size, space_error
 from merganser.merging.execution import TensorRecord, storable
+from merganser.merging.outputs import RemoteOutput, new_remote_output
 from merganser.merging.parents import Inputs, Parent
-from merganser.merging.places import RemotePlace, new_remote
 from merganser.merging.plan import HEADS, KEPT, Plan, Step
 from merganser.merging.provenance import model_card, public_name, write_provenance
 from merganser.methods import Merged
@@ -231,7 +231,7 @@ def output_problems(output: str | Path, overwrite: bool, inputs: Sequence[Path],
         nbytes: of the weights.
     """
     if is_url(output):
-        exists = not overwrite and RemotePlace(str(output)).exists()
+        exists = not overwrite and RemoteOutput(str(output)).exists()
         return [CheckpointError("the output exists", where=output, mend="give another URL, or --overwrite")] * exists
     found = [check_output(Path(output), overwrite, inputs), space_error(Path(output), nbytes + _SPARE)]
     return [problem for problem in found if problem is not None]
@@ -241,7 +241,7 @@ def output_problems(output: str | Path, overwrite: bool, inputs: Sequence[Path],
 def new_output(output: str | Path, overwrite: bool) -> Iterator[Path]:
     """A folder to fill, which becomes the output when everything is there; nothing is left of it after an error."""
     if is_url(output):
-        with new_remote(str(output), overwrite=overwrite) as folder:
+        with new_remote_output(str(output), overwrite=overwrite) as folder:
             yield folder
     else:
         with new_folder(Path(output), overwrite=overwrite) as folder:

@@ -14,7 +14,7 @@ from merganser.files import RemoteFolder, is_url
 _STAGING = ".worker-"
 
 
-class Place:
+class OutputFolder:
     """A local or shared folder that is there already.
 
     Args:
@@ -45,7 +45,7 @@ class Place:
             shutil.rmtree(left, ignore_errors=True)
 
 
-class RemotePlace(Place):
+class RemoteOutput(OutputFolder):
     """A folder behind a URL.
 
     Args:
@@ -81,7 +81,7 @@ class RemotePlace(Place):
 
 
 @contextmanager
-def new_remote(url: str, *, overwrite: bool = False) -> Iterator[Path]:
+def new_remote_output(url: str, *, overwrite: bool = False) -> Iterator[Path]:
     """A local folder for what is not at the URL yet; it is uploaded at the end, ``config.json`` last.
 
     So what is not complete cannot be opened; on any error everything is removed again.
@@ -90,7 +90,7 @@ def new_remote(url: str, *, overwrite: bool = False) -> Iterator[Path]:
         CheckpointError: there is something at the URL.
         FileError: it cannot be written.
     """
-    place = RemotePlace(url)
+    place = RemoteOutput(url)
     if place.exists():
         if not overwrite:
             raise CheckpointError("the output exists", where=url, mend="give another URL, or --overwrite to replace it")
@@ -107,6 +107,6 @@ def new_remote(url: str, *, overwrite: bool = False) -> Iterator[Path]:
             raise
 
 
-def place_of(reference: str) -> Place:
+def output_of(reference: str) -> OutputFolder:
     """The place that a worker is to write to."""
-    return RemotePlace(reference) if is_url(reference) else Place(Path(reference))
+    return RemoteOutput(reference) if is_url(reference) else OutputFolder(Path(reference))
