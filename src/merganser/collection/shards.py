@@ -115,7 +115,7 @@ def _collect_shard(
     leading = 0 if shard.fisher is None else shard.fisher
     batches = examples.batches(shard.indices, batch_size, leading)
     header, tensors = collector.collect(
-        (batch.inputs for batch in batches), shard=shard.number, fisher_examples=shard.fisher, advance=advance
+        (tensors for _, tensors in batches), shard=shard.number, fisher_examples=shard.fisher, advance=advance
     )
     cut = sum(index in examples.encoded.cut for index in shard.indices)
     return Statistics.in_memory(header, tensors), Tally(len(shard.indices), cut, *batches.positions)

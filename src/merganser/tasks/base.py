@@ -7,7 +7,6 @@ A new task is one file with a subclass of :class:`Task` (often of one of the exi
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal
@@ -17,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from merganser.errors import CheckpointError, UserError, did_you_mean
-from merganser.tasks.batches import Collation, Feature
+from merganser.tasks.batches import Collation, Feature, Label
 from merganser.tasks.columns import Columns, resolve, texts
 from merganser.tasks.data import Rows
-from merganser.tasks.labels import LabelSpace
+from merganser.tasks.labels import LabelSpace, spread
 from merganser.tasks.models import Opened, padding_id
 from merganser.tasks.tokens import Encoded, encode_texts
 
@@ -29,9 +28,12 @@ Metric = Callable[[np.ndarray], float]
 #: How labels are distributed given a model's logits: what its loss and its Fisher information are made of.
 Problem = Literal["classification", "multi_label", "regression", "tokens", "next_token", "sequence"]
 
+#: Problems whose outputs have names.
+NAMED = ("classification", "multi_label", "tokens")
+
 
 @dataclass(frozen=True)
-class Task(ABC):
+class Task:
     """A reader, a head and metrics. Instances hold options only; they are values and can be compared.
 
     Attributes:
@@ -48,6 +50,8 @@ class Task(ABC):
         usual: usual column names where they differ from those of :mod:`merganser.tasks.columns`.
         complete: whether every parameter of the model must be in the checkpoint.
         problem: how labels are distributed given logits, for Fisher information; None: there is no head.
+        decoder_mask: what tells the decoder's real tokens, where there is one; see
+            :class:`~merganser.tasks.batches.Collation`.
     """
 
     name: ClassVar[str]
@@ -62,6 +66,7 @@ class Task(ABC):
     usual: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     complete: ClassVar[bool] = True
     problem: ClassVar[Problem | None] = None
+    decoder_mask: ClassVar[str | None] = "inputs"
 
     @property
     def key_metric(self) -> str:
@@ -132,15 +137,15 @@ class Task(ABC):
 
     def space(self, config: Mapping[str, Any]) -> LabelSpace:
         """What the model can predict; empty for tasks whose outputs have no names."""
-        return LabelSpace(())
+        return LabelSpace.of(config) if self.problem in NAMED else LabelSpace(())
 
-    @abstractmethod
     def references(self, rows: Rows, columns: Columns, space: LabelSpace) -> Any:
-        """The truth of each row: a sequence or an array whose first dimension is the rows.
+        """The truth of each row: a sequence or an array whose first dimension is the rows; None beside the text.
 
         Raises:
             DataError: a label that is missing, malformed or outside the space, with file and line.
         """
+        return [None] * len(rows)
 
     def encode(
         self,
@@ -156,25 +161,32 @@ class Task(ABC):
         Raises:
             DataError: a text that is missing, malformed or without tokens, with file and line.
         """
-        first = texts(rows, columns.text or "text")
-        second = texts(rows, columns.text_pair, "text_pair") if columns.text_pair else None
-        encoded = encode_texts(rows, first, second, tokenizer, config, max_length)
+        encoded = self.tokenise(rows, tokenizer, config, columns, max_length)
         if references is None:
             return encoded
+        space = self.space(config)
         features = [
-            replace(feature, labels=self.label(reference))
+            replace(feature, labels=self.label(reference, feature, space))
             for feature, reference in zip(encoded.features, references, strict=True)
         ]
         return replace(encoded, features=features)
 
-    def label(self, reference: Any) -> int | float | list[int] | list[float]:
-        """A reference as a label of transformers' own loss."""
+    def tokenise(
+        self, rows: Rows, tokenizer: Any, config: Mapping[str, Any], columns: Columns, max_length: int
+    ) -> Encoded:
+        """The tokens of the texts, without labels."""
+        first = texts(rows, columns.text or "text")
+        second = texts(rows, columns.text_pair, "text_pair") if columns.text_pair else None
+        return encode_texts(rows, first, second, tokenizer, config, max_length)
+
+    def label(self, reference: Any, feature: Feature, space: LabelSpace) -> Label:
+        """A reference as a label of transformers' own loss, beside the tokens that it belongs to."""
         raise NotImplementedError
 
     def collation(self, tokenizer: Any, config: Mapping[str, Any]) -> Collation:
         """How features become tensors."""
-        mask = "inputs" if config.get("is_encoder_decoder") else None
-        return Collation(padding_id(tokenizer), mask)
+        absent = self.decoder_mask == "inputs" and not config.get("is_encoder_decoder")
+        return Collation(padding_id(tokenizer), None if absent else self.decoder_mask)
 
     def outputs(
         self, model: nn.Module, inputs: dict[str, Tensor], features: Sequence[Feature], tokenizer: Any
@@ -193,7 +205,7 @@ class Task(ABC):
 
     def align(self, outputs: Sequence[Any], own: LabelSpace, space: LabelSpace) -> Any:
         """Outputs over a model's own labels as outputs over ``space``; NaN where it does not know one."""
-        return np.stack(list(outputs))
+        return spread(np.stack(list(outputs)), own, space)
 
     def combine(self, aligned: Sequence[Any]) -> Any:
         """The ensemble: the mean of the models' logits, each label over the models that know it.
@@ -203,9 +215,9 @@ class Task(ABC):
         """
         return mean_of_known(np.stack(list(aligned)))
 
-    @abstractmethod
     def judge(self, aligned: Any, references: Sequence[Any], space: LabelSpace) -> np.ndarray:
         """Predictions beside truths, an array (examples, …): all that the metrics see."""
+        return np.asarray(aligned)
 
     def by_label(self, aligned: Any, references: Sequence[Any], space: LabelSpace) -> dict[str, float]:
         """The F1 of each label that occurs, where the task has labels; of tokens, of each type of entity."""

@@ -11,6 +11,8 @@ from torch import Tensor
 
 IGNORED = -100  # the label that transformers' losses leave out
 
+Label = int | float | list[int] | list[float]
+
 
 @dataclass(frozen=True)
 class Feature:
@@ -26,7 +28,7 @@ class Feature:
 
     input_ids: list[int]
     token_type_ids: list[int] | None = None
-    labels: int | float | list[int] | list[float] | None = None
+    labels: Label | None = None
     words: list[int] | None = None
 
 
@@ -83,16 +85,11 @@ def _label_tensor(labels: Sequence[Any]) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Batch:
-    """A batch and the places of its rows in the data."""
-
-    indices: tuple[int, ...]
-    inputs: dict[str, Tensor]
-
-
-@dataclass(frozen=True)
 class Batches:
-    """Batches that can be iterated over more than once; tensors are made as they are needed."""
+    """Batches that can be iterated over more than once: the places of their rows in the data, and their tensors.
+
+    The tensors are made as they are needed.
+    """
 
     features: Sequence[Feature]
     collate: Collation
@@ -107,9 +104,9 @@ class Batches:
     def __len__(self) -> int:
         return len(self.plan)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[tuple[tuple[int, ...], dict[str, Tensor]]]:
         for indices in self.plan:
-            yield Batch(indices, self.collate([self.features[index] for index in indices]))
+            yield indices, self.collate([self.features[index] for index in indices])
 
 
 def make_batches(features: Sequence[Feature], collate: Collation, batch_size: int, *, leading: int = 0) -> Batches:
@@ -124,16 +121,7 @@ def make_batches(features: Sequence[Feature], collate: Collation, batch_size: in
     """
     lengths = [len(feature.input_ids) for feature in features]
     plan: list[tuple[int, ...]] = []
-    for start, stop in ((0, min(leading, len(lengths))), (min(leading, len(lengths)), len(lengths))):
-        order = sorted(range(start, stop), key=lambda index: (-lengths[index], index))
+    for group in (range(len(lengths))[:leading], range(len(lengths))[leading:]):
+        order = sorted(group, key=lambda index: -lengths[index])
         plan += [tuple(order[at : at + batch_size]) for at in range(0, len(order), batch_size)]
     return Batches(features, collate, tuple(plan))
-
-
-def restore(batches: Batches, results: Sequence[Sequence[Any]]) -> list[Any]:
-    """Per-example results of each batch, in the order of the data."""
-    found: list[Any] = [None] * len(batches.features)
-    for indices, values in zip(batches.plan, results, strict=True):
-        for index, value in zip(indices, values, strict=True):
-            found[index] = value
-    return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -11,13 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from merganser.tasks.base import Metric, Problem, Task
-from merganser.tasks.batches import Collation, Feature
-from merganser.tasks.columns import Columns
-from merganser.tasks.data import Rows
+from merganser.tasks.base import Metric, Task
+from merganser.tasks.batches import Feature
 from merganser.tasks.labels import LabelSpace
-from merganser.tasks.models import padding_id
-from merganser.tasks.tokens import Encoded
 
 
 def nll(judgements: np.ndarray) -> float:
@@ -34,40 +30,22 @@ def perplexity(judgements: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class CausalLM(Task):
-    """Text alone; key metric the mean negative log-likelihood, less is better."""
+    """Text alone, which is its own truth; key metric the mean negative log-likelihood, less is better."""
 
-    name: ClassVar[str] = "causal-lm"
-    auto_class: ClassVar[str] = "AutoModelForCausalLM"
-    heads: ClassVar[tuple[str, ...]] = ("ForCausalLM", "LMHeadModel")
-    problem: ClassVar[Problem | None] = "next_token"
+    name = "causal-lm"
+    auto_class = "AutoModelForCausalLM"
+    heads = ("ForCausalLM", "LMHeadModel")
+    problem = "next_token"
     metrics: ClassVar[Mapping[str, Metric]] = {"nll": nll, "perplexity": perplexity}
-    lower_is_better: ClassVar[frozenset[str]] = frozenset({"nll", "perplexity"})
-    ensembles: ClassVar[bool] = False
-    wants: ClassVar[tuple[str, ...]] = ()
-    label_role: ClassVar[str | None] = None
+    lower_is_better = frozenset({"nll", "perplexity"})
+    ensembles = False
+    wants = ()
+    label_role = None
+    decoder_mask = None
 
-    def references(self, rows: Rows, columns: Columns, space: LabelSpace) -> list[None]:
-        """The texts are their own truth."""
-        return [None] * len(rows)
-
-    def encode(
-        self,
-        rows: Rows,
-        tokenizer: Any,
-        config: Mapping[str, Any],
-        columns: Columns,
-        max_length: int,
-        references: Sequence[Any] | None = None,
-    ) -> Encoded:
-        """Tokenise the texts; where ``references`` are given, the tokens are the labels."""
-        encoded = super().encode(rows, tokenizer, config, columns, max_length)
-        if references is None:
-            return encoded
-        return replace(encoded, features=[replace(f, labels=f.input_ids) for f in encoded.features])
-
-    def collation(self, tokenizer: Any, config: Mapping[str, Any]) -> Collation:
-        """No decoder beside the model itself."""
-        return Collation(padding_id(tokenizer))
+    def label(self, reference: Any, feature: Feature, space: LabelSpace) -> list[int]:
+        """The tokens of the text."""
+        return feature.input_ids
 
     def outputs(
         self, model: nn.Module, inputs: dict[str, Tensor], features: Sequence[Feature], tokenizer: Any
@@ -82,11 +60,3 @@ class CausalLM(Task):
                 losses = functional.cross_entropy(row[: real - 1].float(), tokens[1:real], reduction="none")
                 found.append(np.array([losses.double().sum().item(), real - 1], np.float64))
         return found
-
-    def align(self, outputs: Sequence[np.ndarray], own: LabelSpace, space: LabelSpace) -> np.ndarray:
-        """Sums and counts (examples, 2)."""
-        return np.stack(list(outputs))
-
-    def judge(self, aligned: np.ndarray, references: Sequence[Any], space: LabelSpace) -> np.ndarray:
-        """Sums and counts (examples, 2)."""
-        return aligned

@@ -9,10 +9,11 @@ from typing import Any, ClassVar
 import numpy as np
 
 from merganser.errors import UserError, did_you_mean
-from merganser.tasks.base import Metric, Problem, Task
+from merganser.tasks.base import Metric, Task
+from merganser.tasks.batches import Feature
 from merganser.tasks.columns import Columns
 from merganser.tasks.data import Rows
-from merganser.tasks.labels import LabelSpace, read_classes, spread
+from merganser.tasks.labels import LabelSpace, read_classes
 
 
 def accuracy(judgements: np.ndarray) -> float:
@@ -62,10 +63,10 @@ class TextClassification(Task):
 
     key: str = ""
 
-    name: ClassVar[str] = "text-classification"
-    auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
-    heads: ClassVar[tuple[str, ...]] = ("ForSequenceClassification",)
-    problem: ClassVar[Problem | None] = "classification"
+    name = "text-classification"
+    auto_class = "AutoModelForSequenceClassification"
+    heads = ("ForSequenceClassification",)
+    problem = "classification"
     metrics: ClassVar[Mapping[str, Metric]] = {"macro_f1": macro_f1, "accuracy": accuracy, "matthews": matthews}
 
     def __post_init__(self) -> None:
@@ -86,21 +87,13 @@ class TextClassification(Task):
         multiple = config.get("problem_type") in ("multi_label_classification", "regression")
         return self.has_head(config) and not multiple and len(self.space(config)) > 1
 
-    def space(self, config: Mapping[str, Any]) -> LabelSpace:
-        """The names of the classes."""
-        return LabelSpace.of(config)
-
     def references(self, rows: Rows, columns: Columns, space: LabelSpace) -> np.ndarray:
         """The place of each label in the space: int64 (rows,)."""
         return read_classes(rows, columns.label or "label", space)
 
-    def label(self, reference: Any) -> int:
+    def label(self, reference: Any, feature: Feature, space: LabelSpace) -> int:
         """The class."""
         return int(reference)
-
-    def align(self, outputs: Sequence[np.ndarray], own: LabelSpace, space: LabelSpace) -> np.ndarray:
-        """Logits (examples, labels of the space)."""
-        return spread(np.stack(list(outputs)), own, space)
 
     def judge(self, aligned: np.ndarray, references: Sequence[Any], space: LabelSpace) -> np.ndarray:
         """Predicted and true label: int64 (examples, 2). A label that no model knows is never predicted."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -100,18 +100,16 @@ def resolve(
             )
         found[role] = name
     if "text_pair" in roles and "text" not in found and "text_pair" not in found:
-        for one, other in PAIRS:
-            if one in lower and other in lower:
-                found |= {"text": lower[one], "text_pair": lower[other]}
-                break
-    taken = set(found.values())
+        pair = next((pair for pair in PAIRS if all(name in lower for name in pair)), None)
+        if pair is not None:
+            found |= {"text": lower[pair[0]], "text_pair": lower[pair[1]]}
     for role in roles:
         if role in found or role == "text_pair":
             continue
-        name = next((lower[n] for n in usual.get(role, ()) if n in lower and lower[n] not in taken), None)
+        names = (lower[name] for name in usual.get(role, ()) if name in lower)
+        name = next((name for name in names if name not in found.values()), None)
         if name is not None:
             found[role] = name
-            taken.add(name)
         elif role in needs:
             raise DataError(
                 f"no column for the {role} was found; the columns are {', '.join(present) or 'none'}",
@@ -121,6 +119,21 @@ def resolve(
     return replace(Columns(), **found)
 
 
+def another_column(role: str) -> str:
+    """How to mend a row whose value in the column of ``role`` cannot be used."""
+    return f"correct the row, or choose another column with {option(role)}"
+
+
+def column_values(rows: Rows, column: str, role: str) -> Iterator[tuple[Any, str]]:
+    """Each row's value in the column of ``role``, with the row's place.
+
+    Raises:
+        DataError: a row without a value, with its file and line.
+    """
+    for index in range(len(rows)):
+        yield rows.value(index, column, option(role)), rows.where(index)
+
+
 def texts(rows: Rows, column: str, role: str = "text") -> list[str]:
     """The texts of a column.
 
@@ -128,13 +141,9 @@ def texts(rows: Rows, column: str, role: str = "text") -> list[str]:
         DataError: a row without text, or with something that is not text, with its file and line.
     """
     found = []
-    for index in range(len(rows)):
-        value: Any = rows.value(index, column, option(role))
+    for value, where in column_values(rows, column, role):
         if not isinstance(value, str):
-            raise DataError(
-                f"{column!r} is {type(value).__name__} {str(value)[:40]!r}, not text",
-                where=rows.where(index),
-                mend=f"correct the row, or choose another column with {option(role)}",
-            )
+            what = f"{column!r} is {type(value).__name__} {str(value)[:40]!r}, not text"
+            raise DataError(what, where=where, mend=another_column(role))
         found.append(value)
     return found

@@ -7,7 +7,7 @@ read_rows("corpora/sst2", split="train")         read_rows("glue:sst2[validation
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -78,14 +78,11 @@ class Rows(Sequence[Row]):
 
 def joined(parts: Sequence[Rows], source: str) -> Rows:
     """Rows of several sources, one after the other."""
-    names: dict[str, tuple[str, ...]] = {}
-    for part in parts:
-        names.update(part.class_names)
     return Rows(
         source,
         tuple(row for part in parts for row in part.rows),
         tuple(place for part in parts for place in part.places),
-        names,
+        {column: names for part in parts for column, names in part.class_names.items()},
         by_line=all(part.by_line for part in parts),
     )
 
@@ -127,122 +124,123 @@ def read_rows(
     suffixed = _SPLIT_SUFFIX.fullmatch(name)
     if split is None and suffixed and not Path(name).exists():
         name, split = suffixed["source"], suffixed["split"]
-    rows = _read(name, split, limit, prefer)
+    rows = _read(_Request(name, split, limit, prefer))
     if not rows.rows:
         raise DataError("no data: not a single row", where=rows.source, mend="give data with at least one row")
     return rows
 
 
-def _read(name: str, split: str | None, limit: int | None, prefer: Sequence[str]) -> Rows:
+@dataclass(frozen=True)
+class _Request:
+    """What :func:`read_rows` was asked for."""
+
+    name: str
+    split: str | None
+    limit: int | None
+    prefer: Sequence[str]
+
+    def choose(self, splits: Sequence[str]) -> str:
+        """The split to take."""
+        if self.split is not None:
+            if self.split not in splits:
+                mend = did_you_mean(self.split, splits)
+                raise DataError(f"there is no split {self.split!r}", where=self.name, mend=mend)
+            return self.split
+        chosen = splits[0] if len(splits) == 1 else next((name for name in self.prefer if name in splits), None)
+        if chosen is None:
+            raise DataError(
+                f"there are several splits: {', '.join(splits)}",
+                where=self.name,
+                mend=f"choose one with --split, or as {self.name}[{splits[-1]}]",
+            )
+        return chosen
+
+
+def _read(asked: _Request) -> Rows:
+    name = asked.name
     path = Path(name).expanduser()
     if path.is_file():
-        if split is not None:
+        if asked.split is not None:
             raise DataError(
-                f"a file has no splits, but split {split!r} was asked for",
+                f"a file has no splits, but split {asked.split!r} was asked for",
                 where=name,
                 mend="leave the split out, or give the folder that holds a file for each split",
             )
-        return _from_files(name, [path], limit)
+        return _from_files(name, [path], asked.limit)
     if path.is_dir():
-        return _from_folder(name, path, None, split, limit, prefer)
+        return _from_folder(asked, path)
     base, _, config = name.partition(":")
-    if config and Path(base).expanduser().is_dir():
-        inside = Path(base).expanduser() / config
-        if inside.is_dir():
-            return _from_folder(name, inside, None, split, limit, prefer)
-        return _from_folder(name, Path(base).expanduser(), config, split, limit, prefer)
+    folder = Path(base).expanduser()
+    if config and folder.is_dir():
+        inside = folder / config
+        return _from_folder(asked, inside) if inside.is_dir() else _from_subfolders(asked, folder, config)
     if path.suffix.lower() in READERS or not _NAME.fullmatch(base) or name.startswith("."):
         raise DataError(
             "no such file or folder", where=name, mend="check the path; data sets are given as name or name:config"
         )
-    return _from_datasets(name, base, config or None, split, limit, prefer)
+    return _from_datasets(asked, base, config or None)
 
 
-def _from_files(name: str, paths: Sequence[Path], limit: int | None) -> Rows:
+def _from_files(source: str, paths: Sequence[Path], limit: int | None) -> Rows:
     rows: list[Row] = []
     places: list[tuple[str, int]] = []
     by_line = all(path.suffix.lower() != ".parquet" for path in paths)
     for path in paths:
-        shown = str(path)
         left = None if limit is None else limit - len(rows)
         for number, row in islice(read_file(path), left):
             rows.append(row)
-            places.append((shown, number))
-    return Rows(name, tuple(rows), tuple(places), by_line=by_line)
+            places.append((str(path), number))
+    return Rows(source, tuple(rows), tuple(places), by_line=by_line)
 
 
-def _from_folder(
-    name: str, folder: Path, config: str | None, split: str | None, limit: int | None, prefer: Sequence[str]
-) -> Rows:
-    if config is None and (folder / "dataset_dict.json").is_file():
-        return _from_disk(name, folder, split, limit, prefer)
-    if config is None and (folder / "state.json").is_file():
-        return _from_disk(name, folder, split, limit, prefer)
+def _from_folder(asked: _Request, folder: Path) -> Rows:
+    if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        return _from_disk(asked, folder)
     files: dict[str, list[Path]] = {}
-    for path in sorted(folder.iterdir()) if config is None else ():
-        if path.suffix.lower() in READERS and path.is_file() and path.name not in ("dataset_infos.json",):
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in READERS and path.is_file() and path.name != "dataset_infos.json":
             shard = _SHARD.fullmatch(path.stem)
             files.setdefault(shard["split"] if shard else path.stem, []).append(path)
     if not files:
-        if not any(path.is_dir() for path in folder.iterdir()):
-            raise DataError(
-                "no data files in this folder", where=name, mend=f"give files ending in {', '.join(READERS)}"
-            )
-        return _from_datasets(name, str(folder), config, split, limit, prefer)
-    chosen = _choose(name, list(files), split, prefer)
-    shown = name if len(files) == 1 and chosen != split else f"{name}[{chosen}]"
-    return _from_files(shown, files[chosen], limit)
+        return _from_subfolders(asked, folder, None)
+    chosen = asked.choose(list(files))
+    shown = asked.name if len(files) == 1 and chosen != asked.split else f"{asked.name}[{chosen}]"
+    return _from_files(shown, files[chosen], asked.limit)
 
 
-def _choose(name: str, splits: Sequence[str], split: str | None, prefer: Iterable[str]) -> str:
-    if split is not None:
-        if split not in splits:
-            raise DataError(f"there is no split {split!r}", where=name, mend=did_you_mean(split, splits))
-        return split
-    if len(splits) == 1:
-        return splits[0]
-    for wanted in prefer:
-        if wanted in splits:
-            return wanted
-    raise DataError(
-        f"there are several splits: {', '.join(splits)}",
-        where=name,
-        mend=f"choose one with --split, or as {name}[{splits[-1]}]",
-    )
+def _from_subfolders(asked: _Request, folder: Path, config: str | None) -> Rows:
+    """A folder without data files of its own, whose layout the ``datasets`` library may know."""
+    if not any(path.is_dir() for path in folder.iterdir()):
+        mend = f"give files ending in {', '.join(READERS)}"
+        raise DataError("no data files in this folder", where=asked.name, mend=mend)
+    return _from_datasets(asked, str(folder), config)
 
 
-def _from_disk(name: str, folder: Path, split: str | None, limit: int | None, prefer: Sequence[str]) -> Rows:
-    require("data", "a folder written by datasets", "datasets", where=name)
+def _from_disk(asked: _Request, folder: Path) -> Rows:
+    require("data", "a folder written by datasets", "datasets", where=asked.name)
     import datasets
 
     try:
         loaded = datasets.load_from_disk(str(folder))
     except Exception as error:  # any damage to the folder; the library raises many kinds
-        raise DataError(
-            f"cannot be loaded: {type(error).__name__}: {_first_line(error)}",
-            where=name,
-            mend="write the folder again with save_to_disk",
-        ) from None
-    return _from_loaded(name, loaded, split, limit, prefer)
+        what = f"cannot be loaded: {type(error).__name__}: {_first_line(error)}"
+        raise DataError(what, where=asked.name, mend="write the folder again with save_to_disk") from None
+    return _from_loaded(asked, loaded)
 
 
-def _from_datasets(
-    name: str, path: str, config: str | None, split: str | None, limit: int | None, prefer: Sequence[str]
-) -> Rows:
-    require("data", "a named data set", "datasets", where=name)
+def _from_datasets(asked: _Request, path: str, config: str | None) -> Rows:
+    require("data", "a named data set", "datasets", where=asked.name)
     import datasets
 
     try:
         loaded = datasets.load_dataset(path, config)
     except (ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
-        raise _absent(name, path, config, error) from None
+        raise _absent(asked.name, path, config, error) from None
     except Exception as error:  # unknown configurations, broken files, …: all the user's to mend
-        raise DataError(
-            f"datasets cannot load it: {type(error).__name__}: {_first_line(error)}",
-            where=name,
-            mend="check the name and, after a colon, the configuration",
-        ) from None
-    return _from_loaded(name, loaded, split, limit, prefer)
+        what = f"datasets cannot load it: {type(error).__name__}: {_first_line(error)}"
+        mend = "check the name and, after a colon, the configuration"
+        raise DataError(what, where=asked.name, mend=mend) from None
+    return _from_loaded(asked, loaded)
 
 
 def _absent(name: str, path: str, config: str | None, error: Exception) -> DataError:
@@ -261,12 +259,13 @@ def _absent(name: str, path: str, config: str | None, error: Exception) -> DataE
     )
 
 
-def _from_loaded(name: str, loaded: Any, split: str | None, limit: int | None, prefer: Sequence[str]) -> Rows:
+def _from_loaded(asked: _Request, loaded: Any) -> Rows:
     import datasets
 
+    name, split, limit = asked.name, asked.split, asked.limit
     shown = name
     if isinstance(loaded, dict):  # a DatasetDict
-        chosen = _choose(name, list(loaded), split, prefer)
+        chosen = asked.choose(list(loaded))
         shown = f"{name}[{chosen}]" if len(loaded) > 1 or split else name
         loaded = loaded[chosen]
     elif split is not None and str(loaded.split or "") != split:

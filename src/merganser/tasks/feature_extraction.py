@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
 import transformers
 
 from merganser.errors import CheckpointError
 from merganser.tasks.base import Metric, Task, architecture
-from merganser.tasks.columns import Columns
-from merganser.tasks.data import Rows
-from merganser.tasks.labels import LabelSpace
 from merganser.tasks.models import Opened
 
 
@@ -21,12 +17,12 @@ from merganser.tasks.models import Opened
 class FeatureExtraction(Task):
     """Text only. A pooler that the checkpoint lacks does no harm: only weights on disk get statistics."""
 
-    name: ClassVar[str] = "feature-extraction"
-    auto_class: ClassVar[str] = "AutoModel"
-    heads: ClassVar[tuple[str, ...]] = ("Model", "ForMaskedLM", "ForPreTraining")
+    name = "feature-extraction"
+    auto_class = "AutoModel"
+    heads = ("Model", "ForMaskedLM", "ForPreTraining")
     metrics: ClassVar[Mapping[str, Metric]] = {}
-    label_role: ClassVar[str | None] = None
-    complete: ClassVar[bool] = False
+    label_role = None
+    complete = False
 
     def fits(self, config: Mapping[str, Any]) -> bool:
         """A base model, or an encoder that was only pre-trained."""
@@ -55,11 +51,3 @@ class FeatureExtraction(Task):
         name = architecture(config)
         usable = name.endswith(("Model", "ForMaskedLM")) and isinstance(getattr(transformers, name, None), type)
         return name if usable else self.auto_class
-
-    def references(self, rows: Rows, columns: Columns, space: LabelSpace) -> list[None]:
-        """None."""
-        return [None] * len(rows)
-
-    def judge(self, aligned: Any, references: Sequence[Any], space: LabelSpace) -> np.ndarray:
-        """Nothing to judge."""
-        return np.zeros((0,))

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from merganser.tasks.conll import read_sentences
 Row = dict[str, Any]
 Numbered = Iterator[tuple[int, Row]]
 
+_SPACE = re.compile(r"[ \t\r\n]+")
 _CSV_FIELD_LIMIT = 1 << 30  # characters; Python's own limit of 131,072 is less than a long document
 
 
@@ -54,17 +57,16 @@ def _text_lines(path: Path) -> Iterator[str]:
                 ) from None
 
 
-def _object(value: Any, where: str) -> Row:
+def _object(value: Any, path: Path, line: int) -> Row:
     if not isinstance(value, dict):
-        raise DataError(
-            f"not an object but {json.dumps(value)[:60]}", where=where, mend="each row must be a JSON object {…}"
-        )
+        what, mend = f"not an object but {json.dumps(value)[:60]}", "each row must be a JSON object {…}"
+        raise DataError(what, where=f"{path}:{line}", mend=mend)
     return value
 
 
-def _unreadable(error: Exception, where: str) -> DataError:
+def _unreadable(error: Exception | str, path: Path, line: int) -> DataError:
     detail = error.msg if isinstance(error, json.JSONDecodeError) else str(error) or type(error).__name__
-    return DataError(f"unreadable JSON: {detail}", where=where, mend="correct or remove the row")
+    return DataError(f"unreadable JSON: {detail}", where=f"{path}:{line}", mend="correct or remove the row")
 
 
 def _read_jsonl(path: Path) -> Numbered:
@@ -74,8 +76,8 @@ def _read_jsonl(path: Path) -> Numbered:
         try:
             value = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise _unreadable(error, f"{path}:{number}") from None
-        yield number, value if isinstance(value, dict) else _object(value, f"{path}:{number}")
+            raise _unreadable(error, path, number) from None
+        yield number, _object(value, path, number)
 
 
 def _read_json(path: Path) -> Numbered:
@@ -85,40 +87,29 @@ def _read_json(path: Path) -> Numbered:
     if not text.startswith("[", start):
         yield from _read_jsonl(path)
         return
-    decoder, position, line, counted = json.JSONDecoder(), start + 1, 1, 0
+    decoder, line, counted = json.JSONDecoder(), 1, 0
+    position = _after_space(text, start + 1)
     first = True
-    while True:
-        position = _skip_space(text, position)
-        if not first and text.startswith(",", position):
-            position = _skip_space(text, position + 1)
-        elif text.startswith("]", position):
-            junk = _skip_space(text, position + 1)
-            if junk < len(text):
-                line = text.count("\n", 0, junk) + 1
-                raise _unreadable(ValueError("text after the end of the list"), f"{path}:{line}")
-            return
-        elif not first:
-            raise _unreadable(ValueError("expected ',' or ']'"), f"{path}:{text.count(chr(10), 0, position) + 1}")
+    while not text.startswith("]", position):
+        if not first and not text.startswith(",", position):
+            raise _unreadable("expected ',' or ']'", path, text.count("\n", 0, position) + 1)
+        position = position if first else _after_space(text, position + 1)
         line += text.count("\n", counted, position)
-        counted, where = position, f"{path}:{line}"
+        counted = position
         try:
             value, position = decoder.raw_decode(text, position)
-        except json.JSONDecodeError as error:
-            raise _unreadable(error, f"{path}:{error.lineno}") from None
         except (ValueError, RecursionError) as error:
-            raise _unreadable(error, where) from None
-        yield line, _object(value, where)
-        first = False
+            raise _unreadable(error, path, getattr(error, "lineno", line)) from None
+        yield line, _object(value, path, line)
+        position, first = _after_space(text, position), False
+    end = _after_space(text, position + 1)
+    if end < len(text):
+        raise _unreadable("text after the end of the list", path, text.count("\n", 0, end) + 1)
 
 
-def _skip_space(text: str, position: int) -> int:
-    while position < len(text) and text[position] in " \t\r\n":
-        position += 1
-    return position
-
-
-def _read_csv(path: Path) -> Numbered:
-    yield from _read_separated(path, ",", csv.QUOTE_MINIMAL)
+def _after_space(text: str, position: int) -> int:
+    found = _SPACE.match(text, position)
+    return found.end() if found else position
 
 
 def _read_tsv(path: Path) -> Numbered:
@@ -134,35 +125,27 @@ def _read_tsv(path: Path) -> Numbered:
 def _read_separated(path: Path, delimiter: str, quoting: int) -> Numbered:
     csv.field_size_limit(_CSV_FIELD_LIMIT)
     reader = csv.reader(_text_lines(path), delimiter=delimiter, quoting=quoting, strict=True)  # type: ignore[arg-type]
-    header: list[str] | None = None
+    header: list[str] = []
     line = 1
-    while True:
-        try:
-            fields = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            raise DataError(
-                f"unreadable row: {error}", where=f"{path}:{line}", mend="correct the row's quotation marks"
-            ) from None
-        if fields and header is None:
-            header = fields
-            twice = sorted({name for name in header if header.count(name) > 1})
-            if twice:
-                raise DataError(
-                    f"the header names {', '.join(map(repr, twice))} twice",
-                    where=f"{path}:{line}",
-                    mend="the first line must name each column once",
-                )
-        elif fields and header is not None:
-            if len(fields) != len(header):
-                raise DataError(
-                    f"{len(fields)} fields, but the header has {len(header)}: {', '.join(header)}",
-                    where=f"{path}:{line}",
-                    mend="correct the row, or quote a field that holds the separator",
-                )
-            yield line, dict(zip(header, fields, strict=True))
-        line = reader.line_num + 1
+    try:
+        for fields in reader:
+            if fields and not header:
+                header = fields
+                twice = sorted({name for name in header if header.count(name) > 1})
+                if twice:
+                    what = f"the header names {', '.join(map(repr, twice))} twice"
+                    mend = "the first line must name each column once"
+                    raise DataError(what, where=f"{path}:{line}", mend=mend)
+            elif fields and len(fields) != len(header):
+                what = f"{len(fields)} fields, but the header has {len(header)}: {', '.join(header)}"
+                mend = "correct the row, or quote a field that holds the separator"
+                raise DataError(what, where=f"{path}:{line}", mend=mend)
+            elif fields:
+                yield line, dict(zip(header, fields, strict=True))
+            line = reader.line_num + 1
+    except csv.Error as error:
+        mend = "correct the row's quotation marks"
+        raise DataError(f"unreadable row: {error}", where=f"{path}:{line}", mend=mend) from None
 
 
 def _read_parquet(path: Path) -> Numbered:
@@ -193,7 +176,7 @@ READERS: dict[str, Callable[[Path], Numbered]] = {
     ".jsonl": _read_jsonl,
     ".ndjson": _read_jsonl,
     ".json": _read_json,
-    ".csv": _read_csv,
+    ".csv": partial(_read_separated, delimiter=",", quoting=csv.QUOTE_MINIMAL),
     ".tsv": _read_tsv,
     ".parquet": _read_parquet,
     ".conll": read_conll,

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from merganser.errors import CheckpointError, DataError, did_you_mean
-from merganser.tasks.columns import option
+from merganser.tasks.columns import another_column, column_values
 from merganser.tasks.data import Rows
 
 UNKNOWN = -1
-CHOOSE = f"correct the row, or choose another column with {option('label')}"
+CHOOSE = another_column("label")
 
 
 @dataclass(frozen=True)
@@ -117,9 +117,9 @@ class LabelReader:
         Raises:
             DataError: it is outside the label space; the message names the valid labels.
         """
-        key = (type(value), value) if isinstance(value, str | int | float) else None
-        if key is None:
+        if not isinstance(value, str | int | float):
             raise DataError(f"the label is a {type(value).__name__}, not a name or a number", where=where, mend=CHOOSE)
+        key = (type(value), value)
         if key not in self._cache:
             self._cache[key] = self._place(value)
         place = self._cache[key]
@@ -163,6 +163,6 @@ def read_classes(rows: Rows, column: str, space: LabelSpace) -> np.ndarray:
     Raises:
         DataError: a row without a label, or with one outside the space, with file and line.
     """
-    values = [rows.value(index, column, option("label")) for index in range(len(rows))]
+    values = list(column_values(rows, column, "label"))
     reader = LabelReader(space, rows.class_names.get(column))
-    return np.array([reader.read(value, rows.where(index)) for index, value in enumerate(values)], np.int64)
+    return np.array([reader.read(value, where) for value, where in values], np.int64)

@@ -10,10 +10,11 @@ from typing import Any, ClassVar
 import numpy as np
 
 from merganser.errors import DataError, UserError
-from merganser.tasks.base import Metric, Problem, Task
-from merganser.tasks.columns import Columns, option
+from merganser.tasks.base import Metric, Task
+from merganser.tasks.batches import Feature
+from merganser.tasks.columns import Columns, column_values
 from merganser.tasks.data import Rows
-from merganser.tasks.labels import CHOOSE, LabelReader, LabelSpace, spread
+from merganser.tasks.labels import CHOOSE, LabelReader, LabelSpace
 
 NOT_ANNOTATED = -1
 _BINARY = (0, 1, None)  # True and False are equal to these, too
@@ -26,19 +27,21 @@ def macro_f1(judgements: np.ndarray) -> float:
     predicted anywhere (scikit-learn's rule). Judgements: (examples, 2, labels) of predicted and true, -1 for
     not annotated.
     """
-    scores = []
-    for predicted, true in judgements.transpose(2, 1, 0):
-        known = true != NOT_ANNOTATED
-        if known.any():
-            scores.append(_f1(predicted[known], true[known]))
+    by_label = [_annotated(alone) for alone in np.moveaxis(judgements, 2, 0)]
+    scores = [_f1(predicted, true) for predicted, true in by_label if len(true)]
     return float(np.mean(scores)) if scores else 0.0
 
 
 def micro_f1(judgements: np.ndarray) -> float:
     """F1 over all annotated decisions together."""
+    return _f1(*_annotated(judgements))
+
+
+def _annotated(judgements: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Predicted and true of the decisions that are annotated, in a row each."""
     predicted, true = judgements[:, 0], judgements[:, 1]
     known = true != NOT_ANNOTATED
-    return _f1(predicted[known], true[known])
+    return predicted[known], true[known]
 
 
 def _f1(predicted: np.ndarray, true: np.ndarray) -> float:
@@ -49,9 +52,8 @@ def _f1(predicted: np.ndarray, true: np.ndarray) -> float:
 
 def accuracy(judgements: np.ndarray) -> float:
     """The share of right ones among the annotated decisions."""
-    predicted, true = judgements[:, 0], judgements[:, 1]
-    known = true != NOT_ANNOTATED
-    return float((predicted[known] == true[known]).mean()) if known.any() else 0.0
+    predicted, true = _annotated(judgements)
+    return float((predicted == true).mean()) if len(true) else 0.0
 
 
 @dataclass(frozen=True)
@@ -67,10 +69,10 @@ class MultiLabel(Task):
     threshold: float = 0.5
     threshold_on: str = "probability"
 
-    name: ClassVar[str] = "multi-label"
-    auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
-    heads: ClassVar[tuple[str, ...]] = ("ForSequenceClassification",)
-    problem: ClassVar[Problem | None] = "multi_label"
+    name = "multi-label"
+    auto_class = "AutoModelForSequenceClassification"
+    heads = ("ForSequenceClassification",)
+    problem = "multi_label"
     metrics: ClassVar[Mapping[str, Metric]] = {"macro_f1": macro_f1, "micro_f1": micro_f1, "accuracy": accuracy}
     usual: ClassVar[Mapping[str, tuple[str, ...]]] = {"label": ("labels", "label", "classes", "categories")}
 
@@ -86,10 +88,6 @@ class MultiLabel(Task):
         """A classifier whose configuration says so."""
         return self.has_head(config) and config.get("problem_type") == "multi_label_classification"
 
-    def space(self, config: Mapping[str, Any]) -> LabelSpace:
-        """The names of the labels."""
-        return LabelSpace.of(config)
-
     def references(self, rows: Rows, columns: Columns, space: LabelSpace) -> np.ndarray:
         """1, 0 or NaN (not annotated) for each label: float32 (rows, labels).
 
@@ -99,11 +97,10 @@ class MultiLabel(Task):
         or labels separated by ``|``.
         """
         column = columns.label or "labels"
-        values = [_parse(rows.value(i, column, option("label")), rows.where(i)) for i in range(len(rows))]
+        values = [_parse(value, where) for value, where in column_values(rows, column, "label")]
         lists = [value for value in values if isinstance(value, list)]
         vectors = bool(lists) and all(_is_vector(value, len(space)) for value in lists)
-        if not vectors:
-            vectors = any(None in value for value in lists)  # a list of labels has no null: vectors, some malformed
+        vectors = vectors or any(None in value for value in lists)  # a list of labels has no null: some are malformed
         reader = LabelReader(space, rows.class_names.get(column))
         found = np.zeros((len(rows), len(space)), np.float32)
         for index, value in enumerate(values):
@@ -125,13 +122,9 @@ class MultiLabel(Task):
                     found[index, reader.read(label, where)] = 1
         return found
 
-    def label(self, reference: Any) -> list[float]:
+    def label(self, reference: Any, feature: Feature, space: LabelSpace) -> list[float]:
         """A float for each label; NaN is kept for those that are not annotated."""
         return [float(value) for value in reference]
-
-    def align(self, outputs: Sequence[np.ndarray], own: LabelSpace, space: LabelSpace) -> np.ndarray:
-        """Logits (examples, labels of the space)."""
-        return spread(np.stack(list(outputs)), own, space)
 
     def judge(self, aligned: np.ndarray, references: Sequence[Any], space: LabelSpace) -> np.ndarray:
         """Predicted and true marks: int8 (examples, 2, labels); truths that are not annotated are -1."""
@@ -146,9 +139,9 @@ class MultiLabel(Task):
 
     def by_label(self, aligned: np.ndarray, references: Sequence[Any], space: LabelSpace) -> dict[str, float]:
         """F1 of each annotated label; their mean is the key metric."""
-        judgements = self.judge(aligned, references, space)
-        alone = ((name, judgements[:, :, index : index + 1]) for index, name in enumerate(space.names))
-        return {name: macro_f1(one) for name, one in alone if (one[:, 1] != NOT_ANNOTATED).any()}
+        alone = np.moveaxis(self.judge(aligned, references, space), 2, 0)
+        decisions = zip(space.names, map(_annotated, alone), strict=True)
+        return {name: _f1(predicted, true) for name, (predicted, true) in decisions if len(true)}
 
 
 def _parse(value: Any, where: str) -> list[Any] | dict[Any, Any]:

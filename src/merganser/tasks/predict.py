@@ -11,7 +11,7 @@ from torch import nn
 
 from merganser.errors import CheckpointError
 from merganser.tasks.base import Task
-from merganser.tasks.batches import Feature, make_batches, restore
+from merganser.tasks.batches import Feature, make_batches
 from merganser.tasks.columns import Columns
 from merganser.tasks.data import Rows
 from merganser.tasks.labels import LabelSpace
@@ -73,13 +73,14 @@ def predict(
     encoded = task.encode(rows, tokenizer, config, columns, length)
     batches = make_batches(encoded.features, task.collation(tokenizer, config), batch_size)
     place = next(model.parameters()).device
-    results = []
-    for batch in batches:
-        inputs = {key: value.to(place) for key, value in batch.inputs.items() if key not in _TRUTHS}
-        results.append(task.outputs(model, inputs, [encoded.features[i] for i in batch.indices], tokenizer))
+    outputs: list[Any] = [None] * len(encoded.features)  # in the order of the data
+    for indices, tensors in batches:
+        inputs = {key: value.to(place) for key, value in tensors.items() if key not in _TRUTHS}
+        found = task.outputs(model, inputs, [encoded.features[index] for index in indices], tokenizer)
+        for index, output in zip(indices, found, strict=True):
+            outputs[index] = output
         if bar is not None:
-            bar.update(len(batch.indices))
-    outputs = restore(batches, results)
+            bar.update(len(indices))
     _check_finite(outputs, encoded.features, name, rows)
     return Prediction(task.align(outputs, own, space or own), encoded.truncated, length)
 

@@ -10,8 +10,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from merganser.errors import CheckpointError, DataError
-from merganser.tasks.base import Metric, Problem, Task
-from merganser.tasks.columns import Columns, option
+from merganser.tasks.base import Metric, Task
+from merganser.tasks.batches import Feature
+from merganser.tasks.columns import Columns, column_values
 from merganser.tasks.data import Rows
 from merganser.tasks.labels import CHOOSE, LabelSpace
 from merganser.tasks.models import Opened
@@ -46,12 +47,12 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 class Regression(Task):
     """One number; key metric Pearson's correlation."""
 
-    name: ClassVar[str] = "regression"
-    auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
-    heads: ClassVar[tuple[str, ...]] = ("ForSequenceClassification",)
-    problem: ClassVar[Problem | None] = "regression"
+    name = "regression"
+    auto_class = "AutoModelForSequenceClassification"
+    heads = ("ForSequenceClassification",)
+    problem = "regression"
     metrics: ClassVar[Mapping[str, Metric]] = {"pearson": pearson, "spearman": spearman, "mse": mse}
-    lower_is_better: ClassVar[frozenset[str]] = frozenset({"mse"})
+    lower_is_better = frozenset({"mse"})
     usual: ClassVar[Mapping[str, tuple[str, ...]]] = {"label": ("label", "labels", "score", "rating", "similarity")}
 
     def fits(self, config: Mapping[str, Any]) -> bool:
@@ -74,12 +75,10 @@ class Regression(Task):
 
     def references(self, rows: Rows, columns: Columns, space: LabelSpace) -> np.ndarray:
         """The numbers: float64 (rows,)."""
-        column = columns.label or "label"
-        return np.array(
-            [_number(rows.value(i, column, option("label")), rows.where(i)) for i in range(len(rows))], np.float64
-        )
+        values = column_values(rows, columns.label or "label", "label")
+        return np.array([_number(value, where) for value, where in values], np.float64)
 
-    def label(self, reference: Any) -> float:
+    def label(self, reference: Any, feature: Feature, space: LabelSpace) -> float:
         """The number."""
         return float(reference)
 

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 
-from merganser.tasks.base import Metric, Problem, Task
-from merganser.tasks.batches import Collation, Feature
+from merganser.tasks.base import Metric, Task
+from merganser.tasks.batches import Feature
 from merganser.tasks.columns import Columns, texts
 from merganser.tasks.data import Rows
 from merganser.tasks.labels import LabelSpace
-from merganser.tasks.models import padding_id, quiet
+from merganser.tasks.models import quiet
 from merganser.tasks.tokens import Encoded, encode_texts
 
 
@@ -36,14 +36,15 @@ class Seq2Seq(Task):
 
     max_new_tokens: int = 64
 
-    name: ClassVar[str] = "seq2seq"
-    auto_class: ClassVar[str] = "AutoModelForSeq2SeqLM"
-    heads: ClassVar[tuple[str, ...]] = ("ForConditionalGeneration", "ForSeq2SeqLM")
-    problem: ClassVar[Problem | None] = "sequence"
+    name = "seq2seq"
+    auto_class = "AutoModelForSeq2SeqLM"
+    heads = ("ForConditionalGeneration", "ForSeq2SeqLM")
+    problem = "sequence"
     metrics: ClassVar[Mapping[str, Metric]] = {"exact_match": exact_match}
     needs: ClassVar[tuple[str, ...]] = ("text", "target")  # the decoder reads the target: collecting needs it, too
-    wants: ClassVar[tuple[str, ...]] = ()
-    label_role: ClassVar[str | None] = None
+    wants = ()
+    label_role = None
+    decoder_mask = "labels"  # the decoder's tokens are the labels, moved by one
     usual: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "text": ("source", "input", "article", "document", "text", "question", "prompt", "sentence"),
         "target": ("target", "output", "summary", "highlights", "answer", "completion", "label"),
@@ -75,10 +76,6 @@ class Seq2Seq(Task):
             for source, target in zip(sources.features, targets.features, strict=True)
         ]
         return replace(sources, features=features, cut=sources.cut | targets.cut)
-
-    def collation(self, tokenizer: Any, config: Mapping[str, Any]) -> Collation:
-        """With the mask of the decoder's tokens, which are the labels moved by one."""
-        return Collation(padding_id(tokenizer), "labels")
 
     def outputs(
         self, model: nn.Module, inputs: dict[str, Tensor], features: Sequence[Feature], tokenizer: Any

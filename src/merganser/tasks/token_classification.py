@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from merganser.errors import CheckpointError, DataError
-from merganser.tasks.base import Metric, Problem, Task, mean_of_known
-from merganser.tasks.batches import IGNORED, Collation, Feature
-from merganser.tasks.columns import Columns, option
+from merganser.tasks.base import Metric, Task, mean_of_known
+from merganser.tasks.batches import IGNORED, Feature
+from merganser.tasks.columns import Columns, another_column, column_values
 from merganser.tasks.data import Rows
 from merganser.tasks.entities import OUTSIDE, count_entities, f1, is_bio, precision, recall
 from merganser.tasks.labels import CHOOSE, LabelReader, LabelSpace, spread
-from merganser.tasks.models import Opened, padding_id
+from merganser.tasks.models import Opened
 from merganser.tasks.tokens import Encoded, encode_words
 
 
@@ -29,28 +29,23 @@ class TokenClassification(Task):
     are predicted ``O``, so that cutting never raises a score; the cut sequences are counted.
     """
 
-    name: ClassVar[str] = "token-classification"
-    auto_class: ClassVar[str] = "AutoModelForTokenClassification"
-    heads: ClassVar[tuple[str, ...]] = ("ForTokenClassification",)
-    problem: ClassVar[Problem | None] = "tokens"
+    name = "token-classification"
+    auto_class = "AutoModelForTokenClassification"
+    heads = ("ForTokenClassification",)
+    problem = "tokens"
     metrics: ClassVar[Mapping[str, Metric]] = {"f1": f1, "precision": precision, "recall": recall}
-    needs: ClassVar[tuple[str, ...]] = ("tokens",)
-    wants: ClassVar[tuple[str, ...]] = ()
+    needs = ("tokens",)
+    wants = ()
+    decoder_mask = None  # the token classifiers of encoder-decoder models leave the decoder out
     usual: ClassVar[Mapping[str, tuple[str, ...]]] = {"label": ("ner_tags", "tags", "labels", "label")}
-
-    def space(self, config: Mapping[str, Any]) -> LabelSpace:
-        """The tags."""
-        return LabelSpace.of(config)
 
     def references(self, rows: Rows, columns: Columns, space: LabelSpace) -> list[list[str]]:
         """The tags of each row's words."""
         column, words = columns.label or "tags", columns.tokens or "tokens"
         reader = LabelReader(space, rows.class_names.get(column))
         found = []
-        for index in range(len(rows)):
-            where = rows.where(index)
-            tags = rows.value(index, column, option("label"))
-            tokens = rows.value(index, words, option("tokens"))
+        values = zip(column_values(rows, column, "label"), column_values(rows, words, "tokens"), strict=True)
+        for (tags, where), (tokens, _) in values:
             if not isinstance(tags, list | tuple) or not isinstance(tokens, list | tuple):
                 raise DataError(f"{words!r} and {column!r} must both be lists", where=where, mend=CHOOSE)
             if len(tags) != len(tokens):
@@ -60,29 +55,25 @@ class TokenClassification(Task):
             found.append([space.names[reader.read(tag, where)] for tag in tags])
         return found
 
-    def encode(
-        self,
-        rows: Rows,
-        tokenizer: Any,
-        config: Mapping[str, Any],
-        columns: Columns,
-        max_length: int,
-        references: Sequence[Any] | None = None,
+    def tokenise(
+        self, rows: Rows, tokenizer: Any, config: Mapping[str, Any], columns: Columns, max_length: int
     ) -> Encoded:
-        """Tokenise words; labels are -100 except on the first sub-word of each word."""
-        sentences = [_words(rows, index, columns.tokens or "tokens") for index in range(len(rows))]
-        encoded = encode_words(rows, sentences, tokenizer, config, max_length)
-        if references is None:
-            return encoded
-        space = self.space(config)
-        features = []
-        for feature, tags in zip(encoded.features, references, strict=True):
-            labels = [IGNORED] * len(feature.input_ids)
-            for position, tag in zip(feature.words or (), tags, strict=True):
-                if position >= 0:
-                    labels[position] = space.find(tag)
-            features.append(replace(feature, labels=labels))
-        return replace(encoded, features=features)
+        """The tokens of the words."""
+        column = columns.tokens or "tokens"
+        sentences = []
+        for words, where in column_values(rows, column, "tokens"):
+            if not isinstance(words, list | tuple) or not all(isinstance(word, str) for word in words):
+                raise DataError(f"{column!r} is not a list of words", where=where, mend=another_column("tokens"))
+            sentences.append(list(words))
+        return encode_words(rows, sentences, tokenizer, config, max_length)
+
+    def label(self, reference: Sequence[str], feature: Feature, space: LabelSpace) -> list[int]:
+        """-100 except on the first sub-word of each word, which has the word's tag."""
+        labels = [IGNORED] * len(feature.input_ids)
+        for position, tag in zip(feature.words or (), reference, strict=True):
+            if position >= 0:
+                labels[position] = space.find(tag)
+        return labels
 
     def outputs(
         self, model: nn.Module, inputs: dict[str, Tensor], features: Sequence[Feature], tokenizer: Any
@@ -113,19 +104,10 @@ class TokenClassification(Task):
 
     def by_label(self, aligned: Sequence[np.ndarray], references: Sequence[Any], space: LabelSpace) -> dict[str, float]:
         """Entity F1 of each type that occurs."""
-        predicted = [_tags(logits, space) for logits in aligned]
+        pairs = list(zip([_tags(logits, space) for logits in aligned], references, strict=True))
         kinds = sorted({tag[2:] for tags in references for tag in tags if tag != OUTSIDE})
-        return {
-            kind: f1(
-                np.array(
-                    [
-                        count_entities(_of(kind, found), _of(kind, true))
-                        for found, true in zip(predicted, references, strict=True)
-                    ]
-                )
-            )
-            for kind in kinds
-        }
+        counts = {kind: [count_entities(_of(kind, found), _of(kind, true)) for found, true in pairs] for kind in kinds}
+        return {kind: f1(np.array(counted)) for kind, counted in counts.items()}
 
     def check_scoring(self, opened: Opened) -> None:
         """Refuse a head whose outputs are not named by BIO tags."""
@@ -136,10 +118,6 @@ class TokenClassification(Task):
                 where=opened.where,
                 mend="name the outputs O, B-TYPE, I-TYPE in id2label",
             )
-
-    def collation(self, tokenizer: Any, config: Mapping[str, Any]) -> Collation:
-        """Encoders only: the token classifiers of encoder-decoder models leave the decoder out."""
-        return Collation(padding_id(tokenizer))
 
 
 def _tags(logits: np.ndarray, space: LabelSpace) -> list[str]:
@@ -152,14 +130,3 @@ def _tags(logits: np.ndarray, space: LabelSpace) -> list[str]:
 def _of(kind: str, tags: Sequence[str]) -> list[str]:
     """The tags of one type of entity."""
     return [tag if tag[2:] == kind else OUTSIDE for tag in tags]
-
-
-def _words(rows: Rows, index: int, column: str) -> list[str]:
-    words = rows.value(index, column, option("tokens"))
-    if not isinstance(words, list | tuple) or not all(isinstance(word, str) for word in words):
-        raise DataError(
-            f"{column!r} is not a list of words",
-            where=rows.where(index),
-            mend=f"correct the row, or choose another column with {option('tokens')}",
-        )
-    return list(words)

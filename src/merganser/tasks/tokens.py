@@ -63,48 +63,8 @@ def encode_texts(
     Raises:
         DataError: a text without a single token, with its file and line.
     """
-    types = has_token_types(config)
-    features: list[Feature] = []
-    shortened: set[int] = set()
-    for start in range(0, len(texts), _CHUNK):
-        chunk = list(texts[start : start + _CHUNK])
-        seconds = None if pairs is None else list(pairs[start : start + _CHUNK])
-        whole = _tokenise(tokenizer, chunk, seconds, types, target)
-        long = [index for index, feature in enumerate(whole) if len(feature.input_ids) > max_length]
-        if long:
-            cut = _tokenise(
-                tokenizer,
-                [chunk[index] for index in long],
-                None if seconds is None else [seconds[index] for index in long],
-                types,
-                target,
-                max_length,
-            )
-            for index, feature in zip(long, cut, strict=True):
-                whole[index] = feature
-                shortened.add(start + index)
-        for offset, feature in enumerate(whole):
-            if not feature.input_ids:
-                raise no_tokens(rows, start + offset)
-        features += whole
-    return Encoded(features, frozenset(shortened), max_length)
-
-
-def no_tokens(rows: Rows, index: int) -> DataError:
-    """The error of a text that the tokenizer makes nothing of."""
-    return DataError("the text has no tokens", where=rows.where(index), mend="remove the row, or give it a text")
-
-
-def _tokenise(
-    tokenizer: Any, texts: list[str], pairs: list[str] | None, types: bool, target: bool, max_length: int | None = None
-) -> list[Feature]:
-    given = {"text_target": texts} if target else {"text": texts, "text_pair": pairs}
-    cut = {"truncation": False} if max_length is None else {"truncation": "longest_first", "max_length": max_length}
-    encoded = tokenizer(
-        **given, **cut, padding=False, return_attention_mask=False, return_token_type_ids=types, verbose=False
-    )
-    type_rows = encoded["token_type_ids"] if types else [None] * len(texts)
-    return [Feature(ids, token_types) for ids, token_types in zip(encoded["input_ids"], type_rows, strict=True)]
+    given = {"text_target": texts} if target else {"text": texts} | ({} if pairs is None else {"text_pair": pairs})
+    return _encode(rows, given, tokenizer, config, max_length)
 
 
 def encode_words(
@@ -124,27 +84,58 @@ def encode_words(
             mend="put the model's tokenizer.json beside the weights",
         )
     _separate_words(tokenizer)
+    return _encode(rows, {"text": sentences}, tokenizer, config, max_length, words=True)
+
+
+def _encode(
+    rows: Rows,
+    given: Mapping[str, Sequence[Any]],
+    tokenizer: Any,
+    config: Mapping[str, Any],
+    max_length: int,
+    *,
+    words: bool = False,
+) -> Encoded:
+    """Tokenise what the tokenizer is ``given``, as a whole to see what is too long, and that once more, cut."""
     types = has_token_types(config)
+    options = {
+        "is_split_into_words": words,
+        "padding": False,
+        "return_attention_mask": False,
+        "return_token_type_ids": types,
+        "verbose": False,
+    }
     features: list[Feature] = []
     shortened: set[int] = set()
-    for start in range(0, len(sentences), _CHUNK):
-        chunk = [list(words) for words in sentences[start : start + _CHUNK]]
-        options = {"is_split_into_words": True, "padding": False, "return_token_type_ids": types, "verbose": False}
-        whole = tokenizer(chunk, truncation=False, **options)
+    for start in range(0, len(next(iter(given.values()))), _CHUNK):
+        chunk = {name: list(values[start : start + _CHUNK]) for name, values in given.items()}
+        whole = tokenizer(**chunk, truncation=False, **options)
+        places = [(whole, index) for index in range(len(whole["input_ids"]))]
         long = [index for index, ids in enumerate(whole["input_ids"]) if len(ids) > max_length]
-        cut = tokenizer([chunk[i] for i in long], truncation=True, max_length=max_length, **options) if long else None
-        shortened |= {start + index for index in long}
-        for index, words in enumerate(chunk):
-            source, place = (cut, long.index(index)) if cut is not None and index in long else (whole, index)
-            ids = source["input_ids"][place]
+        if long:
+            again = {name: [values[index] for index in long] for name, values in chunk.items()}
+            cut = tokenizer(**again, truncation="longest_first", max_length=max_length, **options)
+            for place, index in enumerate(long):
+                places[index] = (cut, place)
+                shortened.add(start + index)
+        for index, (encoded, place) in enumerate(places):
+            ids = encoded["input_ids"][place]
             if not ids:
-                raise no_tokens(rows, start + index)
-            firsts = [-1] * len(words)
-            for position, word in reversed(list(enumerate(source.word_ids(place)))):
-                if word is not None:
-                    firsts[word] = position
-            features.append(Feature(ids, source["token_type_ids"][place] if types else None, None, firsts))
+                mend = "remove the row, or give it a text"
+                raise DataError("the text has no tokens", where=rows.where(start + index), mend=mend)
+            token_types = encoded["token_type_ids"][place] if types else None
+            firsts = _first_subwords(encoded.word_ids(place), len(chunk["text"][index])) if words else None
+            features.append(Feature(ids, token_types, words=firsts))
     return Encoded(features, frozenset(shortened), max_length)
+
+
+def _first_subwords(word_ids: Sequence[int | None], words: int) -> list[int]:
+    """The place of each word's first sub-word; -1 where it has none, or was cut off."""
+    firsts = [-1] * words
+    for position, word in reversed(list(enumerate(word_ids))):
+        if word is not None:
+            firsts[word] = position
+    return firsts
 
 
 def _separate_words(tokenizer: Any) -> None:

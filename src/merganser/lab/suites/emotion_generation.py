@@ -237,7 +237,7 @@ class YesNoContinuation(CausalLM):
         """Never by itself: the model's configuration does not tell that it answers questions of this kind."""
         return False
 
-    def references(self, rows: Rows, columns: Columns, space: LabelSpace) -> list[Reference]:  # type: ignore[override]
+    def references(self, rows: Rows, columns: Columns, space: LabelSpace) -> list[Reference]:
         """Label and truth of each row; see :func:`read_references`."""
         return read_references(rows, columns)
 
