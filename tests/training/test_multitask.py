@@ -15,9 +15,8 @@ from merganser.tasks import TASKS, Columns, Rows
 from merganser.tasks.batches import Feature
 from merganser.tasks.models import load_model, load_tokenizer, open_model
 from merganser.tasks.predict import predict
-from merganser.training import Part, TrainingSettings, train, train_multitask
-from merganser.training.loop import Examples
-from merganser.training.multitask import MixedBatches
+from merganser.training import TrainingPart, TrainingSettings, train, train_multitask
+from merganser.training.loop import FeatureData, MixedBatches
 
 QUICK = TrainingSettings(learning_rate=5e-3, epochs=20, batch_size=4)
 TAGS = ("O", "B-LOC")
@@ -27,7 +26,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-def score(folder: Path, part: Part) -> dict[str, float]:
+def score(folder: Path, part: TrainingPart) -> dict[str, float]:
     opened = open_model(folder)
     columns, space = part.task.columns(part.rows, Columns()), part.task.space(opened.config)
     model = load_model(opened, part.task.auto_class)
@@ -36,7 +35,7 @@ def score(folder: Path, part: Part) -> dict[str, float]:
 
 
 @pytest.fixture
-def parts(sentiment: Rows, make_rows) -> list[Part]:
+def parts(sentiment: Rows, make_rows) -> list[TrainingPart]:
     """A classifier, a multi-label classifier and a tagger."""
     moods = [
         {"text": "the movie was good", "labels": [1, 0]},
@@ -49,16 +48,18 @@ def parts(sentiment: Rows, make_rows) -> list[Part]:
         {"tokens": ["Paris", "was", "good"], "tags": ["B-LOC", "O", "O"]},
     ]
     return [
-        Part("class", TASKS["text-classification"], sentiment, ("good", "bad"), dev=sentiment, metric="accuracy"),
-        Part("mood", TASKS["multi-label"], make_rows(moods), ("joy", "anger"), dev=make_rows(moods)),
-        Part("tags", TASKS["token-classification"], make_rows(places), TAGS),
+        TrainingPart(
+            "class", TASKS["text-classification"], sentiment, ("good", "bad"), dev=sentiment, metric="accuracy"
+        ),
+        TrainingPart("mood", TASKS["multi-label"], make_rows(moods), ("joy", "anger"), dev=make_rows(moods)),
+        TrainingPart("tags", TASKS["token-classification"], make_rows(places), TAGS),
     ]
 
 
 def test_batches_are_of_one_task_proportional_and_shuffled() -> None:
     sizes = (160, 40, 20)
     data: ConcatDataset[Any] = ConcatDataset(
-        [Examples([Feature([place])] * size, place) for place, size in enumerate(sizes)]
+        [FeatureData([Feature([place])] * size, place) for place, size in enumerate(sizes)]
     )
     sampler = MixedBatches(sizes, 4, seed=1)
     epochs = [list(sampler), list(sampler)]
@@ -81,7 +82,7 @@ def test_batches_are_of_one_task_proportional_and_shuffled() -> None:
     assert inside != sorted(inside)
 
 
-def test_a_head_for_each_part_and_one_encoder(parts: list[Part], save_ready, tmp_path: Path) -> None:
+def test_a_head_for_each_part_and_one_encoder(parts: list[TrainingPart], save_ready, tmp_path: Path) -> None:
     base = save_ready("base", "bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     done: list[int] = []
     trained = train_multitask(
@@ -103,7 +104,7 @@ def test_a_head_for_each_part_and_one_encoder(parts: list[Part], save_ready, tmp
     ]  # fmt: skip
 
 
-def test_same_seed_same_bytes_and_the_best_epoch_is_kept(parts: list[Part], save_ready, tmp_path: Path) -> None:
+def test_same_seed_same_bytes_and_the_best_epoch_is_kept(parts: list[TrainingPart], save_ready, tmp_path: Path) -> None:
     base = save_ready("base", "bert")
     settings = QUICK.model_copy(update={"epochs": 4, "best_epoch": True})
     runs = [
@@ -125,16 +126,19 @@ def test_everything_shared_is_one_model(sentiment: Rows, make_rows, save_ready, 
     base = save_ready("base", "bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     other = make_rows([{"sentence": "the food was bad", "label": "bad"}, {"sentence": "yes", "label": "good"}])
     task, labels = TASKS["text-classification"], ("good", "bad")
-    both = [Part("one", task, sentiment, labels, dev=sentiment), Part("two", task, other, labels, dev=other)]
+    both = [
+        TrainingPart("one", task, sentiment, labels, dev=sentiment),
+        TrainingPart("two", task, other, labels, dev=other),
+    ]
     trained = train_multitask(base, both, shared=True, output=tmp_path / "out", settings=QUICK)
     assert set(trained.paths.values()) == {tmp_path / "out"}
     assert all(score(tmp_path / "out", part)["accuracy"] == 1 for part in both)
-    turned = [both[0], Part("two", task, other, ("bad", "good"))]
+    turned = [both[0], TrainingPart("two", task, other, ("bad", "good"))]
     with pytest.raises(UserError, match="another task or other labels"):
         train_multitask(base, turned, shared=True, output=tmp_path / "no", settings=QUICK)
 
 
-def test_tuning_after_a_merge_keeps_the_heads(parts: list[Part], save_ready, tmp_path: Path) -> None:
+def test_tuning_after_a_merge_keeps_the_heads(parts: list[TrainingPart], save_ready, tmp_path: Path) -> None:
     base, still = save_ready("base", "bert"), TrainingSettings(learning_rate=1e-12, max_steps=1, batch_size=2)
     before = train_multitask(
         base, parts, shared=False, output=tmp_path / "a", settings=QUICK.model_copy(update={"epochs": 2})
@@ -153,7 +157,7 @@ def test_tuning_after_a_merge_keeps_the_heads(parts: list[Part], save_ready, tmp
             base, parts[:2], shared=False, output=tmp_path / "c", settings=still,
             starts={"class": before.paths["class"], "mood": swapped.path},
         )  # fmt: skip
-    relabelled = Part("mood", parts[1].task, parts[1].rows, ("anger", "joy"))
+    relabelled = TrainingPart("mood", parts[1].task, parts[1].rows, ("anger", "joy"))
     with pytest.raises(UserError, match="other labels"):
         train_multitask(
             base, [relabelled], shared=False, output=tmp_path / "c", settings=still,
@@ -162,10 +166,10 @@ def test_tuning_after_a_merge_keeps_the_heads(parts: list[Part], save_ready, tmp
     assert not (tmp_path / "c").exists()
 
 
-def test_refusals(parts: list[Part], sentiment: Rows, save_ready, tmp_path: Path) -> None:
+def test_refusals(parts: list[TrainingPart], sentiment: Rows, save_ready, tmp_path: Path) -> None:
     base = save_ready("base", "bert")
 
-    def refuse(words: str, given: list[Part], **options: Any) -> None:
+    def refuse(words: str, given: list[TrainingPart], **options: Any) -> None:
         chosen: dict[str, Any] = {"shared": False, "settings": QUICK, **options}
         with pytest.raises(UserError, match=words):
             train_multitask(base, given, output=tmp_path / "out", **chosen)
@@ -173,9 +177,9 @@ def test_refusals(parts: list[Part], sentiment: Rows, save_ready, tmp_path: Path
 
     refuse("nothing to train on", [])
     refuse("same name", [parts[0], parts[0]])
-    refuse("cannot name a folder", [Part("../up", parts[0].task, sentiment, ("good", "bad"))])
-    refuse("no part has any", [parts[2]], settings=QUICK.model_copy(update={"best_epoch": True}))
-    refuse("no head of its own", [Part("lm", TASKS["causal-lm"], sentiment)])
+    refuse("cannot name a folder", [TrainingPart("../up", parts[0].task, sentiment, ("good", "bad"))])
+    refuse("there are none", [parts[2]], settings=QUICK.model_copy(update={"best_epoch": True}))
+    refuse("no head of its own", [TrainingPart("lm", TASKS["causal-lm"], sentiment)])
     refuse("starts are given for class", parts[:2], starts={"class": base})
     refuse("one shared model", parts[:1], shared=True, starts={"class": base})
     folder = tmp_path / "old"

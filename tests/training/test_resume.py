@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from merganser.errors import UserError
 from merganser.tasks import TASKS, Rows
-from merganser.training import Part, TrainingSettings, train, train_multitask
+from merganser.training import TrainingPart, TrainingSettings, train, train_multitask
 
 
 class Killed(Exception):
@@ -93,7 +93,7 @@ def test_killed_after_the_last_step(
         raise Killed
 
     with monkeypatch.context() as patched, pytest.raises(Killed):
-        patched.setattr(sys.modules["merganser.training.fine_tune"], "keep", stop)
+        patched.setattr(sys.modules["merganser.training.fit"], "_keep", stop)
         run(base, sentiment, tmp_path / "out", settings=settings, work=tmp_path / "work")
     steps: list[int] = []
     resumed = run(
@@ -109,7 +109,7 @@ def test_killed_after_the_last_step(
 def test_multi_task_resumed_equals_uninterrupted(shared: bool, sentiment: Rows, save_ready, tmp_path: Path) -> None:
     base, work = save_ready("base", "bert"), tmp_path / "work"
     task = TASKS["text-classification"]
-    parts = [Part(name, task, sentiment, ("good", "bad"), dev=sentiment) for name in ("one", "two")]
+    parts = [TrainingPart(name, task, sentiment, ("good", "bad"), dev=sentiment) for name in ("one", "two")]
 
     def learn(output: str, **options: Any) -> Any:
         return train_multitask(

@@ -1,16 +1,9 @@
 """Fine-tuning on transformers' own Trainer."""
 
-from merganser.training.fine_tune import Trained, prepare_base, train
-from merganser.training.multitask import Part, TrainedParts, train_multitask
+from merganser.training.fine_tune import prepare_base, train
+from merganser.training.fit import Trained
+from merganser.training.multitask import train_multitask
+from merganser.training.prepare import TrainingPart
 from merganser.training.settings import TrainingSettings, defaults
 
-__all__ = [
-    "Part",
-    "Trained",
-    "TrainedParts",
-    "TrainingSettings",
-    "defaults",
-    "prepare_base",
-    "train",
-    "train_multitask",
-]
+__all__ = ["Trained", "TrainingPart", "TrainingSettings", "defaults", "prepare_base", "train", "train_multitask"]

@@ -9,44 +9,21 @@ base with one head: :func:`prepare_base`.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from merganser.checkpoints.writer import check_output
-from merganser.errors import require
 from merganser.files import new_folder
 from merganser.tasks.base import Task
 from merganser.tasks.classification import TextClassification
 from merganser.tasks.data import Rows
 from merganser.tasks.models import quiet
-from merganser.training.heads import Start, load_start, open_start
-from merganser.training.loop import Examples, OnStep, Ran, Run, run_trainer
-from merganser.training.prepare import GivenColumns, prepare
-from merganser.training.resume import clear, fingerprint, take_up
+from merganser.training.fit import Trained, fit
+from merganser.training.heads import load_start, open_start
+from merganser.training.loop import OnStep
+from merganser.training.prepare import GivenColumns, TrainingPart
 from merganser.training.settings import TrainingSettings
-
-_SCRATCH = ".training"
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A finished training.
-
-    Attributes:
-        path: the model folder.
-        dev_scores: the score on development data after each epoch; empty where there were none.
-        best_epoch: the epoch that was kept, counted from 1; None where it is simply the last.
-        loss: the mean training loss of the epoch that was kept.
-    """
-
-    path: Path
-    dev_scores: tuple[float, ...]
-    best_epoch: int | None
-    loss: float
 
 
 def train(
@@ -100,49 +77,24 @@ def train(
         UserError: a setting that does not fit, or ``accelerate``, which the Trainer needs, is not installed.
     """
     output = Path(output)
-    require("train", "training", "accelerate")
-    check_place(output, base, overwrite)
-    with quiet(), new_folder(output, overwrite=overwrite) as temporary:
-        prepared = prepare(
-            base,
-            task,
-            rows,
-            labels,
-            settings,
-            dev=dev,
-            metric=metric,
-            columns=columns,
-            check=partial(_save_tokenizer, temporary),
-            allow_pickle=allow_pickle,
-        )
-        start, drawn = prepared.start, seed if head_seed is None else head_seed
-        scratch, resume = temporary / _SCRATCH, None
-        if work is not None:
-            scratch = Path(work)
-            key = fingerprint([(start, rows, dev)], settings, (seed, drawn, metric, str(columns)))
-            resume = take_up(scratch, key)
-        model = load_start(start, drawn, resume, allow_pickle=allow_pickle)
-        saved_cache = _use_cache(model)
-        run = Run(
-            name=output.name,
-            settings=settings,
-            seed=seed,
-            scratch=scratch,
-            save=partial(save_model, model, saved_cache),
-            score=None if dev is None else partial(prepared.score, model, settings),
-            higher_is_better=prepared.higher_is_better,
-            whole=work is not None,
-            resume=resume,
-            loss=prepared.loss,
-            device=device,
-            on_step=on_step,
-        )
-        ran = run_trainer(run, model, Examples(prepared.features), prepared.collate)
-        keep(ran, run, temporary)
-        shutil.rmtree(temporary / _SCRATCH, ignore_errors=True)
-    if work is not None:
-        clear(Path(work))
-    return Trained(output, ran.scores, None if ran.best is None else ran.best + 1, kept_loss(ran))
+    check_place(output, [base], overwrite)
+    trained = fit(
+        [base],
+        [TrainingPart("", task, rows, labels, dev, metric, columns)],
+        shared=True,
+        output=output,
+        settings=settings,
+        seed=seed,
+        head_seed=head_seed,
+        work=work,
+        device=device,
+        allow_pickle=allow_pickle,
+        overwrite=overwrite,
+        on_step=on_step,
+    )
+    if (metric or task.key_metric) in task.lower_is_better:
+        return replace(trained, dev_scores=tuple(-score for score in trained.dev_scores))
+    return trained
 
 
 def prepare_base(
@@ -162,7 +114,7 @@ def prepare_base(
         DataError: fewer than two label names, or a repeated one.
     """
     output = Path(output)
-    check_place(output, base, overwrite)
+    check_place(output, [base], overwrite)
     with new_folder(output, overwrite=overwrite) as temporary, quiet():
         start = open_start(base, TextClassification(), label_names)
         load_start(start, seed).save_pretrained(temporary)
@@ -170,53 +122,12 @@ def prepare_base(
     return output
 
 
-def check_place(output: Path, base: str | Path, overwrite: bool) -> None:
+def check_place(output: Path, sources: Sequence[str | Path], overwrite: bool) -> None:
     """Refuse an output that cannot be written.
 
     Raises:
-        CheckpointError: it exists and may not be replaced, or is the base.
+        CheckpointError: it exists and may not be replaced, or is one of the sources.
     """
-    problem = check_output(output, overwrite, [Path(base)])
+    problem = check_output(output, overwrite, list(map(Path, sources)))
     if problem is not None:
         raise problem
-
-
-def save_model(model: Any, use_cache: bool | None, folder: Path) -> None:
-    """Save a model, its configuration's ``use_cache`` as it was before the Trainer switched it off."""
-    config, now = model.config, _use_cache(model)
-    if use_cache is None and now is not None:
-        del config.use_cache
-    elif use_cache is not None:
-        config.use_cache = use_cache
-    try:
-        with quiet():
-            model.save_pretrained(folder)
-    finally:
-        if now is not None:
-            config.use_cache = now
-
-
-def keep(ran: Ran, run: Run, folder: Path) -> None:
-    """Put the weights to keep into ``folder``: those of the best epoch, or the last ones."""
-    if ran.folder is None:
-        run.save(folder)
-        return
-    for path in sorted(ran.folder.iterdir()):
-        if path.is_dir():
-            shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
-        elif path.suffix in (".json", ".safetensors") and path.name != "trainer_state.json":
-            shutil.copy2(path, folder / path.name)
-
-
-def kept_loss(ran: Ran) -> float:
-    """The mean training loss of the epoch that was kept."""
-    return ran.losses[-1 if ran.best is None else ran.best]
-
-
-def _use_cache(model: Any) -> bool | None:
-    found: bool | None = getattr(model.config, "use_cache", None)
-    return found
-
-
-def _save_tokenizer(folder: Path, start: Start) -> None:
-    start.tokenizer.save_pretrained(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,6 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
 
 from merganser.errors import CheckpointError, DataError, UserError
 from merganser.tasks.base import Task
@@ -85,12 +85,16 @@ def open_start(base: str | Path, task: Task, labels: Sequence[str] = (), *, allo
 
 
 def _check_labels(labels: Sequence[str], task: Task) -> None:
-    least = {"classification": 2, "tokens": 2}.get(str(task.problem), 1)
-    wrong = len(labels) < least or len(set(labels)) < len(labels) or not all(isinstance(n, str) for n in labels)
-    if wrong or (task.problem == "regression" and len(labels) > 1):
-        wanted = {"regression": "one name"}.get(
-            str(task.problem), f"{'at least two ' if least == 2 else ''}distinct names"
-        )
+    least, most, wanted = 2, math.inf, "at least two distinct names"
+    if task.problem == "regression":
+        least, most, wanted = 1, 1, "one name"
+    elif task.problem == "multi_label":
+        least, wanted = 1, "distinct names"
+    if (
+        not least <= len(labels) <= most
+        or len(set(labels)) < len(labels)
+        or not all(isinstance(n, str) for n in labels)
+    ):
         raise DataError(
             f"labels of {task.name} must be {wanted}, but are {list(labels)!r}", mend="name every label once"
         )
@@ -137,7 +141,7 @@ def load_start(start: Start, seed: int, folder: Path | None = None, *, allow_pic
     return model
 
 
-def _load_head(start: Start, config: Any, place: Path, *, keep: bool, allow_pickle: bool) -> nn.Module:
+def _load_head(start: Start, config: Any, place: Path, *, keep: bool, allow_pickle: bool) -> Any:
     """The architecture with the task's head; where it is not to be kept, the base's own head is left out."""
     auto_class = start.task.model_class(start.config)
     checkpoint = start.opened.checkpoint
@@ -147,11 +151,8 @@ def _load_head(start: Start, config: Any, place: Path, *, keep: bool, allow_pick
         inner = [name for name in checkpoint.tensors if name.startswith(prefix)]
         if 0 < len(inner) < len(checkpoint.tensors):
             tensors = {name: checkpoint.read(name) for name in inner}
-            loaded: nn.Module = model_class.from_pretrained(
-                None, config=config, state_dict=tensors, dtype=torch.float32
-            )
-            return loaded
-    loaded = getattr(transformers, auto_class).from_pretrained(
+            return model_class.from_pretrained(None, config=config, state_dict=tensors, dtype=torch.float32)
+    return getattr(transformers, auto_class).from_pretrained(
         str(place),
         config=config,
         dtype=torch.float32,
@@ -159,4 +160,3 @@ def _load_head(start: Start, config: Any, place: Path, *, keep: bool, allow_pick
         trust_remote_code=False,
         use_safetensors=None if allow_pickle else True,
     )
-    return loaded

@@ -7,15 +7,17 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
+import numpy as np
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from merganser import progress
-from merganser.errors import DataError, require
+from merganser.errors import DataError
 from merganser.tasks.batches import Feature
 from merganser.training.losses import Loss
 from merganser.training.settings import TrainingSettings
@@ -27,7 +29,7 @@ STATE = "trainer_state.json"  # the file of a checkpoint that the Trainer writes
 
 
 @dataclass(frozen=True)
-class Run:
+class TrainingRun:
     """What is trained, and how.
 
     Attributes:
@@ -36,8 +38,7 @@ class Run:
         seed: of the order of the examples and of dropout.
         scratch: a folder for checkpoints.
         save: writes the model into a folder.
-        score: the model on development data; None for none.
-        higher_is_better: of scores.
+        score: the model on development data, the more the better; None for none.
         whole: keep in ``scratch`` after each epoch all that a killed run needs to go on.
         resume: such a checkpoint to go on from.
         loss: instead of the model's own.
@@ -51,7 +52,6 @@ class Run:
     scratch: Path
     save: Callable[[Path], None]
     score: Callable[[], float] | None = None
-    higher_is_better: bool = True
     whole: bool = False
     resume: Path | None = None
     loss: Loss | None = None
@@ -60,7 +60,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Ran:
+class TrainingOutcome:
     """How a run went.
 
     Attributes:
@@ -76,7 +76,7 @@ class Ran:
     folder: Path | None
 
 
-class Examples(Dataset[dict[str, Any]]):
+class FeatureData(Dataset[dict[str, Any]]):
     """Features as the Trainer takes them: dictionaries with the tokens, whose number it may look at."""
 
     def __init__(self, features: Sequence[Feature], part: int = 0) -> None:
@@ -90,24 +90,47 @@ class Examples(Dataset[dict[str, Any]]):
         return {"input_ids": feature.input_ids, "feature": feature, "part": self.part}
 
 
-@runtime_checkable
-class Epochs(Protocol):
-    """Batches whose order depends on the epoch.
+class MixedBatches(Sampler[list[int]]):
+    """Batches of one data set each, in an order that is shuffled over all of them.
+
+    Every iteration is an epoch: each example comes once, so that a data set gives batches in proportion to
+    its size.
+
+    Args:
+        sizes: of the data sets, whose examples are numbered one data set after the other.
+        batch_size: examples in a batch; a data set's last one may be smaller.
+        seed: of the order.
 
     Attributes:
         epoch: the next one, counted from 0.
     """
 
-    epoch: int
+    def __init__(self, sizes: Sequence[int], batch_size: int, seed: int) -> None:
+        self.sizes, self.batch_size, self.seed, self.epoch = tuple(sizes), batch_size, seed, 0
+
+    def __len__(self) -> int:
+        return sum(-(-size // self.batch_size) for size in self.sizes)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        draw = np.random.default_rng([self.seed, self.epoch])
+        self.epoch += 1
+        batches: list[list[int]] = []
+        first = 0
+        for size in self.sizes:
+            order = (first + draw.permutation(size)).tolist()
+            batches += [order[at : at + self.batch_size] for at in range(0, size, self.batch_size)]
+            first += size
+        for place in draw.permutation(len(batches)):
+            yield batches[place]
 
 
 def run_trainer(
-    run: Run,
+    run: TrainingRun,
     model: nn.Module,
     examples: Dataset[dict[str, Any]],
     collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
-    batches: Sampler[list[int]] | None = None,
-) -> Ran:
+    batches: MixedBatches | None = None,
+) -> TrainingOutcome:
     """Train ``model`` in place.
 
     Args:
@@ -119,14 +142,12 @@ def run_trainer(
 
     Raises:
         DataError: the loss is not finite.
-        UserError: ``accelerate`` is not installed.
     """
-    require("train", "training", "accelerate")
     settings, best = run.settings, run.score is not None and run.settings.best_epoch
     finished = _finished(run, best)
     if finished is not None:
         return finished
-    if run.resume is not None and isinstance(batches, Epochs):
+    if run.resume is not None and batches is not None:
         batches.epoch = round(state_of(run.resume)["epoch"])  # checkpoints are of whole epochs
     arguments = TrainingArguments(
         output_dir=str(run.scratch.absolute()),
@@ -145,7 +166,7 @@ def run_trainer(
         save_only_model=not run.whole,
         save_total_limit=2 if run.whole and best else 1,  # the last one stays beside the best
         metric_for_best_model="score" if best else None,
-        greater_is_better=run.higher_is_better if best else None,
+        greater_is_better=True if best else None,
         logging_strategy="epoch",
         logging_nan_inf_filter=False,  # a loss that is not finite must be seen
         remove_unused_columns=False,
@@ -164,12 +185,12 @@ def run_trainer(
             eval_dataset=None if run.score is None else examples,  # asked for, though run.score has its own
             data_collator=collate,
             callbacks=[callback],
-            compute_loss_func=None if run.loss is None else _Loss(run.loss),
+            compute_loss_func=None if run.loss is None else partial(_loss_of_logits, run.loss),
         )
         trainer.remove_callback(PrinterCallback)  # it prints on standard output, which is for data
         trainer.train(resume_from_checkpoint=None if run.resume is None else str(run.resume.absolute()))
     model.to("cpu")
-    return _ran(run, trainer.state.log_history, trainer.state.best_global_step if best else None)
+    return _outcome(run, trainer.state.log_history, trainer.state.best_global_step if best else None)
 
 
 def _warmup(settings: TrainingSettings, examples: int) -> float:
@@ -178,14 +199,14 @@ def _warmup(settings: TrainingSettings, examples: int) -> float:
     return settings.warmup if math.ceil(steps * settings.warmup) < steps else 0
 
 
-def _finished(run: Run, best: bool) -> Ran | None:
+def _finished(run: TrainingRun, best: bool) -> TrainingOutcome | None:
     """The outcome, where the checkpoint to go on from is that of the last step; the Trainer would add one."""
     if run.resume is None:
         return None
     state = state_of(run.resume)
     if state["global_step"] < state["max_steps"]:
         return None
-    return _ran(run, state["log_history"], state["best_global_step"] if best else None)
+    return _outcome(run, state["log_history"], state["best_global_step"] if best else None)
 
 
 def state_of(checkpoint: Path) -> dict[str, Any]:
@@ -198,29 +219,24 @@ def state_of(checkpoint: Path) -> dict[str, Any]:
     return found
 
 
-def _ran(run: Run, history: Sequence[Mapping[str, Any]], step: int | None) -> Ran:
+def _outcome(run: TrainingRun, history: Sequence[Mapping[str, Any]], step: int | None) -> TrainingOutcome:
     """The outcome from the Trainer's log and the step with the best score."""
     losses = tuple(float(entry["loss"]) for entry in history if "loss" in entry)
     scored = [entry for entry in history if "eval_score" in entry]
     place = next((i for i, entry in enumerate(scored) if step and entry["step"] == step), None)
     folder = None if place is None else run.scratch / f"checkpoint-{step}"
-    return Ran(tuple(float(entry["eval_score"]) for entry in scored), losses, place, folder)
+    return TrainingOutcome(tuple(float(entry["eval_score"]) for entry in scored), losses, place, folder)
 
 
-class _Loss:
+def _loss_of_logits(loss: Loss, outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
     """A loss as the Trainer calls it."""
-
-    def __init__(self, loss: Loss) -> None:
-        self.loss = loss
-
-    def __call__(self, outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
-        return self.loss(outputs["logits"], labels)
+    return loss(outputs["logits"], labels)
 
 
 class _Trainer(Trainer):
     """The Trainer with our scores, our way to save a model, and batches of our own where there are some."""
 
-    def __init__(self, run: Run, batches: Sampler[list[int]] | None, **options: Any) -> None:
+    def __init__(self, run: TrainingRun, batches: Sampler[list[int]] | None, **options: Any) -> None:
         super().__init__(**options)
         self.our_run, self.our_batches = run, batches
         self.control: Any  # the Trainer's; it gives no type

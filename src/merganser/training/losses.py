@@ -15,6 +15,7 @@ the sum of the weights.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -56,9 +57,10 @@ def make_loss(
         if not np.isfinite(marks).any():
             raise DataError("no label is annotated in any row", where=source, mend="give labelled data")
         weights = multi_label_weights(marks) if weighted else np.ones(labels)
-        return _MaskedBinary(weights)
+        return partial(_masked_binary, torch.tensor(weights, dtype=torch.float32))
     if weighted:
-        return _WeightedClasses(class_weights(_classes(features), labels))
+        weights = class_weights(_classes(features), labels)
+        return partial(_weighted_classes, torch.tensor(weights, dtype=torch.float32))
     return None
 
 
@@ -100,31 +102,19 @@ def _classes(features: Sequence[Feature]) -> np.ndarray:
     return np.array(found, np.int64)
 
 
-class _MaskedBinary:
+def _masked_binary(weights: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
     """Binary cross-entropy, the mean over the annotated decisions of a batch; 0 where there is none."""
-
-    def __init__(self, weights: np.ndarray) -> None:
-        self.weights = torch.tensor(weights, dtype=torch.float32)
-
-    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
-        known = ~torch.isnan(labels)
-        each = functional.binary_cross_entropy_with_logits(
-            logits.float(), torch.where(known, labels, 0).float(), reduction="none"
-        )
-        self.weights = self.weights.to(logits.device)
-        return (each * self.weights * known).sum() / known.sum().clamp(min=1)
+    known = ~torch.isnan(labels)
+    each = functional.binary_cross_entropy_with_logits(
+        logits.float(), torch.where(known, labels, 0).float(), reduction="none"
+    )
+    return (each * weights.to(logits.device) * known).sum() / known.sum().clamp(min=1)
 
 
-class _WeightedClasses:
+def _weighted_classes(weights: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy times the weight of the true class, the mean over the labelled examples or tokens."""
-
-    def __init__(self, weights: np.ndarray) -> None:
-        self.weights = torch.tensor(weights, dtype=torch.float32)
-
-    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
-        flat = labels.reshape(-1)
-        self.weights = self.weights.to(logits.device)
-        total = functional.cross_entropy(
-            logits.float().reshape(len(flat), -1), flat, weight=self.weights, ignore_index=IGNORED, reduction="sum"
-        )
-        return total / (flat != IGNORED).sum().clamp(min=1)
+    flat, weights = labels.reshape(-1), weights.to(logits.device)
+    total = functional.cross_entropy(
+        logits.float().reshape(len(flat), -1), flat, weight=weights, ignore_index=IGNORED, reduction="sum"
+    )
+    return total / (flat != IGNORED).sum().clamp(min=1)

@@ -10,78 +10,22 @@ and the order of the batches is shuffled anew in each epoch.
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor, nn
-from torch.utils.data import ConcatDataset, Sampler
-
-from merganser.checkpoints.writer import check_output
-from merganser.errors import CheckpointError, UserError, require
-from merganser.files import new_folder
-from merganser.tasks.base import Task
-from merganser.tasks.data import Rows
-from merganser.tasks.models import quiet
-from merganser.training.fine_tune import keep, kept_loss, save_model
-from merganser.training.heads import PROBLEM_TYPES, Start, load_start
-from merganser.training.loop import Examples, OnStep, Run, run_trainer
-from merganser.training.losses import Loss, make_loss
-from merganser.training.prepare import GivenColumns, Prepared, prepare
-from merganser.training.resume import clear, fingerprint, take_up
+from merganser.errors import UserError
+from merganser.training.fine_tune import check_place
+from merganser.training.fit import Trained, fit
+from merganser.training.heads import PROBLEM_TYPES
+from merganser.training.loop import OnStep
+from merganser.training.prepare import TrainingPart
 from merganser.training.settings import TrainingSettings
-
-_SCRATCH = ".training"
-
-
-@dataclass(frozen=True)
-class Part:
-    """One of the data sets.
-
-    Attributes:
-        name: of the data set, and of its folder in the output.
-        task: of the data.
-        rows: to train on.
-        labels: the head's outputs in order.
-        dev: development data.
-        metric: of the development score; by default the task's key metric.
-        columns: what is not given is found by its usual name.
-    """
-
-    name: str
-    task: Task
-    rows: Rows
-    labels: Sequence[str] = ()
-    dev: Rows | None = None
-    metric: str | None = None
-    columns: GivenColumns = None
-
-
-@dataclass(frozen=True)
-class TrainedParts:
-    """A finished multi-task training.
-
-    Attributes:
-        paths: for each part its model folder; the same one for all where everything is shared.
-        dev_scores: after each epoch the mean of the parts' development scores.
-        best_epoch: the epoch that was kept, counted from 1; None where it is simply the last.
-        loss: the mean training loss of the epoch that was kept.
-    """
-
-    paths: Mapping[str, Path]
-    dev_scores: tuple[float, ...]
-    best_epoch: int | None
-    loss: float
 
 
 def train_multitask(
     base: str | Path,
-    parts: Sequence[Part],
+    parts: Sequence[TrainingPart],
     *,
     shared: bool,
     output: str | Path,
@@ -94,7 +38,7 @@ def train_multitask(
     allow_pickle: bool = False,
     overwrite: bool = False,
     on_step: OnStep | None = None,
-) -> TrainedParts:
+) -> Trained:
     """Train one encoder on several data sets.
 
     Args:
@@ -121,198 +65,27 @@ def train_multitask(
         UserError: parts that cannot be trained together, or a setting that does not fit.
     """
     output, starts = Path(output), dict(starts or {})
-    require("train", "training", "accelerate")
     _check_parts(parts, shared, starts)
     sources = [starts.get(part.name, base) for part in parts]
-    _check_place(output, [Path(source) for source in sources], [part.name for part in parts], overwrite)
-    with quiet(), new_folder(output, overwrite=overwrite) as temporary:
-        prepared = [
-            prepare(
-                source,
-                part.task,
-                part.rows,
-                part.labels,
-                settings if part.dev is not None else settings.model_copy(update={"best_epoch": False}),
-                dev=part.dev,
-                metric=part.metric,
-                columns=part.columns,
-                check=partial(_save_tokenizer, temporary if shared else temporary / part.name),
-                allow_pickle=allow_pickle,
-            )
-            for part, source in zip(parts, sources, strict=True)
-        ]
-        for item, part in zip(prepared, parts, strict=True):
-            if starts and not item.start.keeps_head:
-                raise UserError(
-                    f"the head has other labels than the part: {', '.join(item.start.labels)}",
-                    where=starts[part.name],
-                    mend="give the labels of the head, in its order",
-                )
-        scored = [item for item in prepared if item.dev is not None]
-        if settings.best_epoch and not scored:
-            raise UserError(
-                "the best epoch is chosen on development data, and no part has any",
-                where="best_epoch",
-                mend="give development data, or best_epoch: false",
-            )
-        drawn = seed if head_seed is None else head_seed
-        scratch, resume = temporary / _SCRATCH, None
-        if work is not None:
-            scratch = Path(work)
-            data_of = [(item.start, part.rows, part.dev) for item, part in zip(prepared, parts, strict=True)]
-            described = [(part.name, part.metric, str(part.columns)) for part in parts]
-            key = fingerprint(data_of, settings, (seed, drawn, shared, bool(starts), described))
-            resume = take_up(scratch, key)
-        network: nn.Module
-        if shared:
-            model = load_start(prepared[0].start, drawn, resume, allow_pickle=allow_pickle)
-            network, models, names = model, [model] * len(parts), [""]
-        else:
-            names = [part.name for part in parts]
-            models = [
-                load_start(item.start, drawn, resume and resume / name, allow_pickle=allow_pickle)
-                for item, name in zip(prepared, names, strict=True)
-            ]
-            _share_encoder(models, names, same=bool(starts))
-            network = _Parts(models, [item.loss for item in prepared])
-        caches = [getattr(model.config, "use_cache", None) for model in models]
-        run = Run(
-            name=output.name,
-            settings=settings,
-            seed=seed,
-            scratch=scratch,
-            whole=work is not None,
-            resume=resume,
-            save=partial(_save, models[: len(names)], caches, names),
-            score=partial(_score, prepared, models, settings) if scored else None,
-            loss=_shared_loss(prepared, settings) if shared else None,
-            device=device,
-            on_step=on_step,
-        )
-        data: ConcatDataset[dict[str, Any]] = ConcatDataset(
-            [Examples(item.features, place) for place, item in enumerate(prepared)]
-        )
-        ran = run_trainer(
-            run,
-            network,
-            data,
-            prepared[0].collate if shared else _Collate([item.collate for item in prepared]),
-            None if shared else MixedBatches([len(p.features) for p in prepared], settings.batch_size, seed),
-        )
-        keep(ran, run, temporary)
-        shutil.rmtree(temporary / _SCRATCH, ignore_errors=True)
-    if work is not None:
-        clear(Path(work))
-    paths = {part.name: output if shared else output / part.name for part in parts}
-    return TrainedParts(paths, ran.scores, None if ran.best is None else ran.best + 1, kept_loss(ran))
+    _check_place(output, [Path(source) for source in sources], overwrite)
+    return fit(
+        sources,
+        parts,
+        shared=shared,
+        own_heads=bool(starts),
+        output=output,
+        settings=settings,
+        seed=seed,
+        head_seed=head_seed,
+        work=work,
+        device=device,
+        allow_pickle=allow_pickle,
+        overwrite=overwrite,
+        on_step=on_step,
+    )
 
 
-class MixedBatches(Sampler[list[int]]):
-    """Batches of one data set each, in an order that is shuffled over all of them.
-
-    Every iteration is an epoch: each example comes once, so that a data set gives batches in proportion to
-    its size.
-
-    Args:
-        sizes: of the data sets, whose examples are numbered one data set after the other.
-        batch_size: examples in a batch; a data set's last one may be smaller.
-        seed: of the order.
-    """
-
-    def __init__(self, sizes: Sequence[int], batch_size: int, seed: int) -> None:
-        self.sizes, self.batch_size, self.seed, self.epoch = tuple(sizes), batch_size, seed, 0
-
-    def __len__(self) -> int:
-        return sum(-(-size // self.batch_size) for size in self.sizes)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        draw = np.random.default_rng([self.seed, self.epoch])
-        self.epoch += 1
-        batches: list[list[int]] = []
-        first = 0
-        for size in self.sizes:
-            order = (first + draw.permutation(size)).tolist()
-            batches += [order[at : at + self.batch_size] for at in range(0, size, self.batch_size)]
-            first += size
-        for place in draw.permutation(len(batches)):
-            yield batches[place]
-
-
-class _Collate:
-    """Makes a batch of the examples of one part, with the part's place."""
-
-    def __init__(self, collates: Sequence[Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]]) -> None:
-        self.collates = collates
-
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        (part,) = {example["part"] for example in examples}
-        return {**self.collates[part](examples), "part": part}
-
-
-class _Parts(nn.Module):
-    """The models of all parts as one, with each part's loss."""
-
-    def __init__(self, models: Sequence[nn.Module], losses: Sequence[Loss | None]) -> None:
-        super().__init__()
-        self.models, self.losses = nn.ModuleList(models), list(losses)
-
-    def forward(self, part: int, labels: Tensor, **inputs: Tensor) -> dict[str, Tensor]:
-        model, loss = self.models[part], self.losses[part]
-        if loss is None:
-            return {"loss": model(**inputs, labels=labels).loss}
-        return {"loss": loss(model(**inputs).logits, labels)}
-
-
-def _share_encoder(models: Sequence[Any], names: Sequence[str], *, same: bool) -> None:
-    """Make every parameter of the encoders that has the same name one parameter.
-
-    Raises:
-        CheckpointError: the architectures differ, or (where they must be the ``same``) their weights.
-    """
-    kept: dict[str, nn.Parameter] = {}
-    for model, name in zip(models, names, strict=True):
-        encoder = model.base_model
-        for path, parameter in list(encoder.named_parameters(remove_duplicate=False)):
-            first = kept.setdefault(path, parameter)
-            if first is parameter:
-                continue
-            if first.shape != parameter.shape or (same and not torch.equal(first, parameter)):
-                raise CheckpointError(
-                    f"the encoder of {name!r} differs from that of {names[0]!r} in {path}",
-                    where=name,
-                    mend="start all parts from one base, or from the models of one merge",
-                )
-            owner, _, leaf = path.rpartition(".")
-            setattr(encoder.get_submodule(owner), leaf, first)
-
-
-def _shared_loss(prepared: Sequence[Prepared], settings: TrainingSettings) -> Loss | None:
-    """The loss of all data together: label frequencies are those of the whole."""
-    start = prepared[0].start
-    features = [feature for item in prepared for feature in item.features]
-    return make_loss(start.task.problem, features, len(start.labels), settings.reweight, "all parts")
-
-
-def _score(prepared: Sequence[Prepared], models: Sequence[Any], settings: TrainingSettings) -> float:
-    """The mean of the parts' scores; those of which less is better count as negative."""
-    scores = []
-    for item, model in zip(prepared, models, strict=True):
-        if item.dev is not None:
-            score = item.score(model.eval(), settings)
-            scores.append(score if item.higher_is_better else -score)
-    return float(np.mean(scores))
-
-
-def _save(models: Sequence[Any], caches: Sequence[bool | None], names: Sequence[str], folder: Path) -> None:
-    for model, cache, name in zip(models, caches, names, strict=False):
-        save_model(model, cache, folder / name)
-
-
-def _save_tokenizer(folder: Path, start: Start) -> None:
-    start.tokenizer.save_pretrained(folder)
-
-
-def _check_parts(parts: Sequence[Part], shared: bool, starts: Mapping[str, Any]) -> None:
+def _check_parts(parts: Sequence[TrainingPart], shared: bool, starts: Mapping[str, Any]) -> None:
     names = [part.name for part in parts]
     if not parts:
         raise UserError("there is nothing to train on", where="parts", mend="give at least one part")
@@ -344,13 +117,10 @@ def _check_parts(parts: Sequence[Part], shared: bool, starts: Mapping[str, Any])
         )
 
 
-def _check_place(output: Path, sources: Sequence[Path], names: Sequence[str], overwrite: bool) -> None:
+def _check_place(output: Path, sources: Sequence[Path], overwrite: bool) -> None:
     """Refuse an output that cannot be written; a folder of nothing but model folders may be replaced."""
     inside = list(output.iterdir()) if output.is_dir() else []
     ours = bool(inside) and all((path / "config.json").is_file() for path in inside)
     taken = any(source.resolve().is_relative_to(output.resolve()) for source in sources)
-    if overwrite and ours and not taken:
-        return
-    problem = check_output(output, overwrite, sources)
-    if problem is not None:
-        raise problem
+    if not (overwrite and ours and not taken):
+        check_place(output, sources, overwrite)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,29 @@ from merganser.training.losses import Loss, make_loss
 from merganser.training.settings import TrainingSettings
 
 GivenColumns = Columns | Mapping[str, str | None] | None
+
+
+@dataclass(frozen=True)
+class TrainingPart:
+    """One of the data sets.
+
+    Attributes:
+        name: of the data set, and of its folder in the output.
+        task: of the data.
+        rows: to train on.
+        labels: the head's outputs in order.
+        dev: development data.
+        metric: of the development score; by default the task's key metric.
+        columns: what is not given is found by its usual name.
+    """
+
+    name: str
+    task: Task
+    rows: Rows
+    labels: Sequence[str] = ()
+    dev: Rows | None = None
+    metric: str | None = None
+    columns: GivenColumns = None
 
 
 @dataclass(frozen=True)
@@ -57,7 +80,7 @@ class Prepared:
     loss: Loss | None
 
     def collate(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """A batch of :class:`~merganser.training.loop.Examples`."""
+        """A batch of :class:`~merganser.training.loop.FeatureData`."""
         return self.collation([example["feature"] for example in examples])
 
     @property
@@ -87,55 +110,34 @@ class Prepared:
 
 
 def prepare(
-    base: str | Path,
-    task: Task,
-    rows: Rows,
-    labels: Sequence[str],
-    settings: TrainingSettings,
-    *,
-    dev: Rows | None = None,
-    metric: str | None = None,
-    columns: GivenColumns = None,
-    check: Callable[[Start], None] | None = None,
-    allow_pickle: bool = False,
+    base: str | Path, part: TrainingPart, settings: TrainingSettings, folder: Path, *, allow_pickle: bool
 ) -> Prepared:
     """Check and tokenise the data of a task.
 
     Args:
         base: a model folder or a Hub name.
-        task: of the data.
-        rows: to train on.
-        labels: see :func:`~merganser.training.heads.open_start`.
+        part: the task and its data.
         settings: of the training.
-        dev: development data.
-        metric: what counts on them; by default the task's key metric.
-        columns: what is not given is found by its usual name.
-        check: called before anything is tokenised (tokenising may change the tokenizer's state).
+        folder: for the tokenizer, which is saved before anything is tokenised, because that may change its state.
         allow_pickle: accept a base whose weights are pickled.
 
     Raises:
         UserError: any mistake in the base, the labels, the data or the settings.
     """
+    task, rows = part.task, part.rows
     if not len(rows):
         raise DataError("there are no rows to train on", where=rows.source, mend="give at least one row")
-    start = open_start(base, task, labels, allow_pickle=allow_pickle)
-    space, given = task.space(start.config), Columns.of(columns)
+    start = open_start(base, task, part.labels, allow_pickle=allow_pickle)
+    space, given = task.space(start.config), Columns.of(part.columns)
     found = task.columns(rows, given)
     references = task.references(rows, found, space)
-    held_out = None if dev is None else _dev(start, dev, metric, given)
-    if settings.best_epoch and held_out is None:
-        raise UserError(
-            "the best epoch is chosen on development data, and there are none",
-            where="best_epoch",
-            mend="give development data, or best_epoch: false",
-        )
-    if check is not None:
-        check(start)
+    dev = None if part.dev is None else _dev(start, part.dev, part.metric, given)
     tokenizer = start.tokenizer
+    tokenizer.save_pretrained(folder)
     length = choose_length(settings.max_length, start.config, tokenizer, pairs=found.text_pair is not None)
     features = task.encode(rows, tokenizer, start.config, found, length, references).features
     loss = make_loss(task.problem, features, len(start.labels), settings.reweight, rows.source)
-    return Prepared(start, features, task.collation(tokenizer, start.config), held_out, loss)
+    return Prepared(start, features, task.collation(tokenizer, start.config), dev, loss)
 
 
 def _dev(start: Start, dev: Rows, metric: str | None, given: Columns) -> Dev:

@@ -30,7 +30,8 @@ from merganser.tasks.labels import LabelSpace
 from merganser.tasks.models import load_model, load_tokenizer, open_model, prepare_padding
 from merganser.tasks.predict import Prediction, predict
 from merganser.training.fine_tune import train
-from merganser.training.multitask import Part, train_multitask
+from merganser.training.multitask import train_multitask
+from merganser.training.prepare import TrainingPart
 from merganser.training.settings import TrainingSettings, defaults, with_changes
 
 #: What statistics are: a new number collects them again. 2: Fisher information of annotated labels alone.
@@ -275,10 +276,10 @@ class Models:
 
         return self.zoo.build(key, make)
 
-    def part(self, spec: ModelSpec, examples: Rows | None = None) -> Part:
+    def part(self, spec: ModelSpec, examples: Rows | None = None) -> TrainingPart:
         """A contributor's share of multi-task training."""
         suite = self.data.training_suite
-        return Part(
+        return TrainingPart(
             folder_name(spec.name),
             suite.task(spec.set),
             examples or self.rows(spec),
