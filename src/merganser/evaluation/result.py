@@ -26,12 +26,12 @@ class Score:
         key_metric: which of the scores stands for the task.
         higher_is_better: whether more of it is better.
         scores: every metric; rates are between 0 and 1.
-        examples: how many examples were scored.
-        truncated: how many of them were longer than ``max_length`` and were cut.
-        max_length: in tokens.
         standard_error: of the key metric, from bootstrap samples of the examples; None where none were drawn.
         versus_first: the difference of the key metric to the first model's on the same data, with the middle
             95 % of its paired bootstrap samples; None for the first model.
+        examples: how many examples were scored.
+        truncated: how many of them were longer than ``max_length`` and were cut.
+        max_length: in tokens.
     """
 
     model: str
@@ -40,11 +40,11 @@ class Score:
     key_metric: str
     higher_is_better: bool
     scores: Mapping[str, float]
+    standard_error: float | None = field(default=None, kw_only=True)
+    versus_first: Mapping[str, float] | None = field(default=None, kw_only=True)
     examples: int
     truncated: int = 0
     max_length: int = 0
-    standard_error: float | None = None
-    versus_first: Mapping[str, float] | None = None
 
     @property
     def key(self) -> float:
@@ -143,17 +143,10 @@ class Evaluation:
         return {
             "rows": [
                 {
-                    "model": row.model,
-                    "data": row.data,
-                    "task": row.task,
-                    "key_metric": row.key_metric,
-                    "higher_is_better": row.higher_is_better,
+                    **vars(row),
                     "scores": {name: _finite(value) for name, value in row.scores.items()},
                     "standard_error": _finite(row.standard_error),
                     "versus_first": dict(row.versus_first) if row.versus_first else None,
-                    "examples": row.examples,
-                    "truncated": row.truncated,
-                    "max_length": row.max_length,
                 }
                 for row in self.rows
             ],

@@ -7,7 +7,7 @@ merganser.evaluate(["merged", "specialist"], ["a.jsonl", "b.jsonl"], ensemble=Tr
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,9 +33,10 @@ ENSEMBLE = "ensemble"
 
 
 @dataclass(frozen=True)
-class _Member:
-    """A model with its task and label space."""
+class _EvaluatedModel:
+    """A model with its task and the labels that it is scored over: its own, or everyone's in an ensemble."""
 
+    name: str
     opened: Opened
     task: Task
     space: LabelSpace
@@ -93,56 +94,39 @@ def evaluate(
         raise UserError("an ensemble needs at least two models", where="--ensemble", mend="give more models")
     errors = ErrorCollector()
     options = dict(task_options or {})
-    members = _found(errors.catch(_member, name, task, options, allow_pickle) for name in references)
+    models_found = _found(errors.catch(_open, name, task, options, allow_pickle) for name in references)
     rows_of = _found(errors.catch(read_rows, source, split=split, limit=limit) for source in sources)
-    if len(members) == len(references):
-        errors.catch(_check_together, members, ensemble, metric)
+    if len(models_found) == len(references):
+        errors.catch(_check_together, models_found, ensemble, metric)
     errors.raise_all()
     _check_names([rows.source for rows in rows_of], "data")
-    spaces = _spaces(members, ensemble)
+    if ensemble:
+        joint = union(model.space for model in models_found)
+        models_found = [replace(model, space=joint) for model in models_found]
     given = Columns.of(columns)
-    truths: dict[tuple[int, int], tuple[Columns, Any]] = {}
-    for m, (member, space) in enumerate(zip(members, spaces, strict=True)):
-        for d, rows in enumerate(rows_of):
-            truth = errors.catch(_truth, member, rows, given, space)
-            if truth is not None:
-                truths[m, d] = truth
-    tokenizers = [errors.catch(load_tokenizer, member.opened) for member in members]
+    truths = [_found(errors.catch(_truth, model, rows, given) for rows in rows_of) for model in models_found]
+    tokenizers = _found(errors.catch(load_tokenizer, model.opened) for model in models_found)
     errors.raise_all()
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    cells: dict[tuple[int, int], Prediction] = {}
-    total = len(members) * sum(map(len, rows_of))
-    with progress.bar(total, "evaluating", "ex") as bar:
-        for m, (member, tokenizer, space) in enumerate(zip(members, tokenizers, spaces, strict=True)):
-            network = _load(member, tokenizer, place, allow_pickle)
-            for d, rows in enumerate(rows_of):
-                cells[m, d] = predict(
-                    network,
-                    tokenizer,
-                    member.opened.config,
-                    member.task,
-                    rows,
-                    truths[m, d][0],
-                    space,
-                    name=member.opened.name,
-                    batch_size=batch_size,
-                    max_length=max_length,
-                    bar=bar,
-                )
-            del network
-    labels = [(member.opened.name, member.task, space) for member, space in zip(members, spaces, strict=True)]
-    if ensemble:
-        joint, first = len(members), members[0].task
-        labels.append((ENSEMBLE, first, spaces[0]))
-        for d in range(len(rows_of)):
-            parts = [cells[m, d] for m in range(len(members))]
-            truths[joint, d] = truths[0, d]
-            cells[joint, d] = Prediction(
-                first.combine([part.aligned for part in parts]),
-                max(part.truncated for part in parts),
-                min(part.max_length for part in parts),
+    predictions: list[list[Prediction]] = []  # of each model, on each data set
+    with progress.bar(len(models_found) * sum(map(len, rows_of)), "evaluating", "ex") as bar:
+        for model, tokenizer, of_model in zip(models_found, tokenizers, truths, strict=True):
+            network = _load(model, tokenizer, place, allow_pickle)
+            how: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length, "bar": bar}
+            config, chosen, space = model.opened.config, model.task, model.space
+            predictions.append(
+                [
+                    predict(network, tokenizer, config, chosen, rows, read, space, name=model.name, **how)
+                    for rows, (read, _) in zip(rows_of, of_model, strict=True)
+                ]
             )
-    scores = _scores(labels, rows_of, cells, truths, metric, bootstrap)
+            del network
+    if ensemble:
+        first = models_found[0]
+        predictions.append([_combined(first.task, alone) for alone in zip(*predictions, strict=True)])
+        truths.append(truths[0])
+        models_found.append(replace(first, name=ENSEMBLE))
+    scores = _scores(models_found, rows_of, truths, predictions, metric, bootstrap)
     settings = {"limit": limit, "max_length": max_length, "bootstrap": bootstrap, "task_options": options}
     return Evaluation(tuple(scores), settings)
 
@@ -167,7 +151,7 @@ def _check_names(names: Sequence[str], what: str) -> None:
         raise UserError(f"{ENSEMBLE!r} names the ensemble", where=what, mend=f"write ./{ENSEMBLE} for the folder")
 
 
-def _member(name: str, task: str | Task, options: dict[str, Any], allow_pickle: bool) -> _Member:
+def _open(name: str, task: str | Task, options: dict[str, Any], allow_pickle: bool) -> _EvaluatedModel:
     opened = open_model(name, allow_pickle=allow_pickle)
     try:
         chosen = task_for(task, opened.config, **options)
@@ -177,88 +161,75 @@ def _member(name: str, task: str | Task, options: dict[str, Any], allow_pickle: 
         raise CheckpointError(error.what, where=opened.where, mend=error.mend) from None
     chosen.check_head(opened)
     chosen.check_scoring(opened)
-    return _Member(opened, chosen, chosen.space(opened.config))
+    return _EvaluatedModel(name, opened, chosen, chosen.space(opened.config))
 
 
-def _check_together(members: Sequence[_Member], ensemble: bool, metric: str | None) -> None:
+def _check_together(evaluated: Sequence[_EvaluatedModel], ensemble: bool, metric: str | None) -> None:
     problems: list[UserError] = []
-    for task in {member.task.name: member.task for member in members}.values():
+    tasks = {model.task.name: model.task for model in evaluated}
+    for name, task in tasks.items():
         if metric is not None and metric not in task.metrics:
             mend = did_you_mean(metric, task.metrics)
-            problems.append(UserError(f"{task.name} has no metric {metric!r}", where="--metric", mend=mend))
-    if ensemble and len({member.task.name for member in members}) > 1:
-        named = ", ".join(f"{member.opened.name} ({member.task.name})" for member in members)
-        problems.append(
-            UserError(
-                f"models of different tasks make no ensemble: {named}",
-                where="--ensemble",
-                mend="leave the ensemble out, or name one task with --task",
-            )
-        )
-    elif ensemble and not members[0].task.ensembles:
-        problems.append(
-            UserError(
-                f"{members[0].task.name} has no ensemble: its outputs are too large to be kept",
-                where="--ensemble",
-                mend="leave the ensemble out",
-            )
-        )
+            problems.append(UserError(f"{name} has no metric {metric!r}", where="--metric", mend=mend))
+    if ensemble and len(tasks) > 1:
+        named = ", ".join(f"{model.name} ({model.task.name})" for model in evaluated)
+        what = f"models of different tasks make no ensemble: {named}"
+        mend = "leave the ensemble out, or name one task with --task"
+        problems.append(UserError(what, where="--ensemble", mend=mend))
+    elif ensemble and not evaluated[0].task.ensembles:
+        what = f"{evaluated[0].task.name} has no ensemble: its outputs are too large to be kept"
+        problems.append(UserError(what, where="--ensemble", mend="leave the ensemble out"))
     raise_all(problems)
 
 
-def _spaces(members: Sequence[_Member], ensemble: bool) -> list[LabelSpace]:
-    """The labels that each model is scored over: its own, or everyone's where they make an ensemble."""
-    if not ensemble:
-        return [member.space for member in members]
-    return [union(member.space for member in members)] * len(members)
+def _truth(model: _EvaluatedModel, rows: Rows, given: Columns) -> tuple[Columns, Any]:
+    columns = model.task.columns(rows, given)
+    return columns, model.task.references(rows, columns, model.space)
 
 
-def _truth(member: _Member, rows: Rows, given: Columns, space: LabelSpace) -> tuple[Columns, Any]:
-    columns = member.task.columns(rows, given)
-    return columns, member.task.references(rows, columns, space)
-
-
-def _load(member: _Member, tokenizer: Any, place: str, allow_pickle: bool) -> nn.Module:
-    network = load_model(
-        member.opened,
-        member.task.model_class(member.opened.config),
-        complete=member.task.complete,
-        allow_pickle=allow_pickle,
-    )
+def _load(model: _EvaluatedModel, tokenizer: Any, place: str, allow_pickle: bool) -> nn.Module:
+    opened, task = model.opened, model.task
+    class_name = task.model_class(opened.config)
+    network = load_model(opened, class_name, complete=task.complete, allow_pickle=allow_pickle)
     prepare_padding(network, tokenizer)
     return network.to(place)
 
 
+def _combined(task: Task, alone: Sequence[Prediction]) -> Prediction:
+    """What the ensemble says of a data set."""
+    aligned = task.combine([one.aligned for one in alone])
+    return Prediction(aligned, max(one.truncated for one in alone), min(one.max_length for one in alone))
+
+
 def _scores(
-    labels: Sequence[tuple[str, Task, LabelSpace]],
+    evaluated: Sequence[_EvaluatedModel],
     rows_of: Sequence[Rows],
-    cells: Mapping[tuple[int, int], Prediction],
-    truths: Mapping[tuple[int, int], tuple[Columns, Any]],
+    truths: Sequence[Sequence[tuple[Columns, Any]]],
+    predictions: Sequence[Sequence[Prediction]],
     metric: str | None,
     bootstrap: int,
 ) -> list[Score]:
     scores: list[Score] = []
     firsts: dict[int, tuple[Task, float, np.ndarray]] = {}
-    for m, (name, task, space) in enumerate(labels):
-        key = metric or task.key_metric
-        for d, rows in enumerate(rows_of):
-            cell = cells[m, d]
-            judgements = task.judge(cell.aligned, truths[m, d][1], space)
+    for model, of_model, said in zip(evaluated, truths, predictions, strict=True):
+        task, key = model.task, metric or model.task.key_metric
+        for number, (rows, (_, truth), prediction) in enumerate(zip(rows_of, of_model, said, strict=True)):
+            judgements = task.judge(prediction.aligned, truth, model.space)
             values = task.score(judgements)
             samples = resample(judgements, task.metrics[key], bootstrap)
-            first = firsts.setdefault(d, (task, values[key], samples))
-            paired = m > 0 and first[0].name == task.name
+            first = firsts.setdefault(number, (task, values[key], samples))
+            paired = model is not evaluated[0] and first[0].name == task.name
             scores.append(
                 Score(
-                    model=name,
+                    model=model.name,
                     data=rows.source,
                     task=task.name,
                     key_metric=key,
                     higher_is_better=key not in task.lower_is_better,
                     scores=values,
                     examples=len(rows),
-                    truncated=cell.truncated,
-                    max_length=cell.max_length,
+                    truncated=prediction.truncated,
+                    max_length=prediction.max_length,
                     standard_error=standard_error(samples),
                     versus_first=difference(values[key], first[1], samples, first[2]) if paired else None,
                 )
