@@ -14,11 +14,11 @@ _OPTIONS = [
     click.option("--split", help="Split of data that have several."),
     click.option("--limit", type=click.IntRange(1), help="Use at most this many rows."),
     click.option("--max-length", type=click.IntRange(1), help="Tokens at which a text is cut.  [default: 128]"),
-    click.option("--text-column", "text", help="Column of the text; usual names are found."),
-    click.option("--text-pair-column", "text_pair", help="Column of the second text of a pair."),
-    click.option("--label-column", "label_column", help="Column of the label."),
-    click.option("--tokens-column", "tokens", help="Column of the words, for token classification."),
-    click.option("--target-column", "target", help="Column of the target text, for generation."),
+    click.option("--text-column", help="Column of the text; usual names are found."),
+    click.option("--text-pair-column", help="Column of the second text of a pair."),
+    click.option("--label-column", help="Column of the label."),
+    click.option("--tokens-column", help="Column of the words, for token classification."),
+    click.option("--target-column", help="Column of the target text, for generation."),
     click.option("--allow-pickle", is_flag=True, help="Accept pytorch_model.bin (weights_only)."),
 ]
 
@@ -32,10 +32,5 @@ def data_options(command: F) -> F:
 
 def columns_of(values: dict[str, Any]) -> dict[str, str | None]:
     """Take the column options out of a command's keyword arguments."""
-    return {
-        "text": values.pop("text"),
-        "text_pair": values.pop("text_pair"),
-        "label": values.pop("label_column"),
-        "tokens": values.pop("tokens"),
-        "target": values.pop("target"),
-    }
+    names = [name for name in values if name.endswith("_column")]
+    return {name.removesuffix("_column"): values.pop(name) for name in names}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,8 @@ def _checkpoint(reference: str) -> dict[str, Any]:
 
     checkpoint = open_checkpoint(reference)
     infos = checkpoint.tensors.values()
-    dtypes: dict[str, list[int]] = {}
-    for info in infos:
-        entry = dtypes.setdefault(info.dtype, [0, 0])
-        entry[0] += 1
-        entry[1] += info.nbytes
+    dtypes = Counter(info.dtype for info in infos)
+    sizes = {dtype: sum(info.nbytes for info in infos if info.dtype == dtype) for dtype in dtypes}
     found: dict[str, Any] = {
         "model": checkpoint.name,
         "architecture": (checkpoint.config.get("architectures") or ["unknown"])[0],
@@ -55,9 +53,8 @@ def _checkpoint(reference: str) -> dict[str, Any]:
     labels = checkpoint.config.get("id2label")
     if labels:
         found["labels"] = list(labels.values())
-    tables: dict[str, Any] = {
-        "tensors": (["dtype", "tensors", "size"], [[d, n, human_bytes(size)] for d, (n, size) in dtypes.items()])
-    }
+    rows = [[dtype, count, human_bytes(sizes[dtype])] for dtype, count in dtypes.items()]
+    tables: dict[str, Any] = {"tensors": (["dtype", "tensors", "size"], rows)}
     if (checkpoint.home.path / STATISTICS).is_file():
         inner = _statistics(checkpoint.home.path / STATISTICS, False)
         tables.update(inner.pop("tables"))
@@ -68,10 +65,7 @@ def _checkpoint(reference: str) -> dict[str, Any]:
         columns = ["contributor", "coefficient", "hash of its weights"]
         rows = [[p["model"], f"{p['coefficient']:g}", ":".join(manifest_of(p))] for p in provenance["parents"]]
         tables["contributors"] = (columns, rows)
-        counts: dict[tuple[str, str], int] = {}
-        for entry in provenance["tensors"].values():
-            key = (entry["method"], entry["reason"] or "")
-            counts[key] = counts.get(key, 0) + 1
+        counts = Counter((entry["method"], entry["reason"] or "") for entry in provenance["tensors"].values())
         tables["methods really used"] = (
             ["method", "tensors", "why not the method"],
             [[method, count, reason] for (method, reason), count in counts.items()],
@@ -86,9 +80,7 @@ def _statistics(path: Path, validate: bool) -> dict[str, Any]:
     if validate:
         statistics.validate()
     header = statistics.header
-    kinds: dict[str, int] = {}
-    for layer in header.layers:
-        kinds[layer.kind] = kinds.get(layer.kind, 0) + 1
+    kinds = Counter(layer.kind for layer in header.layers)
     return {
         "statistics": str(path),
         "size": human_bytes(path.stat().st_size),

@@ -126,7 +126,7 @@ def diff_command(a: Path, b: Path, as_json: bool) -> None:
     found = list(distances(left, right))
     same = left.header.manifest_sha256 == right.header.manifest_sha256
     if as_json:
-        items = [{"kind": d.kind, "name": d.name, "relative": _number(d.relative), "only": d.only} for d in found]
+        items = [{**vars(d), "relative": d.relative if math.isfinite(d.relative or 0) else None} for d in found]
         value = {"same_weights": same, "header": headers, "distances": items}
         click.echo(json.dumps(value, indent=1))
         return
@@ -137,10 +137,6 @@ def diff_command(a: Path, b: Path, as_json: bool) -> None:
         click.echo("headers: the same")
     rows = [[d.kind, d.name, _shown(d.relative, d.only)] for d in found]
     print_table("relative distances", ["statistic", "of", "distance"], rows)
-
-
-def _number(relative: float | None) -> float | None:
-    return relative if relative is not None and math.isfinite(relative) else None
 
 
 def _shown(relative: float | None, only: str) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 from merganser.checkpoints.writer import TensorSpec
 from merganser.errors import StatisticsError
 from merganser.statistics.format import FISHER_OF_ANNOTATED, StatisticsHeader
+from merganser.statistics.gram_encodings import gram_specs, spec_of
 from merganser.statistics.reading import Statistics
 from merganser.statistics.writing import LazyTensors, TensorGroup
 from merganser.tensors import pack_upper
@@ -37,14 +38,8 @@ def add(parts: Sequence[Statistics]) -> tuple[StatisticsHeader, Mapping[str, Ten
     for part in parts[1:]:
         _check_same(first, part)
     headers = [part.header for part in parts]
-    specs = [
-        TensorSpec(name, "I64" if name.startswith("count.") else "F32", info.shape)
-        for name, info in first.tensors.items()
-        if name.startswith(("mean.", "count.", "fisher."))
-    ]
-    for input in first.inputs:
-        width = first.width(input)
-        specs.append(TensorSpec(f"gram.{input}", "F32", (width * (width + 1) // 2,)))
+    specs = [spec_of(name, first.tensors[name].shape) for name in first.others]
+    specs += [spec for input in first.inputs for spec in gram_specs("gram", input, first.width(input))]
     weights = [weights_of(header) for header in headers]
     groups: list[TensorGroup] = [
         ([spec], partial(_sum, parts, [each.get(spec.name, 0) for each in weights], spec.name)) for spec in specs
@@ -107,19 +102,16 @@ def scale(statistics: Statistics, factor: float) -> tuple[StatisticsHeader, Mapp
         raise StatisticsError(
             f"{most} rows times {factor:g} are too many to count", where="FACTOR", mend="give a smaller number"
         )
-    layers = tuple(layer.model_copy(update={"rows": _scaled(layer.rows, factor)}) for layer in header.layers)
-    scaled = header.model_copy(
-        update={
-            "layers": layers,
-            "fisher_examples": _scaled(header.fisher_examples, factor),
-            "notes": (*header.notes, f"weight of evidence: rows, counts and Fisher examples times {factor:g}"),
-        }
-    )
-    groups: list[TensorGroup] = []
-    for name, info in statistics.tensors.items():
-        make = partial(_scaled_counts if name.startswith("count.") else _same, statistics, name, factor)
-        groups.append(([TensorSpec(name, info.dtype, info.shape)], make))
-    return scaled, LazyTensors(groups)
+    changes = {
+        "layers": tuple(layer.model_copy(update={"rows": _scaled(layer.rows, factor)}) for layer in header.layers),
+        "fisher_examples": _scaled(header.fisher_examples, factor),
+        "notes": (*header.notes, f"weight of evidence: rows, counts and Fisher examples times {factor:g}"),
+    }
+    groups: list[TensorGroup] = [
+        ([TensorSpec(name, info.dtype, info.shape)], partial(_scaled_tensor, statistics, name, factor))
+        for name, info in statistics.tensors.items()
+    ]
+    return header.model_copy(update=changes), LazyTensors(groups)
 
 
 def _check_same(first: Statistics, other: Statistics) -> None:
@@ -143,8 +135,7 @@ def _contents(statistics: Statistics) -> tuple[object, ...]:
     """What a file has statistics of, whatever their storage and number of rows."""
     layers = [layer.model_copy(update={"rows": 0}) for layer in statistics.header.layers]
     widths = [statistics.width(input) for input in statistics.inputs]
-    plain = {n: t.shape for n, t in statistics.tensors.items() if n.startswith(("count.", "fisher."))}
-    return layers, widths, plain
+    return layers, widths, {name: statistics.tensors[name].shape for name in statistics.others}
 
 
 def _sum(parts: Sequence[Statistics], weights: Sequence[int], name: str) -> dict[str, Tensor]:
@@ -171,11 +162,10 @@ def _scaled(number: int, factor: float) -> int:
     return max(1, round(number * factor)) if number else 0
 
 
-def _scaled_counts(statistics: Statistics, name: str, factor: float) -> dict[str, Tensor]:
-    counts = statistics.count(name.removeprefix("count."))
-    scaled = (counts.to(torch.float64) * factor).round().to(torch.int64)
-    return {name: torch.where(counts > 0, scaled.clamp_min(1), 0)}
-
-
-def _same(statistics: Statistics, name: str, _: float) -> dict[str, Tensor]:
-    return {name: statistics.packed(name)}
+def _scaled_tensor(statistics: Statistics, name: str, factor: float) -> dict[str, Tensor]:
+    """Token counts times the factor; what is an average stays as it is."""
+    values = statistics.packed(name)
+    if name.startswith("count."):
+        scaled = (values.to(torch.float64) * factor).round().to(torch.int64)
+        values = torch.where(values > 0, scaled.clamp_min(1), 0)
+    return {name: values}

@@ -65,22 +65,13 @@ def distances(a: Statistics, b: Statistics) -> Iterator[Distance]:
 
 def _statistics(statistics: Statistics) -> list[tuple[str, str]]:
     found = [(kind, input) for input in statistics.inputs for kind in ("gram", "mean")]
-    for name in statistics.tensors:
-        kind, _, key = name.partition(".")
-        if kind in ("count", "fisher"):
-            found.append((kind, key))
-    return found
+    others = (name.partition(".") for name in statistics.others)
+    return [*found, *((kind, key) for kind, _, key in others)]
 
 
 def _value(statistics: Statistics, kind: str, name: str) -> Tensor:
-    if kind == "gram":
-        return statistics.gram(name)
-    if kind == "mean":
-        return statistics.mean(name)
-    if kind == "fisher":
-        return statistics.fisher(name)
-    counts = statistics.count(name).double()
-    return counts / counts.sum().clamp_min(1)
+    value: Tensor = getattr(statistics, kind)(name)  # its method of that name
+    return value.double() / value.sum().clamp_min(1) if kind == "count" else value
 
 
 def _relative(left: Tensor, right: Tensor) -> float:

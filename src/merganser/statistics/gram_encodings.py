@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from merganser.checkpoints import TensorInfo
+from merganser.checkpoints.writer import TensorSpec
 from merganser.tensors import mirror_upper, packed_width, unpack_upper
 
 GramEncoding = Literal["gram", "covariance", "factor"]
@@ -45,6 +46,21 @@ _NEW = ("covariance", "diagonal", "scale", "factor")  # in protocol 2
 #: A factor of few bytes stands for a dense matrix of any width. No published layer has as many inputs as this, and
 #: the dense float32 matrix of one input then takes at most 16 GiB.
 WIDEST = 2**16
+
+
+def spec_of(name: str, shape: tuple[int, ...]) -> TensorSpec:
+    """A tensor to be written, in the first dtype that its kind may have."""
+    return TensorSpec(name, DTYPES_OF[name.partition(".")[0]][0], shape)
+
+
+def gram_specs(encoding: GramEncoding, input: str, width: int, rank: int = 0) -> list[TensorSpec]:
+    """The tensors that hold an input's Gram matrix (width, width) and mean."""
+    triangle, vector = (width * (width + 1) // 2,), (width,)
+    shapes: dict[str, tuple[int, ...]] = {
+        "gram": triangle, "covariance": triangle, "diagonal": vector, "scale": (1,), "factor": (rank, width),
+        "mean": vector,
+    }  # fmt: skip
+    return [spec_of(f"{kind}.{input}", shapes[kind]) for kind in (*TENSORS_OF[encoding], "mean")]
 
 
 def encoding_of(tensors: Mapping[str, TensorInfo], input: str) -> GramEncoding:
@@ -82,6 +98,7 @@ def protocol_of(tensors: Mapping[str, TensorInfo]) -> int:
 def shape_problems(name: str, tensors: Mapping[str, TensorInfo], protocol: int) -> Iterator[str]:
     """What is wrong with a tensor's dtype and shape, from the header alone."""
     info, (kind, _, key) = tensors[name], name.partition(".")
+    mean = tensors.get(f"mean.{key}")
     wanted = DTYPES_OF.get(kind, ("F32",))
     if protocol < protocol_of({name: info}):
         yield f"{name} is {info.dtype}, which protocol {protocol} does not have"
@@ -90,15 +107,15 @@ def shape_problems(name: str, tensors: Mapping[str, TensorInfo], protocol: int) 
     if 0 in info.shape:
         yield f"{name} is empty, shape {list(info.shape)}"
     elif kind == "factor":
-        yield from _factor_shape(info, tensors.get(f"mean.{key}"))
+        yield from _factor_shape(info, mean)
     elif kind in ("gram", "covariance"):
-        yield from _triangle_shape(info, tensors.get(f"mean.{key}"))
+        yield from _triangle_shape(info, mean)
     elif kind == "scale" and info.shape != (1,):
         yield f"{name} has the shape {list(info.shape)}, it should be one number"
     elif kind in ("mean", "count", "diagonal") and len(info.shape) != 1:
         yield f"{name} has the shape {list(info.shape)}, it should be a vector"
-    elif kind == "diagonal" and (mean := tensors.get(f"mean.{key}")) and mean.shape != info.shape:
-        yield f"{name} is of width {info.shape[0]}, its mean has the shape {list(mean.shape)}"
+    elif kind == "diagonal":
+        yield from _width_problems(info, mean)
 
 
 def _triangle_shape(info: TensorInfo, mean: TensorInfo | None) -> Iterator[str]:
@@ -109,12 +126,11 @@ def _triangle_shape(info: TensorInfo, mean: TensorInfo | None) -> Iterator[str]:
         )
         return
     try:
-        width = width_of(info)
+        width_of(info)
     except ValueError:
         yield f"{info.name} has {info.shape[0]} numbers, which is no triangle d·(d+1)/2"
         return
-    if mean is not None and mean.shape != (width,):
-        yield f"{info.name} is of width {width}, its mean has the shape {list(mean.shape)}"
+    yield from _width_problems(info, mean)
 
 
 def _factor_shape(info: TensorInfo, mean: TensorInfo | None) -> Iterator[str]:
@@ -127,8 +143,12 @@ def _factor_shape(info: TensorInfo, mean: TensorInfo | None) -> Iterator[str]:
             f"{info.name} is of width {width}, whose dense matrix would take {4 * width**2 / 1e9:,.0f} GB; "
             f"at most {WIDEST} is accepted"
         )
-    if mean is not None and mean.shape != (width,):
-        yield f"{info.name} is of width {width}, its mean has the shape {list(mean.shape)}"
+    yield from _width_problems(info, mean)
+
+
+def _width_problems(info: TensorInfo, mean: TensorInfo | None) -> Iterator[str]:
+    if mean is not None and mean.shape != (width_of(info),):
+        yield f"{info.name} is of width {width_of(info)}, its mean has the shape {list(mean.shape)}"
 
 
 def dense_gram(encoding: GramEncoding, input: str, read: Callable[[str], Tensor]) -> Tensor:

@@ -13,13 +13,7 @@ from merganser.checkpoints.header import read_header, tensor_infos
 from merganser.errors import CheckpointError, StatisticsError, UserError, raise_all
 from merganser.statistics.format import AGAIN, FILE_NAME, METADATA_KEY, LayerStatistics, StatisticsHeader, parse_header
 from merganser.statistics.gram_encodings import GramEncoding, dense_gram, encoding_of
-from merganser.statistics.validation import (
-    binding_problems,
-    layout_problems,
-    naming_problems,
-    number_problem,
-    value_problems,
-)
+from merganser.statistics.validation import binding_problems, layout_problems, number_problem, value_problems
 from merganser.statistics.writing import infos_of
 
 OTHERS = "give the statistics of these weights, or collect them again"
@@ -65,8 +59,7 @@ class Statistics:
         if not file.is_file():
             raise StatisticsError("no such statistics file", where=file, mend="run merganser collect first")
         header, infos = _read_layout(file)
-        raise_all([_located(problem, file) for problem in layout_problems(header, infos)])
-
+        raise_all([StatisticsError(text, where=file, mend=AGAIN) for text in layout_problems(header, infos)])
         stored = Checkpoint(str(file), file.parent, infos)  # reads one tensor at a time, from an unchanged file
         return cls(header, infos, stored.read, file)
 
@@ -78,7 +71,7 @@ class Statistics:
             StatisticsError: the tensors are not what the header says.
         """
         infos = infos_of(tensors)
-        raise_all(layout_problems(header, infos))
+        raise_all([StatisticsError(text) for text in layout_problems(header, infos)])
         return cls(header, infos, lambda name: tensors[name])
 
     def __repr__(self) -> str:
@@ -124,8 +117,7 @@ class Statistics:
         Raises:
             StatisticsError: naming each tensor that fails.
         """
-        problems = [self._error(text) for text in value_problems(self.tensors, self._read)]
-        raise_all(problems)
+        raise_all([self._error(text) for text in value_problems(self.tensors, self._read)])
 
     def sha256(self) -> str:
         """The hash of the file, computed once; if the file changes after this, no tensor can be read any more.
@@ -143,7 +135,9 @@ class Statistics:
 
     def check_names(self, checkpoint: Checkpoint) -> list[StatisticsError]:
         """What headers alone show of statistics of other weights; no weight is read."""
-        return [self._error(text, OTHERS) for text in naming_problems(self.header, self.tensors, checkpoint)]
+        return [
+            self._error(text, OTHERS) for text in binding_problems(self.header, self.tensors, checkpoint, read=False)
+        ]
 
     def check_binding(self, checkpoint: Checkpoint) -> list[StatisticsError]:
         """What shows that these are statistics of other weights: each tensor that differs, both hashes."""
@@ -167,6 +161,11 @@ class Statistics:
     def inputs(self) -> dict[str, GramEncoding]:
         """The inputs with a Gram matrix, and in which encoding the file holds it, in the order of the layers."""
         return {layer.input: encoding_of(self.tensors, layer.input) for layer in self.header.layers if layer.input}
+
+    @property
+    def others(self) -> list[str]:
+        """Names of the tensors that belong to no input: token counts and Fisher information."""
+        return [name for name in self.tensors if name.startswith(("count.", "fisher."))]
 
     def width(self, input: str) -> int:
         """The d of an input's Gram matrix (d, d)."""
@@ -198,7 +197,3 @@ def _read_layout(file: Path) -> tuple[StatisticsHeader, dict[str, TensorInfo]]:
     if not isinstance(text, str):
         raise StatisticsError("no merganser statistics: the header is missing", where=file, mend=AGAIN)
     return parse_header(text, file), {info.name: info for info in infos}
-
-
-def _located(problem: StatisticsError, file: Path) -> StatisticsError:
-    return StatisticsError(problem.what, where=file, mend=problem.mend or AGAIN)

@@ -40,12 +40,13 @@ from torch import Tensor
 from merganser.checkpoints.writer import TensorSpec
 from merganser.errors import StatisticsError, UserError, did_you_mean
 from merganser.statistics.format import AGAIN, StatisticsHeader
-from merganser.statistics.gram_encodings import WIDEST, GramEncoding, layer_tensors, protocol_of, variances_of
+from merganser.statistics.gram_encodings import WIDEST, GramEncoding, gram_specs, protocol_of, variances_of
 from merganser.statistics.reading import Statistics
 from merganser.statistics.validation import is_semidefinite
 from merganser.statistics.writing import LazyTensors, TensorGroup
-from merganser.tensors import one_thread, pack_upper, unpack_upper
+from merganser.tensors import DTYPES, one_thread, pack_upper, unpack_upper
 
+_ENCODINGS: dict[str, GramEncoding] = {"float32": "gram", "bfloat16": "covariance", "lowrank": "factor"}
 _CONSTANT = 1e-5  # a variance below this part of the mean square is the rounding of float32 sums
 _LOADINGS = (0.0, *(2.0**-power for power in range(14, 1, -1)))
 _ROUNDS = 6  # of subspace iteration; after them the error is within a percent of the eigenpairs' on flat spectra, too
@@ -111,11 +112,8 @@ def compress(statistics: Statistics, storage: Storage | str) -> tuple[Statistics
             where=statistics.path,
             mend=f"use bfloat16, or a rank of at most {widest // 2}" if widest > 1 else "use bfloat16",
         )
-    groups: list[TensorGroup] = []
-    for input in inputs:
-        chosen = Storage("bfloat16") if input in dense else storage
-        groups.append(_gram_group(statistics, input, chosen))
-    groups += [_plain_group(statistics, name, storage) for name in _others(statistics)]
+    groups = [_gram_group(statistics, input, Storage("bfloat16") if input in dense else storage) for input in inputs]
+    groups += [_plain_group(statistics, name, storage) for name in statistics.others]
     tensors = LazyTensors(groups)
     notes = statistics.header.notes
     if storage.kind != "float32" or statistics.storage != "float32":
@@ -135,60 +133,31 @@ def _note(statistics: Statistics, storage: Storage, dense: int) -> str:
     return text
 
 
-def _others(statistics: Statistics) -> list[str]:
-    return [name for name in statistics.tensors if name.startswith(("count.", "fisher."))]
-
-
 def _plain_group(statistics: Statistics, name: str, storage: Storage) -> TensorGroup:
     info = statistics.tensors[name]
     dtype = info.dtype
     if name.startswith("fisher."):
         dtype = "F32" if storage.kind == "float32" else "BF16"
-
-    def make() -> dict[str, Tensor]:
-        values = statistics.packed(name)
-        if dtype == info.dtype:
-            return {name: values}
-        return {name: values.to(torch.bfloat16 if dtype == "BF16" else torch.float32)}
-
-    return [TensorSpec(name, dtype, info.shape)], make
+    return [TensorSpec(name, dtype, info.shape)], lambda: {name: statistics.packed(name).to(DTYPES[dtype])}
 
 
 def _gram_group(statistics: Statistics, input: str, storage: Storage) -> TensorGroup:
-    width, triangle = statistics.width(input), statistics.width(input) * (statistics.width(input) + 1) // 2
-    names = _kept(statistics, input, storage)
-    if names:
-        infos = [statistics.tensors[name] for name in names]
-        specs = [TensorSpec(info.name, info.dtype, info.shape) for info in infos]
-        return specs, lambda: {name: statistics.packed(name) for name in names}
-    mean = TensorSpec(f"mean.{input}", "F32", (width,))
-    if storage.kind == "float32":
-        gram = TensorSpec(f"gram.{input}", "F32", (triangle,))
-        return [gram, mean], partial(_dense, statistics, input)
-    diagonal = TensorSpec(f"diagonal.{input}", "F32", (width,))
-    if storage.kind == "bfloat16":
-        covariance = TensorSpec(f"covariance.{input}", "BF16", (triangle,))
-        scale = TensorSpec(f"scale.{input}", "F32", (1,))
-        return [covariance, scale, diagonal, mean], partial(_rounded, statistics, input)
+    width, encoding = statistics.width(input), _ENCODINGS[storage.kind]
+    if statistics.inputs[input] == encoding:
+        rank = statistics.tensors[f"factor.{input}"].shape[0] if encoding == "factor" else 0
+        if rank <= storage.rank:  # it is in the wanted storage already
+            specs = gram_specs(encoding, input, width, rank)
+            return specs, lambda: {spec.name: statistics.packed(spec.name) for spec in specs}
+    specs = gram_specs(encoding, input, width, storage.rank)
+    if encoding != "factor":
+        return specs, partial(_dense if encoding == "gram" else _rounded, statistics, input)
     if width > WIDEST:
         raise StatisticsError(
             f"low rank is for inputs of at most {WIDEST} components, {input} has {width}",
             where=statistics.path,
             mend="use bfloat16",
         )
-    factor = TensorSpec(f"factor.{input}", "BF16", (storage.rank, width))
-    return [factor, diagonal, mean], partial(_low_rank, statistics, input, storage.rank)
-
-
-def _kept(statistics: Statistics, input: str, storage: Storage) -> list[str]:
-    """Names of the input's tensors if they are in the wanted storage already."""
-    encoding = statistics.inputs[input]
-    wanted: dict[str, GramEncoding] = {"float32": "gram", "bfloat16": "covariance", "lowrank": "factor"}
-    if encoding != wanted[storage.kind]:
-        return []
-    if encoding == "factor" and statistics.tensors[f"factor.{input}"].shape[0] > storage.rank:
-        return []
-    return list(layer_tensors(statistics.tensors, input, ""))
+    return specs, partial(_low_rank, statistics, input, storage.rank)
 
 
 def _dense(statistics: Statistics, input: str) -> dict[str, Tensor]:
@@ -286,16 +255,13 @@ def top_factor(matrix: Tensor, rank: int) -> Tensor:
     core, failed = torch.linalg.cholesky_ex(basis.T @ image)
     while int(failed):  # C has eigenvalues below zero, by rounding
         shift = 100 * shift
-        core, failed = torch.linalg.cholesky_ex(basis.T @ (matrix @ basis) + shift * _identity(basis))
+        identity = torch.eye(columns, dtype=basis.dtype)
+        core, failed = torch.linalg.cholesky_ex(basis.T @ (matrix @ basis) + shift * identity)
         image = matrix @ basis + shift * basis
     half = torch.linalg.solve_triangular(core, image.T, upper=False)  # halfᵀ half is Nyström's approximation
     _, values, vectors = torch.linalg.svd(half, full_matrices=False)
     lengths = (values[:rank].square() - shift).clamp_min(0).sqrt()
     return vectors[:rank] * lengths[:, None]
-
-
-def _identity(basis: Tensor) -> Tensor:
-    return torch.eye(basis.shape[1], dtype=basis.dtype)
 
 
 def rounded_within(factor: Tensor, room: Tensor) -> Tensor:

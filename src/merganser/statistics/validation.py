@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from merganser.checkpoints import Checkpoint, TensorInfo
-from merganser.errors import StatisticsError, UserError
+from merganser.errors import UserError
 from merganser.statistics.format import StatisticsHeader
 from merganser.statistics.gram_encodings import (
     GramEncoding,
@@ -25,13 +25,8 @@ PSD_TOLERANCE = 1e-5  # of the trace: float32 sums of positive semi-definite ter
 MOST_NAMED = 10  # problems of one sort that are spelt out
 
 
-def layout_problems(header: StatisticsHeader, tensors: Mapping[str, TensorInfo]) -> list[StatisticsError]:
+def layout_problems(header: StatisticsHeader, tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
     """What header and tensor names, dtypes and shapes say against each other."""
-    shapes = [text for name in tensors for text in shape_problems(name, tensors, header.protocol)]
-    return [StatisticsError(text) for text in (*_needs(header, tensors), *shapes)]
-
-
-def _needs(header: StatisticsHeader, tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
     needed = {name for layer in header.layers for name in layer_tensors(tensors, layer.input, layer.module)}
     for name in sorted(needed - set(tensors)):
         yield f"{name} is missing"
@@ -50,6 +45,8 @@ def _needs(header: StatisticsHeader, tensors: Mapping[str, TensorInfo]) -> Itera
     has_fisher = any(name.startswith("fisher.") for name in tensors)
     if has_fisher != (header.fisher is not None and header.fisher_examples > 0):
         yield "the header and the tensors disagree on whether there is Fisher information"
+    for name in tensors:
+        yield from shape_problems(name, tensors, header.protocol)
 
 
 def value_problems(tensors: Mapping[str, TensorInfo], read: Callable[[str], Tensor]) -> Iterator[str]:
@@ -58,10 +55,8 @@ def value_problems(tensors: Mapping[str, TensorInfo], read: Callable[[str], Tens
     for name in sorted(tensors):
         try:
             text = number_problem(name, read(name))
-        except UserError as error:
-            text = f"{name} cannot be read: {error.what}"
-        except OSError as error:
-            text = f"{name} cannot be read: {error}"
+        except (UserError, OSError) as error:
+            text = f"{name} cannot be read: {error.what if isinstance(error, UserError) else error}"
         if text:
             unusable.add(name)
             yield text
@@ -121,25 +116,24 @@ def is_semidefinite(matrix: Tensor, scale: float = 0.0) -> bool:
     return int(failed) == 0
 
 
-def naming_problems(
-    header: StatisticsHeader, tensors: Mapping[str, TensorInfo], checkpoint: Checkpoint
-) -> Iterator[str]:
-    """What headers alone show: tensors that the checkpoint lacks, statistics that fit no tensor's shape."""
-    absent = [_other_weight(name, None, checkpoint) for name in header.tensor_sha256]
-    yield from _other_weights(absent, "are absent")
-    if not any(absent):
-        yield from _misshapen(header, tensors, checkpoint)
-
-
 def binding_problems(
-    header: StatisticsHeader, tensors: Mapping[str, TensorInfo], checkpoint: Checkpoint
+    header: StatisticsHeader, tensors: Mapping[str, TensorInfo], checkpoint: Checkpoint, *, read: bool = True
 ) -> Iterator[str]:
-    """Each way in which the statistics are not of these weights: absent, misshapen, another hash."""
-    others = [_other_weight(name, sha256, checkpoint) for name, sha256 in header.tensor_sha256.items()]
-    yield from _other_weights(others, "differ")
-    if any(others):
+    """Each way in which the statistics are not of these weights: absent, misshapen, another hash.
+
+    Args:
+        read: the weights, for their hashes; without that, headers alone are compared.
+    """
+    hashes = header.tensor_sha256.items()
+    found = [_other_weight(name, sha256 if read else None, checkpoint) for name, sha256 in hashes]
+    texts = [text for text in found if text]
+    more = len(texts) - MOST_NAMED
+    rest = [f"{more} more tensors {'differ' if read else 'are absent'}"] if more > 0 else []
+    for text in (*texts[:MOST_NAMED], *rest):
+        yield f"statistics of other weights: {text}"
+    if texts:
         return
-    if (ours := checkpoint.manifest_sha256()) != header.manifest_sha256:
+    if read and (ours := checkpoint.manifest_sha256()) != header.manifest_sha256:
         yield (
             f"statistics of other weights: the manifest of {checkpoint.name} has sha256 {ours}, "
             f"the statistics were computed from {header.manifest_sha256}"
@@ -154,14 +148,6 @@ def _other_weight(name: str, theirs: str | None, checkpoint: Checkpoint) -> str 
     if theirs is None or (ours := checkpoint.sha256(name)) == theirs:
         return None
     return f"tensor {name} of {checkpoint.name} has sha256 {ours}, the statistics were computed from {theirs}"
-
-
-def _other_weights(found: Sequence[str | None], how: str) -> Iterator[str]:
-    """The first of them in words, and the number of the rest."""
-    texts = [text for text in found if text]
-    more = len(texts) - MOST_NAMED
-    for text in (*texts[:MOST_NAMED], *([f"{more} more tensors {how}"] if more > 0 else [])):
-        yield f"statistics of other weights: {text}"
 
 
 def _misshapen(header: StatisticsHeader, tensors: Mapping[str, TensorInfo], checkpoint: Checkpoint) -> Iterator[str]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from merganser.checkpoints import TensorInfo
 from merganser.checkpoints.writer import SafetensorsWriter, TensorSpec
-from merganser.errors import raise_all
+from merganser.errors import StatisticsError, raise_all
 from merganser.files import new_file
 from merganser.statistics.format import METADATA_KEY, StatisticsHeader
 from merganser.statistics.validation import layout_problems
@@ -57,12 +57,8 @@ def infos_of(tensors: Mapping[str, Tensor]) -> dict[str, TensorInfo]:
     """Dtypes and shapes of tensors; those that are :class:`LazyTensors` are not computed for it."""
     if isinstance(tensors, LazyTensors):
         return dict(tensors.infos)
-    return {
-        name: TensorInfo(
-            name, DTYPE_NAMES.get(t.dtype, str(t.dtype)), tuple(t.shape), file="", offset=0, nbytes=t.nbytes
-        )
-        for name, t in tensors.items()
-    }
+    dtypes = {name: DTYPE_NAMES.get(t.dtype, str(t.dtype)) for name, t in tensors.items()}
+    return {name: TensorInfo(name, dtypes[name], tuple(t.shape), "", 0, t.nbytes) for name, t in tensors.items()}
 
 
 def write_statistics(path: str | Path, header: StatisticsHeader, tensors: Mapping[str, Tensor]) -> Path:
@@ -80,7 +76,7 @@ def write_statistics(path: str | Path, header: StatisticsHeader, tensors: Mappin
     """
     target = Path(path)
     infos = infos_of(tensors)
-    raise_all(layout_problems(header, infos))
+    raise_all([StatisticsError(text) for text in layout_problems(header, infos)])
     ordered = sorted(infos.values(), key=lambda info: (_ORDER.index(info.dtype), info.name))
     specs = [TensorSpec(info.name, info.dtype, info.shape) for info in ordered]
     text = json.dumps(header.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
