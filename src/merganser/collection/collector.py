@@ -22,7 +22,7 @@ from merganser.collection.placement import empty_twin, inputs_device, is_offload
 from merganser.collection.sampling import Sampling
 from merganser.collection.scores import annotated_examples, describe_left_out
 from merganser.errors import DataError
-from merganser.statistics import FisherKind, LayerStatistics, StatisticsHeader
+from merganser.statistics import FisherKind, StatisticsHeader
 from merganser.tasks.base import Problem
 
 Advance = Callable[[int], object]
@@ -122,12 +122,10 @@ class Collector:
         self._left_out = 0
         stream = self._annotated(batches, advance)
         first = next(stream, None)
-        if first is None and self._left_out:
-            raise DataError(
-                f"none of the {self._left_out} examples has an annotated label",
-                mend="annotate a label, or leave the labels out of the batches",
-            )
         if first is None:
+            if self._left_out:
+                mend = "annotate a label, or leave the labels out of the batches"
+                raise DataError(f"none of the {self._left_out} examples has an annotated label", mend=mend)
             raise DataError("there are no examples", mend="give data with at least one example")
         wanted = self._fisher if fisher_examples != 0 else None
         examples = tokens = 0
@@ -155,10 +153,7 @@ class Collector:
                 advance(masks.examples)
             if self._left_out:
                 notes.append(describe_left_out(self._left_out))
-            layers: tuple[LayerStatistics, ...] = ()
-            tensors: dict[str, Tensor] = {}
-            if observer is not None:
-                layers, tensors = observer.result()
+            layers, tensors = observer.result() if observer is not None else ((), {})
             if information is not None:
                 tensors |= {f"fisher.{name}": value for name, value in information.result().items()}
                 notes += information.notes

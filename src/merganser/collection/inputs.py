@@ -8,8 +8,9 @@ the answer is kept per call, and later batches may have any sizes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from merganser.collection.masks import (
     decoder_length,
     kind_of_rows,
     model_inputs,
+    of_decoder,
     take_rows,
 )
 
@@ -68,15 +70,6 @@ class Wiring:
     notes: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class _Seen:
-    """An input that the probe saw; the reference keeps it alive, so that no other tensor takes its address."""
-
-    tensor: Tensor
-    call: Call | None
-    identity: Identity
-
-
 def probe(batch: Batch, model: nn.Module) -> Batch:
     """A few rows of ``batch``, at least 3, such that batch size and lengths are different numbers."""
     masks = batch_masks(batch, model)
@@ -97,12 +90,12 @@ def discover(model: nn.Module, layers: Sequence[Layer], batch: Batch) -> Wiring:
     """
     batch = probe(batch, model)
     masks = batch_masks(batch, model)
-    seen: dict[str, list[_Seen]] = {}  # in the order of the first calls
+    # of each layer, in the order of the first calls; the tensors stay alive, so that no other takes their address
+    seen: dict[str, list[tuple[Tensor, Identity, Call | None]]] = {}
     embeddings = {layer.module for layer in layers if layer.kind == "embedding"}
 
     def look(name: str, x: Tensor) -> None:
-        kind = kind_of_rows(x, masks, ids=name in embeddings)
-        seen.setdefault(name, []).append(_Seen(x, _call(x, kind, masks), identity_of(x)))
+        seen.setdefault(name, []).append((x, identity_of(x), _call(x, masks, name in embeddings)))
 
     with input_hooks(model, [layer.module for layer in layers], look):
         model(**model_inputs(batch, model))
@@ -113,14 +106,14 @@ def discover(model: nn.Module, layers: Sequence[Layer], batch: Batch) -> Wiring:
     widths: dict[str, int] = {}
     by_inputs: dict[tuple[Any, ...], str] = {}
     for name, found in seen.items():
-        chosen = _choose(name, [s.call for s in found], name in embeddings, notes)
+        chosen = _choose(name, [call for *_, call in found], name in embeddings, notes)
         if not any(chosen):
             continue
         calls[name] = chosen
         if name not in embeddings:
-            used = tuple((s.identity, call) for s, call in zip(found, chosen, strict=True) if call)
+            used = tuple((identity, call) for (_, identity, _), call in zip(found, chosen, strict=True) if call)
             leaders[name] = by_inputs.setdefault(used, name)
-            widths.setdefault(leaders[name], found[0].tensor.shape[-1])
+            widths.setdefault(leaders[name], found[0][0].shape[-1])
     return Wiring(calls, leaders, widths, tuple(notes))
 
 
@@ -133,29 +126,21 @@ def identity_of(x: Tensor) -> Identity:
 def input_hooks(model: nn.Module, names: Sequence[str], see: Callable[[str, Tensor], None]) -> Iterator[None]:
     """Call ``see(name, input)`` before each call of the named modules, while the context lasts."""
 
-    def hook_for(name: str) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            see(name, args[0] if args else next(iter(kwargs.values())))
+    def hook(name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        see(name, args[0] if args else next(iter(kwargs.values())))
 
-        return hook
-
-    handles = []
-    try:
+    with ExitStack() as hooks:
         for name in names:
             module = model.get_submodule(name)
-            handles.append(module.register_forward_pre_hook(hook_for(name), with_kwargs=True))
+            hooks.callback(module.register_forward_pre_hook(partial(hook, name), with_kwargs=True).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
-def _call(x: Tensor, kind: RowKind | None, masks: BatchMasks) -> Call | None:
-    if kind is None:
-        return None
-    side = masks.side(kind)
-    rows = x.numel() // x.shape[-1]
-    return Call(kind, max(1, rows // side.mask.numel()) if side is not None else 1)
+def _call(x: Tensor, masks: BatchMasks, ids: bool) -> Call | None:
+    kind = kind_of_rows(x, masks, ids=ids)
+    side = None if kind is None else masks.side(kind)
+    factor = 1 if side is None else max(1, x.numel() // x.shape[-1] // side.mask.numel())
+    return None if kind is None else Call(kind, factor)
 
 
 def _choose(name: str, found: list[Call | None], ids: bool, notes: list[str]) -> tuple[Call | None, ...]:
@@ -169,6 +154,6 @@ def _choose(name: str, found: list[Call | None], ids: bool, notes: list[str]) ->
 
 
 def _reshaped(key: str, value: Any, length: int) -> Any:
-    if not isinstance(value, Tensor) or not (key.startswith("decoder_") or key == "labels"):
+    if not isinstance(value, Tensor) or not of_decoder(key):
         return value
     return value[:, :-1] if length > 1 else torch.cat([value, value], 1)

@@ -34,6 +34,7 @@ from merganser.tasks.batches import IGNORED
 RowKind = Literal["tokens", "decoder", "examples", "all"]
 
 PIECE_COST = 64  # padded tokens that one more forward pass is worth (measured with a 22M encoder on 2 cores)
+DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds")
 MASK = "attention_mask"  # how the names of masks end, that of a decoder too
 
 Batch = dict[str, Any]
@@ -124,18 +125,17 @@ def kind_of_rows(x: Tensor, masks: BatchMasks, *, ids: bool) -> RowKind | None:
     """
     leading = tuple(x.shape) if ids else tuple(x.shape[:-1])
     batch = masks.examples
-    sides: list[tuple[RowKind, Side | None]] = [("tokens", masks.tokens), ("decoder", masks.decoder)]
-    for kind, side in sides:
+    kinds: tuple[RowKind, ...] = ("tokens", "decoder")
+    for kind in kinds:
+        side = masks.side(kind)
         if side is None:
             continue
         length = side.mask.shape[1]
-        if leading[:2] == (batch, length) or (len(leading) == 1 and leading[0] == batch * length):
+        if leading[:2] == (batch, length) or leading == (batch * length,):
             return kind
         if ids and leading in ((1, length), (length,)):
             return kind
-    if leading in ((batch,), (batch, 1)):
-        return "examples"
-    return None
+    return "examples" if leading in ((batch,), (batch, 1)) else None
 
 
 def token_rows(x: Tensor, kind: RowKind, masks: BatchMasks) -> tuple[Tensor, Tensor | None]:
@@ -176,11 +176,16 @@ def token_ids(ids: Tensor, kind: RowKind, masks: BatchMasks) -> Tensor:
     return side.take(ids.reshape(-1))
 
 
+def configured(model: nn.Module, key: str) -> Any:
+    """What a model's configuration says of ``key``; None where it says nothing."""
+    return getattr(getattr(model, "config", None), key, None)
+
+
 def decoder_length(batch: Mapping[str, Any], model: nn.Module) -> int | None:
     """Length of the decoder's inputs where the batch gives them (or the labels that become them)."""
-    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    if not configured(model, "is_encoder_decoder"):
         return None
-    for key in ("decoder_input_ids", "decoder_inputs_embeds"):
+    for key in DECODER_INPUTS:
         if batch.get(key) is not None:
             return int(batch[key].shape[1])
     labels = batch.get("labels")
@@ -191,7 +196,7 @@ def decoder_length(batch: Mapping[str, Any], model: nn.Module) -> int | None:
 
 def model_inputs(batch: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
     """What the model is called with: labels only where they become the decoder's inputs, and no loss otherwise."""
-    given = any(batch.get(key) is not None for key in ("decoder_input_ids", "decoder_inputs_embeds"))
+    given = any(batch.get(key) is not None for key in DECODER_INPUTS)
     if decoder_length(batch, model) is not None and not given:
         return dict(batch)
     return {key: value for key, value in batch.items() if key != "labels"}
@@ -201,13 +206,12 @@ def _decoder(batch: Mapping[str, Any], model: nn.Module) -> Side | None:
     length = decoder_length(batch, model)
     if length is None:
         return None
-    examples = _first(batch, "input_ids", "inputs_embeds", "decoder_input_ids").shape[0]
     labels = batch.get("labels")
     if batch.get("decoder_attention_mask") is None and labels is not None and labels.ndim == 2:
         real = (labels != IGNORED).long()
         return _side(real.flip(1).cummax(1).values.flip(1).bool())  # up to the last label
-    shape = torch.empty(examples, length, device=_first(batch, "input_ids", "inputs_embeds").device)
-    return _side(_given(batch, "decoder_attention_mask", shape))
+    inputs = _first(batch, "input_ids", "inputs_embeds")
+    return _side(_given(batch, "decoder_attention_mask", inputs.new_empty(inputs.shape[0], length)))
 
 
 def _first(batch: Mapping[str, Any], *keys: str) -> Tensor:
@@ -231,9 +235,7 @@ def _given(batch: Mapping[str, Any], key: str, like: Tensor) -> Tensor:
 
 
 def _side(mask: Tensor) -> Side:
-    if bool(mask.all()):
-        return Side(mask, None)
-    return Side(mask, mask.reshape(-1).nonzero().squeeze(1))
+    return Side(mask, None if bool(mask.all()) else mask.reshape(-1).nonzero().squeeze(1))
 
 
 def take_rows(batch: Batch, size: int, rows: slice | Tensor) -> Batch:
@@ -263,16 +265,18 @@ def trimmed(batch: Batch, model: nn.Module) -> Batch:
     width = int(mask.any(0).nonzero().max()) + 1 if bool(mask.any()) else mask.shape[1]
     if width == mask.shape[1]:
         return batch
-    decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    decoder = bool(configured(model, "is_encoder_decoder"))
 
     def narrow(key: str, value: Any) -> Any:
-        if not isinstance(value, Tensor) or value.shape[:2] != mask.shape:
-            return value
-        if decoder and (key == "labels" or key.startswith("decoder_")):
-            return value
-        return value[:, :width]
+        stays = decoder and of_decoder(key)
+        return value if stays or not isinstance(value, Tensor) or value.shape[:2] != mask.shape else value[:, :width]
 
     return {key: narrow(key, value) for key, value in batch.items()}
+
+
+def of_decoder(key: str) -> bool:
+    """Whether what a batch calls by this name belongs to a decoder, where there is one."""
+    return key == "labels" or key.startswith("decoder_")
 
 
 def split_by_length(batch: Batch, model: nn.Module, most_tokens: int | None = None) -> list[Batch]:

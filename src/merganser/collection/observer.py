@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextvars
 import math
 import threading
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from merganser.checkpoints.layers import Layer
 from merganser.collection.gram import Gram, Workers, buffer_rows, fill
-from merganser.collection.inputs import Identity, Wiring, identity_of, input_hooks
+from merganser.collection.inputs import Call, Identity, Wiring, identity_of, input_hooks
 from merganser.collection.masks import (
     Batch,
     BatchMasks,
@@ -143,7 +144,7 @@ class Observer:
         }
         kept = self._draw(counts)
         counts |= {call: len(drawn) for call, drawn in kept.items()}
-        rows = dict.fromkeys(self.grams, 0)
+        rows: Counter[str] = Counter()
         for (name, _), count in counts.items():
             rows[name] += count
         if not all(self.grams[name].fits(count) for name, count in rows.items()):
@@ -238,19 +239,16 @@ class Observer:
             raise _changed(name, "it is called more often")
         one.calls[name] = number + 1
         one.seen += 1
-        if expected[number] is not None:
+        call = expected[number]
+        if call is not None:
             try:
-                self._count(name, number, x, one)
+                self._count(name, number, call, x, one)
             except ValueError as error:
                 raise _changed(name, f"its input of {error}") from None
         if one.seen == self._expected:
             raise _Enough
 
-    def _count(self, name: str, number: int, x: Tensor, one: _Pass) -> None:
-        calls = self._wiring.calls[name]
-        call = calls[number]
-        if call is None:
-            return
+    def _count(self, name: str, number: int, call: Call, x: Tensor, one: _Pass) -> None:
         if name in self.counts:
             total = self.counts[name]
             found = torch.bincount(token_ids(x, call.kind, one.masks), minlength=total.numel())
@@ -258,7 +256,7 @@ class Observer:
                 total += found
             return
         leader = self._wiring.leaders[name]
-        number = sum(c is not None for c in calls[:number])  # of those that count
+        number = sum(c is not None for c in self._wiring.calls[name][:number])  # of those that count
         if leader != name:
             if one.inputs.get((leader, number)) != identity_of(x):
                 raise _changed(name, f"it no longer sees the same input as {leader}")

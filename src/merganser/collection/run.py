@@ -208,19 +208,18 @@ def _engine(engine: str | Engine, ray_address: str | None, cpus: float) -> Engin
 
 def _check_elsewhere(until_converged: float | None, device: str, max_memory: str | int | None) -> None:
     """Refuse what jobs on other machines cannot do."""
-    problems = []
-    if until_converged is not None:
-        problems.append(("--until-converged", "it is decided after each shard, so shards cannot run at once"))
-    if device not in ("cpu", "auto"):
-        problems.append(("--device", "jobs run on CPUs"))
-    if max_memory is not None:
-        problems.append(("--max-memory", "jobs load their model into memory, and say how much they take"))
-    raise_all(
-        [
-            UserError(what, where=f"{option} with --engine ray", mend="leave one of the two out")
-            for option, what in problems
-        ]
-    )
+    reasons = [
+        (
+            until_converged is not None,
+            "until-converged",
+            "it is decided after each shard, so shards cannot run at once",
+        ),
+        (device not in ("cpu", "auto"), "device", "jobs run on CPUs"),
+        (max_memory is not None, "max-memory", "jobs load their model into memory, and say how much they take"),
+    ]
+    mend = "leave one of the two out"
+    found = [(f"--{option} with --engine ray", what) for asked, option, what in reasons if asked]
+    raise_all([UserError(what, where=where, mend=mend) for where, what in found])
 
 
 def _check_options(grams: bool, until_converged: float | None, sample_tokens: float | int | None) -> None:
@@ -235,42 +234,33 @@ def _check_options(grams: bool, until_converged: float | None, sample_tokens: fl
         )
     if not grams and (until_converged is not None or sample_tokens is not None):
         option = "--until-converged" if until_converged is not None else "--sample-tokens"
-        raise UserError(
-            "it is about Gram matrices, and none are collected",
-            where=option,
-            mend="leave it out, or collect Gram matrices, too",
-        )
+        mend = "leave it out, or collect Gram matrices, too"
+        raise UserError("it is about Gram matrices, and none are collected", where=option, mend=mend)
 
 
 def _sampling(sample_tokens: float | int | None, examples: Examples, seed: int) -> tuple[Sampling | None, list[str]]:
     """The sampling that was asked for, and a note where there is none to do."""
     if sample_tokens is None:
         return None, []
-    if isinstance(sample_tokens, float):
-        return Sampling(sample_tokens, seed), []
-    tokens = examples.tokens
-    if sample_tokens >= tokens:
+    tokens, exact = examples.tokens, isinstance(sample_tokens, int)
+    if exact and sample_tokens >= tokens:
         return None, [f"no sample was taken: there are {tokens} tokens, at most {sample_tokens} were wanted"]
-    return Sampling(sample_tokens / tokens, seed), []
+    return Sampling(sample_tokens / tokens if exact else sample_tokens, seed), []
 
 
 def _fisher_kind(fisher: str | None) -> FisherKind | None:
-    kinds: dict[str, FisherKind] = {kind: kind for kind in get_args(FisherKind)}
-    if fisher is None:
-        return None
-    if fisher not in kinds:
-        raise UserError(
-            f"unknown kind of Fisher information {fisher!r}", where="--fisher", mend=did_you_mean(fisher, kinds)
-        )
-    return kinds[fisher]
+    kinds: dict[str | None, FisherKind] = {kind: kind for kind in get_args(FisherKind)}
+    if fisher is not None and fisher not in kinds:
+        mend = did_you_mean(fisher, get_args(FisherKind))
+        raise UserError(f"unknown kind of Fisher information {fisher!r}", where="--fisher", mend=mend)
+    return kinds.get(fisher)
 
 
 def _check_numbers(**numbers: int | None) -> None:
     for name, value in numbers.items():
         if value is not None and value < 1:
-            raise UserError(
-                f"{name} is {value}", where=f"--{name.replace('_', '-')}", mend="give a number of at least 1"
-            )
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(f"{name} is {value}", where=option, mend="give a number of at least 1")
 
 
 def _target(opened: Opened, output: str | Path | None, overwrite: bool) -> Path:
@@ -292,7 +282,6 @@ def _target(opened: Opened, output: str | Path | None, overwrite: bool) -> Path:
     folder = target.parent
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         state = "is not writable" if folder.is_dir() else "does not exist"
-        raise StatisticsError(
-            f"the folder of the output {state}", where=target, mend="make the folder, or choose another with -o"
-        )
+        mend = "make the folder, or choose another with -o"
+        raise StatisticsError(f"the folder of the output {state}", where=target, mend=mend)
     return target

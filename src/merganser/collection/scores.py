@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from merganser.collection.masks import BatchMasks, batch_masks
+from merganser.collection.masks import BatchMasks, batch_masks, configured
 from merganser.errors import DataError, StatisticsError
 from merganser.statistics.format import FISHER_OF_ALL, FISHER_OF_ANNOTATED, FisherKind
 from merganser.tasks.base import Problem
@@ -214,7 +214,7 @@ def _samples(outputs: Scored) -> list[Tensor]:
 
 def _problem(logits: Tensor, labels: Tensor | None, model: nn.Module) -> Problem:
     if logits.ndim == 3:
-        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        if configured(model, "is_encoder_decoder"):
             return "sequence"
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -226,24 +226,24 @@ def _problem(logits: Tensor, labels: Tensor | None, model: nn.Module) -> Problem
             f"{list(logits.shape)}",
             mend="collect without --fisher",
         )
-    configured = _configured(model)
-    if configured:
-        return configured
+    told = _told(model)
+    if told:
+        return told
     if logits.shape[1] == 1:
         return "regression"
     floating = labels is not None and labels.ndim == 2 and labels.is_floating_point()
     return "multi_label" if floating else "classification"
 
 
-def _configured(model: nn.Module) -> Problem | None:
-    return _CONFIGURED.get(str(getattr(getattr(model, "config", None), "problem_type", None)))
+def _told(model: nn.Module) -> Problem | None:
+    return _CONFIGURED.get(configured(model, "problem_type"))
 
 
 def _labelled_problem(labels: Tensor, model: nn.Module) -> Problem | None:
     """The problem as configuration or labels tell it, without logits; None: one in which labels are integers."""
-    configured = _configured(model)
-    if configured or not labels.is_floating_point():
-        return configured
+    told = _told(model)
+    if told or not labels.is_floating_point():
+        return told
     return "multi_label" if labels.ndim == 2 and labels.shape[1] > 1 else "regression"
 
 
@@ -284,14 +284,14 @@ def _check_labels(labels: Tensor | None, problem: Problem, logits: Tensor, known
         )
     if problem in ("multi_label", "regression"):
         return
-    given = labels[known]
-    classes = logits.shape[-1]
-    if given.numel() and (int(given.min()) < 0 or int(given.max()) >= classes):
-        wrong = int(given.max()) if int(given.max()) >= classes else int(given.min())
-        raise DataError(
-            f"label {wrong} lies outside the model's label space 0 … {classes - 1}",
-            mend="use a model with this label, or correct the labels",
-        )
+    given, classes = labels[known], logits.shape[-1]
+    if not given.numel():
+        return
+    lowest, highest = int(given.min()), int(given.max())
+    wrong = highest if highest >= classes else lowest
+    if not 0 <= wrong < classes:
+        what = f"label {wrong} lies outside the model's label space 0 … {classes - 1}"
+        raise DataError(what, mend="use a model with this label, or correct the labels")
 
 
 def _seeds(batch: Mapping[str, Any], masks: BatchMasks) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ only. Adding the shards in their order, wherever each was computed, gives one re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from functools import partial
@@ -156,13 +156,13 @@ class ShardSums:
             values = shard.packed(name)
             return values.to(torch.float64).mul_(weights[name]) if name in weights else values.clone()
 
-        self._include(shard.header, {name: partial(weighted, name) for name in shard.tensors}, shard.path)
+        self._include(shard.header, shard.tensors, weighted, shard.path)
         self.shards += 1
 
     def absorb(self, other: ShardSums) -> None:
         """Add the sums of other shards, which are used up."""
         if other._header is not None:
-            self._include(other._header, {name: partial(other._totals.pop, name) for name in other._totals})
+            self._include(other._header, list(other._totals), other._totals.pop)
             self.shards += other.shards
 
     def inputs(self) -> Iterator[str]:
@@ -182,11 +182,9 @@ class ShardSums:
         """
         header = self._some_header()
         weights = weights_of(header)
-        tensors: dict[str, Tensor] = {}
-        for name in sorted(self._totals):
-            total = self._totals.pop(name)
-            tensors[name] = total.div_(weights[name]).to(torch.float32) if name in weights else total
-        return header, tensors
+        for name in weights.keys() & self._totals.keys():
+            self._totals[name] = self._totals[name].div_(weights[name]).to(torch.float32)
+        return header, {name: self._totals.pop(name) for name in sorted(self._totals)}
 
     def _some_header(self) -> StatisticsHeader:
         if self._header is None:
@@ -194,14 +192,14 @@ class ShardSums:
         return self._header
 
     def _include(
-        self, header: StatisticsHeader, reads: Mapping[str, Callable[[], Tensor]], where: Path | None = None
+        self, header: StatisticsHeader, names: Iterable[str], read: Callable[[str], Tensor], where: Path | None = None
     ) -> None:
         self._header = header if self._header is None else _together(self._header, header, where)
-        for name, read in reads.items():
+        for name in names:
             if name in self._totals:
-                self._totals[name] += read()
+                self._totals[name] += read(name)
             else:
-                self._totals[name] = read()
+                self._totals[name] = read(name)
 
 
 def _together(one: StatisticsHeader, two: StatisticsHeader, where: Path | None) -> StatisticsHeader:

@@ -149,10 +149,9 @@ class Statistics:
             raise self._error(f"there is no {name}")
         try:
             tensor = self._read(name)
-        except UserError as error:
-            raise self._error(f"{name} cannot be read: {error.what}", error.mend or AGAIN) from None
-        except OSError as error:
-            raise self._error(f"{name} cannot be read: {error}") from None
+        except (UserError, OSError) as error:
+            what, mend = (error.what, error.mend) if isinstance(error, UserError) else (error, None)
+            raise self._error(f"{name} cannot be read: {what}", mend or AGAIN) from None
         if problem := number_problem(name, tensor):
             raise self._error(problem)
         return tensor
