@@ -93,7 +93,7 @@ def test_killed_after_the_last_step(
         raise Killed
 
     with monkeypatch.context() as patched, pytest.raises(Killed):
-        patched.setattr(sys.modules["merganser.training.fit"], "_keep", stop)
+        patched.setattr(sys.modules["merganser.training.multitask"], "_keep", stop)
         run(base, sentiment, tmp_path / "out", settings=settings, work=tmp_path / "work")
     steps: list[int] = []
     resumed = run(

@@ -208,18 +208,16 @@ def _engine(engine: str | Engine, ray_address: str | None, cpus: float) -> Engin
 
 def _check_elsewhere(until_converged: float | None, device: str, max_memory: str | int | None) -> None:
     """Refuse what jobs on other machines cannot do."""
-    reasons = [
-        (
-            until_converged is not None,
-            "until-converged",
-            "it is decided after each shard, so shards cannot run at once",
-        ),
-        (device not in ("cpu", "auto"), "device", "jobs run on CPUs"),
-        (max_memory is not None, "max-memory", "jobs load their model into memory, and say how much they take"),
-    ]
-    mend = "leave one of the two out"
-    found = [(f"--{option} with --engine ray", what) for asked, option, what in reasons if asked]
-    raise_all([UserError(what, where=where, mend=mend) for where, what in found])
+    together = "it is decided after each shard, so shards cannot run at once"
+    reasons = {
+        "--until-converged": together if until_converged is not None else None,
+        "--device": "jobs run on CPUs" if device not in ("cpu", "auto") else None,
+        "--max-memory": "jobs load their model into memory, and say how much they take"
+        if max_memory is not None
+        else None,
+    }
+    found = [(f"{option} with --engine ray", what) for option, what in reasons.items() if what]
+    raise_all([UserError(what, where=where, mend="leave one of the two out") for where, what in found])
 
 
 def _check_options(grams: bool, until_converged: float | None, sample_tokens: float | int | None) -> None:

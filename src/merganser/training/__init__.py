@@ -1,8 +1,7 @@
 """Fine-tuning on transformers' own Trainer."""
 
 from merganser.training.fine_tune import prepare_base, train
-from merganser.training.fit import Trained
-from merganser.training.multitask import train_multitask
+from merganser.training.multitask import Trained, train_multitask
 from merganser.training.prepare import TrainingPart
 from merganser.training.settings import TrainingSettings, defaults
 

@@ -13,15 +13,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from merganser.checkpoints.writer import check_output
 from merganser.files import new_folder
 from merganser.tasks.base import Task
 from merganser.tasks.classification import TextClassification
 from merganser.tasks.data import Rows
 from merganser.tasks.models import quiet
-from merganser.training.fit import Trained, fit
 from merganser.training.heads import load_start, open_start
 from merganser.training.loop import OnStep
+from merganser.training.multitask import Trained, check_place, train_multitask
 from merganser.training.prepare import GivenColumns, TrainingPart
 from merganser.training.settings import TrainingSettings
 
@@ -76,11 +75,9 @@ def train(
         DataError: data that do not fit the task, or a loss that is not finite.
         UserError: a setting that does not fit, or ``accelerate``, which the Trainer needs, is not installed.
     """
-    output = Path(output)
-    check_place(output, [base], overwrite)
-    trained = fit(
-        [base],
-        [TrainingPart("", task, rows, labels, dev, metric, columns)],
+    trained = train_multitask(
+        base,
+        [TrainingPart("model", task, rows, labels, dev, metric, columns)],
         shared=True,
         output=output,
         settings=settings,
@@ -120,14 +117,3 @@ def prepare_base(
         load_start(start, seed).save_pretrained(temporary)
         start.tokenizer.save_pretrained(temporary)
     return output
-
-
-def check_place(output: Path, sources: Sequence[str | Path], overwrite: bool) -> None:
-    """Refuse an output that cannot be written.
-
-    Raises:
-        CheckpointError: it exists and may not be replaced, or is one of the sources.
-    """
-    problem = check_output(output, overwrite, list(map(Path, sources)))
-    if problem is not None:
-        raise problem

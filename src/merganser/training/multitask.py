@@ -10,17 +10,54 @@ and the order of the batches is shuffled anew in each epoch.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from merganser.errors import UserError
-from merganser.training.fine_tune import check_place
-from merganser.training.fit import Trained, fit
-from merganser.training.heads import PROBLEM_TYPES
-from merganser.training.loop import OnStep
-from merganser.training.prepare import TrainingPart
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import ConcatDataset
+
+from merganser.checkpoints.writer import check_output
+from merganser.errors import CheckpointError, UserError, require
+from merganser.files import new_folder
+from merganser.tasks.models import quiet
+from merganser.training.heads import PROBLEM_TYPES, load_start
+from merganser.training.loop import FeatureData, MixedBatches, OnStep, TrainingOutcome, TrainingRun, run_trainer
+from merganser.training.losses import Loss, make_loss
+from merganser.training.prepare import Prepared, TrainingPart, prepare
+from merganser.training.resume import clear, fingerprint, take_up
 from merganser.training.settings import TrainingSettings
+
+_SCRATCH = ".training"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished training.
+
+    Attributes:
+        paths: for each part its model folder; the same one for all where everything is shared.
+        dev_scores: the score on development data after each epoch, of several parts the mean; empty where there
+            were none.
+        best_epoch: the epoch that was kept, counted from 1; None where it is simply the last.
+        loss: the mean training loss of the epoch that was kept.
+    """
+
+    paths: Mapping[str, Path]
+    dev_scores: tuple[float, ...]
+    best_epoch: int | None
+    loss: float
+
+    @property
+    def path(self) -> Path:
+        """The model folder of the only part."""
+        (path,) = self.paths.values()
+        return path
 
 
 def train_multitask(
@@ -65,24 +102,158 @@ def train_multitask(
         UserError: parts that cannot be trained together, or a setting that does not fit.
     """
     output, starts = Path(output), dict(starts or {})
+    require("train", "training", "accelerate")
     _check_parts(parts, shared, starts)
     sources = [starts.get(part.name, base) for part in parts]
-    _check_place(output, [Path(source) for source in sources], overwrite)
-    return fit(
-        sources,
-        parts,
-        shared=shared,
-        own_heads=bool(starts),
-        output=output,
-        settings=settings,
-        seed=seed,
-        head_seed=head_seed,
-        work=work,
-        device=device,
-        allow_pickle=allow_pickle,
-        overwrite=overwrite,
-        on_step=on_step,
-    )
+    _check_place(output, [Path(source) for source in sources], not shared or len(parts) > 1, overwrite)
+    if settings.best_epoch and all(part.dev is None for part in parts):
+        raise UserError(
+            "the best epoch is chosen on development data, and there are none",
+            where="best_epoch",
+            mend="give development data, or best_epoch: false",
+        )
+    names = [""] if shared else [part.name for part in parts]  # of the models' folders
+    with quiet(), new_folder(output, overwrite=overwrite) as temporary:
+        prepared = [
+            prepare(source, part, settings, temporary if shared else temporary / part.name, allow_pickle=allow_pickle)
+            for part, source in zip(parts, sources, strict=True)
+        ]
+        for item, source in zip(prepared, sources, strict=True):
+            if starts and not item.start.keeps_head:
+                raise UserError(
+                    f"the head has other labels than the part: {', '.join(item.start.labels)}",
+                    where=source,
+                    mend="give the labels of the head, in its order",
+                )
+        drawn = seed if head_seed is None else head_seed
+        scratch, resume = temporary / _SCRATCH, None
+        if work is not None:
+            scratch = Path(work)
+            data_of = [(item.start, part.rows, part.dev) for item, part in zip(prepared, parts, strict=True)]
+            described = [(part.name, part.metric, str(part.columns)) for part in parts]
+            resume = take_up(scratch, fingerprint(data_of, settings, (seed, drawn, shared, bool(starts), described)))
+        models = [
+            load_start(item.start, drawn, resume and resume / name, allow_pickle=allow_pickle)
+            for item, name in zip(prepared, names, strict=False)  # the first alone, where one model is shared
+        ]
+        if not shared:
+            _share_encoder(models, names, same=bool(starts))
+        caches = [getattr(model.config, "use_cache", None) for model in models]
+        run = TrainingRun(
+            name=output.name,
+            settings=settings,
+            seed=seed,
+            scratch=scratch,
+            save=partial(_save, models, caches, names),
+            score=partial(_score, prepared, models, settings) if any(item.dev for item in prepared) else None,
+            whole=work is not None,
+            resume=resume,
+            loss=_shared_loss(prepared, settings) if shared else None,
+            device=device,
+            on_step=on_step,
+        )
+        outcome = run_trainer(
+            run,
+            models[0] if shared else _Heads(models, [item.loss for item in prepared]),
+            ConcatDataset([FeatureData(item.features, place) for place, item in enumerate(prepared)]),
+            prepared[0].collate if shared else partial(_collate, prepared),
+            None if shared else MixedBatches([len(item.features) for item in prepared], settings.batch_size, seed),
+        )
+        _keep(outcome, run, temporary)
+        shutil.rmtree(temporary / _SCRATCH, ignore_errors=True)
+    if work is not None:
+        clear(Path(work))
+    kept = -1 if outcome.best is None else outcome.best
+    paths = {part.name: output if shared else output / part.name for part in parts}
+    return Trained(paths, outcome.scores, None if outcome.best is None else kept + 1, outcome.losses[kept])
+
+
+def _collate(prepared: Sequence[Prepared], examples: list[dict[str, Any]]) -> dict[str, Any]:
+    """A batch of the examples of one part, with the part's place."""
+    (part,) = {example["part"] for example in examples}
+    return {**prepared[part].collate(examples), "part": part}
+
+
+class _Heads(nn.Module):
+    """The models of all parts as one, with each part's loss."""
+
+    def __init__(self, models: Sequence[nn.Module], losses: Sequence[Loss | None]) -> None:
+        super().__init__()
+        self.models, self.losses = nn.ModuleList(models), list(losses)
+
+    def forward(self, part: int, labels: Tensor, **inputs: Tensor) -> dict[str, Tensor]:
+        model, loss = self.models[part], self.losses[part]
+        if loss is None:
+            return {"loss": model(**inputs, labels=labels).loss}
+        return {"loss": loss(model(**inputs).logits, labels)}
+
+
+def _share_encoder(models: Sequence[Any], names: Sequence[str], *, same: bool) -> None:
+    """Make every parameter of the encoders that has the same name one parameter.
+
+    Raises:
+        CheckpointError: the architectures differ, or (where they must be the ``same``) their weights.
+    """
+    kept: dict[str, nn.Parameter] = {}
+    for model, name in zip(models, names, strict=True):
+        encoder = model.base_model
+        for path, parameter in list(encoder.named_parameters(remove_duplicate=False)):
+            first = kept.setdefault(path, parameter)
+            if first is parameter:
+                continue
+            if first.shape != parameter.shape or (same and not torch.equal(first, parameter)):
+                raise CheckpointError(
+                    f"the encoder of {name!r} differs from that of {names[0]!r} in {path}",
+                    where=name,
+                    mend="start all parts from one base, or from the models of one merge",
+                )
+            owner, _, leaf = path.rpartition(".")
+            setattr(encoder.get_submodule(owner), leaf, first)
+
+
+def _shared_loss(prepared: Sequence[Prepared], settings: TrainingSettings) -> Loss | None:
+    """The loss of all data together: label frequencies are those of the whole."""
+    start = prepared[0].start
+    features = [feature for item in prepared for feature in item.features]
+    return make_loss(start.task.problem, features, len(start.labels), settings.reweight, "all parts")
+
+
+def _score(prepared: Sequence[Prepared], models: Sequence[Any], settings: TrainingSettings) -> float:
+    """The mean of the parts' scores; those of which less is better count as negative."""
+    scores = []
+    for place, item in enumerate(prepared):
+        if item.dev is not None:
+            score = item.score(models[min(place, len(models) - 1)].eval(), settings)
+            scores.append(score if item.higher_is_better else -score)
+    return float(np.mean(scores))
+
+
+def _save(models: Sequence[Any], caches: Sequence[bool | None], names: Sequence[str], folder: Path) -> None:
+    """Save models, ``use_cache`` in their configurations as it was before the Trainer switched it off."""
+    for model, use_cache, name in zip(models, caches, names, strict=True):
+        config, now = model.config, getattr(model.config, "use_cache", None)
+        if use_cache is None and now is not None:
+            del config.use_cache
+        elif use_cache is not None:
+            config.use_cache = use_cache
+        try:
+            with quiet():
+                model.save_pretrained(folder / name)
+        finally:
+            if now is not None:
+                config.use_cache = now
+
+
+def _keep(outcome: TrainingOutcome, run: TrainingRun, folder: Path) -> None:
+    """Put the weights to keep into ``folder``: those of the best epoch, or the last ones."""
+    if outcome.folder is None:
+        run.save(folder)
+        return
+    for path in sorted(outcome.folder.iterdir()):
+        if path.is_dir():
+            shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
+        elif path.suffix in (".json", ".safetensors") and path.name != "trainer_state.json":
+            shutil.copy2(path, folder / path.name)
 
 
 def _check_parts(parts: Sequence[TrainingPart], shared: bool, starts: Mapping[str, Any]) -> None:
@@ -117,10 +288,21 @@ def _check_parts(parts: Sequence[TrainingPart], shared: bool, starts: Mapping[st
         )
 
 
-def _check_place(output: Path, sources: Sequence[Path], overwrite: bool) -> None:
-    """Refuse an output that cannot be written; a folder of nothing but model folders may be replaced."""
+def _check_place(output: Path, sources: Sequence[Path], several: bool, overwrite: bool) -> None:
+    """Refuse an output that cannot be written; several parts may replace a folder of nothing but model folders."""
     inside = list(output.iterdir()) if output.is_dir() else []
     ours = bool(inside) and all((path / "config.json").is_file() for path in inside)
     taken = any(source.resolve().is_relative_to(output.resolve()) for source in sources)
-    if not (overwrite and ours and not taken):
+    if not (overwrite and several and ours and not taken):
         check_place(output, sources, overwrite)
+
+
+def check_place(output: Path, sources: Sequence[str | Path], overwrite: bool) -> None:
+    """Refuse an output that cannot be written.
+
+    Raises:
+        CheckpointError: it exists and may not be replaced, or is one of the sources.
+    """
+    problem = check_output(output, overwrite, list(map(Path, sources)))
+    if problem is not None:
+        raise problem
