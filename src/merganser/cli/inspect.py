@@ -122,9 +122,6 @@ def reproduce_command(folder: Path, output: Path | None) -> None:
 
     differing = reproduce(folder, output)
     if differing:
-        raise UserError(
-            f"the repetition differs in {', '.join(differing)}",
-            where=folder,
-            mend="compare the versions in provenance.json with those installed here, and run 'merganser verify'",
-        )
+        mend = "compare the versions in provenance.json with those installed here, and run 'merganser verify'"
+        raise UserError(f"the repetition differs in {', '.join(differing)}", where=folder, mend=mend)
     click.echo(f"{folder}: repeated, every byte the same")

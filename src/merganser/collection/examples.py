@@ -74,11 +74,8 @@ def find_columns(
         UserError: ``empirical`` Fisher information without labels.
     """
     if not use_labels and kind == "empirical":
-        raise UserError(
-            "empirical Fisher information is made of labels",
-            where="--fisher",
-            mend="use the labels, or collect expected",
-        )
+        what = "empirical Fisher information is made of labels"
+        raise UserError(what, where="--fisher", mend="use the labels, or collect expected")
     columns = task.columns(rows, given, labelled=kind == "empirical")
     if task.label_role is not None and (not use_labels or columns.label is None):
         return columns, None

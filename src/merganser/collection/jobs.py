@@ -61,17 +61,11 @@ def make_jobs(
         UserError: data or a task that other machines cannot be told of.
     """
     if isinstance(data, Rows):
-        raise UserError(
-            "rows in memory are not on other machines",
-            where="--engine",
-            mend="give the data as a file or data set that every machine can read",
-        )
+        mend = "give the data as a file or data set that every machine can read"
+        raise UserError("rows in memory are not on other machines", where="--engine", mend=mend)
     if TASKS.get(examples.task.name) != examples.task:
-        raise UserError(
-            f"task {examples.task.name!r} has options of its own, which jobs are not told of",
-            where="--engine",
-            mend="give the task by its name",
-        )
+        what = f"task {examples.task.name!r} has options of its own, which jobs are not told of"
+        raise UserError(what, where="--engine", mend="give the task by its name")
     memory = job_memory(examples.opened, grams=grams, fisher=fisher is not None)
     shared = {
         "model": _absolute(examples.opened.name),
@@ -134,21 +128,16 @@ def run_jobs(engine: Engine, jobs: Sequence[Job]) -> Iterator[tuple[Statistics, 
     with closing(engine.run(jobs, FUNCTION)) as outcomes:  # type: ignore[type-var]
         for outcome in outcomes:
             if outcome.error is not None or outcome.result is None:
-                raise UserError(
-                    f"{outcome.job.description} failed: {outcome.error}",
-                    where=f"--engine {engine.name}",
-                    mend="mend what it says and run the command again; nothing was written",
-                )
+                what = f"{outcome.job.description} failed: {outcome.error}"
+                mend = "mend what it says and run the command again; nothing was written"
+                raise UserError(what, where=f"--engine {engine.name}", mend=mend)
             ended[outcome.job.id] = outcome.result
             while due < len(jobs) and jobs[due].id in ended:
                 result = ended.pop(jobs[due].id)
                 file = Path(result["path"])
                 if sha256_file(file) != result["sha256"]:
-                    raise DataError(
-                        "the file is not what its job has written",
-                        where=file,
-                        mend="use a folder that all machines share, and nobody else",
-                    )
+                    mend = "use a folder that all machines share, and nobody else"
+                    raise DataError("the file is not what its job has written", where=file, mend=mend)
                 yield Statistics.open(file), Tally(**result["tally"])
                 file.unlink()
                 due += 1

@@ -182,11 +182,8 @@ def _task(opened: Opened, task: str | Task, kind: FisherKind | None) -> Task:
     chosen = task_for(task, opened.config)
     chosen.check_head(opened)
     if kind is not None and chosen.problem is None:
-        raise UserError(
-            f"Fisher information needs a head, which {chosen.name} has not",
-            where="--fisher",
-            mend="leave it out, or collect on a fine-tuned checkpoint",
-        )
+        mend = "leave it out, or collect on a fine-tuned checkpoint"
+        raise UserError(f"Fisher information needs a head, which {chosen.name} has not", where="--fisher", mend=mend)
     return chosen
 
 
@@ -208,16 +205,15 @@ def _engine(engine: str | Engine, ray_address: str | None, cpus: float) -> Engin
 
 def _check_elsewhere(until_converged: float | None, device: str, max_memory: str | int | None) -> None:
     """Refuse what jobs on other machines cannot do."""
-    together = "it is decided after each shard, so shards cannot run at once"
-    reasons = {
-        "--until-converged": together if until_converged is not None else None,
-        "--device": "jobs run on CPUs" if device not in ("cpu", "auto") else None,
-        "--max-memory": "jobs load their model into memory, and say how much they take"
-        if max_memory is not None
-        else None,
-    }
-    found = [(f"{option} with --engine ray", what) for option, what in reasons.items() if what]
-    raise_all([UserError(what, where=where, mend="leave one of the two out") for where, what in found])
+    refused = {}
+    if until_converged is not None:
+        refused["--until-converged"] = "it is decided after each shard, so shards cannot run at once"
+    if device not in ("cpu", "auto"):
+        refused["--device"] = "jobs run on CPUs"
+    if max_memory is not None:
+        refused["--max-memory"] = "jobs load their model into memory, and say how much they take"
+    mend = "leave one of the two out"
+    raise_all([UserError(what, where=f"{at} with --engine ray", mend=mend) for at, what in refused.items()])
 
 
 def _check_options(grams: bool, until_converged: float | None, sample_tokens: float | int | None) -> None:

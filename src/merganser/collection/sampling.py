@@ -41,11 +41,8 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not 0 < self.share < 1:
-            raise UserError(
-                f"a share of {self.share:g} of the tokens is no sample",
-                where="--sample-tokens",
-                mend=f"give a number above 0 and below 1, such as {DEFAULT_SHARE}, or leave it out for all tokens",
-            )
+            mend = f"give a number above 0 and below 1, such as {DEFAULT_SHARE}, or leave it out for all tokens"
+            raise UserError(f"a share of {self.share:g} of the tokens is no sample", where="--sample-tokens", mend=mend)
 
     def draw(self, layer: str, place: tuple[int, ...], rows: int, *, some: bool) -> Tensor:
         """Which of so many rows are kept: their numbers, ascending, int64 on the CPU.

@@ -204,11 +204,9 @@ class ShardSums:
 
 def _together(one: StatisticsHeader, two: StatisticsHeader, where: Path | None) -> StatisticsHeader:
     if _fixed(one) != _fixed(two):
-        raise StatisticsError(
-            "the shards are of different weights, layers or versions of libraries",
-            where=where,
-            mend="let every machine see the same model, and run the same versions of merganser, torch, transformers",
-        )
+        what = "the shards are of different weights, layers or versions of libraries"
+        mend = "let every machine see the same model, and run the same versions of merganser, torch, transformers"
+        raise StatisticsError(what, where=where, mend=mend)
     notes = tuple(dict.fromkeys((*one.notes, *two.notes)))
     return sum_headers([one, two]).model_copy(update={"fisher": one.fisher or two.fisher, "notes": notes})
 

@@ -87,11 +87,9 @@ class StoppingRule:
 
     def __post_init__(self) -> None:
         if not 0 < self.tolerance < 1:
-            raise UserError(
-                f"a tolerance of {self.tolerance:g} stops never, or at once",
-                where="--until-converged",
-                mend=f"give a relative error above 0 and below 1, such as {DEFAULT_TOLERANCE}",
-            )
+            what = f"a tolerance of {self.tolerance:g} stops never, or at once"
+            mend = f"give a relative error above 0 and below 1, such as {DEFAULT_TOLERANCE}"
+            raise UserError(what, where="--until-converged", mend=mend)
 
     def run(self, examples: int, collect: Callable[[Shard], tuple[Statistics, Tally]]) -> tuple[ShardSums, Tally, str]:
         """Collect shards of a random order, each second one for the other half, until the halves agree.

@@ -118,17 +118,11 @@ def _check_same(first: Statistics, other: Statistics) -> None:
     a, b = first.header, other.header
     where = other.path
     if a.manifest_sha256 != b.manifest_sha256:
-        raise StatisticsError(
-            f"statistics of different weights cannot be added: manifest {a.manifest_sha256} and {b.manifest_sha256}",
-            where=where,
-            mend="collect both from the same checkpoint",
-        )
+        what = f"statistics of different weights cannot be added: manifest {a.manifest_sha256} and {b.manifest_sha256}"
+        raise StatisticsError(what, where=where, mend="collect both from the same checkpoint")
     if a.fisher != b.fisher or _contents(first) != _contents(other):
-        raise StatisticsError(
-            "the files do not hold the same statistics (layers, or kind of Fisher information)",
-            where=where,
-            mend="collect both with the same options",
-        )
+        what = "the files do not hold the same statistics (layers, or kind of Fisher information)"
+        raise StatisticsError(what, where=where, mend="collect both with the same options")
 
 
 def _contents(statistics: Statistics) -> tuple[object, ...]:

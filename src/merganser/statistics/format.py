@@ -113,11 +113,8 @@ def parse_header(text: str, file: Path) -> StatisticsHeader:
     if type(protocol) is not int or protocol < 1:
         raise StatisticsError(f"the header has no valid protocol number ({protocol!r})", where=file, mend=AGAIN)
     if protocol > PROTOCOL:
-        raise StatisticsError(
-            f"written by protocol {protocol}; this version of merganser reads up to {PROTOCOL}",
-            where=file,
-            mend="upgrade merganser",
-        )
+        what = f"written by protocol {protocol}; this version of merganser reads up to {PROTOCOL}"
+        raise StatisticsError(what, where=file, mend="upgrade merganser")
     try:
         return StatisticsHeader.model_validate(fields)
     except ValidationError as error:

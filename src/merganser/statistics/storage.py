@@ -107,11 +107,9 @@ def compress(statistics: Statistics, storage: Storage | str) -> tuple[Statistics
     dense = [input for input in inputs if not storage.pays(statistics.width(input))]
     if dense and len(dense) == len(inputs):
         widest = max(statistics.width(input) for input in inputs)
-        raise StatisticsError(
-            f"{storage} takes more room than bfloat16 for every Gram matrix: the widest is {widest}",
-            where=statistics.path,
-            mend=f"use bfloat16, or a rank of at most {widest // 2}" if widest > 1 else "use bfloat16",
-        )
+        what = f"{storage} takes more room than bfloat16 for every Gram matrix: the widest is {widest}"
+        mend = f"use bfloat16, or a rank of at most {widest // 2}" if widest > 1 else "use bfloat16"
+        raise StatisticsError(what, where=statistics.path, mend=mend)
     groups = [_gram_group(statistics, input, Storage("bfloat16") if input in dense else storage) for input in inputs]
     groups += [_plain_group(statistics, name, storage) for name in statistics.others]
     tensors = LazyTensors(groups)
@@ -152,11 +150,8 @@ def _gram_group(statistics: Statistics, input: str, storage: Storage) -> TensorG
     if encoding != "factor":
         return specs, partial(_dense if encoding == "gram" else _rounded, statistics, input)
     if width > WIDEST:
-        raise StatisticsError(
-            f"low rank is for inputs of at most {WIDEST} components, {input} has {width}",
-            where=statistics.path,
-            mend="use bfloat16",
-        )
+        what = f"low rank is for inputs of at most {WIDEST} components, {input} has {width}"
+        raise StatisticsError(what, where=statistics.path, mend="use bfloat16")
     return specs, partial(_low_rank, statistics, input, storage.rank)
 
 

@@ -50,11 +50,8 @@ def task_for(task: str | Task, config: Mapping[str, Any], **options: Any) -> Tas
     if task == "auto":
         found = next((known for known in TASKS.values() if known.fits(config)), None)
         if found is None:
-            raise UserError(
-                f"no task is known for the architecture {architecture(config) or '(none is named)'}",
-                where="config.json",
-                mend=f"name the task with --task: {', '.join(TASKS)}",
-            )
+            what = f"no task is known for the architecture {architecture(config) or '(none is named)'}"
+            raise UserError(what, where="config.json", mend=f"name the task with --task: {', '.join(TASKS)}")
         return found.with_options(options)
     if task not in TASKS:
         raise UserError(f"unknown task {task!r}", where="--task", mend=did_you_mean(task, ["auto", *TASKS]))

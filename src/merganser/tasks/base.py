@@ -82,11 +82,8 @@ class Task:
         known = [field.name for field in fields(self)]
         for option in options:
             if option not in known:
-                raise UserError(
-                    f"task {self.name!r} has no option {option!r}",
-                    where="task options",
-                    mend=did_you_mean(option, known) if known else "this task has no options",
-                )
+                mend = did_you_mean(option, known) if known else "this task has no options"
+                raise UserError(f"task {self.name!r} has no option {option!r}", where="task options", mend=mend)
         return replace(self, **options)
 
     def fits(self, config: Mapping[str, Any]) -> bool:
@@ -105,11 +102,8 @@ class Task:
         """
         known = architecture(opened.config)
         if known and not self.has_head(opened.config):
-            raise CheckpointError(
-                f"the model is a {known}, which has no head for {self.name} (a …{self.heads[0]} has)",
-                where=opened.where,
-                mend="choose another task, or leave it to --task auto",
-            )
+            what = f"the model is a {known}, which has no head for {self.name} (a …{self.heads[0]} has)"
+            raise CheckpointError(what, where=opened.where, mend="choose another task, or leave it to --task auto")
 
     def check_scoring(self, opened: Opened) -> None:
         """Refuse a model that this task cannot score, for a reason that its configuration shows.

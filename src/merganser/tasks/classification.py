@@ -71,11 +71,8 @@ class TextClassification(Task):
 
     def __post_init__(self) -> None:
         if self.key and self.key not in self.metrics:
-            raise UserError(
-                f"task {self.name!r} has no metric {self.key!r}",
-                where="key",
-                mend=did_you_mean(str(self.key), self.metrics),
-            )
+            mend = did_you_mean(str(self.key), self.metrics)
+            raise UserError(f"task {self.name!r} has no metric {self.key!r}", where="key", mend=mend)
 
     @property
     def key_metric(self) -> str:

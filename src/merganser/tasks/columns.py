@@ -93,11 +93,8 @@ def resolve(
         if name is None or role not in roles:
             continue
         if name not in present:
-            raise DataError(
-                f"no column {name!r} ({option(role)}); the columns are {', '.join(present) or 'none'}",
-                where=rows.source,
-                mend=did_you_mean(name, present),
-            )
+            what = f"no column {name!r} ({option(role)}); the columns are {', '.join(present) or 'none'}"
+            raise DataError(what, where=rows.source, mend=did_you_mean(name, present))
         found[role] = name
     if "text_pair" in roles and "text" not in found and "text_pair" not in found:
         pair = next((pair for pair in PAIRS if all(name in lower for name in pair)), None)
@@ -111,11 +108,9 @@ def resolve(
         if name is not None:
             found[role] = name
         elif role in needs:
-            raise DataError(
-                f"no column for the {role} was found; the columns are {', '.join(present) or 'none'}",
-                where=rows.source,
-                mend=f"name it with {option(role)} (found by themselves: {', '.join(usual.get(role, ()))})",
-            )
+            what = f"no column for the {role} was found; the columns are {', '.join(present) or 'none'}"
+            mend = f"name it with {option(role)} (found by themselves: {', '.join(usual.get(role, ()))})"
+            raise DataError(what, where=rows.source, mend=mend)
     return replace(Columns(), **found)
 
 

@@ -65,17 +65,11 @@ def _sentences(lines: Iterable[str], path: Path) -> Iterator[Sentence]:
             continue
         where = f"{path}:{number}"
         if len(columns) < 2:
-            raise DataError(
-                f"a word without a tag: {columns[0][:40]!r}",
-                where=where,
-                mend="give a word and its tag on each line, separated by a tab or a space",
-            )
+            mend = "give a word and its tag on each line, separated by a tab or a space"
+            raise DataError(f"a word without a tag: {columns[0][:40]!r}", where=where, mend=mend)
         if width and len(columns) != width:
-            raise DataError(
-                f"{len(columns)} columns, but the lines before have {width}",
-                where=where,
-                mend="give each line the same columns, separated by tabs (or all by spaces)",
-            )
+            mend = "give each line the same columns, separated by tabs (or all by spaces)"
+            raise DataError(f"{len(columns)} columns, but the lines before have {width}", where=where, mend=mend)
         if not columns[0]:
             raise DataError("a tag without a word", where=where, mend="fill the word in, or remove the line")
         width = len(columns)
@@ -111,11 +105,9 @@ def check_tag(tag: Any, where: str) -> str:
     if isinstance(tag, str) and is_bio(tag):
         return tag
     other = isinstance(tag, str) and _OTHER_SCHEME.fullmatch(tag)
-    raise DataError(
-        f"{tag!r} is a tag of {'another scheme (BIOES, BILOU)' if other else 'no known scheme'}, not of BIO",
-        where=where,
-        mend="give the tags O, B-TYPE and I-TYPE: in the second of two or three columns, else the last",
-    )
+    what = f"{tag!r} is a tag of {'another scheme (BIOES, BILOU)' if other else 'no known scheme'}, not of BIO"
+    mend = "give the tags O, B-TYPE and I-TYPE: in the second of two or three columns, else the last"
+    raise DataError(what, where=where, mend=mend)
 
 
 def as_bio(sentences: Sequence[Sequence[str]]) -> list[list[str]]:

@@ -68,11 +68,8 @@ class Rows(Sequence[Row]):
         """
         value = self.rows[index].get(column)
         if value is None:
-            raise DataError(
-                f"the row has no {column!r}",
-                where=self.where(index),
-                mend="fill it in, or remove the row" + (f", or choose another column with {option}" if option else ""),
-            )
+            mend = "fill it in, or remove the row" + (f", or choose another column with {option}" if option else "")
+            raise DataError(f"the row has no {column!r}", where=self.where(index), mend=mend)
         return value
 
 
@@ -148,11 +145,8 @@ class _Request:
             return self.split
         chosen = splits[0] if len(splits) == 1 else next((name for name in self.prefer if name in splits), None)
         if chosen is None:
-            raise DataError(
-                f"there are several splits: {', '.join(splits)}",
-                where=self.name,
-                mend=f"choose one with --split, or as {self.name}[{splits[-1]}]",
-            )
+            what = f"there are several splits: {', '.join(splits)}"
+            raise DataError(what, where=self.name, mend=f"choose one with --split, or as {self.name}[{splits[-1]}]")
         return chosen
 
 
@@ -161,11 +155,8 @@ def _read(asked: _Request) -> Rows:
     path = Path(name).expanduser()
     if path.is_file():
         if asked.split is not None:
-            raise DataError(
-                f"a file has no splits, but split {asked.split!r} was asked for",
-                where=name,
-                mend="leave the split out, or give the folder that holds a file for each split",
-            )
+            mend = "leave the split out, or give the folder that holds a file for each split"
+            raise DataError(f"a file has no splits, but split {asked.split!r} was asked for", where=name, mend=mend)
         return _from_files(name, [path], asked.limit)
     if path.is_dir():
         return _from_folder(asked, path)

@@ -32,19 +32,14 @@ class FeatureExtraction(Task):
         """Any encoder will do; a decoder wants a target, which this task does not read."""
         name = architecture(opened.config)
         if opened.config.get("is_encoder_decoder") and not name.endswith("EncoderModel"):
-            raise CheckpointError(
-                f"{name or 'this model'} has a decoder, which needs a target text",
-                where=opened.where,
-                mend="use a checkpoint with its language-modelling head and --task seq2seq",
-            )
+            what = f"{name or 'this model'} has a decoder, which needs a target text"
+            mend = "use a checkpoint with its language-modelling head and --task seq2seq"
+            raise CheckpointError(what, where=opened.where, mend=mend)
 
     def check_scoring(self, opened: Opened) -> None:
         """There is nothing to score."""
-        raise CheckpointError(
-            "a model without a head makes no predictions that could be scored",
-            where=opened.where,
-            mend="evaluate a fine-tuned checkpoint, or name its --task",
-        )
+        what = "a model without a head makes no predictions that could be scored"
+        raise CheckpointError(what, where=opened.where, mend="evaluate a fine-tuned checkpoint, or name its --task")
 
     def model_class(self, config: Mapping[str, Any]) -> str:
         """The architecture itself where it reads text alone: the head of a masked language model counts."""

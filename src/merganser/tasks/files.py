@@ -32,11 +32,8 @@ def read_file(path: Path) -> Numbered:
     """
     reader = READERS.get(path.suffix.lower())
     if reader is None:
-        raise DataError(
-            f"a data file ending in {path.suffix!r} cannot be read",
-            where=path,
-            mend=f"give a file ending in {', '.join(READERS)}",
-        )
+        mend = f"give a file ending in {', '.join(READERS)}"
+        raise DataError(f"a data file ending in {path.suffix!r} cannot be read", where=path, mend=mend)
     try:
         yield from reader(path)
     except OSError as error:
@@ -50,11 +47,8 @@ def _text_lines(path: Path) -> Iterator[str]:
             try:
                 yield line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
-                raise DataError(
-                    f"not UTF-8 text: {error.reason} at byte {error.start + 1} of the line",
-                    where=f"{path}:{number}",
-                    mend="save the file as UTF-8",
-                ) from None
+                what = f"not UTF-8 text: {error.reason} at byte {error.start + 1} of the line"
+                raise DataError(what, where=f"{path}:{number}", mend="save the file as UTF-8") from None
 
 
 def _object(value: Any, path: Path, line: int) -> Row:

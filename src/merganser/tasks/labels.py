@@ -46,11 +46,8 @@ class LabelSpace:
         if isinstance(id2label, Mapping) and id2label:
             by_id = {str(key): str(name) for key, name in id2label.items()}
             if set(by_id) != {str(index) for index in range(len(by_id))}:
-                raise CheckpointError(
-                    f"id2label must name 0 … {len(by_id) - 1}, but has {', '.join(list(by_id)[:9])}",
-                    where="config.json",
-                    mend="correct id2label in the model's configuration",
-                )
+                what = f"id2label must name 0 … {len(by_id) - 1}, but has {', '.join(list(by_id)[:9])}"
+                raise CheckpointError(what, where="config.json", mend="correct id2label in the model's configuration")
             names = tuple(by_id[str(index)] for index in range(len(by_id)))
         else:
             names = tuple(f"LABEL_{index}" for index in range(int(config.get("num_labels") or 2)))
@@ -127,16 +124,10 @@ class LabelReader:
             near = f"{did_you_mean(value, self.space.names)}. " if isinstance(value, str) else ""
             hint = "a split without labels often has -1 everywhere; " if value in (-1, "-1") else ""
             if not self.space.numbered and not isinstance(value, str):
-                raise DataError(
-                    f"label {value!r} is a number, and the models number their labels differently",
-                    where=where,
-                    mend=f"give labels by name: {', '.join(self.space.names[:30])}",
-                )
-            raise DataError(
-                f"label {value!r} is outside the model's label space: {self.space.valid()}",
-                where=where,
-                mend=near + hint + CHOOSE,
-            )
+                what = f"label {value!r} is a number, and the models number their labels differently"
+                raise DataError(what, where=where, mend=f"give labels by name: {', '.join(self.space.names[:30])}")
+            what = f"label {value!r} is outside the model's label space: {self.space.valid()}"
+            raise DataError(what, where=where, mend=near + hint + CHOOSE)
         return place
 
     def _place(self, value: str | int | float) -> int:

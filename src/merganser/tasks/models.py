@@ -70,11 +70,8 @@ def open_model(reference: str | Path, *, allow_pickle: bool = False) -> Opened:
     if subfolder:
         parts = PurePosixPath(subfolder).parts
         if PurePosixPath(subfolder).is_absolute() or ".." in parts:
-            raise CheckpointError(
-                f"{subfolder!r} leaves the model folder",
-                where=name,
-                mend="give a folder inside it, as model::heads/name",
-            )
+            mend = "give a folder inside it, as model::heads/name"
+            raise CheckpointError(f"{subfolder!r} leaves the model folder", where=name, mend=mend)
     root = Path(folder).expanduser()
     if subfolder and root.is_dir():
         if not (root / subfolder).is_dir():
@@ -95,11 +92,8 @@ def open_model(reference: str | Path, *, allow_pickle: bool = False) -> Opened:
 
 def _no_subfolder(root: Path, subfolder: str) -> CheckpointError:
     found = sorted(path.parent.relative_to(root).as_posix() for path in root.glob("heads/*/config.json"))
-    return CheckpointError(
-        f"there is no {subfolder!r} in this model",
-        where=root,
-        mend=f"choose one of {', '.join(found)}" if found else "leave it out: the model has no separate heads",
-    )
+    mend = f"choose one of {', '.join(found)}" if found else "leave it out: the model has no separate heads"
+    return CheckpointError(f"there is no {subfolder!r} in this model", where=root, mend=mend)
 
 
 def load_tokenizer(opened: Opened) -> Any:
@@ -126,11 +120,8 @@ def load_tokenizer(opened: Opened) -> Any:
 
 
 def _no_tokenizer(place: Path, why: str) -> CheckpointError:
-    return CheckpointError(
-        f"the tokenizer cannot be loaded: {why}",
-        where=place,
-        mend="put the tokenizer's files (tokenizer.json, tokenizer_config.json, …) beside the weights",
-    )
+    mend = "put the tokenizer's files (tokenizer.json, tokenizer_config.json, …) beside the weights"
+    return CheckpointError(f"the tokenizer cannot be loaded: {why}", where=place, mend=mend)
 
 
 def load_model(
@@ -174,21 +165,16 @@ def load_model(
                 **(placement or {}),
             )
     except Exception as error:  # whatever damaged weights or a stranger's configuration provoke
-        raise CheckpointError(
-            f"cannot be loaded as {class_name}: {first_line(error)}",
-            where=opened.name,
-            mend="check that config.json and weights belong together",
-        ) from None
+        what = f"cannot be loaded as {class_name}: {first_line(error)}"
+        mend = "check that config.json and weights belong together"
+        raise CheckpointError(what, where=opened.name, mend=mend) from None
     absent = set(info.get("missing_keys") or ())
     if adapted is not None:
         absent = (absent | _mismatched(info)) - _adapt(model, adapted)
     missing = sorted(absent)
     if complete and missing:
-        raise CheckpointError(
-            f"the checkpoint has no weights for {', '.join(missing[:5])}{', …' if len(missing) > 5 else ''}",
-            where=opened.name,
-            mend="choose a task that the checkpoint was trained for",
-        )
+        what = f"the checkpoint has no weights for {', '.join(missing[:5])}{', …' if len(missing) > 5 else ''}"
+        raise CheckpointError(what, where=opened.name, mend="choose a task that the checkpoint was trained for")
     return model.eval()
 
 
@@ -232,11 +218,8 @@ def choose_length(asked: int | None, config: Mapping[str, Any], tokenizer: Any, 
     length = min(length, length_limit(config, tokenizer) or length)
     special = tokenizer.num_special_tokens_to_add(pair=pairs)
     if length <= special:
-        raise UserError(
-            f"a maximum length of {length} leaves no room beside {special} special tokens",
-            where="max_length",
-            mend=f"give at least {special + 1}",
-        )
+        what = f"a maximum length of {length} leaves no room beside {special} special tokens"
+        raise UserError(what, where="max_length", mend=f"give at least {special + 1}")
     return length
 
 

@@ -78,11 +78,8 @@ class MultiLabel(Task):
 
     def __post_init__(self) -> None:
         if self.threshold_on not in ("probability", "logit"):
-            raise UserError(
-                f"a threshold on {self.threshold_on!r} is unknown",
-                where="threshold_on",
-                mend="give probability or logit",
-            )
+            mend = "give probability or logit"
+            raise UserError(f"a threshold on {self.threshold_on!r} is unknown", where="threshold_on", mend=mend)
 
     def fits(self, config: Mapping[str, Any]) -> bool:
         """A classifier whose configuration says so."""
@@ -111,11 +108,8 @@ class MultiLabel(Task):
                     found[index, reader.read(name, where)] = _mark(mark, where)
             elif vectors:
                 if len(value) != len(space):
-                    raise DataError(
-                        f"{len(value)} entries for the model's {len(space)} labels: {space.valid()}",
-                        where=where,
-                        mend=CHOOSE,
-                    )
+                    what = f"{len(value)} entries for the model's {len(space)} labels: {space.valid()}"
+                    raise DataError(what, where=where, mend=CHOOSE)
                 found[index] = [_mark(mark, where) for mark in value]
             else:
                 for label in value:

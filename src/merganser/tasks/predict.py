@@ -90,8 +90,5 @@ def _check_finite(outputs: Sequence[Any], features: Sequence[Feature], name: str
         if isinstance(output, np.ndarray):
             seen = output if feature.words is None else output[np.array(feature.words, np.int64) >= 0]
             if not np.isfinite(seen).all():
-                raise CheckpointError(
-                    f"the model's outputs are not finite ({rows.where(index)})",
-                    where=name,
-                    mend="look for NaN in the weights with merganser inspect",
-                )
+                what = f"the model's outputs are not finite ({rows.where(index)})"
+                raise CheckpointError(what, where=name, mend="look for NaN in the weights with merganser inspect")

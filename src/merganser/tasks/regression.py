@@ -67,11 +67,8 @@ class Regression(Task):
         super().check_head(opened)
         width = len(LabelSpace.of(opened.config))
         if width != 1:
-            raise CheckpointError(
-                f"regression needs a head with one output, this one has {width}",
-                where=opened.where,
-                mend="choose --task text-classification or multi-label",
-            )
+            what = f"regression needs a head with one output, this one has {width}"
+            raise CheckpointError(what, where=opened.where, mend="choose --task text-classification or multi-label")
 
     def references(self, rows: Rows, columns: Columns, space: LabelSpace) -> np.ndarray:
         """The numbers: float64 (rows,)."""

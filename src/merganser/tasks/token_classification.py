@@ -113,11 +113,8 @@ class TokenClassification(Task):
         """Refuse a head whose outputs are not named by BIO tags."""
         wrong = [name for name in self.space(opened.config).names if not is_bio(name)]
         if wrong:
-            raise CheckpointError(
-                f"entities cannot be scored: the model's labels are not BIO tags: {', '.join(wrong[:10])}",
-                where=opened.where,
-                mend="name the outputs O, B-TYPE, I-TYPE in id2label",
-            )
+            what = f"entities cannot be scored: the model's labels are not BIO tags: {', '.join(wrong[:10])}"
+            raise CheckpointError(what, where=opened.where, mend="name the outputs O, B-TYPE, I-TYPE in id2label")
 
 
 def _tags(logits: np.ndarray, space: LabelSpace) -> list[str]:

@@ -78,11 +78,9 @@ def encode_words(
         DataError: a text without a single token, with its file and line.
     """
     if not getattr(tokenizer, "is_fast", False):
-        raise CheckpointError(
-            f"token classification needs a fast tokenizer, not {type(tokenizer).__name__}",
-            where=getattr(tokenizer, "name_or_path", None),
-            mend="put the model's tokenizer.json beside the weights",
-        )
+        what = f"token classification needs a fast tokenizer, not {type(tokenizer).__name__}"
+        mend = "put the model's tokenizer.json beside the weights"
+        raise CheckpointError(what, where=getattr(tokenizer, "name_or_path", None), mend=mend)
     _separate_words(tokenizer)
     return _encode(rows, {"text": sentences}, tokenizer, config, max_length, words=True)
 

@@ -132,11 +132,9 @@ def load_start(start: Start, seed: int, folder: Path | None = None, *, allow_pic
     except CheckpointError:
         raise
     except Exception as error:  # whatever damaged weights or a stranger's configuration provoke
-        raise CheckpointError(
-            f"cannot be loaded for {task.name}: {first_line(error)}",
-            where=str(place),
-            mend="give a model folder with config, safetensors weights and tokenizer, or a Hub name",
-        ) from None
+        what = f"cannot be loaded for {task.name}: {first_line(error)}"
+        mend = "give a model folder with config, safetensors weights and tokenizer, or a Hub name"
+        raise CheckpointError(what, where=str(place), mend=mend) from None
     prepare_padding(model, start.tokenizer)
     return model
 

@@ -107,11 +107,8 @@ def train_multitask(
     sources = [starts.get(part.name, base) for part in parts]
     _check_place(output, [Path(source) for source in sources], not shared or len(parts) > 1, overwrite)
     if settings.best_epoch and all(part.dev is None for part in parts):
-        raise UserError(
-            "the best epoch is chosen on development data, and there are none",
-            where="best_epoch",
-            mend="give development data, or best_epoch: false",
-        )
+        what = "the best epoch is chosen on development data, and there are none"
+        raise UserError(what, where="best_epoch", mend="give development data, or best_epoch: false")
     names = [""] if shared else [part.name for part in parts]  # of the models' folders
     with quiet(), new_folder(output, overwrite=overwrite) as temporary:
         prepared = [
@@ -120,11 +117,8 @@ def train_multitask(
         ]
         for item, source in zip(prepared, sources, strict=True):
             if starts and not item.start.keeps_head:
-                raise UserError(
-                    f"the head has other labels than the part: {', '.join(item.start.labels)}",
-                    where=source,
-                    mend="give the labels of the head, in its order",
-                )
+                what = f"the head has other labels than the part: {', '.join(item.start.labels)}"
+                raise UserError(what, where=source, mend="give the labels of the head, in its order")
         drawn = seed if head_seed is None else head_seed
         scratch, resume = temporary / _SCRATCH, None
         if work is not None:
@@ -202,11 +196,9 @@ def _share_encoder(models: Sequence[Any], names: Sequence[str], *, same: bool) -
             if first is parameter:
                 continue
             if first.shape != parameter.shape or (same and not torch.equal(first, parameter)):
-                raise CheckpointError(
-                    f"the encoder of {name!r} differs from that of {names[0]!r} in {path}",
-                    where=name,
-                    mend="start all parts from one base, or from the models of one merge",
-                )
+                what = f"the encoder of {name!r} differs from that of {names[0]!r} in {path}"
+                mend = "start all parts from one base, or from the models of one merge"
+                raise CheckpointError(what, where=name, mend=mend)
             owner, _, leaf = path.rpartition(".")
             setattr(encoder.get_submodule(owner), leaf, first)
 
@@ -271,21 +263,15 @@ def _check_parts(parts: Sequence[TrainingPart], shared: bool, starts: Mapping[st
             raise UserError("one shared model has one start", where="starts", mend="give it as the base")
         for part in parts[1:]:
             if part.task != first.task or tuple(part.labels) != tuple(first.labels):
-                raise UserError(
-                    f"{part.name!r} has another task or other labels than {first.name!r}",
-                    where="parts",
-                    mend="give shared=False: a head for each part",
-                )
+                what = f"{part.name!r} has another task or other labels than {first.name!r}"
+                raise UserError(what, where="parts", mend="give shared=False: a head for each part")
         return
     for part in parts:
         if part.task.problem not in PROBLEM_TYPES:
             raise UserError(f"{part.task.name} has no head of its own", where=part.name, mend="give shared=True")
     if starts and set(starts) != set(names):
-        raise UserError(
-            f"starts are given for {', '.join(sorted(starts))}, the parts are {', '.join(names)}",
-            where="starts",
-            mend="give a start for every part",
-        )
+        what = f"starts are given for {', '.join(sorted(starts))}, the parts are {', '.join(names)}"
+        raise UserError(what, where="starts", mend="give a start for every part")
 
 
 def _check_place(output: Path, sources: Sequence[Path], several: bool, overwrite: bool) -> None:

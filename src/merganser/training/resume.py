@@ -59,11 +59,8 @@ def take_up(work: Path, key: str) -> Path | None:
         raise UserError("the work folder is a file", where=work, mend="give a folder")
     journal = work / _JOURNAL
     if work.is_dir() and any(work.iterdir()) and not journal.is_file():
-        raise UserError(
-            "the work folder holds something other than a training, so it is left alone",
-            where=work,
-            mend="give an empty or a new folder",
-        )
+        what = "the work folder holds something other than a training, so it is left alone"
+        raise UserError(what, where=work, mend="give an empty or a new folder")
     if journal.is_file() and journal.read_text(encoding="utf-8") == _journal(key):
         return last_checkpoint(work)
     clear(work)
