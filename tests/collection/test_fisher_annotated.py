@@ -16,7 +16,7 @@ from conftest import ARCHITECTURES
 from fisher_oracle import brute_force, build
 from merganser.checkpoints import open_checkpoint
 from merganser.collection import collect_statistics, scores
-from merganser.collection.per_example import Engine, OneByOne, Separable, SideBySide
+from merganser.collection.per_example import GradientEngine, OneByOne, Separable, SideBySide
 from merganser.collection.scores import FISHER_OF_ALL, FISHER_OF_ANNOTATED, cotangents, scored
 from merganser.errors import DataError
 from merganser.statistics import Statistics
@@ -302,7 +302,7 @@ def test_engines_agree(tmp_path: Path) -> None:
     for kind in ("expected", "empirical", "predicted"):
         results = []
         for make in (OneByOne, Separable, SideBySide):
-            engine: Engine = make(model, parameters)
+            engine: GradientEngine = make(model, parameters)
             sums = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
             with engine.attached():
                 for rows in engine.pieces(batch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from merganser.checkpoints import Checkpoint
-from merganser.checkpoints.layers import Layer, layers_of, map_parameters
+from merganser.checkpoints.layers import layers_of, map_parameters
 from merganser.collection.fisher import FisherCollector
 from merganser.collection.gram import Workers
 from merganser.collection.inputs import discover
@@ -86,8 +87,6 @@ class Collector:
         self._grams, self._fisher, self._problem, self._sampling = grams, fisher, problem, sampling
         self._device = inputs_device(model)
         self._stack = ExitStack()
-        self._names: dict[str, str] | None = None
-        self._layers: list[Layer] = []
         self._observer: Observer | None = None
         self._left_out = 0  # examples of the shard
 
@@ -130,7 +129,7 @@ class Collector:
         wanted = self._fisher if fisher_examples != 0 else None
         examples = tokens = 0
         with torch.no_grad():
-            names = self._map()
+            names = self._names
             masking, notes = describe_masking(first, self._model)
             observer = self._observe(first)
             if observer is not None:
@@ -190,22 +189,24 @@ class Collector:
                 batch = take_rows(batch, len(kept), kept)
             yield batch
 
-    def _map(self) -> dict[str, str]:
-        """The on-disk names of the model's parameters, found once."""
-        if self._names is None:
-            # a twin without weights, where some stay on the disk: tied ones are no longer one parameter then
-            model = empty_twin(self._model) if is_offloaded(self._model) else self._model
-            self._names = map_parameters(model, self._checkpoint)
-            self._layers = layers_of(model, self._checkpoint) if self._grams else []
-        return self._names
+    @cached_property
+    def _names(self) -> dict[str, str]:
+        """The on-disk names of the model's parameters."""
+        return map_parameters(self._whole, self._checkpoint)
+
+    @cached_property
+    def _whole(self) -> nn.Module:
+        """The model, or a twin without weights where some stay on the disk: tied ones are not one parameter then."""
+        return empty_twin(self._model) if is_offloaded(self._model) else self._model
 
     def _observe(self, first: Batch) -> Observer | None:
         """What gathers the layers' inputs, made with the first batch of all."""
         if self._grams and self._observer is None:
+            layers = layers_of(self._whole, self._checkpoint)
             self._observer = Observer(
                 self._model,
-                self._layers,
-                discover(self._model, self._layers, first),
+                layers,
+                discover(self._model, layers, first),
                 self._workers,
                 self._device,
                 self._sampling,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from merganser.collection.gram import Workers
 from merganser.collection.inputs import probe
 from merganser.collection.masks import Batch, batch_masks, take_rows
-from merganser.collection.per_example import Engine, NotSeparable, OneByOne, Separable, SideBySide, Squares
+from merganser.collection.per_example import GradientEngine, NotSeparable, OneByOne, Separable, SideBySide, Squares
 from merganser.collection.scores import cotangents, describe_scores, scored
 from merganser.errors import StatisticsError
 from merganser.statistics import FisherKind
@@ -67,13 +67,13 @@ class FisherCollector:
         self._lanes = [_zeros(self._parameters) for _ in range(lanes)]
         self._waiting: list[Batch] = []
         self._assigned = 0
-        self._engine: Engine | None = None
+        self._engine: GradientEngine | None = None
         self._remarks: set[str] = set()
         self.examples = 0
         self.notes: list[str] = []
 
-    def add(self, batch: Batch, limit: int | None = None) -> int:
-        """Add each example of a batch, at most the first ``limit``; how many there were is returned.
+    def add(self, batch: Batch, limit: int | None = None) -> None:
+        """Add each example of a batch, at most the first ``limit``.
 
         Raises:
             DataError: labels are missing or outside the model's label space.
@@ -87,7 +87,6 @@ class FisherCollector:
         self.examples += stop
         if len(self._waiting) >= 4 * len(self._lanes):
             self._run(self._engine)
-        return stop
 
     def result(self) -> Squares:
         """The mean over examples, float32, by on-disk name. The collector is used up.
@@ -110,14 +109,12 @@ class FisherCollector:
         self.notes += sorted(self._remarks)
         return {name: values.cpu() for name, values in total.items()}
 
-    def _run(self, engine: Engine) -> None:
+    def _run(self, engine: GradientEngine) -> None:
         """Add what waits, each piece in the lane whose turn it is."""
         waiting, self._waiting = self._waiting, []
         lanes = len(self._lanes)
-        shares: list[list[Batch]] = [[] for _ in range(lanes)]
-        for rows in waiting:
-            shares[self._assigned % lanes].append(rows)
-            self._assigned += 1
+        shares = [waiting[(lane - self._assigned) % lanes :: lanes] for lane in range(lanes)]
+        self._assigned += len(waiting)
 
         def task(share: list[Batch], lane: Squares) -> None:
             for rows in share:
@@ -130,7 +127,7 @@ class FisherCollector:
             else:
                 tasks[0]()
 
-    def _choose(self, batch: Batch) -> Engine:
+    def _choose(self, batch: Batch) -> GradientEngine:
         """The first engine that gives on a few examples what going one by one gives."""
         few = probe(batch, self._model)
         slow = OneByOne(self._model, self._parameters)
@@ -138,7 +135,7 @@ class FisherCollector:
         reasons = []
         for make in ON_CPU if self._on_cpu else ELSEWHERE:
             try:
-                engine: Engine = make(self._model, self._parameters)
+                engine: GradientEngine = make(self._model, self._parameters)
                 # whole for Separable: no size of a probe is the same as another, so that no layer's shape is misread
                 found = self._squares(engine, [few] if make is Separable else engine.pieces(few))
             except (NotSeparable, RuntimeError, TypeError, ValueError) as error:
@@ -152,7 +149,7 @@ class FisherCollector:
         self.notes.append(f"Fisher information one example at a time: {'; '.join(reasons)}")
         return slow
 
-    def _squares(self, engine: Engine, pieces: list[Batch]) -> Squares:
+    def _squares(self, engine: GradientEngine, pieces: list[Batch]) -> Squares:
         squares = _zeros(self._parameters)
         with engine.attached():
             for rows in pieces:

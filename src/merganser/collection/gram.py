@@ -65,10 +65,9 @@ class Gram:
         """A place (rows, d) in the buffer, to be filled before the next :meth:`flush`; None if they never fit."""
         if self._buffer is None or not 0 < rows <= self.capacity:
             return None
-        place = self._buffer[self._filled : self._filled + rows]
         self._filled += rows
         self.rows += rows
-        return place
+        return self._buffer[self._filled - rows : self._filled]
 
     def flush(self) -> list[Task]:
         """The products of what the buffer holds, as independent tasks; it counts as empty afterwards."""

@@ -144,13 +144,13 @@ def _call(x: Tensor, masks: BatchMasks, ids: bool) -> Call | None:
 
 
 def _choose(name: str, found: list[Call | None], ids: bool, notes: list[str]) -> tuple[Call | None, ...]:
-    if any(found) or ids:
-        if not all(found):
-            what = "ids that are not one a token" if ids else "inputs that are not tokens"
-            notes.append(f"{name}: {what} were left out" + ("" if any(found) else "; no statistics"))
-        return tuple(found)
-    notes.append(f"{name}: sees no tokens; every row of its inputs was counted")
-    return tuple(Call("all") for _ in found)
+    if not any(found) and not ids:
+        notes.append(f"{name}: sees no tokens; every row of its inputs was counted")
+        return tuple(Call("all") for _ in found)
+    if not all(found):
+        what = "ids that are not one a token" if ids else "inputs that are not tokens"
+        notes.append(f"{name}: {what} were left out" + ("" if any(found) else "; no statistics"))
+    return tuple(found)
 
 
 def _reshaped(key: str, value: Any, length: int) -> Any:

@@ -201,8 +201,7 @@ def _differs(what: str, where: str) -> DataError:
 
 def _absolute(name: str) -> str:
     """A path as every working directory knows it; what follows it (``::heads/name``, ``[split]``) stays."""
-    for separator in ("::", "[", ""):
-        path, found, rest = name.partition(separator) if separator else (name, "", "")
-        if (separator == "" or found) and Path(path).expanduser().exists():
-            return f"{Path(path).expanduser().absolute()}{found}{rest}"
+    for stem in (name.partition("::")[0], name.partition("[")[0], name):
+        if Path(stem).expanduser().exists():
+            return f"{Path(stem).expanduser().absolute()}{name.removeprefix(stem)}"
     return name

@@ -59,7 +59,7 @@ Squares = dict[str, Tensor]
 Vectors = Callable[[Tensor], Iterator[Tensor]]
 
 
-class Engine(Protocol):
+class GradientEngine(Protocol):
     """What :class:`~merganser.collection.fisher.FisherCollector` asks of an engine."""
 
     def pieces(self, batch: Batch) -> list[Batch]:
@@ -115,11 +115,8 @@ class SideBySide:
     def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
         self._model = model
         on_disk = {id(parameter): name for name, parameter in parameters.items()}
-        self._parameters = {
-            own: (on_disk[id(parameter)], parameter)
-            for own, parameter in model.named_parameters()
-            if id(parameter) in on_disk
-        }
+        of_model = model.named_parameters()
+        self._parameters = {own: (on_disk[id(p)], p) for own, p in of_model if id(p) in on_disk}
         size = 4 * sum(parameter.numel() for parameter in parameters.values())
         self._most = max(1, COPIES_BYTES // max(size, 1))
 
@@ -203,7 +200,7 @@ class NotSeparable(Exception):
 
 
 @dataclass(frozen=True)
-class _Call:
+class _LayerCall:
     """One layer's input and output in one forward pass, both with the batch first."""
 
     layer: str
@@ -265,7 +262,7 @@ class Separable:
             NotSeparable: a layer is called more than once, or on inputs that are not one for each example.
         """
         self._now.size = next(v.shape[0] for v in rows.values() if isinstance(v, Tensor) and v.ndim)
-        calls: list[_Call] = []
+        calls: list[_LayerCall] = []
         self._now.calls = calls
         with torch.enable_grad():
             logits = forward(self._model, rows)
@@ -293,10 +290,10 @@ class Separable:
             raise NotSeparable(f"{layer} sees {list(x.shape)}, not {size} examples")
         if not output.requires_grad:  # gradients flow from the first layers' outputs
             output = output.detach().requires_grad_()
-        self._now.calls.append(_Call(layer, x.detach(), output))
+        self._now.calls.append(_LayerCall(layer, x.detach(), output))
         return output
 
-    def _square(self, call: _Call, gradient: Tensor, squares: Squares) -> None:
+    def _square(self, call: _LayerCall, gradient: Tensor, squares: Squares) -> None:
         module, names = self._layers[call.layer], self._names[call.layer]
         kind = kind_of(module)
         if isinstance(module, nn.Embedding):

@@ -60,21 +60,18 @@ def choose_placement(
                 "nothing is left on the disk without a limit", where="--offload-folder", mend="give --max-memory, too"
             )
         return Placement(device)
-
-    def refused(what: str, mend: str) -> UserError:
-        return UserError(what, where="--max-memory", mend=mend)
-
+    problem = None
     if max_memory < LEAST_MEMORY:
-        raise refused(f"a limit of {max_memory} bytes is too small", "give at least 1MB, such as 2GB")
-    if device == "cuda":
-        raise refused("a model that stays on the disk runs on the CPU", "leave the limit or --device out")
-    if fisher:
-        raise refused("Fisher information needs all weights in memory", "leave the limit or --fisher out")
-    if isinstance(opened.checkpoint, AdapterCheckpoint):
-        raise refused(
-            "an adapter's base is changed in memory, so it cannot stay on the disk",
-            "leave the limit out, or merge the adapter into its base first",
-        )
+        problem = f"a limit of {max_memory} bytes is too small", "give at least 1MB, such as 2GB"
+    elif device == "cuda":
+        problem = "a model that stays on the disk runs on the CPU", "leave the limit or --device out"
+    elif fisher:
+        problem = "Fisher information needs all weights in memory", "leave the limit or --fisher out"
+    elif isinstance(opened.checkpoint, AdapterCheckpoint):
+        what = "an adapter's base is changed in memory, so it cannot stay on the disk"
+        problem = what, "leave the limit out, or merge the adapter into its base first"
+    if problem is not None:
+        raise UserError(problem[0], where="--max-memory", mend=problem[1])
     require("train", "a limit of memory", "accelerate", where="--max-memory")
     folder = None if offload_folder is None else Path(offload_folder).expanduser()
     if folder is not None and not folder.is_dir():
