@@ -102,10 +102,8 @@ class FisherCollector:
                 values += lane.pop(name)
             values /= max(self.examples, 1)
             if not bool(torch.isfinite(values).all()):
-                raise StatisticsError(
-                    f"the gradient of {name} is infinite or NaN",
-                    mend="check the model on these examples; weights in half precision may overflow",
-                )
+                mend = "check the model on these examples; weights in half precision may overflow"
+                raise StatisticsError(f"the gradient of {name} is infinite or NaN", mend=mend)
         self.notes += sorted(self._remarks)
         return {name: values.cpu() for name, values in total.items()}
 

@@ -227,10 +227,8 @@ def _given(batch: Mapping[str, Any], key: str, like: Tensor) -> Tensor:
     if mask is None:
         return torch.ones(like.shape[:2], dtype=torch.bool, device=like.device)
     if mask.ndim != 2 or tuple(mask.shape) != tuple(like.shape[:2]):
-        raise DataError(
-            f"{key} has the shape {list(mask.shape)}, the tokens have {list(like.shape[:2])}",
-            mend="give masks of shape (batch, tokens)",
-        )
+        mend = "give masks of shape (batch, tokens)"
+        raise DataError(f"{key} has the shape {list(mask.shape)}, the tokens have {list(like.shape[:2])}", mend=mend)
     return mask.bool()
 
 

@@ -38,7 +38,7 @@ class _Enough(Exception):
 
 
 @dataclass
-class _Pass:
+class _ForwardPass:
     """One forward pass: its batch, the places reserved for its rows, and what has been seen of it.
 
     Attributes:
@@ -103,15 +103,16 @@ class Observer:
             name: Gram(width, math.ceil(room[name] * self._capacity), device) for name, width in wiring.widths.items()
         }
         self.counts = {
-            layer.module: torch.zeros(_vocabulary(model, layer.module), dtype=torch.int64, device=device)
+            layer.module: torch.zeros(
+                model.get_parameter(f"{layer.module}.weight").shape[0], dtype=torch.int64, device=device
+            )
             for layer in self._layers
             if layer.kind == "embedding"
         }
-        sampled = [describe_sampling(wiring.widths, sampling)] if sampling else []
-        self.notes = [*wiring.notes, *sampled]
+        self.notes = [*wiring.notes, *([describe_sampling(wiring.widths, sampling)] if sampling else [])]
         self._shard = self._passes = 0
         self._drawn = dict.fromkeys(self.grams, 0)
-        self._waiting: list[_Pass] = []
+        self._waiting: list[_ForwardPass] = []
         self._now = threading.local()
         self._lock = threading.Lock()
 
@@ -153,7 +154,7 @@ class Observer:
             (name, number): self.grams[name].reserve(count) if rows[name] <= self.grams[name].capacity else None
             for (name, number), count in counts.items()
         }
-        self._waiting.append(_Pass(batch, masks, places, kept))
+        self._waiting.append(_ForwardPass(batch, masks, places, kept))
         self._passes += 1
         if not self._capacity:
             self.finish()
@@ -163,15 +164,15 @@ class Observer:
         waiting, self._waiting = self._waiting, []
         with input_hooks(self._model, list(self._wiring.calls), self._see):
             if self._capacity and not self._one_at_a_time:
-                ordered = sorted(waiting, key=lambda one: -one.masks.tokens.mask.numel())
-                self._workers.run([partial(self._run, one) for one in ordered])
+                ordered = sorted(waiting, key=lambda waits: -waits.masks.tokens.mask.numel())
+                self._workers.run([partial(self._run, current) for current in ordered])
             else:
-                for one in waiting:
-                    self._run(one)
+                for current in waiting:
+                    self._run(current)
         grams = sorted(self.grams.values(), key=lambda gram: -gram.width)
         self._workers.run([task for gram in grams for task in gram.flush()])
-        for one in waiting:
-            for name, block in one.loose:
+        for current in waiting:
+            for name, block in current.loose:
                 self._workers.run(self.grams[name].add(block))
 
     def result(self) -> tuple[tuple[LayerStatistics, ...], dict[str, Tensor]]:
@@ -187,20 +188,18 @@ class Observer:
                 continue
             mean, packed = gram.mean(), pack_upper(gram.mean_product())
             if not bool(torch.isfinite(packed).all()):
-                raise StatisticsError(
-                    f"the inputs of layer {name} are not finite, or too large for float32 sums",
-                    mend="check the model on these examples",
-                )
+                what = f"the inputs of layer {name} are not finite, or too large for float32 sums"
+                raise StatisticsError(what, mend="check the model on these examples")
             tensors[f"gram.{name}"], tensors[f"mean.{name}"] = packed, mean
-        entries = []
+        layers = []
         for layer in self._layers:
             leader = self._wiring.leaders.get(layer.module)
             rows = int(self.counts[layer.module].sum()) if leader is None else self.grams[leader].seen
             if rows:
-                entries.append(LayerStatistics(**asdict(layer), input=leader, rows=rows))
+                layers.append(LayerStatistics(**asdict(layer), input=leader, rows=rows))
                 if leader is None:
                     tensors[f"count.{layer.module}"] = self.counts[layer.module].cpu().clone()
-        return tuple(entries), tensors
+        return tuple(layers), tensors
 
     def _draw(self, counts: Mapping[tuple[str, int], int]) -> dict[tuple[str, int], Tensor]:
         """The rows that sampled inputs keep of one pass, by leader and call."""
@@ -215,71 +214,71 @@ class Observer:
                 self._drawn[name] += len(kept[name, number])
         return kept
 
-    def _run(self, one: _Pass) -> None:
-        self._now.one = one
+    def _run(self, current: _ForwardPass) -> None:
+        self._now.forward_pass = current
         try:
             # context variables of its own: a pass that is cut short leaves nothing behind in them
-            contextvars.copy_context().run(self._forward, one.batch)
+            contextvars.copy_context().run(self._forward, current.batch)
         except _Enough:
             pass
         finally:
-            self._now.one = None
-        if one.seen != self._expected:
+            self._now.forward_pass = None
+        if current.seen != self._expected:
             calls = self._wiring.calls.items()
-            raise _changed(next(n for n, c in calls if one.calls.get(n, 0) != len(c)), "it is called less often")
+            raise _changed(next(n for n, c in calls if current.calls.get(n, 0) != len(c)), "it is called less often")
 
     def _forward(self, batch: Batch) -> None:
         with torch.no_grad():  # each thread has its own
             self._model(**model_inputs(batch, self._model))
 
     def _see(self, name: str, x: Tensor) -> None:
-        one: _Pass = self._now.one
-        expected, number = self._wiring.calls[name], one.calls.get(name, 0)
+        current: _ForwardPass = self._now.forward_pass
+        expected, number = self._wiring.calls[name], current.calls.get(name, 0)
         if number >= len(expected):
             raise _changed(name, "it is called more often")
-        one.calls[name] = number + 1
-        one.seen += 1
+        current.calls[name] = number + 1
+        current.seen += 1
         call = expected[number]
         if call is not None:
             try:
-                self._count(name, number, call, x, one)
+                self._count(name, number, call, x, current)
             except ValueError as error:
                 raise _changed(name, f"its input of {error}") from None
-        if one.seen == self._expected:
+        if current.seen == self._expected:
             raise _Enough
 
-    def _count(self, name: str, number: int, call: Call, x: Tensor, one: _Pass) -> None:
+    def _count(self, name: str, number: int, call: Call, x: Tensor, current: _ForwardPass) -> None:
         if name in self.counts:
             total = self.counts[name]
-            found = torch.bincount(token_ids(x, call.kind, one.masks), minlength=total.numel())
+            found = torch.bincount(token_ids(x, call.kind, current.masks), minlength=total.numel())
             with self._lock:
                 total += found
             return
         leader = self._wiring.leaders[name]
         number = sum(c is not None for c in self._wiring.calls[name][:number])  # of those that count
         if leader != name:
-            if one.inputs.get((leader, number)) != identity_of(x):
+            if current.inputs.get((leader, number)) != identity_of(x):
                 raise _changed(name, f"it no longer sees the same input as {leader}")
             return
-        one.inputs[name, number] = identity_of(x)
-        rows, index = token_rows(x, call.kind, one.masks)
+        current.inputs[name, number] = identity_of(x)
+        rows, index = token_rows(x, call.kind, current.masks)
         count = rows.shape[0] if index is None else index.shape[0]
         with self._lock:
             self.grams[name].seen += count
-        kept = one.kept.get((name, number))
+        kept = current.kept.get((name, number))
         if kept is not None:
-            if call.rows(one.masks) != count:
-                raise ValueError(f"{tuple(x.shape)} has {count} rows that count, not {call.rows(one.masks)}")
+            if call.rows(current.masks) != count:
+                raise ValueError(f"{tuple(x.shape)} has {count} rows that count, not {call.rows(current.masks)}")
             kept = kept.to(x.device)
             index, count = kept if index is None else index[kept], len(kept)
             if not count:
                 return
-        place = one.places[name, number]
+        place = current.places[name, number]
         if place is None:
             # a copy: later layers may change their input in place
             block = rows.clone() if index is None else rows.index_select(0, index)
             if self._capacity:
-                one.loose.append((name, block))
+                current.loose.append((name, block))
             else:  # this is not a worker, and they are idle
                 self._workers.run(self.grams[name].add(block))
         elif len(place) != count:
@@ -294,7 +293,3 @@ def _changed(name: str, how: str) -> StatisticsError:
         mend="models whose structure depends on the data cannot be observed; merge them with a method "
         "that needs no Gram matrices",
     )
-
-
-def _vocabulary(model: nn.Module, embedding: str) -> int:
-    return int(model.get_parameter(f"{embedding}.weight").shape[0])

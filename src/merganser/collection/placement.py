@@ -56,9 +56,8 @@ def choose_placement(
         device = "cuda" if max_memory is None and torch.cuda.is_available() else "cpu"
     if max_memory is None:
         if offload_folder is not None:
-            raise UserError(
-                "nothing is left on the disk without a limit", where="--offload-folder", mend="give --max-memory, too"
-            )
+            mend = "give --max-memory, too"
+            raise UserError("nothing is left on the disk without a limit", where="--offload-folder", mend=mend)
         return Placement(device)
     problem = None
     if max_memory < LEAST_MEMORY:

@@ -195,9 +195,8 @@ def _engine(engine: str | Engine, ray_address: str | None, cpus: float) -> Engin
         return engine
     if engine != "ray":
         if ray_address is not None:
-            raise UserError(
-                "the address of a cluster has no meaning without it", where="--ray-address", mend="add --engine ray"
-            )
+            mend = "add --engine ray"
+            raise UserError("the address of a cluster has no meaning without it", where="--ray-address", mend=mend)
         make_engine(engine)  # or an error that names it
         return None
     return make_engine(engine, address=ray_address, description="collecting")
@@ -270,9 +269,8 @@ def _target(opened: Opened, output: str | Path | None, overwrite: bool) -> Path:
     if target.is_dir():
         target = target / FILE_NAME
     if target.exists() and not overwrite:
-        raise StatisticsError(
-            "the statistics file exists", where=target, mend="choose another with -o, or --overwrite it"
-        )
+        what = "the statistics file exists"
+        raise StatisticsError(what, where=target, mend="choose another with -o, or --overwrite it")
     folder = target.parent
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         state = "is not writable" if folder.is_dir() else "does not exist"

@@ -82,10 +82,8 @@ def scored(
     labels = batch.get("labels")
     problem = problem or _problem(logits, labels, model)
     if kind == "predicted" and problem == "regression":
-        raise StatisticsError(
-            "Fisher information of the predictions is zero for regression: y − f(x) is 0 at y = f(x)",
-            mend="use expected or empirical",
-        )
+        what = "Fisher information of the predictions is zero for regression: y − f(x) is 0 at y = f(x)"
+        raise StatisticsError(what, mend="use expected or empirical")
     if problem in SEQUENCES:
         labels, known = _align(problem, labels, batch, masks)
     else:
@@ -269,19 +267,16 @@ def _shaped(problem: Problem, labels: Tensor, logits: Tensor) -> Tensor:
     """Labels in the shape that belongs to logits (B, C): one an example in classification, else one an output."""
     shape = logits.shape[:1] if problem == "classification" else logits.shape
     if labels.numel() != shape.numel():
-        raise DataError(
-            f"labels of shape {list(labels.shape)} do not fit outputs of shape {list(logits.shape)} ({problem})",
-            mend="give one label for each example, or for each output of each example, as the problem has them",
-        )
+        what = f"labels of shape {list(labels.shape)} do not fit outputs of shape {list(logits.shape)} ({problem})"
+        mend = "give one label for each example, or for each output of each example, as the problem has them"
+        raise DataError(what, mend=mend)
     return labels.reshape(shape)
 
 
 def _check_labels(labels: Tensor | None, problem: Problem, logits: Tensor, known: Tensor) -> None:
     if labels is None:
-        raise DataError(
-            "empirical Fisher information needs labels, and the batches have none",
-            mend="name the label column, or use expected",
-        )
+        mend = "name the label column, or use expected"
+        raise DataError("empirical Fisher information needs labels, and the batches have none", mend=mend)
     if problem in ("multi_label", "regression"):
         return
     given, classes = labels[known], logits.shape[-1]

@@ -75,9 +75,8 @@ def fixed_shards(examples: int, size: int, fisher_examples: int | None, *, grams
     shards = []
     for number, start in enumerate(range(0, examples, size)):
         left = None if fisher_examples is None else max(0, fisher_examples - start)
-        if grams or left != 0:
-            shards.append(Shard(number, range(start, min(start + size, examples)), left))
-    return shards
+        shards.append(Shard(number, range(examples)[start : start + size], left))
+    return [shard for shard in shards if grams or shard.fisher != 0]
 
 
 @contextmanager

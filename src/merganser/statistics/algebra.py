@@ -93,15 +93,13 @@ def scale(statistics: Statistics, factor: float) -> tuple[StatisticsHeader, Mapp
         StatisticsError: no such factor, or more rows than can be counted.
     """
     if not 0 < factor < math.inf:
-        raise StatisticsError(
-            f"statistics cannot be weighted by {factor:g}", where="FACTOR", mend="give a number above 0"
-        )
+        mend = "give a number above 0"
+        raise StatisticsError(f"statistics cannot be weighted by {factor:g}", where="FACTOR", mend=mend)
     header = statistics.header
     most = max([header.fisher_examples, *(layer.rows for layer in header.layers)])
     if most * factor > MOST_ROWS:
-        raise StatisticsError(
-            f"{most} rows times {factor:g} are too many to count", where="FACTOR", mend="give a smaller number"
-        )
+        mend = "give a smaller number"
+        raise StatisticsError(f"{most} rows times {factor:g} are too many to count", where="FACTOR", mend=mend)
     changes = {
         "layers": tuple(layer.model_copy(update={"rows": _scaled(layer.rows, factor)}) for layer in header.layers),
         "fisher_examples": _scaled(header.fisher_examples, factor),

@@ -81,9 +81,8 @@ def parse_storage(text: str) -> Storage:
         return Storage("lowrank", int(rank[1]))
     if text.startswith("lowrank"):
         raise UserError(f"{text!r} has no rank of at least 1", where="--storage", mend="write it like lowrank:64")
-    raise UserError(
-        f"unknown storage {text!r}", where="--storage", mend=did_you_mean(text, ["float32", "bfloat16", "lowrank:64"])
-    )
+    mend = did_you_mean(text, ["float32", "bfloat16", "lowrank:64"])
+    raise UserError(f"unknown storage {text!r}", where="--storage", mend=mend)
 
 
 def compress(statistics: Statistics, storage: Storage | str) -> tuple[StatisticsHeader, Mapping[str, Tensor]]:

@@ -77,24 +77,18 @@ def number_problem(name: str, values: Tensor) -> str | None:
 
 
 def _matrix_values(encoding: GramEncoding, key: str, read: Callable[[str], Tensor]) -> Iterator[str]:
-    mean = read(f"mean.{key}")
-    if encoding != "factor":
-        yield from _gram_values(f"{encoding}.{key}", dense_gram(encoding, key, read).to(torch.float64), mean)
+    mean = read(f"mean.{key}").to(torch.float64)
+    if encoding == "factor":  # FᵀF + diag(rest) needs no factorisation
+        diagonal = read(f"diagonal.{key}")
+        rest = variances_of(diagonal, mean) - read(f"factor.{key}").to(torch.float64).square_().sum(0)
+        if bool((rest < -PSD_TOLERANCE * diagonal.to(torch.float64)).any()):
+            yield f"factor.{key} is not positive semi-definite with its diagonal and mean, so it is no mean of x xᵀ"
         return
-    diagonal = read(f"diagonal.{key}")
-    rest = variances_of(diagonal, mean) - read(f"factor.{key}").to(torch.float64).square_().sum(0)
-    # FᵀF + diag(rest) needs no factorisation
-    if bool((rest < -PSD_TOLERANCE * diagonal.to(torch.float64)).any()):
-        yield f"factor.{key} is not positive semi-definite with its diagonal and mean, so it is no mean of x xᵀ"
-
-
-def _gram_values(name: str, matrix: Tensor, mean: Tensor) -> Iterator[str]:
+    matrix = dense_gram(encoding, key, read).to(torch.float64)
     if not is_semidefinite(matrix):
-        yield f"{name} is not positive semi-definite, so it is no mean of x xᵀ"
-        return
-    mean = mean.to(torch.float64)
-    if not is_semidefinite(matrix.addr_(mean, mean, alpha=-1), float(mean @ mean)):
-        yield f"{name} is smaller than the square of its mean, which no set of inputs gives"
+        yield f"{encoding}.{key} is not positive semi-definite, so it is no mean of x xᵀ"
+    elif not is_semidefinite(matrix.addr_(mean, mean, alpha=-1), float(mean @ mean)):
+        yield f"{encoding}.{key} is smaller than the square of its mean, which no set of inputs gives"
 
 
 def is_semidefinite(matrix: Tensor, scale: float = 0.0) -> bool:

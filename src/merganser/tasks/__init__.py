@@ -1,4 +1,4 @@
-"""Tasks: columns of the data, a model head, metrics; one file each. A new one is registered in one line below."""
+"""Tasks: columns of the data, a model head, metrics; one file each. A new one is registered below."""
 
 from __future__ import annotations
 
@@ -19,19 +19,9 @@ from merganser.tasks.token_classification import TokenClassification
 
 __all__ = ["TASKS", "Columns", "Rows", "Task", "read_rows", "task_for"]
 
+_ALL = (MultiLabel, Regression, TextClassification, TokenClassification, Seq2Seq, CausalLM, FeatureExtraction)
 #: Every task by name. ``task_for("auto", …)`` asks them in this order.
-TASKS: dict[str, Task] = {
-    task.name: task
-    for task in (
-        MultiLabel(),
-        Regression(),
-        TextClassification(),
-        TokenClassification(),
-        Seq2Seq(),
-        CausalLM(),
-        FeatureExtraction(),
-    )
-}
+TASKS: dict[str, Task] = {task.name: task() for task in _ALL}
 
 
 def task_for(task: str | Task, config: Mapping[str, Any], **options: Any) -> Task:

@@ -166,9 +166,8 @@ def _read(asked: _Request) -> Rows:
         inside = folder / config
         return _from_folder(asked, inside) if inside.is_dir() else _from_subfolders(asked, folder, config)
     if path.suffix.lower() in READERS or not _NAME.fullmatch(base) or name.startswith("."):
-        raise DataError(
-            "no such file or folder", where=name, mend="check the path; data sets are given as name or name:config"
-        )
+        what = "no such file or folder"
+        raise DataError(what, where=name, mend="check the path; data sets are given as name or name:config")
     return _from_datasets(asked, base, config or None)
 
 
@@ -260,9 +259,8 @@ def _from_loaded(asked: _Request, loaded: Any) -> Rows:
         shown = f"{name}[{chosen}]" if len(loaded) > 1 or split else name
         loaded = loaded[chosen]
     elif split is not None and str(loaded.split or "") != split:
-        raise DataError(
-            f"this data set has no splits, but split {split!r} was asked for", where=name, mend="leave the split out"
-        )
+        mend = "leave the split out"
+        raise DataError(f"this data set has no splits, but split {split!r} was asked for", where=name, mend=mend)
     class_names: dict[str, tuple[str, ...]] = {}
     for column, feature in loaded.features.items():
         inner = getattr(feature, "feature", feature)  # of a list of classes

@@ -155,9 +155,8 @@ def _read_parquet(path: Path) -> Numbered:
                     number += 1
                     yield number, row
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(
-            f"unreadable Parquet file: {str(error).splitlines()[0]}", where=path, mend="copy or write it again"
-        ) from None
+        mend = "copy or write it again"
+        raise DataError(f"unreadable Parquet file: {str(error).splitlines()[0]}", where=path, mend=mend) from None
 
 
 def read_conll(path: Path) -> Numbered:

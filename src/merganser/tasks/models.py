@@ -170,7 +170,9 @@ def load_model(
         raise CheckpointError(what, where=opened.name, mend=mend) from None
     absent = set(info.get("missing_keys") or ())
     if adapted is not None:
-        absent = (absent | _mismatched(info)) - _adapt(model, adapted)
+        # what the base has in another shape is random until the adapter brings it
+        absent |= {one if isinstance(one, str) else one[0] for one in info.get("mismatched_keys") or ()}
+        absent -= _adapt(model, adapted)
     missing = sorted(absent)
     if complete and missing:
         what = f"the checkpoint has no weights for {', '.join(missing[:5])}{', …' if len(missing) > 5 else ''}"
@@ -187,11 +189,6 @@ def _adapt(model: nn.Module, adapted: AdapterCheckpoint) -> set[str]:
         for name in changed:
             parameters[name].copy_(adapted.read(names[name]))
     return changed
-
-
-def _mismatched(info: Mapping[str, Any]) -> set[str]:
-    """Parameters that the base has in another shape, and which are random until an adapter brings them."""
-    return {one if isinstance(one, str) else one[0] for one in info.get("mismatched_keys") or ()}
 
 
 def length_limit(config: Mapping[str, Any], tokenizer: Any) -> int | None:

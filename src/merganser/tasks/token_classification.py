@@ -49,9 +49,8 @@ class TokenClassification(Task):
             if not isinstance(tags, list | tuple) or not isinstance(tokens, list | tuple):
                 raise DataError(f"{words!r} and {column!r} must both be lists", where=where, mend=CHOOSE)
             if len(tags) != len(tokens):
-                raise DataError(
-                    f"{len(tokens)} words but {len(tags)} tags", where=where, mend="give one tag for each word"
-                )
+                mend = "give one tag for each word"
+                raise DataError(f"{len(tokens)} words but {len(tags)} tags", where=where, mend=mend)
             found.append([space.names[reader.read(tag, where)] for tag in tags])
         return found
 

@@ -95,9 +95,8 @@ def _check_labels(labels: Sequence[str], task: Task) -> None:
         or len(set(labels)) < len(labels)
         or not all(isinstance(n, str) for n in labels)
     ):
-        raise DataError(
-            f"labels of {task.name} must be {wanted}, but are {list(labels)!r}", mend="name every label once"
-        )
+        mend = "name every label once"
+        raise DataError(f"labels of {task.name} must be {wanted}, but are {list(labels)!r}", mend=mend)
 
 
 def load_start(start: Start, seed: int, folder: Path | None = None, *, allow_pickle: bool = False) -> Any:

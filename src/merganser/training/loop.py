@@ -253,10 +253,8 @@ class _Trainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Keep the log, and stop where the loss is not finite."""
         if not math.isfinite(logs.get("loss", 0.0)):
-            raise DataError(
-                f"training diverged, its loss is {logs['loss']}",
-                mend=f"lower the learning rate (now {self.args.learning_rate:g})",
-            )
+            mend = f"lower the learning rate (now {self.args.learning_rate:g})"
+            raise DataError(f"training diverged, its loss is {logs['loss']}", mend=mend)
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -49,9 +49,8 @@ def make_loss(
     """
     weighted = reweight != "none"
     if weighted and problem not in ("classification", "multi_label", "tokens"):
-        raise UserError(
-            "reweighting by label frequency has no meaning for this task", where="reweight", mend="give reweight: none"
-        )
+        mend = "give reweight: none"
+        raise UserError("reweighting by label frequency has no meaning for this task", where="reweight", mend=mend)
     if problem == "multi_label":
         marks = np.array([feature.labels for feature in features], np.float64)
         if not np.isfinite(marks).any():

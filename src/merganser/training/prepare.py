@@ -145,9 +145,8 @@ def _dev(start: Start, dev: Rows, metric: str | None, given: Columns) -> Dev:
     task.check_scoring(replace(start.opened, config=start.config))
     chosen = metric or task.key_metric
     if chosen not in task.metrics:
-        raise UserError(
-            f"{task.name} has no metric {chosen!r}", where="metric", mend=did_you_mean(chosen, task.metrics)
-        )
+        mend = did_you_mean(chosen, task.metrics)
+        raise UserError(f"{task.name} has no metric {chosen!r}", where="metric", mend=mend)
     if not len(dev):
         raise DataError("there are no development rows", where=dev.source, mend="give some, or no data")
     columns = task.columns(dev, given)
