@@ -38,7 +38,7 @@ from merganser.lab.report.layouts import average_over_tests, on_tests
 from merganser.lab.report.page import render_page
 from merganser.lab.report.rows import read_rows
 from merganser.lab.report.sections import Section, make_sections
-from merganser.lab.report.tables import Cell, Line, Table
+from merganser.lab.report.tables import Line, Table, TableCell
 from merganser.lab.sentiment import LABEL_NAMES, PACKAGE, SDIST_SHA256, TITLES, VERSION, Domain, Example, load_domains
 from merganser.lab.zoo import Zoo
 from merganser.methods.actmat import ACTMAT
@@ -291,7 +291,7 @@ def _class_counts(domains: Sequence[Domain]) -> Table:
         for split, examples in (("train", domain.train), ("test", domain.test)):
             labels = [example.label for example in examples]
             counts = [len(labels), *(labels.count(label) for label in range(len(LABEL_NAMES)))]
-            lines.append(Line(split, tuple(Cell(text=str(count)) for count in counts), group=domain.title))
+            lines.append(Line(split, tuple(TableCell(text=str(count)) for count in counts), group=domain.title))
     return Table(
         key="classes",
         title="Texts and their classes",
