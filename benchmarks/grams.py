@@ -83,8 +83,10 @@ def _write(model: Path, encoder: Encoder, number: int) -> None:
     )
     header = StatisticsHeader(
         layers=layers,
-        manifest_sha256=checkpoint.manifest_sha256(),
-        tensor_sha256={name: checkpoint.sha256(name) for name in checkpoint.tensors},
+        protocol=3,
+        hash_kind="blake3",
+        manifest_hash=checkpoint.manifest_hash("blake3"),
+        tensor_hashes={name: checkpoint.hash(name, "blake3") for name in checkpoint.tensors},
         examples=rows,
         tokens=rows,
         masking="none: drawn at random",

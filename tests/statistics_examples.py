@@ -2,7 +2,7 @@
 
 As a script, it writes the small file of protocol 2 that the tests keep, so that every later version reads it:
 
-    PYTHONPATH=tests python tests/statistics_examples.py tests/statistics/data/protocol-2.safetensors
+    PYTHONPATH=tests python tests/statistics_examples.py tests/statistics/data/protocol-3.safetensors
 """
 
 from __future__ import annotations
@@ -111,4 +111,5 @@ def make_statistics(
 
 if __name__ == "__main__":
     written = compress(make_statistics((24, 3), rows=200, label="kept for ever"), "lowrank:4")
-    write_statistics(sys.argv[1], *written)
+    header = written[0].model_copy(update={"protocol": 3, "hash_kind": "blake3"})
+    write_statistics(sys.argv[1], header, written[1])

@@ -120,8 +120,8 @@ def test_other_weights_with_the_same_grams_start_anew(
     checkpoint = open_checkpoint(models[0])
     header = statistics.header.model_copy(
         update={
-            "tensor_sha256": {n: checkpoint.sha256(n) for n in statistics.header.tensor_sha256},
-            "manifest_sha256": checkpoint.manifest_sha256(),
+            "tensor_hashes": {n: checkpoint.hash(n, "blake3") for n in statistics.header.tensor_hashes},
+            "manifest_hash": checkpoint.manifest_hash("blake3"),
         }
     )
     tensors = {n: statistics.packed(n).clone() for n in statistics.tensors}

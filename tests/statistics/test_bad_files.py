@@ -101,7 +101,7 @@ def test_no_header_or_a_malformed_one(published: Path) -> None:
     save_file(state, published, metadata={"merganser": "{not json"})
     refused(published, "JSON")
     save_file(state, published, metadata={"merganser": '{"protocol": 1}'})
-    refused(published, "manifest_sha256")
+    refused(published, "manifest_hash")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -159,9 +159,9 @@ def test_diff(files: tuple[Path, Path], tmp_path: Path) -> None:
 
 def test_diff_of_other_layers_and_weights() -> None:
     a, b = make_statistics((48, 24)), make_statistics((48, 23, 8), fisher=False)
-    hashes = {**b.header.tensor_sha256, "layer.0.weight": "2" * 64}
+    hashes = {**b.header.tensor_hashes, "layer.0.weight": "2" * 64}
     b = Statistics.in_memory(
-        b.header.model_copy(update={"manifest_sha256": "3" * 64, "tensor_sha256": hashes}),
+        b.header.model_copy(update={"manifest_hash": "3" * 64, "tensor_hashes": hashes}),
         {name: b.packed(name) for name in b.tensors},
     )
     found = {(d.kind, d.name): d for d in distances(a, b)}

@@ -18,6 +18,7 @@ from merganser.errors import StatisticsError, UserError
 from merganser.merging import Contributor, merge
 from merganser.methods.sums import augment
 from merganser.statistics import Statistics, write_statistics
+from merganser.statistics.algebra import add
 from merganser.statistics.gram_encodings import WIDEST
 from merganser.statistics.storage import compress, parse_storage, rounded_within, top_factor
 from merganser.tensors import mirror_upper, pack_upper, unpack_upper
@@ -381,3 +382,24 @@ def test_merging_from_compressed_statistics(tmp_path: Path) -> None:
     errors = [distance(merged(storage)) for storage in ("bfloat16", "lowrank:6", "lowrank:2")]
     assert len(linear) >= 12 and 0 < errors[0] < errors[1] < errors[2] < distance(average)
     assert errors[0] < 0.05 * distance(average)
+
+
+def test_protocol_3_knows_weights_by_blake3(tmp_path: Path) -> None:
+    """One file is kept; compressing and adding keep the kind, and files of both kinds are not added up."""
+    kept = Statistics.open(Path(__file__).parent / "data" / "protocol-3.safetensors")
+    assert (kept.header.protocol, kept.header.hash_kind, kept.header.label) == (3, "blake3", "kept for ever")
+    header, tensors = compress(kept, "bfloat16")
+    assert (header.protocol, header.hash_kind) == (3, "blake3")
+    again = Statistics.open(write_statistics(tmp_path / "s.safetensors", header, tensors))
+    assert again.header == header and set(header.model_dump()) >= {"manifest_blake3", "tensor_blake3"}
+    assert add([kept, again])[0].protocol == 3
+    older = Statistics.in_memory(
+        kept.header.model_copy(update={"hash_kind": "sha256", "protocol": 2}),
+        {name: kept.packed(name) for name in kept.tensors},
+    )
+    assert set(older.header.model_dump()) >= {"manifest_sha256", "tensor_sha256"}
+    with pytest.raises(UserError, match=r"manifest blake3 \S+ and sha256"):
+        add([kept, older])
+    with pytest.raises(UserError, match="protocol 2 knows weights by sha256"):
+        Statistics.open(rewritten(tmp_path / "s.safetensors", {}, protocol=2))
+

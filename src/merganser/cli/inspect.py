@@ -91,7 +91,7 @@ def _statistics(path: Path, validate: bool) -> dict[str, Any]:
         "masking": header.masking,
         "fisher": header.fisher or "none",
         "label": header.label,
-        "weights_sha256": header.manifest_sha256,
+        f"weights_{header.hash_kind}": header.manifest_hash,
         "versions": dict(header.versions),
         "notes": list(header.notes),
         **({"validated": "finite, symmetric, positive semi-definite"} if validate else {}),

@@ -124,7 +124,7 @@ def diff_command(a: Path, b: Path, as_json: bool) -> None:
     _check_memory([left, right], _COMPARING)
     headers = header_differences(left, right)
     found = list(distances(left, right))
-    same = left.header.manifest_sha256 == right.header.manifest_sha256
+    same = left.header.manifest_hash == right.header.manifest_hash
     if as_json:
         items = [{**vars(d), "relative": d.relative if math.isfinite(d.relative or 0) else None} for d in found]
         value = {"same_weights": same, "header": headers, "distances": items}

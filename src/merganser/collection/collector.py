@@ -160,8 +160,10 @@ class Collector:
                 notes += [f"{name}: not in the checkpoint; no Fisher information" for name in absent]
         header = StatisticsHeader(
             layers=layers,
-            manifest_sha256=self._checkpoint.manifest_sha256(),
-            tensor_sha256={name: self._checkpoint.sha256(name) for name in sorted(self._checkpoint.tensors)},
+            protocol=3,
+            hash_kind="blake3",
+            manifest_hash=self._checkpoint.manifest_hash("blake3"),
+            tensor_hashes={name: self._checkpoint.hash(name, "blake3") for name in sorted(self._checkpoint.tensors)},
             examples=examples,
             tokens=tokens,
             masking=masking,

@@ -74,7 +74,7 @@ def make_jobs(
         "task": examples.task.name,
         "columns": asdict(examples.columns),
         "max_length": examples.encoded.max_length,
-        "manifest": examples.opened.checkpoint.manifest_sha256(),
+        "manifest": examples.opened.checkpoint.manifest_hash("blake3"),
         "grams": grams,
         "fisher": fisher,
         "sampling": asdict(sampling) if sampling else None,
@@ -156,7 +156,7 @@ def work(payload: Mapping[str, Any]) -> dict[str, Any]:
         DataError: model or data differ from those that the job was made for.
     """
     opened = open_model(payload["model"], allow_pickle=payload["allow_pickle"])
-    if opened.checkpoint.manifest_sha256() != payload["manifest"]:
+    if opened.checkpoint.manifest_hash("blake3") != payload["manifest"]:
         raise _differs("the model", opened.name)
     examples = _examples(payload, opened)
     indices = range(len(examples))

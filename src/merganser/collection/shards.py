@@ -213,4 +213,4 @@ def _together(one: StatisticsHeader, two: StatisticsHeader, where: Path | None) 
 def _fixed(header: StatisticsHeader) -> tuple[Any, ...]:
     """What no two shards of one collection differ in."""
     layers = [layer.model_dump(exclude={"rows"}) for layer in header.layers]
-    return header.manifest_sha256, header.versions, header.masking, layers
+    return header.manifest_hash, header.versions, header.masking, layers

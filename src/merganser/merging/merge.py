@@ -242,7 +242,7 @@ def _hash(inputs: Inputs, threads: int) -> None:
     """Hash all weights and statistics that belong together, several tensors and files at once."""
     bound = [(p.checkpoint, p.statistics) for p in inputs.parents if p.statistics is not None]
     work: list[Callable[[], str]] = [statistics.sha256 for _, statistics in bound]
-    work += [partial(c.hash, name, "sha256") for c, s in bound for name in c.tensors]
+    work += [partial(c.hash, name, s.header.hash_kind) for c, s in bound for name in c.tensors]
     with ThreadPoolExecutor(threads) as pool:
         for _ in track(pool.map(lambda one: one(), work), "hashing", "tensors", len(work)):
             pass

@@ -45,7 +45,7 @@ def add(parts: Sequence[Statistics]) -> tuple[StatisticsHeader, Mapping[str, Ten
         ([spec], partial(_sum, parts, [each.get(spec.name, 0) for each in weights], spec.name)) for spec in specs
     ]
     labels = dict.fromkeys(header.label for header in headers if header.label)
-    update = {"protocol": 1, "label": "; ".join(labels), "notes": _notes(headers)}
+    update = {"protocol": headers[0].protocol_with(1), "label": "; ".join(labels), "notes": _notes(headers)}
     return sum_headers(headers).model_copy(update=update), LazyTensors(groups)
 
 
@@ -64,7 +64,7 @@ def sum_headers(headers: Sequence[StatisticsHeader]) -> StatisticsHeader:
 def weights_of(header: StatisticsHeader) -> dict[str, int]:
     """How many rows or examples each tensor is the mean of; token counts are sums and absent."""
     rows = {f"{kind}.{layer.input}": layer.rows for layer in header.layers if layer.input for kind in ("gram", "mean")}
-    return rows | {f"fisher.{name}": header.fisher_examples for name in header.tensor_sha256}
+    return rows | {f"fisher.{name}": header.fisher_examples for name in header.tensor_hashes}
 
 
 def _notes(headers: Sequence[StatisticsHeader]) -> tuple[str, ...]:
@@ -115,8 +115,9 @@ def scale(statistics: Statistics, factor: float) -> tuple[StatisticsHeader, Mapp
 def _check_same(first: Statistics, other: Statistics) -> None:
     a, b = first.header, other.header
     where = other.path
-    if a.manifest_sha256 != b.manifest_sha256:
-        what = f"statistics of different weights cannot be added: manifest {a.manifest_sha256} and {b.manifest_sha256}"
+    if (a.hash_kind, a.manifest_hash) != (b.hash_kind, b.manifest_hash):
+        what = "statistics of different weights cannot be added: manifest "
+        what += f"{a.hash_kind} {a.manifest_hash} and {b.hash_kind} {b.manifest_hash}"
         raise StatisticsError(what, where=where, mend="collect both from the same checkpoint")
     if a.fisher != b.fisher or _contents(first) != _contents(other):
         what = "the files do not hold the same statistics (layers, or kind of Fisher information)"

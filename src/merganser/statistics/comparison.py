@@ -34,9 +34,12 @@ def header_differences(a: Statistics, b: Statistics) -> dict[str, tuple[str, str
     left, right = a.header.model_dump(mode="json"), b.header.model_dump(mode="json")
     found = {} if a.storage == b.storage else {"storage": (a.storage, b.storage)}
     for key in left:
-        if left[key] == right[key]:
+        if left[key] == right.get(key):
             continue
-        if key == "tensor_sha256":
+        if key not in right:  # hashes of another kind
+            found[key] = ("as said", "hashes of another kind")
+            continue
+        if key.startswith("tensor_"):
             names = sorted(left[key].keys() | right[key].keys())
             differing = [name for name in names if left[key].get(name) != right[key].get(name)]
             found[key] = (f"{len(differing)} of {len(names)} weight tensors differ", ", ".join(differing[:3]))

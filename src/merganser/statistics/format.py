@@ -18,18 +18,27 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from merganser.errors import StatisticsError
 
 FILE_NAME = "merge_statistics.safetensors"
-PROTOCOL = 2  # the newest; a file is of the oldest protocol that has all of its tensors
+PROTOCOL = 3  # the newest; a file is of the oldest protocol that has all of its tensors
 METADATA_KEY = "merganser"
 MAX_METADATA = 32 * 2**20  # bytes of header JSON; a thousand layers need a few hundred thousand
 AGAIN = "collect the statistics again, or download the file again"
 
+HashKind = Literal["sha256", "blake3"]
 FisherKind = Literal["expected", "empirical", "predicted"]
 
 #: Notes of multi-label files, which say whether the information is of annotated labels alone.
@@ -68,8 +77,9 @@ class StatisticsHeader(BaseModel):
     Attributes:
         protocol: version of this format; readers read their own and every older one.
         layers: the layers with statistics, in module order.
-        manifest_sha256: of the whole checkpoint, see :func:`merganser.checkpoints.reader.manifest_sha256`.
-        tensor_sha256: of every on-disk weight tensor.
+        hash_kind: of the hashes of weights: sha256 up to protocol 2; blake3, which merging needs anyway, from 3 on.
+        manifest_hash: of the whole checkpoint, see :meth:`merganser.checkpoints.Checkpoint.manifest_hash`.
+        tensor_hashes: of every on-disk weight tensor. In files, both names end in the kind, as in ``tensor_blake3``.
         examples, tokens: how many examples and real tokens (of encoder and decoder together) were counted.
         masking: the rule by which padding was left out.
         dtype: of the accumulators.
@@ -84,8 +94,9 @@ class StatisticsHeader(BaseModel):
 
     protocol: int = 1
     layers: tuple[LayerStatistics, ...] = ()
-    manifest_sha256: str
-    tensor_sha256: dict[str, str]
+    hash_kind: HashKind = "sha256"
+    manifest_hash: str
+    tensor_hashes: dict[str, str]
     examples: int = Field(ge=0)
     tokens: int = Field(ge=0)
     masking: str
@@ -95,6 +106,28 @@ class StatisticsHeader(BaseModel):
     versions: dict[str, str] = Field(default_factory=dict)
     label: str = ""
     notes: tuple[str, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_kind(cls, values: Any) -> Any:
+        """The names that files have, which say the kind."""
+        kind = next((k for k in get_args(HashKind) if isinstance(values, dict) and f"tensor_{k}" in values), None)
+        if kind is None:
+            return values
+        found = {k: v for k, v in values.items() if k not in (f"tensor_{kind}", f"manifest_{kind}")}
+        named = {"tensor_hashes": values[f"tensor_{kind}"], "manifest_hash": values.get(f"manifest_{kind}")}
+        return {**found, **named, "hash_kind": kind}
+
+    @model_serializer(mode="wrap")
+    def _write_kind(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values = handler(self)
+        kind = values.pop("hash_kind")
+        hashes, manifest = values.pop("tensor_hashes"), values.pop("manifest_hash")
+        return {**values, f"tensor_{kind}": hashes, f"manifest_{kind}": manifest}
+
+    def protocol_with(self, tensors: int) -> int:
+        """The oldest protocol that has this header, where its tensors need at least the protocol ``tensors``."""
+        return 3 if self.hash_kind == "blake3" else tensors
 
 
 def parse_header(text: str, file: Path) -> StatisticsHeader:

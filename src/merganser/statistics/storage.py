@@ -115,7 +115,7 @@ def compress(statistics: Statistics, storage: Storage | str) -> tuple[Statistics
     notes = statistics.header.notes
     if storage.kind != "float32" or statistics.storage != "float32":
         notes = (*notes, _note(statistics, storage, len(dense)))
-    protocol = protocol_of(tensors.infos)
+    protocol = statistics.header.protocol_with(protocol_of(tensors.infos))
     return statistics.header.model_copy(update={"protocol": protocol, "notes": notes}), tensors
 
 

@@ -27,16 +27,18 @@ MOST_NAMED = 10  # problems of one sort that are spelt out
 
 def layout_problems(header: StatisticsHeader, tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
     """What header and tensor names, dtypes and shapes say against each other."""
+    if header.hash_kind == "blake3" and header.protocol < 3:
+        yield f"protocol {header.protocol} knows weights by sha256, this header by blake3"
     needed = {name for layer in header.layers for name in layer_tensors(tensors, layer.input, layer.module)}
     for name in sorted(needed - set(tensors)):
         yield f"{name} is missing"
     for name in sorted(set(tensors) - needed):
         if not name.startswith("fisher."):
             yield f"{name} belongs to no layer of the header"
-        elif name.removeprefix("fisher.") not in header.tensor_sha256:
+        elif name.removeprefix("fisher.") not in header.tensor_hashes:
             yield f"{name} is of a tensor that the header does not know"
     for layer in header.layers:
-        if layer.weight not in header.tensor_sha256:
+        if layer.weight not in header.tensor_hashes:
             yield f"layer {layer.module}: the header has no hash of {layer.weight}"
         if (layer.kind == "embedding") != (layer.input is None):
             yield f"layer {layer.module}: an embedding has counts, any other layer an input"
@@ -118,8 +120,8 @@ def binding_problems(
     Args:
         read: the weights, for their hashes; without that, headers alone are compared.
     """
-    hashes = header.tensor_sha256.items()
-    found = [_other_weight(name, sha256 if read else None, checkpoint) for name, sha256 in hashes]
+    kind, hashes = header.hash_kind, header.tensor_hashes.items()
+    found = [_other_weight(name, known if read else None, kind, checkpoint) for name, known in hashes]
     texts = [text for text in found if text]
     more = len(texts) - MOST_NAMED
     rest = [f"{more} more tensors {'differ' if read else 'are absent'}"] if more > 0 else []
@@ -127,21 +129,21 @@ def binding_problems(
         yield f"statistics of other weights: {text}"
     if texts:
         return
-    if read and (ours := checkpoint.manifest_sha256()) != header.manifest_sha256:
+    if read and (ours := checkpoint.manifest_hash(kind)) != header.manifest_hash:
         yield (
-            f"statistics of other weights: the manifest of {checkpoint.name} has sha256 {ours}, "
-            f"the statistics were computed from {header.manifest_sha256}"
+            f"statistics of other weights: the manifest of {checkpoint.name} has {kind} {ours}, "
+            f"the statistics were computed from {header.manifest_hash}"
         )
     yield from _misshapen(header, tensors, checkpoint)
 
 
-def _other_weight(name: str, theirs: str | None, checkpoint: Checkpoint) -> str | None:
+def _other_weight(name: str, theirs: str | None, kind: str, checkpoint: Checkpoint) -> str | None:
     """What shows that a checkpoint does not have a tensor that statistics are of; without a hash, its name alone."""
     if name not in checkpoint.tensors:
         return f"{checkpoint.name} has no tensor {name}"
-    if theirs is None or (ours := checkpoint.sha256(name)) == theirs:
+    if theirs is None or (ours := checkpoint.hash(name, kind)) == theirs:
         return None
-    return f"tensor {name} of {checkpoint.name} has sha256 {ours}, the statistics were computed from {theirs}"
+    return f"tensor {name} of {checkpoint.name} has {kind} {ours}, the statistics were computed from {theirs}"
 
 
 def _misshapen(header: StatisticsHeader, tensors: Mapping[str, TensorInfo], checkpoint: Checkpoint) -> Iterator[str]:
