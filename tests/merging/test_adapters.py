@@ -19,8 +19,8 @@ from merganser.checkpoints import Checkpoint, open_checkpoint
 from merganser.collection import collect
 from merganser.errors import RecipeError, UserError
 from merganser.merging import make_plan, make_recipe, merge, reproduce, verify
+from merganser.merging.execution import Merging
 from merganser.merging.parents import open_inputs
-from merganser.merging.work import Merging
 from merganser.statistics import FILE_NAME, Statistics
 from merganser.tasks.models import load_model, open_model
 

@@ -252,7 +252,7 @@ def test_appended_tokens(family, tmp_path: Path) -> None:
 def test_a_killed_merge_leaves_no_folder_that_looks_finished(family, tmp_path: Path) -> None:
     _, models = family("bert", 2)
     slow = (
-        "import sys, time, merganser.merging.work as e\n"
+        "import sys, time, merganser.merging.execution as e\n"
         "whole = e.Merging.slices\n"
         "def slow(*a):\n    print('step', flush=True); time.sleep(0.2); return whole(*a)\n"
         "e.Merging.slices = slow\n"
@@ -276,7 +276,7 @@ def test_a_killed_merge_leaves_no_folder_that_looks_finished(family, tmp_path: P
 def test_ctrl_c_removes_what_was_begun(family, tmp_path: Path) -> None:
     _, models = family("bert", 2)
     slow = (
-        "import signal, sys, time, merganser.merging.work as e\n"
+        "import signal, sys, time, merganser.merging.execution as e\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # background jobs ignore it
         "whole = e.Merging.slices\n"
         "def slow(*a):\n    print('step', flush=True); time.sleep(0.2); return whole(*a)\n"

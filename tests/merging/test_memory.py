@@ -15,9 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from merganser.errors import CheckpointError, RecipeError, UserError
 from merganser.merging import RunSettings, Step, make_recipe, memory, merge, prepare
-from merganser.merging.execution import longest_first
+from merganser.merging.execution import Merging, longest_first
 from merganser.merging.memory import Budget, anonymous_bytes, available_bytes
-from merganser.merging.work import Merging
 from merganser.methods import Facts, Unit, sums
 
 

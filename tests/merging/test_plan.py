@@ -20,8 +20,8 @@ from merganser.checkpoints.writer import TensorSpec
 from merganser.engines import SerialEngine
 from merganser.errors import RecipeError, UserError
 from merganser.merging import Plan, Source, Step, carry_out, make_plan, make_recipe, merge, prepare, reproduce, verify
+from merganser.merging.execution import Merging, read_source
 from merganser.merging.plan import inputs_of
-from merganser.merging.work import Merging, read_source
 from merganser.methods import Facts, Unit
 
 Family = Callable[..., tuple[Path, list[Path]]]

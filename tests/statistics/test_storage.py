@@ -402,4 +402,3 @@ def test_protocol_3_knows_weights_by_blake3(tmp_path: Path) -> None:
         add([kept, older])
     with pytest.raises(UserError, match="protocol 2 knows weights by sha256"):
         Statistics.open(rewritten(tmp_path / "s.safetensors", {}, protocol=2))
-

@@ -1,9 +1,8 @@
 """Reading and writing model folders: lazy tensors, hashes, names of layers on disk."""
 
 from merganser.checkpoints.adapters import AdapterCheckpoint
-from merganser.checkpoints.folder import PickledWeights
 from merganser.checkpoints.header import TensorInfo
-from merganser.checkpoints.opening import open_checkpoint
+from merganser.checkpoints.opening import PickledWeights, open_checkpoint
 from merganser.checkpoints.reader import Checkpoint, hash_tensor, sha256_file
 
 __all__ = [

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import os
 import sys
 
 import click
@@ -30,6 +31,9 @@ COMMANDS = {
     "zoo": ("zoo", "List, show and remove trained models."),
     "demo": ("demo", "Fine-tune, collect, merge and compare, on real data."),
 }
+
+#: What keeps other libraries' banners off the terminal and their reports off the network.
+QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 class LazyGroup(click.Group):
@@ -75,6 +79,8 @@ def cli() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
     gc.set_threshold(200_000, 20, 50)  # importing torch makes a million objects, none of them garbage
     try:
         cli.main(args=arguments, prog_name="merganser", standalone_mode=False)

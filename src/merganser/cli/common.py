@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import Any
 
@@ -10,17 +9,8 @@ import click
 import yaml
 
 
-def quiet_libraries(bars: bool = True) -> None:
-    """Keep other libraries' banners, load reports and bars off the terminal; their errors still come through.
-
-    Args:
-        bars: also those that transformers shows while it loads a model, which takes a second to import it.
-    """
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if not bars:
-        return
+def quiet_libraries() -> None:
+    """Keep transformers' banners, load reports and bars off the terminal; its errors still come through."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from merganser.cli.common import make_cluster, parse_options, print_table, quiet_libraries, warn
+from merganser.cli.common import make_cluster, parse_options, print_table, warn
 from merganser.files import human_bytes
 
 if TYPE_CHECKING:
@@ -80,7 +80,6 @@ def merge_command(
     """
     if output is None and not dry_run:
         raise click.UsageError("where to? Add -o FOLDER (or --dry-run to see the plan)")
-    quiet_libraries(bars=False)  # no model is loaded
     from merganser.merging import RunSettings, carry_out, load_recipe, make_recipe, prepare
     from merganser.merging.memory import keep_freed
     from merganser.merging.merge import contributors_of

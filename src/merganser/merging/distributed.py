@@ -16,14 +16,13 @@ from typing import Any
 
 from merganser.engines import Engine, Job
 from merganser.errors import CheckpointError, UserError, raise_all
-from merganser.merging.execution import TensorRecord, execute
+from merganser.merging.execution import Merging, TensorRecord, execute
 from merganser.merging.memory import RunSettings, Schedule, fit
 from merganser.merging.outputs import OutputFolder, output_of
 from merganser.merging.parents import Inputs, Parent
 from merganser.merging.plan import Plan, inputs_of
 from merganser.merging.recipe import Recipe
 from merganser.merging.targets.checkpoint import CheckpointTarget, Layout, make_layout
-from merganser.merging.work import Merging
 
 FUNCTION = "merganser.merging.distributed:write_file"
 

@@ -15,7 +15,7 @@ from merganser.engines import Engine
 from merganser.errors import CheckpointError, RecipeError, UserError, raise_all
 from merganser.files import is_url
 from merganser.merging.distributed import run_on
-from merganser.merging.execution import execute
+from merganser.merging.execution import Merging, execute
 from merganser.merging.memory import RunSettings, Schedule, available_bytes, fit
 from merganser.merging.outputs import output_of
 from merganser.merging.parents import Inputs, open_inputs
@@ -40,7 +40,6 @@ from merganser.merging.targets.checkpoint import (
     output_problems,
     write_small_files,
 )
-from merganser.merging.work import Merging
 from merganser.progress import track
 from merganser.results import PathResult, html_table
 

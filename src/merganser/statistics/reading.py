@@ -11,9 +11,19 @@ from torch import Tensor
 from merganser.checkpoints import Checkpoint, TensorInfo, sha256_file
 from merganser.checkpoints.header import read_header, tensor_infos
 from merganser.errors import CheckpointError, StatisticsError, UserError, raise_all
-from merganser.statistics.format import AGAIN, FILE_NAME, METADATA_KEY, LayerStatistics, StatisticsHeader, parse_header
+from merganser.statistics.format import (
+    AGAIN,
+    FILE_NAME,
+    METADATA_KEY,
+    LayerStatistics,
+    StatisticsHeader,
+    binding_problems,
+    layout_problems,
+    number_problem,
+    parse_header,
+    value_problems,
+)
 from merganser.statistics.gram_encodings import GramEncoding, dense_gram, encoding_of
-from merganser.statistics.validation import binding_problems, layout_problems, number_problem, value_problems
 from merganser.statistics.writing import infos_of
 
 OTHERS = "give the statistics of these weights, or collect them again"

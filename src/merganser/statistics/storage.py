@@ -39,10 +39,9 @@ from torch import Tensor
 
 from merganser.checkpoints.writer import TensorSpec
 from merganser.errors import StatisticsError, UserError, did_you_mean
-from merganser.statistics.format import AGAIN, StatisticsHeader
+from merganser.statistics.format import AGAIN, StatisticsHeader, is_semidefinite
 from merganser.statistics.gram_encodings import WIDEST, GramEncoding, gram_specs, protocol_of, variances_of
 from merganser.statistics.reading import Statistics
-from merganser.statistics.validation import is_semidefinite
 from merganser.statistics.writing import LazyTensors, TensorGroup
 from merganser.tensors import DTYPES, one_thread, pack_upper, unpack_upper
 

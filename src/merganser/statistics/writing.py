@@ -12,8 +12,7 @@ from merganser.checkpoints import TensorInfo
 from merganser.checkpoints.writer import SafetensorsWriter, TensorSpec
 from merganser.errors import StatisticsError, raise_all
 from merganser.files import new_file
-from merganser.statistics.format import METADATA_KEY, StatisticsHeader
-from merganser.statistics.validation import layout_problems
+from merganser.statistics.format import METADATA_KEY, StatisticsHeader, layout_problems
 from merganser.tensors import DTYPE_NAMES
 
 #: As safetensors sorts tensors in a file, so that both writers give the same bytes.

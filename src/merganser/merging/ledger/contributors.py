@@ -8,6 +8,7 @@ from pathlib import Path
 
 from merganser.checkpoints.reader import align
 from merganser.errors import Problems, StatisticsError, UserError, raise_all
+from merganser.merging.execution import ParentShare
 from merganser.merging.ledger.record import (
     RESTORE,
     LedgerError,
@@ -22,7 +23,6 @@ from merganser.merging.parents import Inputs, Parent, open_base, open_parents, p
 from merganser.merging.plan import Plan, Source, Step, plan_of
 from merganser.merging.provenance import located
 from merganser.merging.recipe import make_recipe
-from merganser.merging.work import ParentShare
 from merganser.methods import Method
 from merganser.methods.least_squares import LeastSquares
 from merganser.tensors import is_floating
