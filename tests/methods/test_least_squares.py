@@ -83,7 +83,7 @@ def test_identity_metric_is_the_average_and_order_is_irrelevant(seed: int) -> No
     eye = [np.eye(5)] * 3
     expected = sum(ci * w for ci, w in zip(c, weights, strict=True)) / c.sum()
     np.testing.assert_allclose(solve_gram(tensors(weights), c, tensors(eye), 0.0).value, expected, rtol=1e-10)
-    np.testing.assert_allclose(weighted_average(tensors(weights), c), expected, rtol=1e-12)
+    np.testing.assert_allclose(weighted_average(tensors(weights), c), expected, rtol=1e-12, atol=1e-15)
     forward = solve_gram(tensors(weights), c, tensors(grams), 0.0).value
     backward = solve_gram(tensors(weights[::-1]), c[::-1], tensors(grams[::-1]), 0.0).value
     np.testing.assert_allclose(forward, backward, rtol=1e-8, atol=1e-10)

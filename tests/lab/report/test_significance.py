@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from merganser.lab.report.significance import EXACT, Paired, holm, sign_flip
-from merganser.lab.report.ties import TestTally
+from merganser.lab.report.ties import PairCounts
 
 
 def brute_force(differences: list[float]) -> float:
@@ -26,7 +26,7 @@ def test_p_is_the_share_of_sign_assignments_as_extreme(seed: int) -> None:
     assert found.p == pytest.approx(brute_force(differences))
     assert (found.n, found.difference) == (len(differences), pytest.approx(np.mean(differences)))
     above, below = sum(d >= 0.05 for d in differences), sum(d <= -0.05 for d in differences)
-    assert found.counts == TestTally(above, below, sum(abs(d) < 0.05 for d in differences))
+    assert found.counts == PairCounts(above, below, sum(abs(d) < 0.05 for d in differences))
 
 
 def test_ties_and_zeros_count() -> None:
@@ -35,7 +35,7 @@ def test_ties_and_zeros_count() -> None:
     assert sign_flip([0.0, 0.0]).p == 1.0
     found = sign_flip([1e-7, -0.02, 0.0, 0.04, 2.0])
     assert found.p == pytest.approx(brute_force([1e-7, -0.02, 0.0, 0.04, 2.0])), "what is tied counts as it is"
-    assert (found.n, found.counts) == (5, TestTally(above=1, below=0, tied=4))
+    assert (found.n, found.counts) == (5, PairCounts(above=1, below=0, tied=4))
 
 
 def test_five_of_five_cannot_be_below_a_sixteenth() -> None:
@@ -62,6 +62,6 @@ def test_holm() -> None:
 
 
 def test_markers_go_by_the_adjusted_value() -> None:
-    kept = {"n": 9, "difference": 1.0, "counts": TestTally(9, 0, 0), "p": 0.001}
+    kept = {"n": 9, "difference": 1.0, "counts": PairCounts(9, 0, 0), "p": 0.001}
     assert [Paired(**kept, adjusted=p).marker for p in (0.005, 0.03, 0.05)] == ["**", "*", ""]
     assert not Paired(**{**kept, "difference": 0.04}, adjusted=0.001).marker

@@ -13,7 +13,7 @@ from merganser.lab.report.grid import ResultGrid, make_grids
 from merganser.lab.report.layouts import grid_tables
 from merganser.lab.report.rows import ResultRow
 from merganser.lab.report.tables import Table, TableCell
-from merganser.lab.report.ties import TestTally, leaders, sign, signed, tally
+from merganser.lab.report.ties import PairCounts, leaders, sign, signed, tally
 
 Row = dict[str, Any]
 
@@ -35,7 +35,7 @@ def test_the_last_bits_do_not_decide() -> None:
 def test_leaders_are_the_highest_and_its_ties() -> None:
     assert leaders({"a": 50.0, "b": 50.04, "c": 49.98, "d": 50.0}) == ["a", "b", "d"]
     assert leaders({"a": 1.0}) == ["a"] and leaders({}) == []
-    assert tally([0.0, 1e-7, -0.04, 0.06, -3.0, -0.05]) == TestTally(above=1, below=2, tied=3)
+    assert tally([0.0, 1e-7, -0.04, 0.06, -3.0, -0.05]) == PairCounts(above=1, below=2, tied=3)
 
 
 def table_of(grid: ResultGrid, key: str) -> Table:

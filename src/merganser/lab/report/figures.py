@@ -19,7 +19,7 @@ from merganser.lab.report.grid import ResultGrid, TableLine, Values
 from merganser.lab.report.rows import Domain
 from merganser.lab.report.svg import DOWN, INK, LINE, MARKERS, MUTED, PAPER, SERIES, STYLES, UP, Figure, draw
 from merganser.lab.report.tables import DOMAIN_TITLES, compare_groups
-from merganser.lab.report.ties import RULE, TestTally, and_tied, sign, signed, tally
+from merganser.lab.report.ties import RULE, PairCounts, and_tied, sign, signed, tally
 from merganser.methods.regmean import REGMEAN
 
 if TYPE_CHECKING:
@@ -188,7 +188,7 @@ def scatter(grid: ResultGrid, prefix: str) -> Figure | None:
     )
 
 
-def _scatter(ax: Axes, pairs: Sequence[tuple[float, float]], counts: TestTally, look: Mapping[str, Any]) -> None:
+def _scatter(ax: Axes, pairs: Sequence[tuple[float, float]], counts: PairCounts, look: Mapping[str, Any]) -> None:
     flat = [value for pair in pairs for value in pair]
     room = max(1.0, 0.06 * (max(flat) - min(flat)))
     low, high = min(flat) - room, max(flat) + room

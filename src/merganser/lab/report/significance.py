@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from merganser.lab.report.ties import TestTally, sign, tally
+from merganser.lab.report.ties import PairCounts, sign, tally
 
 #: Up to this many differences other than zero all assignments are counted.
 EXACT = 18
@@ -28,7 +28,7 @@ class Paired:
 
     n: int
     difference: float
-    counts: TestTally
+    counts: PairCounts
     p: float
     adjusted: float = 1.0
 

@@ -20,7 +20,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True)
-class TestTally:
+class PairCounts:
     """How many differences are above zero, below zero, and neither."""
 
     above: int
@@ -45,10 +45,10 @@ def _clean(difference: float) -> float:
     return round(difference, 9)
 
 
-def tally(differences: Iterable[float]) -> TestTally:
+def tally(differences: Iterable[float]) -> PairCounts:
     """How many differences are on each side of zero."""
     signs = [sign(difference) for difference in differences]
-    return TestTally(signs.count(1), signs.count(-1), signs.count(0))
+    return PairCounts(signs.count(1), signs.count(-1), signs.count(0))
 
 
 def leaders(scores: Mapping[Key, float]) -> list[Key]:
