@@ -15,7 +15,7 @@ from rich.cells import cell_len
 
 from merganser.cli.zoo import zoo_command
 from merganser.cli.zoo_listing import arrange, fold, print_listing
-from merganser.lab.zoo import Zoo
+from merganser.lab.zoo import Zoo, id_of
 from merganser.lab.zoo.keys import canonical
 
 Key = dict[str, Any]
@@ -201,7 +201,7 @@ def test_the_command_fits_the_terminal(
         zoo.build(key, lambda folder: {"score": (folder / "model.safetensors").write_bytes(b"x") / 2})
     out = CliRunner().invoke(zoo_command, ["ls", "--zoo", str(tmp_path)], catch_exceptions=False).stdout
     assert max(map(cell_len, out.splitlines())) <= most
-    assert all(zoo.id_of(key)[:8] in out for key in keys)
+    assert all(id_of(key)[:8] in out for key in keys)
     assert "suite=emotion" in out and sha("b")[:8] not in out
     if most == 80:
         assert "50.0" in out and "epochs" in out

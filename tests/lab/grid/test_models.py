@@ -13,7 +13,7 @@ from merganser.lab.grid.config import ExperimentConfig, localised
 from merganser.lab.grid.identity import cell_id
 from merganser.lab.grid.models import Models
 from merganser.lab.grid.run import run_experiment
-from merganser.lab.zoo import Zoo
+from merganser.lab.zoo import Zoo, id_of
 
 Trial = Callable[..., ExperimentConfig]
 
@@ -75,7 +75,7 @@ def test_multi_task_training_is_the_same_whatever_seeds_the_single_models_have(t
     models = Models(config, Zoo(tmp_path / "zoo"))
     cells = [cell for cell in expand(config) if cell.kind == "multitask"]
     assert len(cells) == 12
-    assert len({models.zoo.id_of(models.multitask_key(cell)) for cell in cells}) == 6
+    assert len({id_of(models.multitask_key(cell)) for cell in cells}) == 6
     assert len({cell_id(models, cell) for cell in cells}) == 12
 
 

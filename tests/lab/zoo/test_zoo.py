@@ -79,7 +79,7 @@ def test_built_once_and_got(zoo: Zoo) -> None:
     assert zoo.get(KEY) is None and zoo.ls() == []
     entry = zoo.build(KEY, make)
     assert zoo.build(KEY, never) == entry == zoo.get(KEY)
-    assert entry.id == zoo.id_of(KEY) and entry.key == KEY and entry.facts == {"score": 0.5} and entry.score == 0.5
+    assert entry.id == id_of(KEY) and entry.key == KEY and entry.facts == {"score": 0.5} and entry.score == 0.5
     assert entry.path == zoo.root / entry.id / "model" and (entry.path / "heads/a.safetensors").is_file()
     assert sum(zoo.files(entry).values()) == 702 and zoo.ls() == [entry] and zoo.verify(entry) == 2
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from merganser.errors import UserError
-from merganser.lab.zoo import Zoo, ZooError, default_zoo
+from merganser.lab.zoo import Zoo, ZooError, default_zoo, id_of
 from merganser.lab.zoo.record import ENTRY
 from zoo_examples import KEY, make, never
 
@@ -61,7 +61,7 @@ def test_an_interrupted_upload_is_not_there_and_is_finished_by_the_next(
         here.build(KEY, make)
     assert there.get(KEY) is None and there.ls() == []
     with pytest.raises(ZooError, match="being uploaded"):
-        there.entry(here.id_of(KEY))
+        there.entry(id_of(KEY))
     here.build(KEY, never)
     assert there.build(KEY, never).facts == {"score": 0.5}
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from merganser.lab.zoo import Zoo, ZooError
+from merganser.lab.zoo import Zoo, ZooError, id_of
 from zoo_examples import KEY, make
 
 
@@ -57,7 +57,7 @@ def test_two_processes_make_a_model_once(zoo: Zoo) -> None:
     assert second.stderr and "waiting for another process" in second.stderr.readline()
     assert zoo.get({"k": 1}) is None
     with pytest.raises(ZooError):
-        zoo.remove(zoo.id_of({"k": 1}))
+        zoo.remove(id_of({"k": 1}))
     out, _ = first.communicate("\n", timeout=60)
     assert out == f"{first.pid}\n"
     out, _ = second.communicate("\n", timeout=60)
@@ -75,7 +75,7 @@ def test_a_killed_maker_leaves_nothing_finished_and_frees_the_waiting(zoo: Zoo) 
     assert first.wait(timeout=60) == -signal.SIGKILL
     first.communicate()
     assert zoo.get({"k": 1}) is None and zoo.ls() == []
-    assert (zoo.root / ".work" / zoo.id_of({"k": 1}) / "progress").read_text() == "kept"
+    assert (zoo.root / ".work" / id_of({"k": 1}) / "progress").read_text() == "kept"
     out, _ = second.communicate("\n", timeout=60)
     assert out == f"asking\nmaking\n{second.pid}\n"
     entry = zoo.get({"k": 1})

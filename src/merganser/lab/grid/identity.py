@@ -8,6 +8,7 @@ import json
 from merganser.lab.grid.cells import Cell
 from merganser.lab.grid.compute import FORMAT, scored_on, statistics_of
 from merganser.lab.grid.models import Models
+from merganser.lab.zoo import id_of
 
 
 def cell_id(models: Models, cell: Cell) -> str:
@@ -16,7 +17,7 @@ def cell_id(models: Models, cell: Cell) -> str:
     method = config.method(cell.method) if cell.kind == "merge" else None
     kind = statistics_of(config, cell)
     made = (
-        [models.zoo.id_of(models.multitask_key(cell))]
+        [id_of(models.multitask_key(cell))]
         if cell.kind == "multitask"
         else [models.address(spec) for spec in cell.contributors]
     )

@@ -21,7 +21,7 @@ from merganser.lab.grid.data import Data, data_of, digest
 from merganser.lab.grid.outputs import load_prediction, save_prediction
 from merganser.lab.grid.pretrained import copy_model, weights_sha256
 from merganser.lab.suites.base import DEV, TRAIN
-from merganser.lab.zoo import Entry, Zoo
+from merganser.lab.zoo import Entry, Zoo, id_of
 from merganser.lab.zoo.keys import explain
 from merganser.tasks import Task
 from merganser.tasks.columns import Columns
@@ -153,9 +153,9 @@ class Models:
         """The id of the model that stands for a contributor: what its cells' names are made of."""
         args = self.args(spec)
         if args.checkpoint is not None:
-            return self.zoo.id_of(self._checkpoint_key(args.checkpoint))
+            return id_of(self._checkpoint_key(args.checkpoint))
         found = self.find(spec) if args.zoo_filter else None
-        return self.zoo.id_of(self.key(spec)) if found is None else found.id
+        return id_of(self.key(spec)) if found is None else found.id
 
     # -- models ------------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from merganser.lab.grid.cells import expand, models_of
 from merganser.lab.grid.compute import score
 from merganser.lab.grid.models import Models
 from merganser.lab.suites.base import DEV
+from merganser.lab.zoo import id_of
 
 FILE_NAME = "order.json"
 
@@ -64,6 +65,6 @@ def compute_order(models: Models, folder: Path) -> list[str]:
     found = {"order": order, "by": by, "scores": means, "models": _addresses(models)}
     others = _recorded(folder).get(folder / FILE_NAME)
     alike = others is None or set(others["order"]) == set(order)
-    name = FILE_NAME if alike else f"order-{models.zoo.id_of({'of': sorted(order)})[:8]}.json"
+    name = FILE_NAME if alike else f"order-{id_of({'of': sorted(order)})[:8]}.json"
     write_text(folder / name, json.dumps(found, indent=1) + "\n")
     return order

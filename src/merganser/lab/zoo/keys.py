@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from merganser.errors import UserError, did_you_mean
@@ -22,53 +24,45 @@ class ZooError(UserError):
     """A zoo, an entry of it or a file of an entry that cannot be used."""
 
 
-def canonical(value: Any, what: str = "the key") -> bytes:
-    """The one way of writing a JSON object: sorted keys, no spaces, ASCII, no NaN.
-
-    Numbers are written as Python writes them: ``1`` and ``1.0`` are different values.
+def plain(value: Any, what: str = "the key") -> dict[str, Any]:
+    """``value`` as it reads back from JSON: dictionaries, sorted by key, lists and scalars of its own.
 
     Raises:
         ZooError: ``value`` is no object, or holds something that JSON has no word for.
     """
     if not isinstance(value, Mapping):
         raise ZooError(f"{what} is a {type(value).__name__}, not an object", mend="give a dictionary")
-    _check(value, what, "")
-    return json.dumps(_plain(value), sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    read: dict[str, Any] = _plain(value, what, "")
+    return read
 
 
-def _check(value: Any, what: str, place: str) -> None:
+def _plain(value: Any, what: str, place: str) -> Any:
     at = f" at {place!r}" if place else ""
     if isinstance(value, Mapping):
-        for name, inner in value.items():
+        for name in value:
             if not isinstance(name, str):
                 raise ZooError(f"{what} has the name {name!r}{at}, which is no string", mend="use strings")
-            _check(inner, what, f"{place}.{name}" if place else name)
-    elif isinstance(value, (list, tuple)):
-        for number, inner in enumerate(value):
-            _check(inner, what, f"{place}[{number}]")
-    elif type(value) not in (str, int, float, bool, type(None)):
-        raise ZooError(
-            f"{what} holds a {type(value).__name__}{at}, which JSON cannot write",
-            mend="give strings, numbers, booleans, null, lists and objects only",
-        )
-    elif isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        inside = sorted(value.items())
+        return {name: _plain(inner, what, f"{place}.{name}" if place else name) for name, inner in inside}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner, what, f"{place}[{number}]") for number, inner in enumerate(value)]
+    if type(value) not in (str, int, float, bool, type(None)):
+        mend = "give strings, numbers, booleans, null, lists and objects only"
+        raise ZooError(f"{what} holds a {type(value).__name__}{at}, which JSON cannot write", mend=mend)
+    if isinstance(value, float) and not math.isfinite(value):
         raise ZooError(f"{what} holds {value}{at}, which is no JSON number", mend="give finite numbers only")
+    return value
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _plain(inner) for name, inner in value.items()}
-    return [_plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+def canonical(key: Mapping[str, Any]) -> bytes:
+    """The one way of writing a JSON object: sorted keys, no spaces, ASCII, no NaN.
 
-
-def plain(value: Mapping[str, Any], what: str = "the key") -> dict[str, Any]:
-    """``value`` as it reads back from JSON: dictionaries, lists and scalars of its own.
+    Numbers are written as Python writes them: ``1`` and ``1.0`` are different values.
 
     Raises:
-        ZooError: it is no JSON object.
+        ZooError: the key is no JSON object.
     """
-    read: dict[str, Any] = json.loads(canonical(value, what))
-    return read
+    return json.dumps(plain(key), sort_keys=True, separators=(",", ":")).encode()
 
 
 def id_of(key: Mapping[str, Any]) -> str:
@@ -117,14 +111,11 @@ def equal(value: Any, wanted: Any) -> bool:
 
 
 def _number(value: Any) -> int | float | None:
-    if isinstance(value, bool):
-        return None
-    for kind in (int, float):
-        try:
-            return kind(value) if isinstance(value, str) else value if isinstance(value, (int, float)) else None
-        except ValueError:
-            continue
-    return None
+    """The number that a value is, or that its text is."""
+    for kind in (int, float) if isinstance(value, str) else ():
+        with suppress(ValueError):
+            return kind(value)
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
 def show(value: Any) -> str:
@@ -141,11 +132,11 @@ def explain(keys: Sequence[Mapping[str, Any]], filters: Mapping[str, Any]) -> Us
     for name in filters:
         if name not in names:
             return ZooError(f"no key has the name {name!r}", mend=did_you_mean(name, names))
-    problems = []
-    for name, wanted in filters.items():
-        if not any(name in leaf and equal(leaf[name], wanted) for leaf in leaves):
-            problems.append(f"nothing has {name}={show(wanted)}")
-    what = "; ".join(problems) or "nothing has all of " + ", ".join(f"{n}={show(w)}" for n, w in filters.items())
+    told = {name: f"{name}={show(wanted)}" for name, wanted in filters.items()}
+    alone = [
+        f"nothing has {told[name]}" for name in filters if not any(matches(key, {name: filters[name]}) for key in keys)
+    ]
+    what = "; ".join(alone) or f"nothing has all of {', '.join(told.values())}"
     return ZooError(what, mend="there is " + "; ".join(f"{name}: {_values(leaves, name)}" for name in filters))
 
 

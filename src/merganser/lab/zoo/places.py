@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from merganser.files import RemoteFolder
 from merganser.lab.zoo.keys import ZooError
-from merganser.lab.zoo.record import ENTRY, MAX_BYTES, FileRecord, is_id, record_file
+from merganser.lab.zoo.record import ENTRY, MAX_BYTES, FileRecord, is_id, record_file, record_stream
 
 
 class Folder:
@@ -81,15 +80,11 @@ class Remote(RemoteFolder):
 
     def digest(self, name: str) -> FileRecord | None:
         """Hash and size of a file, read as a stream; ``None`` where there is none."""
-        digest, size = hashlib.sha256(), 0
         try:
             with self.reached(name) as (system, path), system.open(path, "rb") as stream:
-                while block := stream.read(2**20):
-                    digest.update(block)
-                    size += len(block)
+                return record_stream(stream)
         except FileNotFoundError:
             return None
-        return FileRecord(digest.hexdigest(), size)
 
     def fetch(self, name: str, target: Path, record: FileRecord) -> None:
         """Download a file and compare it with its record.
@@ -97,9 +92,7 @@ class Remote(RemoteFolder):
         Raises:
             ZooError: it is absent, of another size or of another hash; ``target`` is removed then.
         """
-        size = self.size(name)
-        if size != record.size:  # asked first: a stranger's file may be endless
-            raise damaged(self.where(name), f"{size} bytes" if size is not None else "absent", record)
+        check_size(self.size(name), record, self.where(name))  # asked first: a stranger's file may be endless
         try:
             self.get(name, target)
         except FileNotFoundError:
@@ -125,10 +118,13 @@ class Remote(RemoteFolder):
         self.remove(identity)
 
 
+def check_size(size: int | None, record: FileRecord, where: str, mend: str | None = None) -> None:
+    """Refuse a file that is absent (None) or of another size than its record says."""
+    if size != record.size:
+        raise damaged(where, "absent" if size is None else f"{size} bytes", record, mend)
+
+
 def damaged(where: str, found: str, record: FileRecord, mend: str | None = None) -> ZooError:
     """The error for a file that is not as its record says."""
-    return ZooError(
-        f"damaged: {found}, but it was written with {record.size} bytes and SHA-256 {record.sha256}",
-        where=where,
-        mend=mend or "remove the entry with 'merganser zoo rm' and build it again",
-    )
+    what = f"damaged: {found}, but it was written with {record.size} bytes and SHA-256 {record.sha256}"
+    return ZooError(what, where=where, mend=mend or "remove the entry with 'merganser zoo rm' and build it again")

@@ -65,14 +65,8 @@ class Entry:
 
 def write_entry(entry: Entry) -> bytes:
     """The bytes of ``entry.json``."""
-    fields = {
-        "format": FORMAT,
-        "id": entry.id,
-        "key": entry.key,
-        "facts": entry.facts,
-        "created": entry.created,
-        "files": {name: vars(record) for name, record in sorted(entry.files.items())},
-    }
+    fields = {"format": FORMAT, **vars(entry), "files": {n: vars(r) for n, r in sorted(entry.files.items())}}
+    del fields["path"]
     return (json.dumps(fields, indent=1, allow_nan=False) + "\n").encode()
 
 
@@ -130,11 +124,9 @@ def _read(data: bytes, where: str) -> dict[str, Any]:
     if not isinstance(fields, dict) or "format" not in fields:
         raise _damaged(where, "it names no format")
     if fields["format"] != FORMAT:
-        raise ZooError(
-            f"format {fields['format']!r}, but this version reads format {FORMAT}",
-            where=where,
-            mend="use the version of merganser that wrote it, or another zoo",
-        )
+        mend = "use the version of merganser that wrote it, or another zoo"
+        what = f"format {fields['format']!r}, but this version reads format {FORMAT}"
+        raise ZooError(what, where=where, mend=mend)
     return fields
 
 
@@ -148,9 +140,8 @@ def _file_record(fields: Any) -> FileRecord:
 
 
 def _damaged(where: str, why: str) -> ZooError:
-    return ZooError(
-        f"not an entry of a zoo: {why}", where=where, mend="remove the entry with 'merganser zoo rm', or mend the file"
-    )
+    mend = "remove the entry with 'merganser zoo rm', or mend the file"
+    return ZooError(f"not an entry of a zoo: {why}", where=where, mend=mend)
 
 
 def check_name(name: str, where: str | Path) -> str:
@@ -162,11 +153,8 @@ def check_name(name: str, where: str | Path) -> str:
     path = PurePosixPath(name)
     plain = isinstance(name, str) and name == str(path) and not re.search(r"[\\:\x00-\x1f]", name)
     if not plain or path.is_absolute() or name == "." or ".." in path.parts:
-        raise ZooError(
-            f"{name!r} is no name of a file within its folder",
-            where=where,
-            mend="use relative names without '..', ':' and backslashes; do not use this entry if others wrote it",
-        )
+        mend = "use relative names without '..', ':' and backslashes; do not use this entry if others wrote it"
+        raise ZooError(f"{name!r} is no name of a file within its folder", where=where, mend=mend)
     return name
 
 
@@ -179,8 +167,12 @@ def record_file(path: Path) -> FileRecord:
     """Hash and size of a file, after making sure that it is on disk."""
     sync(path)
     with path.open("rb") as stream:
-        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-        return FileRecord(sha256, stream.tell())
+        return record_stream(stream)
+
+
+def record_stream(stream: Any) -> FileRecord:
+    """Hash and size of an open file."""
+    return FileRecord(hashlib.file_digest(stream, "sha256").hexdigest(), stream.seek(0, 2))
 
 
 def record_folder(folder: Path) -> dict[str, FileRecord]:

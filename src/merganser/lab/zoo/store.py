@@ -11,16 +11,16 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from merganser.errors import ErrorCollector, UserError, did_you_mean, raise_all
-from merganser.files import is_url, remove, write_bytes
-from merganser.lab.zoo import keys
-from merganser.lab.zoo.keys import ZooError, plain
-from merganser.lab.zoo.places import Folder, Remote, damaged
+from merganser.files import is_url, locked, remove, write_bytes
+from merganser.lab.zoo.keys import ZooError, id_of, matches, plain
+from merganser.lab.zoo.places import Folder, Remote, check_size, damaged
 from merganser.lab.zoo.record import (
     ENTRY,
     MODEL,
@@ -35,7 +35,6 @@ from merganser.lab.zoo.record import (
     write_entry,
     write_record,
 )
-from merganser.lab.zoo.space import Space
 from merganser.progress import bar
 
 
@@ -67,14 +66,30 @@ class Zoo:
         self._remote = Remote(self.url) if remote else None
         name = hashlib.sha256(self.url.encode()).hexdigest()[:16]
         self.root = (cache or _caches() / "zoo-remote").absolute() / name if remote else Path(self.url)
-        self._folder, self._space = Folder(self.root), Space(self.root)
+        self._folder = Folder(self.root)
+        self._source = self._remote or self._folder  # what is listed and verified
 
     def __repr__(self) -> str:
         return f"Zoo({self.url!r})"
 
-    def id_of(self, key: Mapping[str, Any]) -> str:
-        """The identity of a key (:func:`merganser.lab.zoo.keys.id_of`)."""
-        return keys.id_of(key)
+    def _scratch(self, identity: str) -> Path:
+        """The scratch folder for the training of an entry; it may not be there."""
+        return self.root / ".work" / identity
+
+    def _lock(self, name: str, *, wait: bool = True) -> AbstractContextManager[None]:
+        """Hold the lock of an entry or of a file beside it."""
+        return locked(self.root / ".locks" / f"{name}.lock", f"makes {name} in {self.root}", wait=wait)
+
+    @contextmanager
+    def _partial(self, name: str) -> Iterator[Path]:
+        """An empty folder to make something in, under the lock of that name; whatever is left in it is removed."""
+        folder = self.root / ".partial" / name
+        remove(folder)  # of a maker that was killed
+        folder.mkdir(parents=True)
+        try:
+            yield folder
+        finally:
+            remove(folder)
 
     def get(self, key: Mapping[str, Any]) -> Entry | None:
         """The model of a key, downloaded if need be; ``None`` where there is none.
@@ -83,12 +98,12 @@ class Zoo:
             ZooError: it is damaged or of another format.
             FileError: the zoo cannot be reached.
         """
-        return self._get(keys.id_of(key))
+        return self._get(id_of(key))
 
     def _get(self, identity: str) -> Entry | None:
         entry = self._here(identity)
         if entry is None and self._remote is not None and self._remote.read(f"{identity}/{ENTRY}") is not None:
-            with self._space.lock(identity):
+            with self._lock(identity):
                 entry = self._here(identity) or self._download(identity)
         return entry
 
@@ -97,15 +112,9 @@ class Zoo:
         entry = self._parse(self._folder, identity, self._folder.read(f"{identity}/{ENTRY}"))
         for name, record in entry.files.items() if entry else ():
             path = self.root / identity / MODEL / name
-            size = path.stat().st_size if path.is_file() else None
-            if size != record.size:
-                found = "absent" if size is None else f"{size} bytes"
-                raise damaged(str(path), found, record, self._mend(identity))
+            mend = f"remove {self.root / identity}, then it is downloaded again" if self._remote else None
+            check_size(path.stat().st_size if path.is_file() else None, record, str(path), mend)
         return entry
-
-    def _mend(self, identity: str) -> str | None:
-        """How a damaged local file is mended; a cached one is fetched anew."""
-        return f"remove {self.root / identity}, then it is downloaded again" if self._remote else None
 
     def _parse(self, place: Folder | Remote, identity: str, data: bytes | None) -> Entry | None:
         if data is None:
@@ -125,23 +134,23 @@ class Zoo:
         Raises:
             ZooError: the key or the facts are no JSON objects, no file was written, or the entry is damaged.
         """
-        identity = keys.id_of(key)
+        identity = id_of(key)
         entry = self._get(identity)
         if entry is None:
-            with self._space.lock(identity):
+            with self._lock(identity):
                 entry = self._here(identity) or self._download(identity)
                 if entry is None:
                     if self._remote is not None:
                         self._remote.prepare()
                     made = self._make(identity, key, make)
                     entry = self._download(identity) or made  # what another machine uploaded meanwhile wins
-                remove(self._space.scratch(identity))
+                remove(self._scratch(identity))
         if self._remote is not None:
             self._share(entry, self._remote)
         return entry
 
     def _make(self, identity: str, key: Mapping[str, Any], make: Callable[[Path], Mapping[str, Any]]) -> Entry:
-        with self._space.partial(identity) as folder:
+        with self._partial(identity) as folder:
             (folder / MODEL).mkdir()
             facts = plain(make(folder / MODEL), "what the maker returned")
             files = record_folder(folder / MODEL)
@@ -163,7 +172,7 @@ class Zoo:
         if entry is None:
             return None
         total = sum(record.size for record in entry.files.values())
-        with self._space.partial(identity) as folder, bar(total, f"fetching {identity}", "B", scale=True) as progress:
+        with self._partial(identity) as folder, bar(total, f"fetching {identity}", "B", scale=True) as progress:
             for name, record in entry.files.items():
                 self._remote.fetch(f"{identity}/{MODEL}/{name}", folder / MODEL / name, record)
                 progress.update(record.size)
@@ -175,7 +184,7 @@ class Zoo:
         if remote.read(f"{entry.id}/{ENTRY}") is not None:
             return
         total = sum(record.size for record in entry.files.values())
-        with self._space.lock(entry.id), bar(total, f"uploading {entry.id}", "B", scale=True) as progress:
+        with self._lock(entry.id), bar(total, f"uploading {entry.id}", "B", scale=True) as progress:
             for name, record in entry.files.items():
                 remote.put(entry.path / name, f"{entry.id}/{MODEL}/{name}")
                 progress.update(record.size)
@@ -203,12 +212,12 @@ class Zoo:
         if self._attached(entry.id, name) is not None:
             return path
         task = f"{entry.id}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
-        with self._space.lock(task):
+        with self._lock(task):
             if self._attached(entry.id, name) is not None:
                 return path
             if self._get(entry.id) is None:
                 raise ZooError(f"no model {entry.id}", where=self.url, mend="build it first")
-            with self._space.partial(task) as folder:
+            with self._partial(task) as folder:
                 file = folder / path.name
                 record = self._fetch_attached(entry.id, name, file)
                 if record is None:
@@ -225,9 +234,8 @@ class Zoo:
 
     def has(self, entry: Entry, name: str) -> bool:
         """Whether a file beside the model is here, or where the zoo is; nothing is made or fetched."""
-        if self._folder.read(f"{entry.id}/{name}{RECORD}") is not None:
-            return True
-        return self._remote is not None and self._remote.read(f"{entry.id}/{name}{RECORD}") is not None
+        record = f"{entry.id}/{name}{RECORD}"
+        return self._folder.read(record) is not None or self._source.read(record) is not None
 
     def _attached(self, identity: str, name: str) -> FileRecord | None:
         """The record of a file beside the model that is here, compared by size."""
@@ -236,10 +244,8 @@ class Zoo:
         if data is None:
             return None
         record = read_record(data, str(_beside(path)))
-        size = path.stat().st_size if path.is_file() else None
-        if size != record.size:
-            found = "absent" if size is None else f"{size} bytes"
-            raise damaged(str(path), found, record, f"remove {_beside(path)}, then it is made or fetched again")
+        mend = f"remove {_beside(path)}, then it is made or fetched again"
+        check_size(path.stat().st_size if path.is_file() else None, record, str(path), mend)
         return record
 
     def _fetch_attached(self, identity: str, name: str, file: Path) -> FileRecord | None:
@@ -264,7 +270,7 @@ class Zoo:
 
         Only the maker of the key may write to it, while :meth:`build` runs it.
         """
-        folder = self._space.scratch(keys.id_of(key))
+        folder = self._scratch(id_of(key))
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
@@ -273,8 +279,7 @@ class Zoo:
 
         Entries of a remote zoo are listed without downloading them: ``get(entry.key)`` brings the files.
         """
-        place = self._remote or self._folder
-        errors = ErrorCollector()
+        place, errors = self._source, ErrorCollector()
         found = place.read_many([f"{identity}/{ENTRY}" for identity in place.ids()])
         parsed = [errors.catch(self._parse, place, name.split("/")[0], data) for name, data in found.items()]
         entries = [entry for entry in parsed if entry is not None]
@@ -296,7 +301,7 @@ class Zoo:
         Nested keys are named with dots: ``find(suite="emotion", **{"training.epochs": 3, "set": "a*"})``. What a remote
         zoo finds is downloaded, so that it can be used.
         """
-        found = [entry for entry in self.ls() if keys.matches(entry.key, filters)]
+        found = [entry for entry in self.ls() if matches(entry.key, filters)]
         return [entry for listed in found if (entry := self._get(listed.id)) is not None]
 
     def entry(self, prefix: str) -> Entry:
@@ -305,15 +310,11 @@ class Zoo:
         Raises:
             ZooError: there is none, several, or it cannot be read.
         """
-        place = self._remote or self._folder
         identity = self.resolve(prefix)
-        entry = self._parse(place, identity, place.read(f"{identity}/{ENTRY}"))
+        entry = self._parse(self._source, identity, self._source.read(f"{identity}/{ENTRY}"))
         if entry is None:
-            raise ZooError(
-                f"{identity} has no {ENTRY}: it is being uploaded, or that was interrupted",
-                where=self.url,
-                mend="wait, build it again, or remove it with 'merganser zoo rm'",
-            )
+            what = f"{identity} has no {ENTRY}: it is being uploaded, or that was interrupted"
+            raise ZooError(what, where=self.url, mend="wait, build it again, or remove it with 'merganser zoo rm'")
         return entry
 
     def resolve(self, prefix: str) -> str:
@@ -322,14 +323,13 @@ class Zoo:
         Raises:
             ZooError: there is none, or several.
         """
-        ids = (self._remote or self._folder).ids()
+        ids = self._source.ids()
         found = [identity for identity in ids if prefix and identity.startswith(prefix)]
         if len(found) == 1:
             return found[0]
         if found:
-            raise ZooError(
-                f"{prefix!r} begins several ids: {', '.join(found)}", where=self.url, mend="give more digits"
-            )
+            what = f"{prefix!r} begins several ids: {', '.join(found)}"
+            raise ZooError(what, where=self.url, mend="give more digits")
         raise ZooError(f"no id begins with {prefix!r}", where=self.url, mend=did_you_mean(prefix, ids))
 
     def remove(self, prefix: str) -> str:
@@ -342,17 +342,17 @@ class Zoo:
             ZooError: there is none, several, or somebody is making it.
         """
         identity = self.resolve(prefix)
-        with self._space.lock(identity, wait=False), self._space.partial(identity) as folder:
+        with self._lock(identity, wait=False), self._partial(identity) as folder:
             if self._remote is not None:
                 self._remote.delete(identity)
             if (self.root / identity).exists():
                 (self.root / identity).rename(folder / identity)
-            remove(self._space.scratch(identity))
+            remove(self._scratch(identity))
         return identity
 
     def files(self, entry: Entry) -> dict[str, int]:
         """Every file of an entry with its size in bytes, by name below its folder, without the records."""
-        listing = (self._remote or self._folder).sizes(entry.id)
+        listing = self._source.sizes(entry.id)
         return {name: size for name, size in listing.items() if name != ENTRY and not name.endswith(RECORD)}
 
     def verify(self, entry: Entry) -> int:
@@ -364,7 +364,7 @@ class Zoo:
         Raises:
             ZooError: some are damaged; each is named.
         """
-        place = self._remote or self._folder
+        place = self._source
         listing = place.sizes(entry.id)
         records = {f"{MODEL}/{name}": record for name, record in entry.files.items()}
         for name in listing:
