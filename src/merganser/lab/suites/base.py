@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 from merganser.errors import DataError, UserError, did_you_mean
 from merganser.tasks.base import Task
-from merganser.tasks.data import Rows
+from merganser.tasks.data import Rows, joined
 
 TRAIN, DEV, TEST, ALL = "train", "dev", "test", "all"
 SPLITS = (TRAIN, DEV, TEST)
@@ -37,11 +37,17 @@ class Suite(ABC):
     #: Options that change how outputs are judged, and neither the rows nor what a model is trained on.
     scoring: ClassVar[frozenset[str]] = frozenset()
 
-    @abstractmethod
-    def sets(self) -> tuple[str, ...]:
-        """The data sets that are there, sorted."""
+    def files(self, set_name: str, split: str) -> list[Path]:
+        """The files that a split can be read from, the one to be preferred first."""
+        return []
 
-    @abstractmethod
+    def sets(self) -> tuple[str, ...]:
+        """The data sets that are there, sorted: by default the folders that hold a file of any split."""
+        if self.root is None or not self.root.is_dir():
+            return ()
+        names = (folder.name for folder in self.root.iterdir() if folder.is_dir())
+        return tuple(sorted(name for name in names if any(self.files(name, split) for split in SPLITS)))
+
     def read(self, set_name: str, split: str) -> Rows:
         """The rows of a data set.
 
@@ -53,6 +59,13 @@ class Suite(ABC):
             DataError: the data set is not there (the message shows the expected files), or a row is malformed
                 (with file and line).
         """
+        self.check(set_name, split)
+        parts = [self._rows(set_name, part, split) for part in (SPLITS if split == ALL else (split,))]
+        return joined(parts, f"{set_name}[{split}]")
+
+    @abstractmethod
+    def _rows(self, set_name: str, split: str, asked: str) -> Rows:
+        """The rows of one split; ``asked`` is the one that was asked for, which may be ``all``."""
 
     @abstractmethod
     def task(self, set_name: str) -> Task:
@@ -94,12 +107,10 @@ class Suite(ABC):
         listed = ", ".join(map(repr, names))
         none = f"there is no data set {listed}" if len(names) == 1 else f"there are no data sets {listed}"
         like = "" if len(names) == 1 else f", {names[0]} for one"
-        return DataError(
-            f"{none} of the suite {self.name} (found: {there or 'nothing'})",
-            where=self.root,
-            mend=f"put {'it' if len(names) == 1 else 'them'} there; expected files{like}:\n"
-            f"{self.layout.format(set=names[0])}",
-        )
+        what = f"{none} of the suite {self.name} (found: {there or 'nothing'})"
+        files = self.layout.format(set=names[0])
+        mend = f"put {'it' if len(names) == 1 else 'them'} there; expected files{like}:\n{files}"
+        return DataError(what, where=self.root, mend=mend)
 
 
 def with_options(suite: type[Suite], root: str | Path | None, options: Mapping[str, Any]) -> Suite:

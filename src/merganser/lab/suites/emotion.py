@@ -12,7 +12,6 @@ corpus does not annotate the label, which is not the same as no.
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,9 +19,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from merganser.errors import DataError, did_you_mean
-from merganser.lab.suites.base import ALL, SPLITS, TRAIN, Suite
+from merganser.lab.suites.base import SPLITS, TRAIN, Suite
 from merganser.tasks.base import Task
-from merganser.tasks.data import Rows, joined
+from merganser.tasks.data import Rows
 from merganser.tasks.files import read_file
 from merganser.tasks.multi_label import MultiLabel
 
@@ -78,22 +77,16 @@ def _record(row: Mapping[str, Any], place: tuple[str, int]) -> Record:
         found = "no 'text'" if text is None else f"a {type(text).__name__} as its 'text'"
         raise DataError(f"the record has {found}", where=where, mend="give it a text, or remove the line")
     if row.get("emotions") is None:
-        raise DataError(
-            "the record has no 'emotions'",
-            where=where,
-            mend='give it an object such as {"joy": 1, "anger": 0, "trust": null}, or remove the line',
-        )
+        mend = 'give it an object such as {"joy": 1, "anger": 0, "trust": null}, or remove the line'
+        raise DataError("the record has no 'emotions'", where=where, mend=mend)
     labels: dict[str, int | None] = dict.fromkeys(LABELS)
     for group, names in _GROUPS:
         values = row.get(group)
         if values is None:
             continue
         if not isinstance(values, dict):
-            raise DataError(
-                f"{group!r} is a {type(values).__name__}, not an object",
-                where=where,
-                mend=f'write it as {{"{names[0]}": 1, "{names[1]}": null}}',
-            )
+            mend = f'write it as {{"{names[0]}": 1, "{names[1]}": null}}'
+            raise DataError(f"{group!r} is a {type(values).__name__}, not an object", where=where, mend=mend)
         for name, value in values.items():
             if name not in names:
                 kind = "emotion" if names is EMOTIONS else "name"
@@ -107,11 +100,8 @@ def _mark(name: str, value: Any, where: str) -> int | None:
         return None
     number = isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
     if isinstance(value, bool) or not number:
-        raise DataError(
-            f"{name} is {value!r}, neither a number nor null",
-            where=where,
-            mend=f"give a number (above {THRESHOLD}: the emotion is there), or null for not annotated",
-        )
+        mend = f"give a number (above {THRESHOLD}: the emotion is there), or null for not annotated"
+        raise DataError(f"{name} is {value!r}, neither a number nor null", where=where, mend=mend)
     return int(value > THRESHOLD)
 
 
@@ -123,37 +113,25 @@ class EmotionCorpora(Suite):
     #: Of the published corpora: all splits in one file, which is not read.
     whole: ClassVar[str] = "full.jsonl"
 
-    def sets(self) -> tuple[str, ...]:
-        """The folders that hold at least one split."""
-        if self.root is None or not self.root.is_dir():
-            return ()
-        return tuple(
-            sorted(
-                folder.name
-                for folder in self.root.iterdir()
-                if any((folder / f"{split}.jsonl").is_file() for split in SPLITS)
-            )
-        )
+    def files(self, set_name: str, split: str) -> list[Path]:
+        """The one file of a split, where it is there."""
+        path = (self.root or Path()) / set_name / f"{split}.jsonl"
+        return [path] if path.is_file() else []
 
     def file(self, set_name: str, split: str) -> Path:
         """The file of a split, one of ``train``, ``dev`` and ``test``.
 
         Raises:
-            DataError: an unknown split, no such data set, or a data set without this split.
+            DataError: a data set without this split.
         """
-        if split not in SPLITS:
-            raise DataError(f"there is no split {split!r}", where=set_name, mend=did_you_mean(split, (*SPLITS, ALL)))
-        if self.root is None or set_name not in self.sets():
-            raise self.missing(set_name)
-        path = self.root / set_name / f"{split}.jsonl"
-        if not path.is_file():
-            raise DataError(
-                f"data set {set_name!r} has no split {split!r}"
-                + (f" ({self.whole} is not read)" if (path.parent / self.whole).is_file() else ""),
-                where=path,
-                mend=f"put the file there; expected files:\n{self.layout.format(set=set_name)}",
-            )
-        return path
+        if found := self.files(set_name, split):
+            return found[0]
+        folder = (self.root or Path()) / set_name
+        what = f"data set {set_name!r} has no split {split!r}"
+        if (folder / self.whole).is_file():
+            what += f" ({self.whole} is not read)"
+        mend = f"put the file there; expected files:\n{self.layout.format(set=set_name)}"
+        raise DataError(what, where=folder / f"{split}.jsonl", mend=mend)
 
     def missing(self, *names: str) -> DataError:
         """As of every suite; folders with nothing but the file of all splits are named as such."""
@@ -169,18 +147,6 @@ class EmotionCorpora(Suite):
         """That the file of all splits is not read, where there is one."""
         path = (self.root or Path()) / set_name / self.whole
         return [f"{path} is ignored: the splits are files of their own"] if path.is_file() else []
-
-    def read(self, set_name: str, split: str) -> Rows:
-        """The rows of a data set; ``all`` is its three splits one after the other."""
-        if split != ALL:
-            return self._rows(set_name, split, split, self.file(set_name, split))
-        paths = [self.file(set_name, part) for part in SPLITS]  # all are looked for before one is read
-        parts = [self._rows(set_name, part, ALL, path) for part, path in zip(SPLITS, paths, strict=True)]
-        return joined(parts, f"{set_name}[{ALL}]")
-
-    @abstractmethod
-    def _rows(self, set_name: str, split: str, asked: str, path: Path) -> Rows:
-        """The rows of one file; ``asked`` is the split that was asked for, which may be ``all``."""
 
 
 @dataclass(frozen=True)
@@ -211,12 +177,13 @@ class Emotion(EmotionCorpora):
 
     def votes(self, set_name: str) -> tuple[str, ...]:
         """The labels that the train split annotates; the file is read once for as long as it stays as it is."""
+        self.check(set_name, TRAIN)
         path = self.file(set_name, TRAIN)
         state = path.stat()
         return _annotated_in(path, state.st_size, state.st_mtime_ns)
 
-    def _rows(self, set_name: str, split: str, asked: str, path: Path) -> Rows:
-        records = read_records(path)
+    def _rows(self, set_name: str, split: str, asked: str) -> Rows:
+        records = read_records(self.file(set_name, split))
         return Rows(
             f"{set_name}[{split}]",
             tuple({"text": record.text, "labels": dict(record.labels)} for record in records),

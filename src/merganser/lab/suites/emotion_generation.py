@@ -15,9 +15,9 @@ import inspect
 import math
 import re
 import sys
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -50,7 +50,7 @@ def macro_f1(judgements: np.ndarray) -> float:
     """The mean over the labels that were asked for of each label's F1 of yes.
 
     The definition of :func:`merganser.tasks.multi_label.macro_f1`, whose value is the same where each decision is
-    a row. Judgements: int64 (examples, 3), see :func:`judge_answers`.
+    a row. Judgements: int64 (examples, 3), see :meth:`Questions.judge`.
     """
     scores = f1_by_label(judgements)
     return float(np.mean(list(scores.values()))) if scores else 0.0
@@ -93,19 +93,11 @@ def read_references(rows: Rows, columns: Columns) -> list[Reference]:
         if name not in LABELS:
             raise DataError(f"unknown label {name!r}", where=rows.where(index), mend=did_you_mean(name, LABELS))
         if answer not in ANSWERS:
-            raise DataError(
-                f"the target is {answer[:40]!r}, neither yes nor no",
-                where=rows.where(index),
-                mend=f"correct the row, or choose another column with {option('target')}",
-            )
+            mend = f"correct the row, or choose another column with {option('target')}"
+            what = f"the target is {answer[:40]!r}, neither yes nor no"
+            raise DataError(what, where=rows.where(index), mend=mend)
         found.append((name, ANSWERS.index(answer)))
     return found
-
-
-def judge_answers(predicted: Sequence[int], references: Sequence[Reference]) -> np.ndarray:
-    """int64 (examples, 3): the place of the label in :data:`LABELS`, the answer (-1 for neither), and the truth."""
-    rows = [(LABELS.index(label), answer, true) for answer, (label, true) in zip(predicted, references, strict=True)]
-    return np.array(rows, np.int64).reshape(-1, 3)
 
 
 def encode_prompts(
@@ -141,12 +133,10 @@ def encode_prompts(
     fits, over = dict.fromkeys(long, 0), {index: len(sentences[index]) for index in long}
     for index, feature in zip(long, tokenise(long, fits), strict=True):
         if len(feature.input_ids) > max_length:
-            raise UserError(
-                f"the question alone has {len(feature.input_ids)} tokens, but only {max_length} fit "
-                f"({rows.where(index)})",
-                where="max_length",
-                mend=f"give a maximum length that leaves at least {len(feature.input_ids) - max_length} more",
-            )
+            length = len(feature.input_ids)
+            what = f"the question alone has {length} tokens, but only {max_length} fit ({rows.where(index)})"
+            mend = f"give a maximum length that leaves at least {length - max_length} more"
+            raise UserError(what, where="max_length", mend=mend)
         features[index] = feature
     while open_ := [index for index in long if over[index] - fits[index] > 1]:
         middles = {index: (fits[index] + over[index]) // 2 for index in open_}
@@ -159,7 +149,36 @@ def encode_prompts(
 
 
 @dataclass(frozen=True)
-class YesNo(Seq2Seq):
+class Questions(Task):
+    """What both ways of asking for yes or no have in common."""
+
+    needs: ClassVar[tuple[str, ...]] = ("text", "label", "target")
+
+    def fits(self, config: Mapping[str, Any]) -> bool:
+        """Never by itself: the model's configuration does not tell that it answers questions of this kind."""
+        return False
+
+    def references(self, rows: Rows, columns: Columns, space: LabelSpace) -> Any:
+        """Label and truth of each row; see :func:`read_references`."""
+        return read_references(rows, columns)
+
+    @abstractmethod
+    def answers(self, aligned: Any) -> list[int]:
+        """The answer of each example: :data:`YES`, :data:`NO` or :data:`NEITHER`."""
+
+    def judge(self, aligned: Any, references: Sequence[Any], space: LabelSpace) -> np.ndarray:
+        """int64 (examples, 3): the place of the label in :data:`LABELS`, the answer, and the truth."""
+        pairs = zip(self.answers(aligned), references, strict=True)
+        rows = [(LABELS.index(label), answer, true) for answer, (label, true) in pairs]
+        return np.array(rows, np.int64).reshape(-1, 3)
+
+    def by_label(self, aligned: Any, references: Sequence[Any], space: LabelSpace) -> dict[str, float]:
+        """F1 of yes of each label that was asked for; their mean is the key metric."""
+        return f1_by_label(self.judge(aligned, references, space))
+
+
+@dataclass(frozen=True)
+class YesNo(Questions, Seq2Seq):
     """An encoder-decoder writes yes or no behind :data:`SENTINEL`; key metric macro-F1 over the labels.
 
     Attributes:
@@ -171,16 +190,7 @@ class YesNo(Seq2Seq):
     name: ClassVar[str] = "yes-no"
     template: ClassVar[str] = f"does the sentence express {{label}}? {SENTINEL} {{sentence}}"
     metrics: ClassVar[Mapping[str, Metric]] = {"macro_f1": macro_f1, "accuracy": accuracy, "answered": answered}
-    needs: ClassVar[tuple[str, ...]] = ("text", "label", "target")
     usual: ClassVar[Mapping[str, tuple[str, ...]]] = {}
-
-    def fits(self, config: Mapping[str, Any]) -> bool:
-        """Never by itself: the model's configuration does not tell that it answers questions of this kind."""
-        return False
-
-    def references(self, rows: Rows, columns: Columns, space: LabelSpace) -> list[Reference]:  # type: ignore[override]
-        """Label and truth of each row; see :func:`read_references`."""
-        return read_references(rows, columns)
 
     def encode(
         self,
@@ -207,18 +217,13 @@ class YesNo(Seq2Seq):
         """Texts in lower case, without sentinels (not special to every tokenizer), white space evened out."""
         return [" ".join(_SENTINELS.sub(" ", text).lower().split()) for text in outputs]
 
-    def judge(self, aligned: Sequence[str], references: Sequence[Any], space: LabelSpace) -> np.ndarray:
-        """Label, answer and truth: see :func:`judge_answers`."""
-        answers = [ANSWERS.index(text) if text in ANSWERS else NEITHER for text in aligned]
-        return judge_answers(answers, references)
-
-    def by_label(self, aligned: Sequence[str], references: Sequence[Any], space: LabelSpace) -> dict[str, float]:
-        """F1 of yes of each label that was asked for; their mean is the key metric."""
-        return f1_by_label(self.judge(aligned, references, space))
+    def answers(self, aligned: Sequence[str]) -> list[int]:
+        """Nothing but yes and no is an answer."""
+        return [ANSWERS.index(text) if text in ANSWERS else NEITHER for text in aligned]
 
 
 @dataclass(frozen=True)
-class YesNoContinuation(CausalLM):
+class YesNoContinuation(Questions, CausalLM):
     """A decoder goes on with yes or no, whichever is more likely; key metric macro-F1 over the labels.
 
     Nothing is generated: the log-likelihoods of both answers after the question are compared. Every question has
@@ -231,15 +236,6 @@ class YesNoContinuation(CausalLM):
     metrics: ClassVar[Mapping[str, Metric]] = {"macro_f1": macro_f1, "accuracy": accuracy}
     lower_is_better: ClassVar[frozenset[str]] = frozenset()
     ensembles: ClassVar[bool] = True
-    needs: ClassVar[tuple[str, ...]] = ("text", "label", "target")
-
-    def fits(self, config: Mapping[str, Any]) -> bool:
-        """Never by itself: the model's configuration does not tell that it answers questions of this kind."""
-        return False
-
-    def references(self, rows: Rows, columns: Columns, space: LabelSpace) -> list[Reference]:
-        """Label and truth of each row; see :func:`read_references`."""
-        return read_references(rows, columns)
 
     def encode(
         self,
@@ -281,13 +277,9 @@ class YesNoContinuation(CausalLM):
         """Log-likelihoods of no and yes (examples, 2)."""
         return np.stack(list(outputs))
 
-    def judge(self, aligned: np.ndarray, references: Sequence[Any], space: LabelSpace) -> np.ndarray:
-        """Label, answer and truth: see :func:`judge_answers`."""
-        return judge_answers((aligned[:, YES] > aligned[:, NO]).astype(int).tolist(), references)
-
-    def by_label(self, aligned: np.ndarray, references: Sequence[Any], space: LabelSpace) -> dict[str, float]:
-        """F1 of yes of each label that was asked for; their mean is the key metric."""
-        return f1_by_label(self.judge(aligned, references, space))
+    def answers(self, aligned: np.ndarray) -> list[int]:
+        """The likelier answer."""
+        return [int(yes > no) for no, yes in aligned]
 
 
 def _answer_tokens(tokenizer: Any) -> list[list[int]]:
@@ -306,11 +298,8 @@ def _answer_tokens(tokenizer: Any) -> list[list[int]]:
 
 def _check_apart(answers: Sequence[Sequence[int]], tokenizer: Any) -> None:
     if list(answers[NO]) == list(answers[YES]) or not all(answers):
-        raise CheckpointError(
-            "the tokenizer makes the same tokens of yes and no",
-            where=getattr(tokenizer, "name_or_path", None),
-            mend="choose a model whose vocabulary has these words",
-        )
+        what, place = "the tokenizer makes the same tokens of yes and no", getattr(tokenizer, "name_or_path", None)
+        raise CheckpointError(what, where=place, mend="choose a model whose vocabulary has these words")
 
 
 def _without_end(ids: list[int], tokenizer: Any) -> list[int]:
@@ -367,13 +356,11 @@ class EmotionQuestions(EmotionCorpora):
 
     def __post_init__(self) -> None:
         if self.negatives not in NEGATIVES:
-            raise UserError(
-                f"keeping negatives by {self.negatives!r} is unknown",
-                where="negatives",
-                mend=did_you_mean(str(self.negatives), NEGATIVES),
-            )
+            what = f"keeping negatives by {self.negatives!r} is unknown"
+            raise UserError(what, where="negatives", mend=did_you_mean(str(self.negatives), NEGATIVES))
 
-    def _rows(self, set_name: str, split: str, asked: str, path: Path) -> Rows:
+    def _rows(self, set_name: str, split: str, asked: str) -> Rows:
+        path = self.file(set_name, split)
         records = read_records(path)
         chances = self.chances(records) if asked == TRAIN else {}
         rows: list[dict[str, Any]] = []
@@ -387,13 +374,10 @@ class EmotionQuestions(EmotionCorpora):
                 rows.append({"text": record.text, "label": label, "target": ANSWERS[true]})
                 places.append(record.place)
         if not rows:
-            raise DataError(
-                "no record has an annotated label to ask for"
-                if not chances
-                else "no label holds for any record, so that there is nothing to learn",
-                where=path,
-                mend="give records with a 1 for some emotion, or keep all negatives",
-            )
+            what = "no record has an annotated label to ask for"
+            if chances:
+                what = "no label holds for any record, so that there is nothing to learn"
+            raise DataError(what, where=path, mend="give records with a 1 for some emotion, or keep all negatives")
         return Rows(f"{set_name}[{split}]", tuple(rows), tuple(places))
 
     def chances(self, records: Sequence[Record]) -> dict[str, float]:

@@ -13,10 +13,10 @@ from typing import ClassVar
 import numpy as np
 
 from merganser.errors import DataError, UserError, did_you_mean
-from merganser.lab.suites.base import ALL, DEV, TEST, TRAIN, Suite
+from merganser.lab.suites.base import DEV, TEST, Suite
 from merganser.tasks.base import Task
 from merganser.tasks.classification import TextClassification
-from merganser.tasks.data import Rows, joined, read_rows, selected
+from merganser.tasks.data import Rows, read_rows, selected
 from merganser.tasks.regression import Regression
 
 _ENTAILMENT = ("entailment", "not_entailment")
@@ -62,10 +62,8 @@ class Glue(Suite):
 
     def __post_init__(self) -> None:
         for option, least in (("dev_examples", 1), ("dev_seed", 0)):
-            if getattr(self, option) < least:
-                raise UserError(
-                    f"{option} is {getattr(self, option)}", where="suite glue", mend=f"give at least {least}"
-                )
+            if (value := getattr(self, option)) < least:
+                raise UserError(f"{option} is {value}", where="suite glue", mend=f"give at least {least}")
 
     def sets(self) -> tuple[str, ...]:
         """The tasks that have a folder; all nine where ``datasets`` is to find them."""
@@ -73,19 +71,16 @@ class Glue(Suite):
             return tuple(LABELS)
         return tuple(name for name in LABELS if (self.root / name).is_dir())
 
-    def read(self, set_name: str, split: str) -> Rows:
-        """The rows of a task; see the class for what the splits are."""
+    def check(self, set_name: str, split: str) -> None:
+        """As of every suite; a name that GLUE does not have is said to be none of its tasks."""
         self._check(set_name)
-        self.check(set_name, split)
-        if split == ALL:
-            train = self._file(set_name, "train")
-            parts = [*(self._part(train, part) for part in (TRAIN, DEV)), self.read(set_name, TEST)]
-            return joined(parts, f"{set_name}[{ALL}]")
+        super().check(set_name, split)
+
+    def _rows(self, set_name: str, split: str, asked: str) -> Rows:
+        """See the class for what the splits are."""
         if split == TEST:
-            rows = self._file(set_name, "validation_matched" if set_name == "mnli" else "validation")
-        else:
-            rows = self._part(self._file(set_name, "train"), split)
-        return replace(rows, source=f"{set_name}[{split}]")
+            return self._file(set_name, "validation_matched" if set_name == "mnli" else "validation")
+        return self._part(self._file(set_name, "train"), split)
 
     def task(self, set_name: str) -> Task:
         """Regression for STS-B, else classification, scored by accuracy (CoLA: Matthews' correlation)."""
@@ -113,13 +108,12 @@ class Glue(Suite):
             try:
                 rows = _read(f"glue:{set_name}", split, ())
             except DataError as error:
-                raise DataError(
-                    error.what,
-                    where=error.where,
-                    mend="where there is a network, run datasets.load_dataset('glue', "
-                    f"{set_name!r}).save_to_disk('glue/{set_name}') in Python, copy the folder glue to this "
-                    "machine and give it as the folder of the suite",
-                ) from None
+                call = f"datasets.load_dataset('glue', {set_name!r}).save_to_disk('glue/{set_name}')"
+                mend = (
+                    f"where there is a network, run {call} in Python, copy the folder glue to this machine and give it "
+                    "as the folder of the suite"
+                )
+                raise DataError(error.what, where=error.where, mend=mend) from None
         if set_name == "stsb":
             return rows
         return replace(rows, class_names={"label": LABELS[set_name], **rows.class_names})
@@ -128,11 +122,8 @@ class Glue(Suite):
         """What is held out of the train file, or what is left of it; in the order of the file."""
         size = min(self.dev_examples, len(train) // 10)
         if size == 0:
-            raise DataError(
-                f"{len(train)} examples are too few to hold out a tenth for development",
-                where=train.source,
-                mend="give at least 10 examples",
-            )
+            what = f"{len(train)} examples are too few to hold out a tenth for development"
+            raise DataError(what, where=train.source, mend="give at least 10 examples")
         order = np.random.default_rng(self.dev_seed).permutation(len(train)).tolist()
         return selected(train, sorted(order[:size] if split == DEV else order[size:]))
 

@@ -6,16 +6,16 @@ NER(Path("corpora/ner")).read("onto-bc", "dev")         onto.development.bc.ner
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from merganser.errors import DataError
-from merganser.lab.suites.base import ALL, DEV, SPLITS, TEST, TRAIN, Suite
+from merganser.lab.suites.base import DEV, SPLITS, TEST, TRAIN, Suite
 from merganser.tasks.base import Task
 from merganser.tasks.conll import as_bio, check_tag, unescape
-from merganser.tasks.data import Rows, joined
+from merganser.tasks.data import Rows
 from merganser.tasks.entities import OUTSIDE
 from merganser.tasks.files import Numbered, read_conll, read_file
 from merganser.tasks.token_classification import TokenClassification
@@ -61,14 +61,10 @@ class NER(Suite):
 
     def sets(self) -> tuple[str, ...]:
         """The folders that hold a file of any split, and the genres of OntoNotes."""
-        if self.root is None or not self.root.is_dir():
+        if self.root is None:
             return ()
-        names = {
-            folder.name
-            for folder in self.root.iterdir()
-            if folder.is_dir() and any(self._file(folder.name, split) for split in SPLITS)
-        }
-        if any(self._file(_TWITTER, split) for split in SPLITS):
+        names = set(super().sets())
+        if any(self.files(_TWITTER, split) for split in SPLITS):
             names.add(_TWITTER)
         for split in _ONTONOTES.values():
             for folder in self._ontonotes():
@@ -76,20 +72,14 @@ class NER(Suite):
                     names.add(_GENRES + path.name.split(".", 2)[2].removesuffix(".ner"))
         return tuple(sorted(names))
 
-    def read(self, set_name: str, split: str) -> Rows:
+    def _rows(self, set_name: str, split: str, asked: str) -> Rows:
         """Rows of ``{"tokens": [...], "tags": [...]}``; their places are where sentences begin."""
-        self.check(set_name, split)
-        if split == ALL:
-            return joined([self.read(set_name, part) for part in SPLITS], f"{set_name}[{ALL}]")
-        found = self._file(set_name, split)
-        if found is None:
-            raise DataError(
-                f"the data set {set_name!r} has no file of the split {split!r}",
-                where=self.root,
-                mend=f"expected files:\n{self.layout.format(set=set_name)}",
-            )
-        path, reader = found
-        numbered = list(reader(path))
+        path = next(iter(self.files(set_name, split)), None)
+        if path is None:
+            what = f"the data set {set_name!r} has no file of the split {split!r}"
+            raise DataError(what, where=self.root, mend=f"expected files:\n{self.layout.format(set=set_name)}")
+        read = _read_objects if path.suffix in (".json", ".jsonl") else _read_conll
+        numbered = list(read(path))
         if not numbered:
             raise DataError("no data: not a single sentence", where=path, mend="give at least one sentence")
         rows = tuple({"tokens": row["tokens"], "tags": self._tags(row["tags"])} for _, row in numbered)
@@ -106,22 +96,18 @@ class NER(Suite):
     def _ontonotes(self) -> tuple[Path, ...]:
         return () if self.root is None else (self.root, self.root / "ontonotes")
 
-    def _file(self, set_name: str, split: str) -> tuple[Path, Callable[[Path], Numbered]] | None:
-        """The file of a split and how it is read; None where there is none."""
+    def files(self, set_name: str, split: str) -> list[Path]:
+        """The files of a split under any of the names that it may have."""
         folder = (self.root or Path()) / set_name
-        choices: list[tuple[Path, Callable[[Path], Numbered]]] = [
-            (folder / f"{split}.conll", _read_conll),
-            (folder / _CONLL_2003[split], _read_conll),
-            (folder / f"{split}.json", _read_objects),
-            (folder / f"{split}.jsonl", _read_objects),
-        ]
+        names = (f"{split}.conll", _CONLL_2003[split], f"{split}.json", f"{split}.jsonl")
+        choices = [folder / name for name in names]
         if set_name == _TWITTER:
             name = f"annotated.twitter-ner-20-21-tweet-{split}-withcleaned.json"
-            choices += [(place / name, _read_objects) for place in (folder, folder.parent)]
+            choices += [folder / name, folder.parent / name]
         if set_name.startswith(_GENRES):
             name = f"onto.{_ONTONOTES[split]}.{set_name.removeprefix(_GENRES)}.ner"
-            choices += [(place / name, _read_conll) for place in self._ontonotes()]
-        return next(((path, reader) for path, reader in choices if path.is_file()), None)
+            choices += [place / name for place in self._ontonotes()]
+        return [path for path in choices if path.is_file()]
 
     def _tags(self, tags: Sequence[str]) -> list[str]:
         """BIO tags over the three types; what belongs to an entity of another type is ``O``."""
@@ -154,9 +140,8 @@ def _read_objects(path: Path) -> Numbered:
         column = next((name for name in ("labels", "tags", "ner_tags") if name in row), "labels")
         given = _texts(row.get(column), column, where)
         if len(words) != len(given):
-            raise DataError(
-                f"{len(words)} tokens but {len(given)} {column}", where=where, mend="give one tag for each token"
-            )
+            what = f"{len(words)} tokens but {len(given)} {column}"
+            raise DataError(what, where=where, mend="give one tag for each token")
         numbers.append(number)
         sentences.append([unescape(word) for word in words])
         tags.append([check_tag(tag, where) for tag in given])
@@ -166,9 +151,6 @@ def _read_objects(path: Path) -> Numbered:
 
 def _texts(value: Any, column: str, where: str) -> list[str]:
     if not isinstance(value, list) or not value or not all(isinstance(item, str) and item for item in value):
-        raise DataError(
-            f"{column!r} is not a list of texts, each with something in it",
-            where=where,
-            mend='give {"tokens": ["Anna", "left"], "labels": ["B-PER", "O"]}',
-        )
+        what = f"{column!r} is not a list of texts, each with something in it"
+        raise DataError(what, where=where, mend='give {"tokens": ["Anna", "left"], "labels": ["B-PER", "O"]}')
     return list(value)

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from merganser.errors import DataError, UserError
-from merganser.lab.suites.base import ALL, SPLITS, TRAIN, Suite
+from merganser.lab.suites.base import TRAIN, Suite
 from merganser.tasks.base import Task
 from merganser.tasks.classification import TextClassification
 from merganser.tasks.columns import Columns
-from merganser.tasks.data import Rows, joined, read_rows
+from merganser.tasks.data import Rows, read_rows
 from merganser.tasks.labels import CHOOSE, LabelReader, LabelSpace
 
 ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
@@ -47,50 +47,36 @@ class OwnFiles(Suite):
 
     def __post_init__(self) -> None:
         if isinstance(self.label_names, str):
-            raise UserError(
-                f"label_names is the text {self.label_names!r}", where="label_names", mend="give a list of names"
-            )
+            what = f"label_names is the text {self.label_names!r}"
+            raise UserError(what, where="label_names", mend="give a list of names")
         object.__setattr__(self, "label_names", tuple(str(name) for name in self.label_names))  # of a list, too
         if self.label_names and len(set(self.label_names)) < max(2, len(self.label_names)):
-            raise UserError(
-                f"not at least two labels, each once: {', '.join(self.label_names)}",
-                where="label_names",
-                mend="name each label once",
-            )
+            what = f"not at least two labels, each once: {', '.join(self.label_names)}"
+            raise UserError(what, where="label_names", mend="name each label once")
         TextClassification(key=self.key)
 
-    def sets(self) -> tuple[str, ...]:
-        """The folders that hold a file of any split."""
-        if self.root is None or not self.root.is_dir():
-            return ()
-        folders = [folder for folder in self.root.iterdir() if folder.is_dir()]
-        return tuple(sorted(f.name for f in folders if any(self._files(f.name, split) for split in SPLITS)))
+    def files(self, set_name: str, split: str) -> list[Path]:
+        """The files of a split; more than one is a mistake."""
+        folder = (self.root or Path()) / set_name
+        return [path for ending in ENDINGS if (path := folder / f"{split}{ending}").is_file()]
 
-    def read(self, set_name: str, split: str) -> Rows:
+    def _rows(self, set_name: str, split: str, asked: str) -> Rows:
         """The rows of a data set's file.
 
         Raises:
             DataError: also a split that has no file, or more than one.
         """
-        self.check(set_name, split)
-        if split == ALL:
-            return joined([self.read(set_name, part) for part in SPLITS], f"{set_name}[{ALL}]")
-        files = self._files(set_name, split)
-        folder = (self.root or Path()) / set_name
+        files, folder = self.files(set_name, split), (self.root or Path()) / set_name
         if not files:
-            raise DataError(
-                f"the data set {set_name!r} has no {split} file",
-                where=folder,
-                mend=f"put {split}{ENDINGS[0]} there (or ending in {', '.join(ENDINGS[1:])}); where there is "
-                "no such split, set examples of the train file aside for it",
+            mend = (
+                f"put {split}{ENDINGS[0]} there (or ending in {', '.join(ENDINGS[1:])}); where there is no such split, "
+                "set examples of the train file aside for it"
             )
+            raise DataError(f"the data set {set_name!r} has no {split} file", where=folder, mend=mend)
         if len(files) > 1:
-            raise DataError(
-                f"several {split} files: {', '.join(path.name for path in files)}",
-                where=folder,
-                mend="leave one of them there",
-            )
-        return joined([read_rows(files[0])], f"{set_name}[{split}]")
+            what = f"several {split} files: {', '.join(path.name for path in files)}"
+            raise DataError(what, where=folder, mend="leave one of them there")
+        return read_rows(files[0])
 
     def task(self, set_name: str) -> Task:
         """Text classification with the chosen key metric."""
@@ -116,16 +102,12 @@ class OwnFiles(Suite):
         places = {reader.read(value, where) for value, where in self._values[set_name].items()}
         return None if len(places) == len(names) else tuple(names[place] for place in sorted(places))
 
-    def _files(self, set_name: str, split: str) -> list[Path]:
-        folder = (self.root or Path()) / set_name
-        return [path for ending in ENDINGS if (path := folder / f"{split}{ending}").is_file()]
-
     @cached_property
     def _values(self) -> dict[str, dict[str | int, str]]:
         """For each data set the values of its train file's labels, each with the first place that has it."""
         found: dict[str, dict[str | int, str]] = {}
         for set_name in self.sets():
-            if not self._files(set_name, TRAIN):
+            if not self.files(set_name, TRAIN):
                 continue  # only tested on
             rows = self.read(set_name, TRAIN)
             column = TextClassification().columns(rows, Columns()).label or "label"
@@ -139,19 +121,15 @@ class OwnFiles(Suite):
     def _union(self) -> tuple[str, ...]:
         names = _ordered(str(value) for values in self._values.values() for value in values)
         if len(names) < 2:
-            raise DataError(
-                f"fewer than two labels in all train files: {', '.join(names) or 'none'}",
-                where=self.root,
-                mend="give examples of every label, or name the labels with label_names",
-            )
+            what = f"fewer than two labels in all train files: {', '.join(names) or 'none'}"
+            mend = "give examples of every label, or name the labels with label_names"
+            raise DataError(what, where=self.root, mend=mend)
         for values in self._values.values():
             for value, where in values.items():
                 if isinstance(value, int) and not all(name.isdecimal() for name in names):
-                    raise DataError(
-                        f"label {value} is a number, but other labels are names: {', '.join(names[:20])}",
-                        where=where,
-                        mend="give every label by name, or say with label_names what the numbers mean",
-                    )
+                    what = f"label {value} is a number, but other labels are names: {', '.join(names[:20])}"
+                    mend = "give every label by name, or say with label_names what the numbers mean"
+                    raise DataError(what, where=where, mend=mend)
         return names
 
 

@@ -81,29 +81,23 @@ def partition(
     found.append(sorted(index for pool in pools.values() for index in pool))
     for number, part_indices in enumerate(found, 1):
         if not part_indices:
-            raise UserError(
-                f"part {number} of {parts} would get no example: {total} examples of {len(names)} labels",
-                where="partition",
-                mend="share out more examples, or make fewer parts",
-            )
+            what = f"part {number} of {parts} would get no example: {total} examples of {len(names)} labels"
+            raise UserError(what, where="partition", mend="share out more examples, or make fewer parts")
     return found
 
 
 def _check(available: int, parts: int, total: int, seed: int) -> None:
+    what = ""
     if parts < 2:
-        raise UserError(f"{parts} parts", where="partition", mend="ask for at least 2 parts")
-    if total > available:
-        raise UserError(
-            f"{total} examples are to be shared out, but there are {available}",
-            where="partition",
-            mend=f"ask for at most {available}",
-        )
-    if total < parts:
-        raise UserError(
-            f"{total} examples are too few for {parts} parts", where="partition", mend="ask for more examples"
-        )
-    if seed < 0:
-        raise UserError(f"the seed is {seed}", where="partition", mend="give a seed of 0 or more")
+        what, mend = f"{parts} parts", "ask for at least 2 parts"
+    elif total > available:
+        what, mend = f"{total} examples are to be shared out, but there are {available}", f"ask for at most {available}"
+    elif total < parts:
+        what, mend = f"{total} examples are too few for {parts} parts", "ask for more examples"
+    elif seed < 0:
+        what, mend = f"the seed is {seed}", "give a seed of 0 or more"
+    if what:
+        raise UserError(what, where="partition", mend=mend)
 
 
 def _bins(targets: Sequence[int | float], parts: int) -> list[int]:
