@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 
 from merganser.lab.grid.cells import cell_from, expand, generator_seed, models_of
-from merganser.lab.grid.compute import scored_on
+from merganser.lab.grid.compute import candidates, scored_on
 from merganser.lab.grid.config import ExperimentConfig, Search
-from merganser.lab.grid.search import candidates
 
 
 def config(**changes: Any) -> ExperimentConfig:

@@ -9,8 +9,8 @@ import pytest
 
 from merganser.errors import UserError
 from merganser.lab.grid.cells import ModelSpec, expand
+from merganser.lab.grid.compute import cell_id
 from merganser.lab.grid.config import ExperimentConfig, localised
-from merganser.lab.grid.identity import cell_id
 from merganser.lab.grid.models import Models
 from merganser.lab.grid.run import run_experiment
 from merganser.lab.zoo import Zoo, id_of

@@ -192,7 +192,7 @@ def test_a_results_folder_of_another_version_is_left_alone(tmp_path: Path, trial
 
 def test_rows_of_pairs_do_not_overwrite_each_other(trial: Trial, tmp_path: Path) -> None:
     """Mistake 7, second half: every cell has a name of its own."""
-    from merganser.lab.grid.identity import cell_id
+    from merganser.lab.grid.compute import cell_id
 
     config = trial(heads=["same", "different"], layout="pairs")
     models = Models(config, Zoo(tmp_path / "zoo"))
@@ -238,6 +238,23 @@ def test_glue_pairs_keep_their_heads(tmp_path: Path, save_ready: Callable[..., P
     for row in rows.values():
         assert row["scores"]["cola"]["metric"] == "matthews" and row["scores"]["stsb"]["metric"] == "pearson"
     assert rows["regmean"]["provenance"]["tensors"]["kept separate"] == 4
+
+
+def test_every_test_of_a_fine_tuned_merge_is_of_the_fine_tuned_model(
+    tmp_path: Path, trial: Trial, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[tuple[str, str], str] = {}
+    predict_all = Models.predict_all
+
+    def listening(models: Models, reference: str | Path, tests: list[tuple[str, str]]) -> Any:
+        asked.update(dict.fromkeys(tests, Path(reference).name))
+        return predict_all(models, reference, tests)
+
+    monkeypatch.setattr(Models, "predict_all", listening)
+    methods = [{"method": "simple", "finetune": {"examples": 4}}]
+    config = trial(contributors=["one", "two"], methods=methods, comparators=[], seeds=[1])
+    assert run_experiment(config, results=tmp_path / "r", zoo=tmp_path / "zoo").failures == ()
+    assert asked == dict.fromkeys([("one", "test"), ("two", "test"), ("far", "all")], "finetuned")
 
 
 def test_partitions(tmp_path: Path, save_ready: Callable[..., Path]) -> None:

@@ -1,10 +1,13 @@
-"""From a cell to its result row: merge, predict, score."""
+"""From a cell to the name of its result row, and to the row: merge, predict, score."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,11 +19,10 @@ from merganser.checkpoints import open_checkpoint
 from merganser.errors import UserError
 from merganser.evaluation.bootstrap import resample, standard_error
 from merganser.lab.grid.cells import Cell, ModelSpec, title_of
-from merganser.lab.grid.config import ExperimentConfig, MethodConfig
+from merganser.lab.grid.config import ExperimentConfig, Finetune, MethodConfig, Search
 from merganser.lab.grid.models import Models, folder_name
-from merganser.lab.grid.search import candidates
 from merganser.lab.suites.base import DEV, TEST
-from merganser.lab.zoo import Entry
+from merganser.lab.zoo import Entry, id_of
 from merganser.merging import Contributor, merge
 from merganser.merging.provenance import library_versions, read_provenance
 from merganser.methods import METHODS
@@ -37,13 +39,13 @@ IN, OUT, OTHER = "in", "out", "other"
 Test = tuple[str, str, str]
 
 
-def compute(models: Models, cell: Cell, cell_id: str, sums: Path | None = None) -> dict[str, Any]:
+def compute(models: Models, cell: Cell, identity: str, sums: Path | None = None) -> dict[str, Any]:
     """Work on a cell and return its result row (see the reporting package for its fields).
 
     Args:
         models: of the experiment.
         cell: what to score.
-        cell_id: its name.
+        identity: the :func:`cell_id`.
         sums: where a greedy sequence keeps its running sums.
 
     Raises:
@@ -51,33 +53,33 @@ def compute(models: Models, cell: Cell, cell_id: str, sums: Path | None = None) 
     """
     start = time.perf_counter()
     tests, bootstrap = scored_on(models.config, cell), models.config.bootstrap
-    entries = [models.model(spec) for spec in cell.contributors] if cell.kind != "multitask" else []
+    used = statistics_of(models.config, cell)
     chosen: dict[str, Any] | None = None
     tensors: dict[str, int] = {}
-    used = ""
-    if cell.kind == "individual":
-        found = [models.prediction(entries[0], name, split) for name, split, _ in tests]
-    elif cell.kind == "ensemble":
-        found = [_ensemble(models, cell, entries, name, split) for name, split, _ in tests]
-    elif cell.kind == "multitask":
+    if cell.kind == "multitask":
         entries = [models.multitask(cell)]
         found = [models.prediction(entries[0], *test[:2], _head_of(cell, test[0])) for test in tests]
     else:
-        method = models.config.method(cell.method)
-        used = statistics_of(models.config, cell)
-        found, chosen, tensors = _merged(models, cell, method, tests, sums)
+        entries = [models.model(spec) for spec in cell.contributors]
+        if cell.kind == "individual":
+            found = [models.prediction(entries[0], name, split) for name, split, _ in tests]
+        elif cell.kind == "ensemble":
+            found = [_ensemble(models, cell, entries, name, split) for name, split, _ in tests]
+        else:
+            found, chosen, tensors = _merged(models, cell, tests, sums)
     scores = {
         name: {"domain": domain, **score(models, name, split, prediction, cell.contributors, bootstrap)}
         for (name, split, domain), prediction in zip(tests, found, strict=True)
     }
-    average = {
-        domain: float(np.mean([s["value"] for s in scores.values() if s["domain"] == domain]))
-        for domain in (IN, OUT)
-        if any(s["domain"] == domain for s in scores.values())
-    }
+    values: dict[str, list[float]] = {IN: [], OUT: [], OTHER: []}
+    for one in scores.values():
+        values[one["domain"]].append(one["value"])
+    average = {domain: float(np.mean(values[domain])) for domain in (IN, OUT) if values[domain]}
+    given = [models.args(spec).checkpoint is not None for spec in cell.contributors]
+    trained = cell.kind == "multitask" or not all(given)  # made from the pretrained model
     return {
         "format": FORMAT,
-        "cell": cell_id,
+        "cell": identity,
         "experiment": models.config.name,
         "suite": models.config.suite.name,
         "model": models.config.pretrained.title,
@@ -93,7 +95,7 @@ def compute(models: Models, cell: Cell, cell_id: str, sums: Path | None = None) 
         "average": average,
         "chosen": chosen,
         "provenance": {
-            "base": models.base if cell.kind == "multitask" or _trained(models, cell) else None,
+            "base": models.base if trained else None,
             "contributors": _provenance(models, cell, entries, used),
             "data": {f"{name}[{split}]": models.data.digest(name, split) for name, split, _ in tests},
             "tensors": tensors,
@@ -107,6 +109,31 @@ def compute(models: Models, cell: Cell, cell_id: str, sums: Path | None = None) 
             "finished": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         },
     }
+
+
+def cell_id(models: Models, cell: Cell) -> str:
+    """The name of a cell, by which its row is found: 16 hexadecimal digits of the hash of its models, method,
+    statistics, tests and way of scoring."""
+    config, kind = models.config, statistics_of(models.config, cell)
+    if cell.kind == "multitask":
+        made = [id_of(models.multitask_key(cell))]
+    else:
+        made = [models.address(spec) for spec in cell.contributors]
+    content = {
+        "format": FORMAT,
+        "experiment": config.name,
+        "layout": config.layout,
+        "cell": cell.to_json(),
+        "models": made,
+        "method": config.method(cell.method).model_dump(mode="json") if cell.kind == "merge" else None,
+        "statistics": [models.statistics_key(spec, kind) for spec in cell.contributors] if kind else None,
+        "scoring": config.suite.options,
+        "max_length": models.settings().max_length,
+        **({"bootstrap": config.bootstrap} if config.bootstrap else {}),
+        "tests": [(*test, models.data.digest(*test[:2])) for test in scored_on(config, cell)],
+    }
+    text = json.dumps(content, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def statistics_of(config: ExperimentConfig, cell: Cell) -> str:
@@ -155,7 +182,7 @@ def score(
 
 def masked(models: Models, aligned: Any, specs: Sequence[ModelSpec]) -> Any:
     """Scores (examples, labels) with NaN for the labels that none of the models was trained on."""
-    voted = [models.data.votes(spec.set) for spec in specs]
+    voted = [models.data.suite.votes(spec.set) for spec in specs]
     if any(votes is None for votes in voted) or not isinstance(aligned, np.ndarray) or aligned.ndim != 2:
         return aligned
     labels = models.data.suite.labels(specs[0].set)
@@ -171,43 +198,36 @@ def _ensemble(models: Models, cell: Cell, entries: Sequence[Entry], set_name: st
     return Prediction(joint, max(p.truncated for p in parts), min(p.max_length for p in parts))
 
 
-def _trained(models: Models, cell: Cell) -> bool:
-    """Whether any contributor of a cell was made from the pretrained model rather than given."""
-    return any(models.args(spec).checkpoint is None for spec in cell.contributors)
-
-
 def _head_of(cell: Cell, set_name: str) -> str:
-    """The sub-folder of a multi-task model that answers for a data set."""
+    """The sub-folder of a model with several heads that answers for a data set; empty where all share one head."""
     if cell.heads != "separate":
         return ""
     return folder_name(next(spec.name for spec in cell.contributors if spec.set == set_name))
 
 
 def _merged(
-    models: Models, cell: Cell, method: MethodConfig, tests: Sequence[Test], sums: Path | None
+    models: Models, cell: Cell, tests: Sequence[Test], sums: Path | None
 ) -> tuple[list[Prediction], dict[str, Any] | None, dict[str, int]]:
     """Merge, predict the tests; what the search chose; how many tensors each method treated."""
+    method = models.config.method(cell.method)
     chosen = None
     coefficients = [1.0] * len(cell.contributors)
     with tempfile.TemporaryDirectory(prefix="merganser-cell-", ignore_cleanup_errors=True) as scratch:
         folder = Path(scratch)
         if method.search is not None:
-            chosen = _search(models, cell, method, folder)
+            chosen = _search(models, cell, method, method.search, folder)
             coefficients = chosen["candidates"][chosen["best"]]["coefficients"]
         output = merge_cell(models, cell, method, coefficients, folder / "merged", sums)
-        tensors = _counts(output)
-        references = {spec.set: reference(models, cell, output, spec.set) for spec in cell.contributors}
+        tensors = Counter(outcome["method"] for outcome in read_provenance(output)["tensors"].values())
         if method.finetune is not None:
-            references = _finetuned(models, cell, method, references, folder)
-        found: dict[Test, Prediction] = {}
-        by_folder: dict[str, list[Test]] = {}
-        for test in tests:
-            place = references.get(test[0]) or reference(models, cell, output, cell.contributors[0].set)
-            by_folder.setdefault(str(place), []).append(test)
-        for place, group in by_folder.items():
-            predictions = models.predict_all(place, [(name, split) for name, split, _ in group])
-            found.update(zip(group, predictions, strict=True))
-    return [found[test] for test in tests], chosen, tensors
+            output = _finetuned(models, cell, method.finetune, output, folder / "finetuned")
+        wanted = [(name, split) for name, split, _ in tests]
+        if cell.heads != "separate":
+            found = models.predict_all(output, wanted)
+        else:  # each test by the head of its data set
+            place = f"{output}/" if method.finetune else f"{output}::heads/"
+            found = [models.predict_all(place + _head_of(cell, test[0]), [test])[0] for test in wanted]
+    return found, chosen, dict(sorted(tensors.items()))
 
 
 def merge_cell(
@@ -225,7 +245,7 @@ def merge_cell(
             model=str(models.model(spec).path),
             coefficient=coefficient,
             statistics=str(models.statistics(spec, wanted)) if wanted else None,
-            labels=models.data.votes(spec.set),
+            labels=models.data.suite.votes(spec.set),
             name=folder_name(spec.name),
         )
         for spec, coefficient in zip(cell.contributors, coefficients, strict=True)
@@ -250,14 +270,6 @@ def merge_cell(
     return output
 
 
-def reference(models: Models, cell: Cell, output: Path, set_name: str) -> str:
-    """Where the model for a data set lies in a merged folder."""
-    if cell.heads != "separate":
-        return str(output)
-    spec = next(spec for spec in cell.contributors if spec.set == set_name)
-    return f"{output}::heads/{folder_name(spec.name)}"
-
-
 def head_patterns(folder: Path) -> list[str]:
     """Patterns of all tensors outside the pretrained encoder: what fine-tuning for another task adds.
 
@@ -272,87 +284,80 @@ def head_patterns(folder: Path) -> list[str]:
     return sorted({name.split(".")[0] + ".*" for name in names})
 
 
-def _search(models: Models, cell: Cell, method: MethodConfig, folder: Path) -> dict[str, Any]:
+def candidates(search: Search, contributors: int, seed: int) -> list[tuple[float, ...]]:
+    """Coefficients to try: a grid for two contributors, Dirichlet samples for more.
+
+    They sum to 1, the uniform ones come first, and none is 0: the ends of the grid are at 0.001, since a contributor
+    may be the only one that votes on a label.
+
+    Args:
+        search: how many.
+        contributors: how many models are merged.
+        seed: of the samples.
+    """
+    uniform = (1 / contributors,) * contributors
+    if contributors == 2:
+        steps = np.linspace(0, 1, search.grid).clip(0.001, 0.999)
+        found: list[tuple[float, ...]] = [(float(1 - step), float(step)) for step in steps]
+    else:
+        drawn = np.random.default_rng(seed).dirichlet(np.ones(contributors), search.samples)
+        found = [tuple(float(value) for value in row) for row in drawn]
+    return [uniform, *(one for one in found if not np.allclose(one, uniform))]
+
+
+def _search(models: Models, cell: Cell, method: MethodConfig, search: Search, folder: Path) -> dict[str, Any]:
     """Coefficients by their mean key score on the contributors' development data; never on a reported test."""
-    assert method.search is not None
     tried = []
-    plain = method.model_copy(update={"finetune": None})
-    for coefficients in candidates(method.search, len(cell.contributors), cell.seed):
-        output = merge_cell(models, cell, plain, coefficients, folder / "candidate")
+    for coefficients in candidates(search, len(cell.contributors), cell.seed):
+        output = merge_cell(models, cell, method, coefficients, folder / "candidate")
         values = []
-        for spec in dict.fromkeys(cell.contributors):
-            (prediction,) = models.predict_all(reference(models, cell, output, spec.set), [(spec.set, DEV)])
+        for spec in cell.contributors:
+            head = _head_of(cell, spec.set)
+            place = f"{output}::heads/{head}" if head else output
+            (prediction,) = models.predict_all(place, [(spec.set, DEV)])
             values.append(score(models, spec.set, DEV, prediction, cell.contributors)["value"])
         tried.append({"coefficients": list(coefficients), "dev": float(np.mean(values))})
     best = max(range(len(tried)), key=lambda i: (tried[i]["dev"], -i))
     return {"by": DEV, "candidates": tried, "best": best}
 
 
-def _finetuned(
-    models: Models, cell: Cell, method: MethodConfig, references: Mapping[str, str], folder: Path
-) -> dict[str, str]:
+def _finetuned(models: Models, cell: Cell, finetune: Finetune, merged: Path, output: Path) -> Path:
     """Train the merged model a little on a sample of every contributor's training data."""
-    assert method.finetune is not None
     shared = cell.heads != "separate"
-    parts = [
-        models.part(spec, sample(models.rows(spec), method.finetune.examples, cell.seed)) for spec in cell.contributors
-    ]
-    starts = {folder_name(spec.name): _as_folder(references[spec.set]) for spec in cell.contributors}
-    output = folder / "finetuned"
+    parts = [models.part(spec, sample(models.rows(spec), finetune.examples, cell.seed)) for spec in cell.contributors]
+    starts = {part.name: merged if shared else merged / "heads" / part.name for part in parts}
     train_multitask(
         starts[parts[0].name],
         parts,
         shared=shared,
         output=output,
-        settings=models.tuned(method.finetune),
+        settings=models.tuned(finetune),
         seed=cell.seed,
         starts=None if shared else starts,
         device=models.config.resources.device,
     )
-    if shared:
-        return {spec.set: str(output) for spec in cell.contributors}
-    return {spec.set: str(output / folder_name(spec.name)) for spec in cell.contributors}
-
-
-def _as_folder(place: str) -> Path:
-    root, _, inside = place.partition("::")
-    return Path(root) / inside
-
-
-def _counts(output: Path) -> dict[str, int]:
-    """How many tensors each method really treated."""
-    counts: dict[str, int] = {}
-    for outcome in read_provenance(output)["tensors"].values():
-        counts[outcome["method"]] = counts.get(outcome["method"], 0) + 1
-    return dict(sorted(counts.items()))
+    return output
 
 
 def _provenance(models: Models, cell: Cell, entries: Sequence[Entry], used: str) -> list[dict[str, Any]]:
     """The zoo's entry of each contributor, with the hashes of its weights and of the statistics used."""
+    examples = [len(models.rows(spec)) for spec in cell.contributors]
+    made: list[tuple[str, int, str | None, int]] = []
     if cell.kind == "multitask":
-        entry = entries[0]
-        named = "+".join(spec.name for spec in cell.contributors)
-        examples = sum(len(models.rows(spec)) for spec in cell.contributors)
-        return [_facts_of(entry, named, cell.seed, None, examples)]
+        made.append(("+".join(spec.name for spec in cell.contributors), cell.seed, None, sum(examples)))
+    else:
+        for spec, count in zip(cell.contributors, examples, strict=True):
+            statistics = Statistics.open(models.statistics(spec, used)).sha256() if used else None
+            made.append((spec.name, spec.seed, statistics, count))
     return [
-        _facts_of(
-            entry,
-            spec.name,
-            spec.seed,
-            Statistics.open(models.statistics(spec, used)).sha256() if used else None,
-            len(models.rows(spec)),
-        )
-        for spec, entry in zip(cell.contributors, entries, strict=True)
+        {
+            "name": name,
+            "zoo": entry.id,
+            "seed": seed,
+            "weights": entry.facts.get("weights"),
+            "statistics": sha256,
+            "score": entry.facts.get("score"),
+            "examples": count,
+        }
+        for entry, (name, seed, sha256, count) in zip(entries, made, strict=True)
     ]
-
-
-def _facts_of(entry: Entry, name: str, seed: int, statistics: str | None, examples: int) -> dict[str, Any]:
-    return {
-        "name": name,
-        "zoo": entry.id,
-        "seed": seed,
-        "weights": entry.facts.get("weights"),
-        "statistics": statistics,
-        "score": entry.facts.get("score"),
-        "examples": examples,
-    }

@@ -70,10 +70,6 @@ class Data:
         )
         return selected(rows, parts[index])
 
-    def votes(self, set_name: str) -> tuple[str, ...] | None:
-        """See :meth:`Suite.votes`."""
-        return self.suite.votes(set_name)
-
 
 @lru_cache(maxsize=4)
 def data_of(config: str) -> Data:

@@ -21,11 +21,10 @@ from transformers.initialization import no_init_weights
 from merganser.checkpoints import open_checkpoint
 from merganser.checkpoints.layers import load_config
 from merganser.collection.scores import SAMPLES
-from merganser.lab.grid.cells import Cell, ModelSpec, cell_from
-from merganser.lab.grid.compute import scored_on
+from merganser.lab.grid.cells import Cell, ModelSpec
+from merganser.lab.grid.compute import candidates, scored_on
+from merganser.lab.grid.jobs import STATISTICS_TITLES, Need
 from merganser.lab.grid.models import Models
-from merganser.lab.grid.needs import Need
-from merganser.lab.grid.search import candidates
 from merganser.lab.suites.base import DEV
 from merganser.tasks.columns import Columns
 from merganser.tasks.data import selected
@@ -76,17 +75,11 @@ def estimate(models: Models, needs: Sequence[Need], cells: Sequence[Cell]) -> Es
         return Estimate(None, f"the model could not be timed ({type(error).__name__}: {error})")
     parts = {"training": 0.0, "statistics": 0.0, "scoring": 0.0}
     for need in needs:
-        if need.what == "multitask":
-            specs = list(cell_from(need.payload["cell"]).contributors)
-            parts["training"] += _training(models, specs, models.settings(), tokens, rates)
-        else:
-            spec = ModelSpec(**need.payload["spec"])
-            if need.what == "model":
-                args = models.args(spec)
-                if args.checkpoint is None:
-                    parts["training"] += _training(models, [spec], models.settings(args), tokens, rates)
-            else:
-                parts["statistics"] += _statistics(models, spec, need.what, tokens, rates)
+        if need.what in STATISTICS_TITLES:
+            parts["statistics"] += _statistics(models, need.spec, need.what, tokens, rates)
+        elif need.what == "multitask" or models.args(need.spec).checkpoint is None:
+            settings = models.settings(None if need.what == "multitask" else models.args(need.spec))
+            parts["training"] += _training(models, need.cell.contributors, settings, tokens, rates)
     for cell in cells:
         method = models.config.method(cell.method) if cell.kind == "merge" else None
         search = len(candidates(method.search, len(cell.contributors), 0)) if method and method.search else 0

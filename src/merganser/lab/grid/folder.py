@@ -1,4 +1,4 @@
-"""The folder of an experiment's results: what is there, and whether this version may go on in it."""
+"""The folder of an experiment's results: what is there, whether this version may go on in it, and a greedy order."""
 
 from __future__ import annotations
 
@@ -8,12 +8,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from merganser.errors import DataError
 from merganser.files import write_text
-from merganser.lab.grid.compute import FORMAT
+from merganser.lab.grid.cells import expand, models_of
+from merganser.lab.grid.compute import FORMAT, score
 from merganser.lab.grid.config import ExperimentConfig
+from merganser.lab.grid.models import Models
+from merganser.lab.suites.base import DEV
+from merganser.lab.zoo import id_of
 
-MARKER = "experiment.json"
+MARKER, ORDER = "experiment.json", "order.json"
 
 
 def results_name(folder: Path, config: ExperimentConfig) -> str:
@@ -42,7 +48,7 @@ def open_folder(folder: Path, config: ExperimentConfig, fresh: str = "") -> None
         config: written into it.
         fresh: of :func:`results_name`; an earlier one is kept where this run has none.
     """
-    marker = folder / MARKER
+    marker, other = folder / MARKER, "choose another --results folder"
     earlier: Mapping[str, Any] = {}
     if marker.is_file():
         try:
@@ -51,23 +57,13 @@ def open_folder(folder: Path, config: ExperimentConfig, fresh: str = "") -> None
         except (OSError, ValueError, KeyError, TypeError):
             found = "unreadable"
         if found != FORMAT:
-            raise DataError(
-                f"results of format {found}; this version of merganser writes {FORMAT}",
-                where=marker,
-                mend="choose another --results folder, or use the version that wrote them",
-            )
+            what = f"results of format {found}; this version of merganser writes {FORMAT}"
+            raise DataError(what, where=marker, mend=f"{other}, or use the version that wrote them")
     elif folder.is_dir() and any(folder.iterdir()):
-        raise DataError(
-            "the folder holds something else than results of an experiment",
-            where=folder,
-            mend="choose another --results folder",
-        )
+        raise DataError("the folder holds something else than results of an experiment", where=folder, mend=other)
     (folder / "cells").mkdir(parents=True, exist_ok=True)
-    values = {
-        "format": FORMAT,
-        "trained_for": fresh or earlier.get("trained_for", ""),
-        "config": config.model_dump(mode="json"),
-    }
+    name = fresh or earlier.get("trained_for", "")
+    values = {"format": FORMAT, "trained_for": name, "config": config.model_dump(mode="json")}
     write_text(marker, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
 
 
@@ -81,3 +77,55 @@ def recall(folder: Path, wanted: set[str]) -> None:
     for path in (folder / "other-cells").glob("*.json"):
         if path.stem in wanted:
             path.replace(folder / "cells" / path.name)
+
+
+def recorded_order(models: Models, folder: Path) -> list[str] | None:
+    """The order that was computed before from the same models; None where there is none."""
+    wanted = _addresses(models)
+    return next((found["order"] for found in _recorded(folder).values() if found["models"] == wanted), None)
+
+
+def _recorded(folder: Path) -> dict[Path, dict[str, Any]]:
+    """The orders of this experiment's runs, which may be of some contributors only."""
+    found = {}
+    for path in sorted(folder.glob("order*.json")):
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            found[path] = {"order": list(values["order"]), "models": list(values["models"])}
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return found
+
+
+def _addresses(models: Models) -> list[str]:
+    """Where the zoo keeps the models that an order is computed from."""
+    return sorted(models.address(spec) for spec in models_of(expand(models.config)))
+
+
+def compute_order(models: Models, folder: Path) -> list[str]:
+    """The order of a greedy merge: by each individual model's mean score on the *other* contributors' development
+    data, over all seeds, the best first. No reported test is looked at. Written to ``order.json``, or beside it where
+    that is the order of other contributors.
+    """
+    config = models.config
+    names = list(config.ordered)
+    means: dict[str, float] = {}
+    specs = models_of(expand(config))
+    for name in names:
+        values = []
+        for spec in (spec for spec in specs if spec.name == name):
+            entry = models.model(spec)
+            for other in names:
+                set_name = config.set_of(other)
+                if set_name != spec.set:
+                    prediction = models.prediction(entry, set_name, DEV)
+                    values.append(score(models, set_name, DEV, prediction, [spec])["value"])
+        means[name] = float(np.mean(values))
+    order = sorted(names, key=lambda name: (-means[name], name))
+    by = "mean key score on the other contributors' development data"
+    found = {"order": order, "by": by, "scores": means, "models": _addresses(models)}
+    others = _recorded(folder).get(folder / ORDER)
+    alike = others is None or set(others["order"]) == set(order)
+    name = ORDER if alike else f"order-{id_of({'of': sorted(order)})[:8]}.json"
+    write_text(folder / name, json.dumps(found, indent=1) + "\n")
+    return order

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from merganser.checkpoints import open_checkpoint
@@ -18,7 +20,6 @@ from merganser.errors import UserError
 from merganser.lab.grid.cells import Cell, ModelSpec
 from merganser.lab.grid.config import ExperimentConfig, Finetune, ModelArgs
 from merganser.lab.grid.data import Data, data_of, digest
-from merganser.lab.grid.outputs import load_prediction, save_prediction
 from merganser.lab.grid.pretrained import copy_model, weights_sha256
 from merganser.lab.suites.base import DEV, TRAIN
 from merganser.lab.zoo import Entry, Zoo, id_of
@@ -69,9 +70,7 @@ class Models:
         """
         name = "partitions" if self.config.layout == "partitions" else self.config.suite.name
         settings = with_changes(defaults(self._architecture(), name), self.config.training)
-        if args is None or not args.training:
-            return settings
-        return with_changes(settings, args.training, where="contributors.*.training")
+        return with_changes(settings, args.training if args else {}, where="contributors.*.training")
 
     def tuned(self, finetune: Finetune) -> TrainingSettings:
         """The hyper-parameters of a fine-tuning after the merge.
@@ -79,9 +78,8 @@ class Models:
         Raises:
             UserError: see :meth:`settings`.
         """
-        return with_changes(
-            self.settings(), {"best_epoch": False}, finetune.training, where="methods.*.finetune.training"
-        )
+        own = finetune.training
+        return with_changes(self.settings(), {"best_epoch": False}, own, where="methods.*.finetune.training")
 
     def _architecture(self) -> str:
         if self.config.pretrained.architecture:
@@ -111,25 +109,27 @@ class Models:
         """
         if spec not in self._keys:
             args = self.args(spec)
+            fresh = {"trained_for": self.fresh} if args.load_from_zoo == "no" else {}
             settings = self.settings(args)
-            self._keys[spec] = {
-                "kind": "model",
-                "suite": self.config.suite.name,
-                "set": spec.set,
-                "seed": spec.seed,
-                "model": self.config.pretrained.title,
-                "base": self.base,
-                **self._data_key(spec),
-                "training": settings.model_dump(mode="json"),
-                **self._metrics(settings, [spec.set]),
-                **({"trained_for": self.fresh} if args.load_from_zoo == "no" else {}),
-            }
+            made = self._made("model", spec.set, spec.seed, settings, [spec.set])
+            self._keys[spec] = {**made, **self._data_key(spec), **fresh}
         return self._keys[spec]
 
-    def _metrics(self, settings: TrainingSettings, sets: Sequence[str]) -> dict[str, Any]:
-        """The metrics that the best epoch is chosen by, where it is chosen."""
+    def _made(
+        self, kind: str, named: str, seed: int, settings: TrainingSettings, sets: Sequence[str]
+    ) -> dict[str, Any]:
+        """What every key of a training says; metrics only where the best epoch is chosen by them."""
         metrics = [self.data.training_suite.metric(name) for name in sets]
-        return {"metrics": metrics} if settings.best_epoch else {}
+        return {
+            "kind": kind,
+            "suite": self.config.suite.name,
+            "set": named,
+            "seed": seed,
+            "model": self.config.pretrained.title,
+            "base": self.base,
+            "training": settings.model_dump(mode="json"),
+            **({"metrics": metrics} if settings.best_epoch else {}),
+        }
 
     @property
     def base(self) -> str:
@@ -161,12 +161,10 @@ class Models:
 
     def find(self, spec: ModelSpec) -> Entry | None:
         """The contributor's model where it is there already, without training anything."""
-        if spec not in self._found:
-            entry = self._find(spec, self.args(spec))
-            if entry is None:
-                return None
-            self._found[spec] = entry
-        return self._found[spec]
+        found = self._found.get(spec) or self._find(spec, self.args(spec))
+        if found is not None:
+            self._found[spec] = found
+        return found
 
     def _find(self, spec: ModelSpec, args: ModelArgs) -> Entry | None:
         if args.checkpoint is not None:
@@ -195,35 +193,51 @@ class Models:
         found = self.find(spec)
         if found is not None:
             return found
-        if args.checkpoint is not None:
-            return self._adopt(args.checkpoint)
+        if (given := args.checkpoint) is not None:
+
+            def copy(folder: Path) -> Mapping[str, Any]:
+                return {"weights": copy_model(given, folder, self.allow_pickle)}
+
+            return self.zoo.build(self._checkpoint_key(given), copy)
         if args.load_from_zoo == "yes":
             raise self.absent(spec)
-        key = self.key(spec)
+        suite = self.data.training_suite
+        run = partial(
+            train,
+            self.config.pretrained.model,
+            suite.task(spec.set),
+            self.rows(spec),
+            labels=suite.labels(spec.set),
+            settings=self.settings(args),
+            seed=spec.seed,
+            dev=self.data.rows(spec.set, DEV),
+            metric=suite.metric(spec.set),
+        )
+        entry = self._trained(self.key(spec), run)
+        scores = entry.facts["dev_scores"]
+        if entry.facts["best_epoch"] is not None and len(scores) > 1 == len(set(scores)):
+            told = "%s (seed %s): every epoch scores %.3f on development data, so the first is kept"
+            logger.warning(told, spec.name, spec.seed, scores[0])
+        return entry
+
+    def _trained(self, key: dict[str, Any], run: Callable[..., Any]) -> Entry:
+        """The model of a key, made by ``run`` where the zoo does not hold it; it is told where and on what device."""
 
         def make(folder: Path) -> Mapping[str, Any]:
-            suite = self.data.training_suite
-            done = train(
-                self.config.pretrained.model,
-                suite.task(spec.set),
-                self.rows(spec),
-                labels=suite.labels(spec.set),
-                output=folder / "trained",
-                settings=self.settings(args),
-                seed=spec.seed,
-                dev=self.data.rows(spec.set, DEV),
-                metric=suite.metric(spec.set),
-                work=self.zoo.work(key),
-                device=self.config.resources.device,
-                allow_pickle=self.allow_pickle,
-            )
-            _lift(folder)
-            if done.best_epoch is not None and len(done.dev_scores) > 1 == len(set(done.dev_scores)):
-                logger.warning(
-                    "%s (seed %s): every epoch scores %.3f on development data, so the first is kept",
-                    spec.name, spec.seed, done.dev_scores[0],
-                )  # fmt: skip
-            return _facts(done.dev_scores, done.best_epoch, folder)
+            output = folder / "trained"
+            device = self.config.resources.device
+            done = run(output=output, work=self.zoo.work(key), device=device, allow_pickle=self.allow_pickle)
+            for path in output.iterdir():  # training writes a folder whole; its content is the entry's
+                path.rename(folder / path.name)
+            output.rmdir()
+            scores, best = [round(float(score), 6) for score in done.dev_scores], done.best_epoch
+            inside = folder if (folder / "config.json").exists() else min(p for p in folder.iterdir() if p.is_dir())
+            return {
+                "dev_scores": scores,
+                "best_epoch": best,
+                "score": scores[(best or 0) - 1] if scores else None,  # without a best epoch the last is kept
+                "weights": open_checkpoint(inside).manifest_sha256(),
+            }
 
         return self.zoo.build(key, make)
 
@@ -241,40 +255,25 @@ class Models:
 
     def multitask_key(self, cell: Cell) -> dict[str, Any]:
         """What multi-task training on a cell's data depends on; not on the seeds of the single models."""
-        settings, sets = self.settings(), [spec.set for spec in cell.contributors]
+        named = "+".join(spec.name for spec in cell.contributors)
         return {
-            "kind": "multitask",
+            **self._made("multitask", named, cell.seed, self.settings(), [spec.set for spec in cell.contributors]),
             "shared": cell.heads != "separate",
             "parts": [self._data_key(spec) for spec in cell.contributors],
-            "set": "+".join(spec.name for spec in cell.contributors),
-            "seed": cell.seed,
-            "suite": self.config.suite.name,
-            "model": self.config.pretrained.title,
-            "base": self.base,
-            "training": settings.model_dump(mode="json"),
-            **self._metrics(settings, sets),
         }
 
     def multitask(self, cell: Cell) -> Entry:
         """One encoder trained on the data of every contributor of a cell."""
         key = self.multitask_key(cell)
-
-        def make(folder: Path) -> Mapping[str, Any]:
-            done = train_multitask(
-                self.config.pretrained.model,
-                [self.part(spec) for spec in cell.contributors],
-                shared=key["shared"],
-                output=folder / "trained",
-                settings=self.settings(),
-                seed=cell.seed,
-                work=self.zoo.work(key),
-                device=self.config.resources.device,
-                allow_pickle=self.allow_pickle,
-            )
-            _lift(folder)
-            return _facts(done.dev_scores, done.best_epoch, folder / next(_subfolders(folder), ""))
-
-        return self.zoo.build(key, make)
+        run = partial(
+            train_multitask,
+            self.config.pretrained.model,
+            [self.part(spec) for spec in cell.contributors],
+            shared=key["shared"],
+            settings=self.settings(),
+            seed=cell.seed,
+        )
+        return self._trained(key, run)
 
     def part(self, spec: ModelSpec, examples: Rows | None = None) -> TrainingPart:
         """A contributor's share of multi-task training."""
@@ -291,12 +290,6 @@ class Models:
     def _checkpoint_key(self, reference: str) -> dict[str, Any]:
         weights = weights_sha256(reference, self.allow_pickle)
         return {"kind": "checkpoint", "reference": reference, "weights": weights}
-
-    def _adopt(self, reference: str) -> Entry:
-        def make(folder: Path) -> Mapping[str, Any]:
-            return {"weights": copy_model(reference, folder, self.allow_pickle)}
-
-        return self.zoo.build(self._checkpoint_key(reference), make)
 
     # -- what is kept beside them ------------------------------------------------------------------------
 
@@ -351,13 +344,9 @@ class Models:
 
         def make(path: Path) -> None:
             reference = entry.path / subfolder if subfolder else entry.path
-            save_prediction(self.predict(reference, set_name, split), path)
+            save_prediction(self.predict_all(reference, [(set_name, split)])[0], path)
 
         return load_prediction(self.zoo.attach(entry, f"outputs/{_short(settings)}.npz", make))
-
-    def predict(self, reference: str | Path, set_name: str, split: str) -> Prediction:
-        """What any model says of a test or development set."""
-        return self.predict_all(reference, [(set_name, split)])[0]
 
     def predict_all(self, reference: str | Path, tests: list[tuple[str, str]]) -> list[Prediction]:
         """What a model says of several sets; it is loaded once.
@@ -409,28 +398,37 @@ def folder_name(name: str) -> str:
     return name.replace("/", "-")
 
 
-def _lift(folder: Path) -> None:
-    """Training writes a folder whole; its content is the entry's."""
-    inner = folder / "trained"
-    for path in inner.iterdir():
-        path.rename(folder / path.name)
-    inner.rmdir()
-
-
-def _subfolders(folder: Path) -> Any:
-    return iter([] if (folder / "config.json").exists() else sorted(p.name for p in folder.iterdir() if p.is_dir()))
-
-
-def _facts(scores: Sequence[float], best: int | None, folder: Path) -> dict[str, Any]:
-    """What the zoo remembers of a training; epochs count from 1, and without a best one the last is kept."""
-    return {
-        "dev_scores": [round(float(score), 6) for score in scores],
-        "best_epoch": best,
-        "score": round(float(scores[(best or 0) - 1]), 6) if scores else None,
-        "weights": open_checkpoint(folder).manifest_sha256(),
-    }
-
-
 def _short(settings: Mapping[str, Any]) -> str:
     text = json.dumps(settings, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def save_prediction(prediction: Prediction, path: Path) -> None:
+    """Write a prediction as an ``.npz`` without pickles: an array, a list of arrays, or a list of texts."""
+    aligned = prediction.aligned
+    facts: dict[str, Any] = {"truncated": prediction.truncated, "max_length": prediction.max_length}
+    arrays: dict[str, np.ndarray] = {}
+    if isinstance(aligned, np.ndarray):
+        facts["kind"], arrays["values"] = "array", aligned
+    elif aligned and isinstance(aligned[0], np.ndarray):
+        facts["kind"], arrays["values"] = "arrays", np.concatenate(aligned)
+        arrays["lengths"] = np.array([len(one) for one in aligned], np.int64)
+    else:
+        facts["kind"], facts["texts"] = "texts", list(aligned)
+    arrays["facts"] = np.frombuffer(json.dumps(facts, ensure_ascii=False).encode(), np.uint8)
+    with path.open("wb") as stream:
+        np.savez_compressed(stream, allow_pickle=False, **arrays)
+
+
+def load_prediction(path: Path) -> Prediction:
+    """The prediction of :func:`save_prediction`."""
+    with np.load(path, allow_pickle=False) as stored:
+        facts: dict[str, Any] = json.loads(stored["facts"].tobytes().decode())
+        if facts["kind"] == "array":
+            aligned: Any = stored["values"]
+        elif facts["kind"] == "arrays":
+            ends = np.cumsum(stored["lengths"])[:-1]
+            aligned = np.split(stored["values"], ends)
+        else:
+            aligned = facts["texts"]
+    return Prediction(aligned, int(facts["truncated"]), int(facts["max_length"]))

@@ -7,16 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from merganser.errors import ErrorCollector, UserError, require
-from merganser.lab.grid.cells import Cell, ModelSpec, expand, title_of
+from merganser.lab.grid.cells import Cell, expand, title_of
 from merganser.lab.grid.checks import check_inputs, remarks
+from merganser.lab.grid.compute import cell_id
 from merganser.lab.grid.config import ExperimentConfig, localised
 from merganser.lab.grid.estimate import Estimate, estimate
-from merganser.lab.grid.folder import finished, recorded_name
-from merganser.lab.grid.identity import cell_id
+from merganser.lab.grid.folder import finished, recorded_name, recorded_order
+from merganser.lab.grid.jobs import STATISTICS_TITLES, is_there, needs_order, unique_needs
 from merganser.lab.grid.models import Models
-from merganser.lab.grid.needs import STATISTICS_TITLES, Need, is_there, unique_needs
-from merganser.lab.grid.order import recorded_order
-from merganser.lab.grid.work import needs_order
 from merganser.lab.zoo import Zoo
 
 _TITLES = {"model": "models", "multitask": "multi-task models", **STATISTICS_TITLES}
@@ -75,43 +73,33 @@ def plan_experiment(
     models = errors.catch(Models, config, Zoo(zoo), allow_pickle=allow_pickle, fresh=fresh)
     if models is not None:
         errors.catch(check_inputs, models)
-    if models is None or errors.found:
-        cells = expand(config)
-        lines = [_need_line(need, False) for need in unique_needs(config, cells)]
-        lines += [_cell_line(config, cell, False, not needs_order(config)) for cell in cells]
-        guess = Estimate(None, "what is said above has to be mended first")
-        return Plan(tuple(lines), tuple(errors.found), tuple(config.remarks()), guess)
-    order = recorded_order(models, folder) if needs_order(config) else None
+    ready = None if errors.found else models
+    order = recorded_order(ready, folder) if ready and needs_order(config) else None
     known = order is not None or not needs_order(config)
     cells = expand(config, order)
-    present = finished(folder) if folder.is_dir() else set()
     # Where nothing was computed yet, no key is looked up, so that no data set is hashed.
-    there = {cell: known and bool(present) and cell_id(models, cell) in present for cell in cells}
-    filled = bool(models.zoo.ls())
-    needs = {need: filled and is_there(models, need) for need in unique_needs(config, cells)}
+    present = finished(folder) if ready and known else set()
+    there = {cell for cell in cells if ready and present and cell_id(ready, cell) in present}
+    filled = ready is not None and bool(ready.zoo.ls())
+    needs = {need: bool(filled and ready and is_there(ready, need)) for need in unique_needs(config, cells)}
     lines = []
     for need, cached in needs.items():
-        args = models.args(ModelSpec(**need.payload["spec"])) if need.what == "model" else None
-        if args is not None and not cached and args.load_from_zoo == "yes" and args.checkpoint is None:
-            errors.add(models.absent(ModelSpec(**need.payload["spec"])))
-        lines.append(_need_line(need, cached, "to copy" if args is not None and args.checkpoint else None))
-    lines += [_cell_line(config, cell, there[cell], known) for cell in cells]
-    left = [cell for cell in cells if not there[cell]]
-    wanted = unique_needs(config, left)
-    guess = estimate(models, [need for need in wanted if not needs[need]], left)
-    return Plan(tuple(lines), tuple(errors.found), tuple(remarks(models)), guess)
-
-
-def _need_line(need: Need, cached: bool, verb: str | None = None) -> Planned:
-    title = _TITLES[need.what]
-    usual = "to train" if need.what in ("model", "multitask") else "to collect"
-    return Planned(
-        need.what if need.what == "model" else title.lower(),
-        need.description.removeprefix("model "),
-        title,
-        cached,
-        verb or usual,
-    )
+        verb = "to train" if need.what in ("model", "multitask") else "to collect"
+        if ready and need.what == "model":
+            args = ready.args(need.spec)
+            verb = "to copy" if args.checkpoint else verb
+            if not cached and args.load_from_zoo == "yes" and args.checkpoint is None:
+                errors.add(ready.absent(need.spec))
+        title = _TITLES[need.what]
+        what = need.what if need.what == "model" else title.lower()
+        lines.append(Planned(what, need.description.removeprefix("model "), title, cached, verb))
+    lines += [_cell_line(config, cell, cell in there, known) for cell in cells]
+    if ready is None:
+        guess = Estimate(None, "what is said above has to be mended first")
+        return Plan(tuple(lines), tuple(errors.found), tuple(config.remarks()), guess)
+    left = [cell for cell in cells if cell not in there]
+    guess = estimate(ready, [need for need in unique_needs(config, left) if not needs[need]], left)
+    return Plan(tuple(lines), tuple(errors.found), tuple(remarks(ready)), guess)
 
 
 def _cell_line(config: ExperimentConfig, cell: Cell, cached: bool, known: bool) -> Planned:

@@ -25,13 +25,11 @@ from merganser.errors import require
 from merganser.files import is_url, parse_size, write_text
 from merganser.lab.grid.cells import Cell, expand
 from merganser.lab.grid.checks import check_inputs, remarks
+from merganser.lab.grid.compute import cell_id
 from merganser.lab.grid.config import ExperimentConfig, localised
-from merganser.lab.grid.folder import finished, open_folder, recall, results_name
-from merganser.lab.grid.identity import cell_id
+from merganser.lab.grid.folder import compute_order, finished, open_folder, recall, recorded_order, results_name
+from merganser.lab.grid.jobs import FUNCTION, Need, model_need, needs_of, needs_order, unique_needs
 from merganser.lab.grid.models import Models
-from merganser.lab.grid.needs import Need, model_need, needs_of, unique_needs
-from merganser.lab.grid.order import compute_order, recorded_order
-from merganser.lab.grid.work import FUNCTION, needs_order
 from merganser.lab.zoo import Zoo
 
 #: Seconds; only proportions matter.
@@ -164,12 +162,8 @@ class _Grid:
         self._make([need for need in needs if need.after and need.after not in self.failures])
 
     def _make(self, needs: Sequence[Need]) -> None:
-        jobs = [
-            self._job(need.id, need.description, _COSTS[need.what], need.payload)
-            for need in needs
-            if need.id not in self.failures
-        ]
-        for _ in self._outcomes(jobs):
+        wanted = [need for need in needs if need.id not in self.failures]
+        for _ in self._outcomes([self._job(n.id, n.description, _COSTS[n.what], n.cell, n.what) for n in wanted]):
             continue
 
     def work(self, cells: Mapping[str, Cell]) -> int:
@@ -180,17 +174,12 @@ class _Grid:
             if missing is not None:
                 self.left_out[missing] += 1
                 continue
-            payload = {
-                "what": "cell",
-                "cell": cell.to_json(),
-                "id": name,
-                "sums": _sums(self.folder, self.models.config, cell),
-            }
-            jobs.append(self._job(name, cell.description, _COSTS[cell.kind], payload))
+            more = {"id": name, "sums": _sums(self.folder, self.models.config, cell)}
+            jobs.append(self._job(name, cell.description, _COSTS[cell.kind], cell, "cell", **more))
         done = 0
         for outcome in self._outcomes(jobs):
-            text = json.dumps(outcome.result, indent=1, ensure_ascii=False) + "\n"
-            write_text(self.folder / "cells" / f"{outcome.job.id}.json", text)
+            text = json.dumps(outcome.result, indent=1, ensure_ascii=False)
+            write_text(self.folder / "cells" / f"{outcome.job.id}.json", text + "\n")
             done += 1
         return done
 
@@ -203,21 +192,18 @@ class _Grid:
             else:
                 self.failures[outcome.job.id] = outcome.job.description, outcome.error
 
-    def _job(self, name: str, description: str, cost: float, payload: Mapping[str, Any]) -> Job:
-        reserved = _resources(self.models)
-        return Job(name, description, {**self.common, **payload}, cost, **reserved)
+    def _job(self, name: str, description: str, cost: float, cell: Cell, what: str, **more: Any) -> Job:
+        payload = {**self.common, "what": what, "cell": cell.to_json(), **more}
+        wanted = self.models.config.resources
+        return Job(name, description, payload, cost, wanted.cpus, _memory(self.models), wanted.gpus)
 
 
-def _resources(models: Models) -> dict[str, Any]:
+def _memory(models: Models) -> int:
     """What each job takes: training holds weights, gradients and two moments; a merge reads tensor by tensor."""
-    wanted = models.config.resources
-    if wanted.memory is not None:
-        memory = parse_size(wanted.memory)
-    else:
-        reference = models.config.pretrained.model
-        infos = open_checkpoint(reference, allow_pickle=models.allow_pickle).tensors.values()
-        memory = 6 * 4 * sum(math.prod(info.shape) for info in infos) + 10**9
-    return {"cpus": wanted.cpus, "gpus": wanted.gpus, "memory": memory}
+    if models.config.resources.memory is not None:
+        return parse_size(models.config.resources.memory)
+    opened = open_checkpoint(models.config.pretrained.model, allow_pickle=models.allow_pickle)
+    return 6 * 4 * sum(math.prod(info.shape) for info in opened.tensors.values()) + 10**9
 
 
 def _sums(folder: Path, config: ExperimentConfig, cell: Cell) -> str | None:
