@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import combinations
+from itertools import combinations, product
 from typing import Any, Literal
 
 from merganser.lab.grid.config import ExperimentConfig, Heads
@@ -56,7 +56,7 @@ class Cell:
 
     @property
     def description(self) -> str:
-        """For bars and lists: ``regmean: isear + ssec (seed 1, same heads)``."""
+        """For bars and lists: ``method: isear + ssec (seed 1, same heads)``."""
         names = " + ".join(spec.name for spec in self.contributors)
         return f"{self.method}: {names} (seed {self.seed}, {self.heads} heads)"
 
@@ -79,8 +79,7 @@ def generator_seed(index: int, generator: int, generators: Sequence[int], heads:
     """
     if heads != "different":
         return generator
-    position = generators.index(generator)
-    return generators[(position + index) % len(generators)]
+    return generators[(generators.index(generator) + index) % len(generators)]
 
 
 def expand(config: ExperimentConfig, order: Sequence[str] | None = None) -> list[Cell]:
@@ -94,14 +93,13 @@ def expand(config: ExperimentConfig, order: Sequence[str] | None = None) -> list
     if config.order != "computed":
         order = config.order
     cells: list[Cell] = []
-    for heads in config.heads:
-        for seed in config.seeds:
-            specs = {
-                name: ModelSpec(name, config.set_of(name), generator_seed(place, seed, config.seeds, heads))
-                for name, place in config.ordered.items()
-            }
-            for group in _groups(config, specs, list(order or specs), seed):
-                cells += _cells(config, group, heads, seed)
+    for heads, seed in product(config.heads, config.seeds):
+        specs = {
+            name: ModelSpec(name, config.set_of(name), generator_seed(place, seed, config.seeds, heads))
+            for name, place in config.ordered.items()
+        }
+        for group in _groups(config, specs, list(order or specs), seed):
+            cells += _cells(config, group, heads, seed)
     return list(dict.fromkeys(cells))
 
 
@@ -147,5 +145,5 @@ def title_of(config: ExperimentConfig, cell: Cell) -> str:
     if cell.kind != "merge":
         return TITLES[cell.kind]
     method = config.method(cell.method)
-    suffix = "".join([", searched" if method.search else "", ", fine-tuned" if method.finetune else ""])
+    suffix = ", searched" * bool(method.search) + ", fine-tuned" * bool(method.finetune)
     return method.title or METHODS[method.method].title + suffix

@@ -95,9 +95,10 @@ def _check_heads(models: Models) -> None:
     for other in others:
         one, two = config.set_of(first), config.set_of(other)
         if suite.labels(one) != suite.labels(two) or type(suite.task(one)) is not type(suite.task(two)):
-            raise RecipeError(
-                f"{one} and {two} are different tasks ({', '.join(suite.labels(one))} and "
-                f"{', '.join(suite.labels(two))}): their heads can be neither merged nor averaged",
-                where="heads",
-                mend="give heads: separate, with which each contributor keeps its own",
+            first_labels, others_labels = (", ".join(suite.labels(name)) for name in (one, two))
+            what = (
+                f"{one} and {two} are different tasks ({first_labels} and {others_labels}): their heads can be neither "
+                "merged nor averaged"
             )
+            mend = "give heads: separate, with which each contributor keeps its own"
+            raise RecipeError(what, where="heads", mend=mend)

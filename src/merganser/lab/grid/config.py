@@ -7,9 +7,9 @@ The keys of the original's command line are kept where they make sense (``defaul
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from merganser.errors import RecipeError, UserError, did_you_mean, raise_all
 from merganser.files import parse_size
@@ -21,26 +21,33 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+Count = Annotated[int, Field(ge=1)]
+
+
 class Limits(_Frozen):
     """At most so many examples of a data set, a seeded sample; None for all."""
 
-    train: int | None = Field(default=None, ge=1)
-    dev: int | None = Field(default=None, ge=1)
-    test: int | None = Field(default=None, ge=1)
+    train: Count | None = None
+    dev: Count | None = None
+    test: Count | None = None
 
 
 class SuiteConfig(_Frozen):
-    """Which data: a suite, where it lies, and how much of it."""
+    """Which data: a suite, where it lies, and how much of it.
 
-    name: str = Field(description=f"one of {', '.join(SUITES)}")
-    root: str | None = Field(
-        default=None,
-        description="the folder that holds the data sets; 'hub' or null: through the datasets library, where the "
-        "suite can (GLUE)",
-    )
-    options: dict[str, Any] = Field(default_factory=dict, description="of the suite")
+    Attributes:
+        name: of the suite.
+        root: the folder that holds the data sets; 'hub' or null: through the datasets library, where the suite can
+            (GLUE).
+        options: of the suite.
+        sample_seed: of the samples that the limits draw; the same for every cell.
+    """
+
+    name: str
+    root: str | None = None
+    options: dict[str, Any] = {}
     limits: Limits = Limits()
-    sample_seed: int = Field(default=1, description="of the samples that the limits draw; the same for every cell")
+    sample_seed: int = 1
 
     @field_validator("name")
     @classmethod
@@ -56,45 +63,51 @@ class SuiteConfig(_Frozen):
 
 
 class Pretrained(_Frozen):
-    """The model that every contributor starts from."""
+    """The model that every contributor starts from.
 
-    model: str = Field(description="a folder, org/name@revision, or the name of a folder in resources_dir")
-    title: str = Field(description="what tables call it")
-    architecture: str | None = Field(
-        default=None, description="its model_type, which chooses the published hyper-parameters before it is on disk"
-    )
+    Attributes:
+        model: a folder, org/name@revision, or the name of a folder in resources_dir.
+        title: what tables call it.
+        architecture: its model_type, which chooses the published hyper-parameters before it is on disk.
+    """
+
+    model: str
+    title: str
+    architecture: str | None = None
 
 
 class StatisticsConfig(_Frozen):
-    """How the statistics of a contributor are collected, on its training data."""
+    """How the statistics of a contributor are collected, on its training data.
 
-    examples: int | None = Field(default=16_000, ge=1, description="for Gram matrices and counts; None for all")
+    Attributes:
+        examples: for Gram matrices and counts; None for all.
+        fisher_examples: for Fisher information; None for all.
+    """
+
+    examples: Count | None = 16_000
     fisher: Literal["expected", "empirical", "predicted"] = "expected"
-    fisher_examples: int | None = Field(default=16_000, ge=1, description="for Fisher information; None for all")
+    fisher_examples: Count | None = 16_000
 
 
 class ModelArgs(_Frozen):
-    """A contributor, or what all of them share (``default_model_args``)."""
+    """A contributor, or what all of them share (``default_model_args``).
 
-    set: str | None = Field(default=None, description="its data set; by default the contributor's name")
-    training: dict[str, Any] = Field(
-        default_factory=dict, description="hyper-parameters that differ from the published ones"
-    )
-    checkpoint: str | None = Field(default=None, description="a fine-tuned model to take instead of training one")
-    load_from_zoo: Literal["maybe", "yes", "no"] = Field(
-        default="maybe",
-        description="maybe: train where the zoo has none; yes: fail where it has none; no: train anew, once for these "
-        "results",
-    )
-    zoo_filter: dict[str, Any] = Field(
-        default_factory=dict,
-        description="take the zoo's newest model of this base, data set and seed with these entries in its key",
-    )
-    place: int | None = Field(
-        default=None,
-        ge=0,
-        description="its number among all contributors, from 0, which its seed depends on; --filter-model keeps it",
-    )
+    Attributes:
+        set: its data set; by default the contributor's name.
+        training: hyper-parameters that differ from the published ones.
+        checkpoint: a fine-tuned model to take instead of training one.
+        load_from_zoo: maybe: train where the zoo has none; yes: fail where it has none; no: train anew, once for
+            these results.
+        zoo_filter: take the zoo's newest model of this base, data set and seed with these entries in its key.
+        place: its number among all contributors, from 0, which its seed depends on; --filter-model keeps it.
+    """
+
+    set: str | None = None
+    training: dict[str, Any] = {}
+    checkpoint: str | None = None
+    load_from_zoo: Literal["maybe", "yes", "no"] = "maybe"
+    zoo_filter: dict[str, Any] = {}
+    place: Annotated[int, Field(ge=0)] | None = None
 
     @field_validator("load_from_zoo", mode="before")
     @classmethod
@@ -104,28 +117,40 @@ class ModelArgs(_Frozen):
 
 
 class Search(_Frozen):
-    """Coefficients chosen on development data: a grid for two contributors, Dirichlet samples for more."""
+    """Coefficients chosen on development data: a grid for two contributors, Dirichlet samples for more.
 
-    grid: int = Field(default=11, ge=2, description="points of the grid from 0 to 1")
-    samples: int = Field(default=20, ge=1, description="Dirichlet samples, beside the uniform coefficients")
+    Attributes:
+        grid: points of the grid from 0 to 1.
+        samples: Dirichlet samples, beside the uniform coefficients.
+    """
+
+    grid: int = Field(default=11, ge=2)
+    samples: Count = 20
 
 
 class Finetune(_Frozen):
-    """Fine-tuning after the merge, on a sample of every contributor's training data."""
+    """Fine-tuning after the merge, on a sample of every contributor's training data.
 
-    examples: int = Field(default=100, ge=1, description="of each contributor")
-    training: dict[str, Any] = Field(default_factory=dict)
+    Attributes:
+        examples: of each contributor.
+    """
+
+    examples: Count = 100
+    training: dict[str, Any] = {}
 
 
 class MethodConfig(_Frozen):
-    """A merging method with its options, as one line of the result tables."""
+    """A merging method with its options, as one line of the result tables.
+
+    Attributes:
+        title: what tables call it; must differ between entries of one method.
+        exclude: name patterns of tensors that are averaged instead, among those who vote on a row.
+    """
 
     method: str
-    title: str = Field(default="", description="what tables call it; must differ between entries of one method")
-    options: dict[str, Any] = Field(default_factory=dict)
-    exclude: tuple[str, ...] = Field(
-        default=(), description="name patterns of tensors that are averaged instead, among those who vote on a row"
-    )
+    title: str = ""
+    options: dict[str, Any] = {}
+    exclude: tuple[str, ...] = ()
     search: Search | None = None
     finetune: Finetune | None = None
 
@@ -143,52 +168,54 @@ class MethodConfig(_Frozen):
 
     @property
     def key(self) -> str:
-        """What tells it from the others in result rows: ``regmean``, ``simple+search``, ``regmean+finetune``."""
-        parts = [self.method, *(["search"] if self.search else []), *(["finetune"] if self.finetune else [])]
-        return "+".join(parts) if not self.title else self.title
-
-    @property
-    def name(self) -> str:
-        """What tables call it."""
-        return self.title or self.key
+        """What tells it from the others in result rows: its title, or the method with ``+search``, ``+finetune``."""
+        more = ["search"] * bool(self.search) + ["finetune"] * bool(self.finetune)
+        return self.title or "+".join([self.method, *more])
 
 
 class Tests(_Frozen):
-    """What the cells are scored on: always the contributors' own tests, and these."""
+    """What the cells are scored on: always the contributors' own tests, and these.
+
+    Attributes:
+        out_split: all: every split of these sets together.
+    """
 
     out_of_domain: tuple[str, ...] = ()
-    out_split: Literal["test", "all"] = Field(default="test", description="all: every split of these sets together")
+    out_split: Literal["test", "all"] = "test"
 
 
 class Partitions(_Frozen):
-    """Parts of one data set, each of which makes a contributor (layout ``partitions``)."""
+    """Parts of one data set, each of which makes a contributor (layout ``partitions``).
+
+    Attributes:
+        total: examples of all parts together.
+    """
 
     parts: int = Field(default=2, ge=2)
-    total: int = Field(default=2000, ge=2, description="examples of all parts together")
+    total: int = Field(default=2000, ge=2)
     iid: bool = False
 
 
-class Resources(_Frozen):
-    """What an engine reserves for each job."""
+def _size(text: str) -> str:
+    try:
+        parse_size(text)
+    except UserError as error:
+        raise ValueError(error.what) from None
+    return text
 
-    device: Literal["auto", "cpu", "cuda"] = Field(
-        default="auto", description="of training, statistics, merges and predictions; auto: a GPU where there is one"
-    )
+
+class Resources(_Frozen):
+    """What an engine reserves for each job.
+
+    Attributes:
+        device: of training, statistics, merges and predictions; auto: a GPU where there is one.
+        memory: such as 8GB; by default an estimate from the pretrained model's size.
+    """
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     cpus: float = Field(default=1, gt=0)
     gpus: float = Field(default=0, ge=0)
-    memory: str | None = Field(
-        default=None, description="such as 8GB; by default an estimate from the pretrained model's size"
-    )
-
-    @field_validator("memory")
-    @classmethod
-    def _size(cls, memory: str | None) -> str | None:
-        if memory is not None:
-            try:
-                parse_size(memory)
-            except UserError as error:
-                raise ValueError(error.what) from None
-        return memory
+    memory: Annotated[str, AfterValidator(_size)] | None = None
 
 
 Comparator = Literal["individual", "ensemble", "multitask"]
@@ -196,37 +223,39 @@ Heads = Literal["same", "different", "separate"]
 
 
 class ExperimentConfig(_Frozen):
-    """A grid: contributors × methods × seeds × head initialisation, scored on test sets."""
+    """A grid: contributors × methods × seeds × head initialisation, scored on test sets.
 
-    name: str = Field(pattern=r"^[\w.-]+$", description="names the results' folder")
+    Attributes:
+        name: names the results' folder.
+        resources_dir: a folder in which pretrained models are looked for by their names.
+        local_zoo_dir: the zoo, where --zoo names none.
+        training: hyper-parameters that differ from the published ones.
+        order: of the greedy merge; computed on development data, or the names in order.
+        batch_size: for predicting; changes speed only.
+        bootstrap: samples of a test's examples for the standard error of its score; 0: none.
+    """
+
+    name: str = Field(pattern=r"^[\w.-]+$")
     description: str = ""
     suite: SuiteConfig
     pretrained: Pretrained
-    resources_dir: str | None = Field(
-        default=None, description="a folder in which pretrained models are looked for by their names"
-    )
-    local_zoo_dir: str | None = Field(default=None, description="the zoo, where --zoo names none")
-    training: dict[str, Any] = Field(
-        default_factory=dict, description="hyper-parameters that differ from the published ones"
-    )
+    resources_dir: str | None = None
+    local_zoo_dir: str | None = None
+    training: dict[str, Any] = {}
     statistics: StatisticsConfig = StatisticsConfig()
     contributors: dict[str, ModelArgs] = Field(min_length=1)
     default_model_args: ModelArgs = ModelArgs()
     layout: Literal["pairs", "greedy", "all", "partitions"]
     partitions: Partitions = Partitions()
     heads: tuple[Heads, ...] = Field(default=("same",), min_length=1)
-    order: Literal["computed"] | tuple[str, ...] = Field(
-        default="computed", description="of the greedy merge; computed on development data, or the names in order"
-    )
+    order: Literal["computed"] | tuple[str, ...] = "computed"
     methods: tuple[MethodConfig, ...] = Field(min_length=1)
     comparators: tuple[Comparator, ...] = ("individual",)
     seeds: tuple[int, ...] = Field((1,), min_length=1)
     tests: Tests = Tests()
     resources: Resources = Resources()
-    batch_size: int = Field(default=32, ge=1, description="for predicting; changes speed only")
-    bootstrap: int = Field(
-        default=0, ge=0, description="samples of a test's examples for the standard error of its score; 0: none"
-    )
+    batch_size: Count = 32
+    bootstrap: int = Field(default=0, ge=0)
 
     @model_validator(mode="before")
     @classmethod
@@ -237,10 +266,7 @@ class ExperimentConfig(_Frozen):
         for key in ("heads", "seeds", "comparators"):
             if key in value and not isinstance(value[key], list | tuple):
                 value[key] = [value[key]]
-        defaults = value.get("default_model_args") or {}
-        listed = value.get("contributors")
-        if isinstance(listed, list):
-            listed = {str(name): {} for name in listed}
+        defaults, listed = value.get("default_model_args") or {}, as_mapping(value.get("contributors"))
         if isinstance(listed, dict) and isinstance(defaults, dict):
             value["contributors"] = {name: _inherit(defaults, given) for name, given in listed.items()}
         return value
@@ -249,7 +275,8 @@ class ExperimentConfig(_Frozen):
     def _consistent(self) -> ExperimentConfig:
         keys = [method.key for method in self.methods]
         if len(set(keys)) < len(keys):
-            raise ValueError(f"two methods are called {_twice(keys)!r}: give them titles that differ")
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise ValueError(f"two methods are called {twice!r}: give them titles that differ")
         if self.layout in ("pairs", "greedy", "all") and len(self.contributors) < 2:
             raise ValueError(f"layout {self.layout!r} needs at least two contributors")
         if self.order != "computed" and set(self.order) != set(self.contributors):
@@ -270,22 +297,19 @@ class ExperimentConfig(_Frozen):
                 "own: leave ensemble out of comparators (individual scores each model by its own head)"
             )
         if self.tests.out_of_domain:
-            raise ValueError(
-                "with heads: separate no head is made for tests.out_of_domain: leave these tests out, or give "
-                "heads: same"
-            )
+            mend = "leave these tests out, or give heads: same"
+            raise ValueError(f"with heads: separate no head is made for tests.out_of_domain: {mend}")
         if self.layout == "partitions":
             raise ValueError("the parts of one data set share its labels: give heads: same")
 
     def remarks(self) -> list[str]:
         """What is allowed and may not be meant."""
-        found = []
-        if "different" in self.heads and len(self.seeds) < len(self.contributors):
-            found.append(
-                f"{len(self.contributors)} contributors draw their heads from {len(self.seeds)} seeds: some start from "
-                "the same head though heads are 'different'; give as many seeds as contributors to avoid it"
-            )
-        return found
+        if "different" not in self.heads or len(self.seeds) >= len(self.contributors):
+            return []
+        return [
+            f"{len(self.contributors)} contributors draw their heads from {len(self.seeds)} seeds: some start from the "
+            "same head though heads are 'different'; give as many seeds as contributors to avoid it"
+        ]
 
     def set_of(self, contributor: str) -> str:
         """The data set of a contributor."""
@@ -294,10 +318,8 @@ class ExperimentConfig(_Frozen):
     @property
     def ordered(self) -> dict[str, int]:
         """Contributors in the configuration's order, whatever order a filter names them in, with their places."""
-        places = {
-            name: number if args.place is None else args.place
-            for number, (name, args) in enumerate(self.contributors.items())
-        }
+        people = enumerate(self.contributors.items())
+        places = {name: number if args.place is None else args.place for number, (name, args) in people}
         return dict(sorted(places.items(), key=lambda item: item[1]))
 
     def method(self, key: str) -> MethodConfig:
@@ -305,17 +327,16 @@ class ExperimentConfig(_Frozen):
         return next(method for method in self.methods if method.key == key)
 
 
+def as_mapping(contributors: Any) -> Any:
+    """Contributors that are listed as a mapping without settings; anything else as it is."""
+    return {str(name): {} for name in contributors} if isinstance(contributors, list) else contributors
+
+
 def _inherit(defaults: dict[str, Any], given: Any) -> Any:
-    if given is None:
-        given = {}
-    if not isinstance(given, dict):
+    if not isinstance(given, dict | None):
         return given
-    training = {**(defaults.get("training") or {}), **(given.get("training") or {})}
-    return {**defaults, **given, **({"training": training} if training else {})}
-
-
-def _twice(names: list[str]) -> str:
-    return next(name for name in names if names.count(name) > 1)
+    training = {**(defaults.get("training") or {}), **((given or {}).get("training") or {})}
+    return {**defaults, **(given or {}), **({"training": training} if training else {})}
 
 
 def make_config(values: dict[str, Any], where: str) -> ExperimentConfig:

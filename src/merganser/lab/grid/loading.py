@@ -17,7 +17,7 @@ from typing import Any
 
 import merganser
 from merganser.errors import ErrorCollector, RecipeError, UserError, did_you_mean, raise_all
-from merganser.lab.grid.config import ExperimentConfig, make_config
+from merganser.lab.grid.config import ExperimentConfig, as_mapping, make_config
 from merganser.merging.recipe import read_mapping
 
 _TEMPLATE = re.compile(r"\{(\w+)\}")
@@ -47,7 +47,8 @@ def load_config(
     given = {**(values.pop("templates", None) or {}), **(templates or {})}
     errors = ErrorCollector()
     errors.catch(_check_used, values, given, list(templates or {}), where)
-    filled = errors.catch(fill, values, _closed(given), where)
+    closed = {name: _insert(value, given) for name, value in given.items()}  # their values may name others
+    filled = errors.catch(fill, values, closed, where)
     errors.raise_all()
     values = dict(filled or {})
     if keep:
@@ -109,15 +110,11 @@ def merge_values(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[st
     return merged
 
 
-def _closed(templates: Mapping[str, Any]) -> dict[str, Any]:
-    """Templates whose values may name others, filled in; what has no value stays for the check of the whole."""
-
-    def value_of(value: Any) -> Any:
-        if not isinstance(value, str):
-            return value
-        return _TEMPLATE.sub(lambda match: str(templates.get(match[1], match[0])), value)
-
-    return {name: value_of(value) for name, value in templates.items()}
+def _insert(text: Any, templates: Mapping[str, Any]) -> Any:
+    """A text with the values that there are; what has none stays, for the check of the whole."""
+    if not isinstance(text, str):
+        return text
+    return _TEMPLATE.sub(lambda match: str(templates.get(match[1], match[0])), text)
 
 
 def _used(values: Any) -> set[str]:
@@ -133,17 +130,13 @@ def _check_used(values: Mapping[str, Any], given: Mapping[str, Any], asked: Sequ
     """Refuse templates of the command line that change nothing."""
     used = _used(values)
     used |= _used([given[name] for name in used if name in given])
-    raise_all(
-        [
-            RecipeError(
-                f"--templates {name}=… changes nothing: no file has {{{name}}}",
-                where=where,
-                mend=did_you_mean(name, used) if used else "leave it out: these files have no templates",
-            )
-            for name in asked
-            if name not in used
-        ]
-    )
+    problems = []
+    for name in asked:
+        if name not in used:
+            mend = did_you_mean(name, used) if used else "leave it out: these files have no templates"
+            what = f"--templates {name}=… changes nothing: no file has {{{name}}}"
+            problems.append(RecipeError(what, where=where, mend=mend))
+    raise_all(problems)
 
 
 def fill(values: Any, templates: Mapping[str, Any], where: str) -> Any:
@@ -158,29 +151,20 @@ def fill(values: Any, templates: Mapping[str, Any], where: str) -> Any:
 
     def walk(value: Any, place: str) -> Any:
         if isinstance(value, Mapping):
-            return {walk_key(key): walk(item, f"{place}.{key}" if place else str(key)) for key, item in value.items()}
+            above = f"{place}." if place else ""
+            return {_insert(key, templates): walk(item, f"{above}{key}") for key, item in value.items()}
         if isinstance(value, list):
             return [walk(item, f"{place}[{number}]") for number, item in enumerate(value)]
         if not isinstance(value, str):
             return value
-        for name in _TEMPLATE.findall(value):
-            if name not in templates:
-                problems.append(
-                    RecipeError(
-                        f"{place}: template {{{name}}} has no value",
-                        where=where,
-                        mend=f"give --templates {name}=…"
-                        + (f" ({did_you_mean(name, map(str, templates))})" if templates else ""),
-                    )
-                )
-                return value
+        absent = next((name for name in _TEMPLATE.findall(value) if name not in templates), None)
+        if absent is not None:
+            hint = f" ({did_you_mean(absent, map(str, templates))})" if templates else ""
+            what, mend = f"{place}: template {{{absent}}} has no value", f"give --templates {absent}=…{hint}"
+            problems.append(RecipeError(what, where=where, mend=mend))
+            return value
         whole = _TEMPLATE.fullmatch(value)
-        if whole:
-            return number_of(templates[whole[1]])
-        return _TEMPLATE.sub(lambda match: str(templates[match[1]]), value)
-
-    def walk_key(key: Any) -> Any:
-        return _TEMPLATE.sub(lambda match: str(templates.get(match[1], match[0])), key) if isinstance(key, str) else key
+        return number_of(templates[whole[1]]) if whole else _insert(value, templates)
 
     filled = walk(values, "")
     raise_all(problems)
@@ -205,21 +189,15 @@ def filter_models(values: dict[str, Any], keep: Sequence[str], where: str) -> di
     Raises:
         RecipeError: a name that is no contributor.
     """
-    listed = values.get("contributors")
-    if isinstance(listed, list):
-        listed = {str(name): {} for name in listed}
+    listed = as_mapping(values.get("contributors"))
     if not isinstance(listed, dict):
         return values
-    problems: list[UserError] = [
-        RecipeError(
-            f"--filter-model {name} matches no contributor",
-            where=where,
-            mend=did_you_mean(name, [str(key) for key in listed]),
-        )
-        for name in keep
-        if name not in listed
-    ]
-    raise_all(problems)
+    errors = ErrorCollector()
+    for name in keep:
+        if name not in listed:
+            mend = did_you_mean(name, map(str, listed))
+            errors.add(RecipeError(f"--filter-model {name} matches no contributor", where=where, mend=mend))
+    errors.raise_all()
     places = {name: place for place, name in enumerate(listed)}
     people = {
         name: {"place": places[name], **args} if isinstance(args := listed[name] or {}, dict) else args

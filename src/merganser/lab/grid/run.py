@@ -162,8 +162,11 @@ class _Grid:
         self._make([need for need in needs if need.after and need.after not in self.failures])
 
     def _make(self, needs: Sequence[Need]) -> None:
-        wanted = [need for need in needs if need.id not in self.failures]
-        for _ in self._outcomes([self._job(n.id, n.description, _COSTS[n.what], n.cell, n.what) for n in wanted]):
+        jobs = []
+        for need in needs:
+            if need.id not in self.failures:
+                jobs.append(self._job(need.id, need.description, _COSTS[need.what], need.cell, need.what))
+        for _ in self._outcomes(jobs):
             continue
 
     def work(self, cells: Mapping[str, Cell]) -> int:
