@@ -6,11 +6,13 @@ import json
 import textwrap
 from collections import Counter
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from merganser.cli.common import make_cluster, print_table, quiet_libraries, warn
+from merganser.cli.zoo import split_pairs
 from merganser.errors import UserError, raise_all
 
 if TYPE_CHECKING:
@@ -99,7 +101,7 @@ def experiment_command(
     from merganser.lab.grid.run import run_experiment
     from merganser.lab.zoo import default_zoo
 
-    config = load_config(configs, templates=_pairs(templates), keep=filter_model)
+    config = load_config(configs, templates=split_pairs(templates, "--templates", "NAME=VALUE"), keep=filter_model)
     if device is not None:
         config = config.model_copy(update={"resources": config.resources.model_copy(update={"device": device})})
     place = zoo or config.local_zoo_dir or str(default_zoo())
@@ -116,21 +118,8 @@ def experiment_command(
     warn(f"{done.done} cells done, {done.cells} in all; next: merganser report {done.folder}")
     click.echo(str(done.folder))
     if done.failures:
-        raise UserError(
-            f"{len(done.failures)} jobs could not be done; finished cells are kept",
-            where=config.name,
-            mend="mend what is said above and give the same command again",
-        )
-
-
-def _pairs(templates: tuple[str, ...]) -> dict[str, str]:
-    found = {}
-    for pair in templates:
-        name, equals, value = pair.partition("=")
-        if not equals or not name:
-            raise click.BadParameter(f"{pair!r} is not NAME=VALUE", param_hint="--templates")
-        found[name] = value
-    return found
+        what = f"{len(done.failures)} jobs could not be done; finished cells are kept"
+        raise UserError(what, where=config.name, mend="mend what is said above and give the same command again")
 
 
 def _show_names(names: Mapping[str, str], as_json: bool) -> None:
@@ -155,31 +144,25 @@ def _show_plan(name: str, plan: Plan, as_json: bool) -> None:
     for remark in plan.remarks:
         warn(remark)
     if as_json:
-        summary = {group: [len(lines), sum(line.cached for line in lines)] for group, lines in groups.items()}
-        values = {
-            "experiment": name,
-            "plan": [_fields(line) for line in plan.lines if line.what not in MADE],
-            "also": [_fields(line) for line in plan.lines if line.what in MADE],
-            "summary": {group: {"all": n, "cached": c} for group, (n, c) in summary.items()},
-            "estimate": {"seconds": plan.estimate.seconds, "reason": plan.estimate.reason},
-            "problems": [str(problem) for problem in plan.problems],
+        values: dict[str, Any] = {"experiment": name, "plan": [], "also": []}
+        for line in plan.lines:
+            fields = {"what": line.what, "description": line.description, "cached": line.cached, "state": line.state}
+            values["also" if line.what in MADE else "plan"].append(fields)
+        values["summary"] = {
+            group: {"all": len(lines), "cached": sum(line.cached for line in lines)} for group, lines in groups.items()
         }
+        values["estimate"] = asdict(plan.estimate)
+        values["problems"] = list(map(str, plan.problems))
         click.echo(json.dumps(values, indent=1, ensure_ascii=False))
     else:
         rows = []
         for group, lines in groups.items():
-            left = [line for line in lines if not line.cached]
-            verbs = Counter(line.verb for line in left)
-            told = ", ".join(f"{count} {verb}" for verb, count in verbs.items())
-            rows.append([group, str(len(lines)), str(len(lines) - len(left)), told])
+            left = Counter(line.verb for line in lines if not line.cached)
+            told = ", ".join(f"{count} {verb}" for verb, count in left.items())
+            rows.append([group, str(len(lines)), str(len(lines) - left.total()), told])
         print_table(name, ["what", "all", "there", "left"], rows)
         click.echo(_told(plan))
     raise_all(plan.problems)
-
-
-def _fields(line: Planned) -> dict[str, object]:
-    state = "cached" if line.cached else line.verb
-    return {"what": line.what, "description": line.description, "cached": line.cached, "state": state}
 
 
 def _told(plan: Plan) -> str:
@@ -188,9 +171,8 @@ def _told(plan: Plan) -> str:
 
     counted = []
     for what, noun in (("model", "models"), ("multi-task models", "multi-task models")):
-        lines = [line for line in plan.lines if line.what == what]
-        train = sum(line.verb == "to train" and not line.cached for line in lines)
-        counted += [f"{len(lines)} {noun} ({train} to train)"] if lines else []
+        states = [line.state for line in plan.lines if line.what == what]
+        counted += [f"{len(states)} {noun} ({states.count('to train')} to train)"] if states else []
     cells = [line for line in plan.lines if line.what not in ("model", *MADE)]
     counted.append(f"{len(cells)} cells ({sum(not cell.cached for cell in cells)} to do)")
     seconds, reason = plan.estimate.seconds, plan.estimate.reason

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -32,6 +31,17 @@ def zoo_command() -> None:
     """
 
 
+def split_pairs(pairs: Sequence[str], option: str, shape: str) -> dict[str, str]:
+    """The values of an option that is given as ``name=value``, as often as one likes."""
+    found = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise click.BadParameter(f"{pair!r} is not {shape}", param_hint=option)
+        found[name] = value
+    return found
+
+
 def _open(url: str | None) -> Zoo:
     from merganser.lab.zoo import Zoo, default_zoo
 
@@ -52,12 +62,7 @@ def ls_command(url: str | None, pairs: tuple[str, ...], as_json: bool) -> None:
     """List the models."""
     from merganser.lab.zoo.keys import explain, matches
 
-    filters = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not equals or not name:
-            raise click.BadParameter(f"{pair!r} is not KEY=VALUE", param_hint="--filter")
-        filters[name] = value
+    filters = split_pairs(pairs, "--filter", "KEY=VALUE")
     zoo = _open(url)
     entries, problems = zoo.scan()
     found = [entry for entry in entries if matches(entry.key, filters)]
@@ -100,14 +105,8 @@ def _print(zoo: Zoo, entries: Sequence[Entry]) -> None:
         "stats": [str(_count_statistics(sizes)) for sizes in files],
         "age": [_age(entry.created) for entry in entries],
     }
-    print_listing([entry.key for entry in entries], [entry.id[:digits] for entry in entries], facts, _width())
-
-
-def _width() -> int:
-    """Of the terminal, or what $COLUMNS says; 80 where the output goes elsewhere."""
-    if "COLUMNS" in os.environ or sys.stdout.isatty():
-        return shutil.get_terminal_size().columns
-    return 80
+    width = shutil.get_terminal_size().columns  # 80 where the output goes elsewhere and $COLUMNS says nothing
+    print_listing([entry.key for entry in entries], [entry.id[:digits] for entry in entries], facts, width)
 
 
 def _digits(identities: Sequence[str]) -> int:

@@ -38,6 +38,11 @@ class Planned:
     cached: bool
     verb: str = "to do"
 
+    @property
+    def state(self) -> str:
+        """``cached``, or what has to be done."""
+        return "cached" if self.cached else self.verb
+
 
 @dataclass(frozen=True)
 class Plan:
