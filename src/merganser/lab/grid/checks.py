@@ -11,8 +11,6 @@ from merganser.lab.grid.models import Models
 from merganser.lab.grid.pretrained import half_precision, weights_sha256
 from merganser.lab.suites.base import DEV, TRAIN
 from merganser.methods import METHODS
-from merganser.tasks.columns import Columns
-from merganser.tasks.labels import LabelSpace
 
 
 def check_inputs(models: Models) -> None:
@@ -25,10 +23,8 @@ def check_inputs(models: Models) -> None:
     for reference in _references(models):
         errors.catch(weights_sha256, reference, models.allow_pickle)
     errors.catch(_check_device, models)
-    errors.catch(models.settings)
     for args in models.config.contributors.values():
-        if args.training:
-            errors.catch(models.settings, args)
+        errors.catch(models.settings, args)
     for method in models.config.methods:
         if method.finetune is not None:
             errors.catch(models.tuned, method.finetune)
@@ -39,7 +35,7 @@ def check_inputs(models: Models) -> None:
         errors.add(models.data.suite.missing(*absent))
     for name, split in wanted:
         if name in there:
-            errors.catch(_check_split, models, name, split)
+            errors.catch(models.data.truth, name, split)
     if len(errors.found) == before:  # what follows reads the data again
         errors.catch(_check_heads, models)
         parts = {spec for cell in expand(models.config) for spec in cell.contributors if spec.part is not None}
@@ -50,12 +46,12 @@ def check_inputs(models: Models) -> None:
 
 def remarks(models: Models) -> list[str]:
     """What holds of the inputs of a run and may not be expected."""
-    found = models.config.remarks()
-    for reference in _references(models):
-        said = half_precision(reference, models.allow_pickle)
-        found += [said] if said else []
     sets = dict.fromkeys(name for name, _ in sorted(splits_of(models)))
-    return found + [remark for name in sets for remark in models.data.suite.remarks(name)]
+    return [
+        *models.config.remarks(),
+        *filter(None, (half_precision(reference, models.allow_pickle) for reference in _references(models))),
+        *(remark for name in sets for remark in models.data.suite.remarks(name)),
+    ]
 
 
 def splits_of(models: Models) -> set[tuple[str, str]]:
@@ -77,13 +73,6 @@ def _references(models: Models) -> list[str]:
 def _check_device(models: Models) -> None:
     if models.device == "cuda" and not torch.cuda.is_available():
         raise UserError("torch finds no GPU here", where="resources.device", mend="give cpu or auto")
-
-
-def _check_split(models: Models, name: str, split: str) -> None:
-    """Read a split, its labels as well."""
-    rows, task = models.data.rows(name, split), models.data.suite.task(name)
-    space = LabelSpace(tuple(models.data.suite.labels(name)))
-    task.references(rows, task.columns(rows, Columns()), space)
 
 
 def _check_heads(models: Models) -> None:

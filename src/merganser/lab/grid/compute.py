@@ -27,7 +27,6 @@ from merganser.merging import Contributor, merge
 from merganser.merging.provenance import library_versions, read_provenance
 from merganser.methods import METHODS
 from merganser.statistics import Statistics
-from merganser.tasks.columns import Columns
 from merganser.tasks.data import sample
 from merganser.tasks.predict import Prediction
 from merganser.training.multitask import train_multitask
@@ -162,19 +161,18 @@ def score(
 
     With ``bootstrap`` samples of the examples the standard error of the key score is there, too.
     """
-    task, rows = models.data.suite.task(set_name), models.data.rows(set_name, split)
-    space = models.space(set_name, task)
-    references = task.references(rows, task.columns(rows, Columns()), space)
+    data, task = models.data, models.data.suite.task(set_name)
+    space, references = data.space(set_name), data.truth(set_name, split)
     aligned = masked(models, prediction.aligned, specs)
     judgements = task.judge(aligned, references, space)
-    values, metric = task.score(judgements), models.data.suite.metric(set_name)
+    values, metric = task.score(judgements), data.suite.metric(set_name)
     samples = resample(judgements, task.metrics[metric], bootstrap)
     return {
         "metric": metric,
         "value": values[metric],
         "all": values,
         "per_label": task.by_label(aligned, references, space),
-        "examples": len(rows),
+        "examples": len(data.rows(set_name, split)),
         "truncated": prediction.truncated,
         **({"standard_error": standard_error(samples)} if bootstrap else {}),
     }

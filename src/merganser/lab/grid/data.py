@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -17,6 +18,9 @@ from merganser.tasks.columns import Columns
 from merganser.tasks.data import Rows, sample, selected
 from merganser.tasks.labels import LabelSpace
 from merganser.tasks.regression import Regression
+
+#: Which part of a data set: its number from 0, the seed of the cut, and how it is cut.
+Part = tuple[int, int, Partitions]
 
 
 class Data:
@@ -32,42 +36,52 @@ class Data:
         #: What models are trained by: options that only change the scores do not change the models.
         kept = {name: value for name, value in config.options.items() if name not in self.suite.scoring}
         self.training_suite: Suite = with_options(SUITES[config.name], config.root, kept)
-        self._rows: dict[tuple[str, str], Rows] = {}
-        self._digests: dict[tuple[str, str], str] = {}
+        self._rows: dict[tuple[Any, ...], Rows] = {}
+        self._digests: dict[tuple[Any, ...], str] = {}
 
-    def rows(self, set_name: str, split: str) -> Rows:
-        """A split of a data set, or a seeded sample of it where the configuration limits it.
+    def rows(self, set_name: str, split: str, part: Part | None = None) -> Rows:
+        """A split of a data set, or a seeded sample of it where the configuration limits it; or a part of that.
 
         Raises:
             DataError: see :meth:`Suite.read`.
         """
-        if (set_name, split) not in self._rows:
-            limits = self.config.limits
-            limit = {TRAIN: limits.train, DEV: limits.dev, TEST: limits.test, ALL: limits.test}[split]
-            rows = self.suite.read(set_name, split)
-            self._rows[set_name, split] = sample(rows, limit, self.config.sample_seed)
-        return self._rows[set_name, split]
+        place = (set_name, split, part)
+        if place not in self._rows:
+            if part is not None:
+                self._rows[place] = self._cut(set_name, split, *part)
+            else:
+                limits = self.config.limits
+                limit = {TRAIN: limits.train, DEV: limits.dev, TEST: limits.test, ALL: limits.test}[split]
+                self._rows[place] = sample(self.suite.read(set_name, split), limit, self.config.sample_seed)
+        return self._rows[place]
 
-    def digest(self, set_name: str, split: str) -> str:
+    def digest(self, set_name: str, split: str, part: Part | None = None) -> str:
         """The hash of :meth:`rows`."""
-        if (set_name, split) not in self._digests:
-            self._digests[set_name, split] = digest(self.rows(set_name, split))
-        return self._digests[set_name, split]
+        place = (set_name, split, part)
+        if place not in self._digests:
+            self._digests[place] = digest(self.rows(*place))
+        return self._digests[place]
 
-    def part(self, set_name: str, index: int, seed: int, partitions: Partitions) -> Rows:
-        """One part of a data set's training rows (PAPER: non-IID partition), of those that the limit leaves."""
-        rows = self.rows(set_name, TRAIN)
-        task = self.suite.task(set_name)
-        space = LabelSpace(self.suite.labels(set_name))
-        truth = task.references(rows, task.columns(rows, Columns()), space)
-        parts = partition(
-            list(np.asarray(truth).tolist()),
-            partitions.parts,
-            min(partitions.total, len(rows)),
-            seed,
-            iid=partitions.iid,
-            regression=isinstance(task, Regression),
-        )
+    def space(self, set_name: str, config: Mapping[str, Any] | None = None) -> LabelSpace:
+        """The labels that a data set is scored over; those of a model's configuration where it names none."""
+        labels = self.suite.labels(set_name)
+        return LabelSpace(tuple(labels)) if labels else self.suite.task(set_name).space(config or {})
+
+    def truth(self, set_name: str, split: str) -> Any:
+        """What is to be predicted of each row.
+
+        Raises:
+            DataError: a row whose label is missing or not known.
+        """
+        rows, task = self.rows(set_name, split), self.suite.task(set_name)
+        return task.references(rows, task.columns(rows, Columns()), self.space(set_name))
+
+    def _cut(self, set_name: str, split: str, index: int, seed: int, partitions: Partitions) -> Rows:
+        """One part of a data set's rows (PAPER: non-IID partition), of those that the limit leaves."""
+        rows = self.rows(set_name, split)
+        truth: list[int | float] = np.asarray(self.truth(set_name, split)).tolist()
+        total, regression = min(partitions.total, len(rows)), isinstance(self.suite.task(set_name), Regression)
+        parts = partition(truth, partitions.parts, total, seed, iid=partitions.iid, regression=regression)
         return selected(rows, parts[index])
 
 

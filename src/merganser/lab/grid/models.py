@@ -18,16 +18,14 @@ from merganser.checkpoints import open_checkpoint
 from merganser.collection import collect
 from merganser.errors import UserError
 from merganser.lab.grid.cells import Cell, ModelSpec
-from merganser.lab.grid.config import ExperimentConfig, Finetune, ModelArgs
-from merganser.lab.grid.data import Data, data_of, digest
+from merganser.lab.grid.config import ExperimentConfig, Finetune, ModelArgs, Partitions
+from merganser.lab.grid.data import Data, data_of
 from merganser.lab.grid.pretrained import copy_model, weights_sha256
 from merganser.lab.suites.base import DEV, TRAIN
 from merganser.lab.zoo import Entry, Zoo, id_of
 from merganser.lab.zoo.keys import explain
-from merganser.tasks import Task
 from merganser.tasks.columns import Columns
 from merganser.tasks.data import Rows
-from merganser.tasks.labels import LabelSpace
 from merganser.tasks.models import load_model, load_tokenizer, open_model, prepare_padding
 from merganser.tasks.predict import Prediction, predict
 from merganser.training.fine_tune import train
@@ -57,7 +55,6 @@ class Models:
         self.data: Data = data_of(config.suite.model_dump_json())
         self.device = choose_device(config.resources.device)
         self._keys: dict[ModelSpec, dict[str, Any]] = {}
-        self._rows: dict[tuple[Any, ...], tuple[Rows, str]] = {}
         self._found: dict[ModelSpec, Entry] = {}
 
     # -- what a model is made of -------------------------------------------------------------------------
@@ -89,18 +86,11 @@ class Models:
 
     def rows(self, spec: ModelSpec) -> Rows:
         """The training rows of a contributor."""
-        return self._train(spec)[0]
+        return self.data.rows(*self._place(spec))
 
-    def _train(self, spec: ModelSpec) -> tuple[Rows, str]:
-        """The training rows of a contributor and their hash; the same for all seeds, but for parts."""
-        place = (spec.set, spec.part, spec.part_seed)
-        if place not in self._rows:
-            if spec.part is None:
-                self._rows[place] = self.data.rows(spec.set, TRAIN), self.data.digest(spec.set, TRAIN)
-            else:
-                rows = self.data.part(spec.set, spec.part, spec.part_seed or 0, self.config.partitions)
-                self._rows[place] = rows, digest(rows)
-        return self._rows[place]
+    def _place(self, spec: ModelSpec) -> tuple[str, str, tuple[int, int, Partitions] | None]:
+        """Where a contributor's training rows are found: the same for all seeds, but for parts."""
+        return spec.set, TRAIN, None if spec.part is None else (spec.part, spec.part_seed or 0, self.config.partitions)
 
     def key(self, spec: ModelSpec) -> dict[str, Any]:
         """What a contributor's model depends on: its address in the zoo.
@@ -139,7 +129,7 @@ class Models:
     def _data_key(self, spec: ModelSpec) -> dict[str, Any]:
         part = {} if spec.part is None else {"part": f"{spec.part + 1}/{self.config.partitions.parts}"}
         return {
-            "train": self._train(spec)[1],
+            "train": self.data.digest(*self._place(spec)),
             "dev": self.data.digest(spec.set, DEV),
             "labels": list(self.data.suite.labels(spec.set)),
             **part,
@@ -321,7 +311,7 @@ class Models:
         wanted = self.config.statistics
         key = {
             "version": STATISTICS,
-            "rows": self._train(spec)[1],
+            "rows": self.data.digest(*self._place(spec)),
             "examples": wanted.examples if kind == "gram" else wanted.fisher_examples,
             "max_length": self.settings(self.args(spec)).max_length,
         }
@@ -372,18 +362,13 @@ class Models:
                     task,
                     rows,
                     task.columns(rows, Columns()),
-                    self.space(set_name, task, opened.config),
+                    self.data.space(set_name, opened.config),
                     name=str(reference),
                     batch_size=self.config.batch_size,
                     max_length=self.settings().max_length,
                 )
             )
         return found
-
-    def space(self, set_name: str, task: Task, config: Mapping[str, Any] | None = None) -> LabelSpace:
-        """The labels that a data set is scored over."""
-        labels = self.data.suite.labels(set_name)
-        return LabelSpace(tuple(labels)) if labels else task.space(config or {})
 
 
 def choose_device(wanted: str) -> str:

@@ -28,13 +28,13 @@ def weights_sha256(reference: str, allow_pickle: bool = False) -> str:
         raise
     except CheckpointError as error:
         name = reference.partition("@")[0]
-        raise CheckpointError(
-            f"the pretrained model cannot be had: {error.what}",
-            where=reference,
-            mend=f"where there is a network, run: hf download {name} --local-dir {Path(name).name}; copy that folder "
+        mend = (
+            f"where there is a network, run: hf download {name} --local-dir {Path(name).name}; copy that folder "
             "here and give it as pretrained.model (--templates base=FOLDER in the named configurations), put it into "
-            "resources_dir (--templates resources=…), or fill the Hugging Face cache ($HF_HOME)",
-        ) from error
+            "resources_dir (--templates resources=…), or fill the Hugging Face cache ($HF_HOME)"
+        )
+        what = f"the pretrained model cannot be had: {error.what}"
+        raise CheckpointError(what, where=reference, mend=mend) from error
     return checkpoint.manifest_sha256()
 
 

@@ -58,16 +58,13 @@ def macro_f1(judgements: np.ndarray) -> float:
 
 def f1_by_label(judgements: np.ndarray) -> dict[str, float]:
     """The F1 of yes of each label that was asked for, in the order of labels; 0 where there is no yes at all."""
-    places, predicted, true = judgements[:, 0], judgements[:, 1] == YES, judgements[:, 2] == YES
-    counts = [
-        np.bincount(places[kind], minlength=len(LABELS))
-        for kind in (np.ones(len(places), bool), predicted & true, predicted, true)
-    ]
-    return {
-        label: float(2 * hits / (said + truly)) if said + truly else 0.0
-        for label, asked, hits, said, truly in zip(LABELS, *counts, strict=True)
-        if asked
-    }
+    found = {}
+    for place, label in enumerate(LABELS):
+        predicted, true = judgements[judgements[:, 0] == place, 1:].T == YES
+        if len(true):
+            ones = predicted.sum() + true.sum()
+            found[label] = float(2 * (predicted & true).sum() / ones) if ones else 0.0
+    return found
 
 
 def accuracy(judgements: np.ndarray) -> float:
