@@ -19,7 +19,7 @@ from merganser.checkpoints import open_checkpoint
 from merganser.errors import UserError
 from merganser.evaluation.bootstrap import resample, standard_error
 from merganser.lab.grid.cells import Cell, ModelSpec, title_of
-from merganser.lab.grid.config import ExperimentConfig, Finetune, MethodConfig, Search
+from merganser.lab.grid.config import ExperimentConfig, Finetune, Search
 from merganser.lab.grid.models import Models, folder_name
 from merganser.lab.suites.base import DEV, TEST
 from merganser.lab.zoo import Entry, id_of
@@ -213,9 +213,9 @@ def _merged(
     with tempfile.TemporaryDirectory(prefix="merganser-cell-", ignore_cleanup_errors=True) as scratch:
         folder = Path(scratch)
         if method.search is not None:
-            chosen = _search(models, cell, method, method.search, folder)
+            chosen = _search(models, cell, method.search, folder)
             coefficients = chosen["candidates"][chosen["best"]]["coefficients"]
-        output = merge_cell(models, cell, method, coefficients, folder / "merged", sums)
+        output = merge_cell(models, cell, coefficients, folder / "merged", sums)
         tensors = Counter(outcome["method"] for outcome in read_provenance(output)["tensors"].values())
         if method.finetune is not None:
             output = _finetuned(models, cell, method.finetune, output, folder / "finetuned")
@@ -229,15 +229,10 @@ def _merged(
 
 
 def merge_cell(
-    models: Models,
-    cell: Cell,
-    method: MethodConfig,
-    coefficients: Sequence[float],
-    output: Path,
-    sums: Path | None = None,
+    models: Models, cell: Cell, coefficients: Sequence[float], output: Path, sums: Path | None = None
 ) -> Path:
     """Merge a cell's contributors into ``output``."""
-    wanted = statistics_of(models.config, cell)
+    method, wanted = models.config.method(cell.method), statistics_of(models.config, cell)
     people = [
         Contributor(
             model=str(models.model(spec).path),
@@ -303,11 +298,11 @@ def candidates(search: Search, contributors: int, seed: int) -> list[tuple[float
     return [uniform, *(one for one in found if not np.allclose(one, uniform))]
 
 
-def _search(models: Models, cell: Cell, method: MethodConfig, search: Search, folder: Path) -> dict[str, Any]:
+def _search(models: Models, cell: Cell, search: Search, folder: Path) -> dict[str, Any]:
     """Coefficients by their mean key score on the contributors' development data; never on a reported test."""
     tried = []
     for coefficients in candidates(search, len(cell.contributors), cell.seed):
-        output = merge_cell(models, cell, method, coefficients, folder / "candidate")
+        output = merge_cell(models, cell, coefficients, folder / "candidate")
         values = []
         for spec in cell.contributors:
             head = _head_of(cell, spec.set)

@@ -20,7 +20,7 @@ from merganser.tasks.labels import LabelSpace
 from merganser.tasks.regression import Regression
 
 #: Which part of a data set: its number from 0, the seed of the cut, and how it is cut.
-Part = tuple[int, int, Partitions]
+Cut = tuple[int, int, Partitions]
 
 
 class Data:
@@ -39,7 +39,7 @@ class Data:
         self._rows: dict[tuple[Any, ...], Rows] = {}
         self._digests: dict[tuple[Any, ...], str] = {}
 
-    def rows(self, set_name: str, split: str, part: Part | None = None) -> Rows:
+    def rows(self, set_name: str, split: str, part: Cut | None = None) -> Rows:
         """A split of a data set, or a seeded sample of it where the configuration limits it; or a part of that.
 
         Raises:
@@ -55,7 +55,7 @@ class Data:
                 self._rows[place] = sample(self.suite.read(set_name, split), limit, self.config.sample_seed)
         return self._rows[place]
 
-    def digest(self, set_name: str, split: str, part: Part | None = None) -> str:
+    def digest(self, set_name: str, split: str, part: Cut | None = None) -> str:
         """The hash of :meth:`rows`."""
         place = (set_name, split, part)
         if place not in self._digests:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +33,16 @@ def results_name(folder: Path, config: ExperimentConfig) -> str:
 
 def recorded_name(folder: Path) -> str:
     """The name of :func:`results_name` that the results have; empty where they have none."""
+    return str(_read(folder / MARKER).get("trained_for", ""))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What a JSON file holds; nothing where it is not there, or is no object."""
     try:
-        return str(json.loads((folder / MARKER).read_text(encoding="utf-8"))["trained_for"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
 
 
 def open_folder(folder: Path, config: ExperimentConfig, fresh: str = "") -> None:
@@ -49,13 +54,9 @@ def open_folder(folder: Path, config: ExperimentConfig, fresh: str = "") -> None
         fresh: of :func:`results_name`; an earlier one is kept where this run has none.
     """
     marker, other = folder / MARKER, "choose another --results folder"
-    earlier: Mapping[str, Any] = {}
+    earlier = _read(marker)
     if marker.is_file():
-        try:
-            earlier = json.loads(marker.read_text(encoding="utf-8"))
-            found = earlier["format"]
-        except (OSError, ValueError, KeyError, TypeError):
-            found = "unreadable"
+        found = earlier.get("format", "unreadable")
         if found != FORMAT:
             what = f"results of format {found}; this version of merganser writes {FORMAT}"
             raise DataError(what, where=marker, mend=f"{other}, or use the version that wrote them")
@@ -87,14 +88,8 @@ def recorded_order(models: Models, folder: Path) -> list[str] | None:
 
 def _recorded(folder: Path) -> dict[Path, dict[str, Any]]:
     """The orders of this experiment's runs, which may be of some contributors only."""
-    found = {}
-    for path in sorted(folder.glob("order*.json")):
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            found[path] = {"order": list(values["order"]), "models": list(values["models"])}
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-    return found
+    found = {path: _read(path) for path in sorted(folder.glob("order*.json"))}
+    return {path: values for path, values in found.items() if {"order", "models"} <= set(values)}
 
 
 def _addresses(models: Models) -> list[str]:

@@ -18,8 +18,8 @@ from merganser.checkpoints import open_checkpoint
 from merganser.collection import collect
 from merganser.errors import UserError
 from merganser.lab.grid.cells import Cell, ModelSpec
-from merganser.lab.grid.config import ExperimentConfig, Finetune, ModelArgs, Partitions
-from merganser.lab.grid.data import Data, data_of
+from merganser.lab.grid.config import ExperimentConfig, Finetune, ModelArgs
+from merganser.lab.grid.data import Cut, Data, data_of
 from merganser.lab.grid.pretrained import copy_model, weights_sha256
 from merganser.lab.suites.base import DEV, TRAIN
 from merganser.lab.zoo import Entry, Zoo, id_of
@@ -88,7 +88,7 @@ class Models:
         """The training rows of a contributor."""
         return self.data.rows(*self._place(spec))
 
-    def _place(self, spec: ModelSpec) -> tuple[str, str, tuple[int, int, Partitions] | None]:
+    def _place(self, spec: ModelSpec) -> tuple[str, str, Cut | None]:
         """Where a contributor's training rows are found: the same for all seeds, but for parts."""
         return spec.set, TRAIN, None if spec.part is None else (spec.part, spec.part_seed or 0, self.config.partitions)
 
@@ -191,17 +191,17 @@ class Models:
             return self.zoo.build(self._checkpoint_key(given), copy)
         if args.load_from_zoo == "yes":
             raise self.absent(spec)
-        suite = self.data.training_suite
+        part = self.part(spec)
         run = partial(
             train,
             self.config.pretrained.model,
-            suite.task(spec.set),
-            self.rows(spec),
-            labels=suite.labels(spec.set),
+            part.task,
+            part.rows,
+            labels=part.labels,
             settings=self.settings(args),
             seed=spec.seed,
-            dev=self.data.rows(spec.set, DEV),
-            metric=suite.metric(spec.set),
+            dev=part.dev,
+            metric=part.metric,
         )
         entry = self._trained(self.key(spec), run)
         scores = entry.facts["dev_scores"]
@@ -254,28 +254,16 @@ class Models:
 
     def multitask(self, cell: Cell) -> Entry:
         """One encoder trained on the data of every contributor of a cell."""
-        key = self.multitask_key(cell)
-        run = partial(
-            train_multitask,
-            self.config.pretrained.model,
-            [self.part(spec) for spec in cell.contributors],
-            shared=key["shared"],
-            settings=self.settings(),
-            seed=cell.seed,
-        )
+        key, base, settings = self.multitask_key(cell), self.config.pretrained.model, self.settings()
+        parts, shared = [self.part(spec) for spec in cell.contributors], key["shared"]
+        run = partial(train_multitask, base, parts, shared=shared, settings=settings, seed=cell.seed)
         return self._trained(key, run)
 
     def part(self, spec: ModelSpec, examples: Rows | None = None) -> TrainingPart:
         """A contributor's share of multi-task training."""
-        suite = self.data.training_suite
-        return TrainingPart(
-            folder_name(spec.name),
-            suite.task(spec.set),
-            examples or self.rows(spec),
-            suite.labels(spec.set),
-            self.data.rows(spec.set, DEV),
-            suite.metric(spec.set),
-        )
+        suite, name = self.data.training_suite, spec.set
+        rows, dev = examples or self.rows(spec), self.data.rows(name, DEV)
+        return TrainingPart(folder_name(spec.name), suite.task(name), rows, suite.labels(name), dev, suite.metric(name))
 
     def _checkpoint_key(self, reference: str) -> dict[str, Any]:
         weights = weights_sha256(reference, self.allow_pickle)
@@ -351,23 +339,19 @@ class Models:
         network = load_model(opened, task.model_class(opened.config), complete=task.complete)
         prepare_padding(network, tokenizer)
         network.to(self.device)
+        said = partial(
+            predict,
+            network,
+            tokenizer,
+            opened.config,
+            name=str(reference),
+            batch_size=self.config.batch_size,
+            max_length=self.settings().max_length,
+        )
         found = []
         for set_name, split in tests:
             task, rows = self.data.suite.task(set_name), self.data.rows(set_name, split)
-            found.append(
-                predict(
-                    network,
-                    tokenizer,
-                    opened.config,
-                    task,
-                    rows,
-                    task.columns(rows, Columns()),
-                    self.data.space(set_name, opened.config),
-                    name=str(reference),
-                    batch_size=self.config.batch_size,
-                    max_length=self.settings().max_length,
-                )
-            )
+            found.append(said(task, rows, task.columns(rows, Columns()), self.data.space(set_name, opened.config)))
         return found
 
 

@@ -13,7 +13,6 @@ import json
 import logging
 import math
 import shutil
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,7 +38,7 @@ _COSTS = {
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Failure:
     """A job that could not be done.
 
@@ -114,8 +113,7 @@ def run_experiment(
     done = grid.work(left)
     if not grid.failures:
         shutil.rmtree(folder / "sums", ignore_errors=True)
-    failures = [Failure(job, error, grid.left_out[name]) for name, (job, error) in grid.failures.items()]
-    return Finished(folder, len(finished(folder) & set(cells)), done, tuple(failures))
+    return Finished(folder, len(finished(folder) & set(cells)), done, tuple(grid.failures.values()))
 
 
 @dataclass
@@ -124,16 +122,14 @@ class _Grid:
 
     Attributes:
         common: what every job is told.
-        failures: job id → description and error of the jobs that failed so far.
-        left_out: job id → how many cells were left out for it.
+        failures: the jobs that failed so far, by their ids.
     """
 
     models: Models
     folder: Path
     engine: Engine
     common: Mapping[str, Any]
-    failures: dict[str, tuple[str, str]] = field(default_factory=dict)
-    left_out: Counter[str] = field(default_factory=Counter)
+    failures: dict[str, Failure] = field(default_factory=dict)
 
     def expanded(self) -> list[Cell]:
         """The cells. Where a greedy order is to be computed, the models that it is computed from are made first.
@@ -152,7 +148,7 @@ class _Grid:
         self._make([model_need(spec) for spec in specs])
         if not self.failures:
             return expand(config, compute_order(self.models, self.folder))
-        self.left_out[next(iter(self.failures))] += len(cells) - len(singles)
+        next(iter(self.failures.values())).cells += len(cells) - len(singles)
         return singles
 
     def prepare(self, cells: Sequence[Cell]) -> None:
@@ -175,7 +171,7 @@ class _Grid:
         for name, cell in cells.items():
             missing = next((n.id for n in needs_of(self.models.config, cell) if n.id in self.failures), None)
             if missing is not None:
-                self.left_out[missing] += 1
+                self.failures[missing].cells += 1
                 continue
             more = {"id": name, "sums": _sums(self.folder, self.models.config, cell)}
             jobs.append(self._job(name, cell.description, _COSTS[cell.kind], cell, "cell", **more))
@@ -193,7 +189,7 @@ class _Grid:
             if outcome.error is None:
                 yield outcome
             else:
-                self.failures[outcome.job.id] = outcome.job.description, outcome.error
+                self.failures[outcome.job.id] = Failure(outcome.job.description, outcome.error)
 
     def _job(self, name: str, description: str, cost: float, cell: Cell, what: str, **more: Any) -> Job:
         payload = {**self.common, "what": what, "cell": cell.to_json(), **more}
