@@ -112,7 +112,7 @@ def arrange(keys: Sequence[Mapping[str, Any]]) -> tuple[str, list[Column], list[
     opaque = [name for name in names if any(row[name].opaque for row in rows if name in row)]
     common = [
         name
-        for name in (*(name for name in COMMON if name in names), *(n for n in names if n not in COMMON))
+        for name in sorted(names, key=lambda name: COMMON.index(name) if name in COMMON else len(COMMON))
         if name not in (*FIRST, *opaque) and all(name in row for row in rows) and len(set(columns[name].texts)) == 1
     ]
     needed = [columns[name] for name in FIRST if name in names]
@@ -128,14 +128,12 @@ def arrange(keys: Sequence[Mapping[str, Any]]) -> tuple[str, list[Column], list[
 def _texts(column: Sequence[Leaf | None]) -> tuple[str, ...]:
     """The texts of a column; where it is of lists, without the items that all of them have."""
     texts = tuple(leaf.text if leaf else "" for leaf in column)
-    lists = [leaf.items for leaf in column if leaf and leaf.items]
-    if len(lists) < 2:
+    lists = [set(leaf.items) for leaf in column if leaf and leaf.items]
+    everywhere = set.intersection(*lists) if len(lists) > 1 else set()
+    if not everywhere:
         return texts
-    everywhere = set.intersection(*map(set, lists))
     short = tuple(
-        ", ".join([*["…"] * bool(everywhere), *(item for item in leaf.items if item not in everywhere)])
-        if leaf and leaf.items
-        else text
+        ", ".join(["…", *(item for item in leaf.items if item not in everywhere)]) if leaf and leaf.items else text
         for leaf, text in zip(column, texts, strict=True)
     )
     return short if len(set(short)) == len(set(texts)) else texts

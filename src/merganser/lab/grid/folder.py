@@ -104,18 +104,14 @@ def compute_order(models: Models, folder: Path) -> list[str]:
     """
     config = models.config
     names = list(config.ordered)
-    means: dict[str, float] = {}
-    specs = models_of(expand(config))
-    for name in names:
-        values = []
-        for spec in (spec for spec in specs if spec.name == name):
-            entry = models.model(spec)
-            for other in names:
-                set_name = config.set_of(other)
-                if set_name != spec.set:
-                    prediction = models.prediction(entry, set_name, DEV)
-                    values.append(score(models, set_name, DEV, prediction, [spec])["value"])
-        means[name] = float(np.mean(values))
+    values: dict[str, list[float]] = {name: [] for name in names}
+    for spec in models_of(expand(config)):
+        entry = models.model(spec)
+        for set_name in map(config.set_of, names):
+            if set_name != spec.set:
+                prediction = models.prediction(entry, set_name, DEV)
+                values[spec.name].append(score(models, set_name, DEV, prediction, [spec])["value"])
+    means = {name: float(np.mean(found)) for name, found in values.items()}
     order = sorted(names, key=lambda name: (-means[name], name))
     by = "mean key score on the other contributors' development data"
     found = {"order": order, "by": by, "scores": means, "models": _addresses(models)}

@@ -227,7 +227,13 @@ class Zoo:
                     record = record_file(file)
                     if self._remote is not None:
                         self._remote.put(file, f"{entry.id}/{name}")
-                self._place(entry.id, path, file, record)
+                if not (self.root / entry.id / ENTRY).is_file():
+                    what = f"the model {entry.id} was removed meanwhile"
+                    raise ZooError(what, where=self.url, mend="build it again")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_bytes(_beside(file), write_record(record))
+                file.replace(path)
+                _beside(file).replace(_beside(path))  # its record comes last
             if self._remote is not None and self._remote.read(f"{entry.id}/{name}{RECORD}") is None:
                 self._remote.put(_beside(path), f"{entry.id}/{name}{RECORD}")
         return path
@@ -255,15 +261,6 @@ class Zoo:
         record = read_record(data, self._remote.where(f"{identity}/{name}{RECORD}"))
         self._remote.fetch(f"{identity}/{name}", file, record)
         return record
-
-    def _place(self, identity: str, path: Path, file: Path, record: FileRecord) -> None:
-        """Move a finished file to its place, then its record."""
-        if not (self.root / identity / ENTRY).is_file():
-            raise ZooError(f"the model {identity} was removed meanwhile", where=self.url, mend="build it again")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(_beside(file), write_record(record))
-        file.replace(path)
-        _beside(file).replace(_beside(path))
 
     def work(self, key: Mapping[str, Any]) -> Path:
         """A scratch folder for the training of a key: kept when it is interrupted, removed when it succeeds.
