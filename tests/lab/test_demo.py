@@ -144,7 +144,7 @@ def test_the_merges_really_used_their_methods(finished: Path) -> None:
 def test_the_configuration_is_one_like_any_other(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(finished)
     plan = plan_experiment(load_config(["demo.yaml"]), results=".", zoo="zoo")
-    assert len(plan.lines) > 10 and all(line.cached for line in plan)
+    assert len(plan.lines) > 10 and all(line.cached for line in plan.lines)
 
 
 def test_a_stopped_demo_goes_on(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -213,11 +213,11 @@ def test_models_that_are_not_loaded_are_trained_anew_once_for_these_results(
     assert work["train 1"] == 2
     anew = trial(**usual, default_model_args={"load_from_zoo": "no"})
     plan = plan_experiment(anew, results=tmp_path / "b", zoo=zoo)
-    assert [line.verb for line in plan if line.what == "model" and not line.cached] == ["to train"] * 2
+    assert [line.verb for line in plan.lines if line.what == "model" and not line.cached] == ["to train"] * 2
     first = run_experiment(anew, results=tmp_path / "b", zoo=zoo)
     assert work["train 1"] == 4 and first.failures == ()
     more = trial(**{**usual, "methods": ["simple", "regmean"]}, default_model_args={"load_from_zoo": "no"})
-    assert all(line.cached for line in plan_experiment(anew, results=tmp_path / "b", zoo=zoo))
+    assert all(line.cached for line in plan_experiment(anew, results=tmp_path / "b", zoo=zoo).lines)
     again = run_experiment(more, results=tmp_path / "b", zoo=zoo)
     assert again.done == 1 and work["train 1"] == 4  # the same results go on with the same models
     run_experiment(anew, results=tmp_path / "c", zoo=zoo)

@@ -52,7 +52,7 @@ def test_what_a_run_refuses_a_dry_run_names_in_the_same_words(
         run_experiment(config, results=tmp_path / "r", zoo=tmp_path / "zoo")
     found = plan(config, tmp_path)
     assert len(found.problems) == 1 and str(found.problems[0]) == str(caught.value)  # once, not once a cell
-    assert len(found.lines) >= len(expand(config)) and not any(line.cached for line in found)
+    assert len(found.lines) >= len(expand(config)) and not any(line.cached for line in found.lines)
     assert not (tmp_path / "r").exists() and not (tmp_path / "zoo").exists()
 
 
@@ -79,7 +79,7 @@ def test_what_is_there_and_what_is_left(tmp_path: Path, trial: Trial, monkeypatc
     monkeypatch.setattr(estimates, "_calibrate", lambda *arguments: rates)
     config = trial(seeds=[1], methods=["simple", "fisher", "regmean"], comparators=["individual", "multitask"])
     empty = plan(config, tmp_path)
-    groups = {line.group: line.verb for line in empty}
+    groups = {line.group: line.verb for line in empty.lines}
     assert groups == {
         "models": "to train", "multi-task models": "to train", "Gram matrices": "to collect",
         "Fisher information": "to collect", "Individual": "to do", "Multi-task": "to do", "Simple": "to do",
@@ -90,12 +90,12 @@ def test_what_is_there_and_what_is_left(tmp_path: Path, trial: Trial, monkeypatc
     part = config.model_copy(update={"methods": config.methods[:1], "comparators": ("individual",)})
     run_experiment(part, results=tmp_path / "r", zoo=tmp_path / "zoo")
     half = plan(config, tmp_path)
-    there = {group for group in groups if all(line.cached for line in half if line.group == group)}
+    there = {group for group in groups if all(line.cached for line in half.lines if line.group == group)}
     assert there == {"models", "Individual", "Simple"}
     assert half.estimate.seconds is not None and half.estimate.seconds < empty.estimate.seconds
     run_experiment(config, results=tmp_path / "r", zoo=tmp_path / "zoo")
     whole = plan(config, tmp_path)
-    assert all(line.cached for line in whole) and whole.estimate.seconds == 0
+    assert all(line.cached for line in whole.lines) and whole.estimate.seconds == 0
 
 
 def test_models_of_ones_own_are_copied_and_models_that_must_be_there_are_absent(tmp_path: Path, trial: Trial) -> None:
@@ -107,13 +107,13 @@ def test_models_of_ones_own_are_copied_and_models_that_must_be_there_are_absent(
     people = {"one": {"checkpoint": str(own)}, "two": {"load_from_zoo": "yes"}}
     config = trial(seeds=[1], contributors=people, methods=["simple"])
     found = plan(config, tmp_path)
-    assert [line.verb for line in found if line.what == "model"] == ["to copy", "to train"]
+    assert [line.verb for line in found.lines if line.what == "model"] == ["to copy", "to train"]
     assert [problem.what for problem in found.problems] == [
         "the zoo holds no model of two (seed 1) with these settings"
     ]
     maybe = trial(seeds=[1], contributors={**people, "two": {}}, methods=["simple"])
     run_experiment(maybe, results=tmp_path / "r", zoo=tmp_path / "zoo")
-    assert all(line.cached for line in plan(config, tmp_path))
+    assert all(line.cached for line in plan(config, tmp_path).lines)
 
 
 def test_what_cannot_be_timed_is_said(tmp_path: Path, trial: Trial, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,7 +121,7 @@ def test_a_greedy_grid_computes_its_order_on_development_data(tmp_path: Path, tr
     assert next(r for r in rows if r["kind"] == "multitask")["scores"].keys() == {"one", "two", "three", "far"}
     assert not (done.folder / "sums").exists()
     plan = plan_experiment(config, results=tmp_path / "r", zoo=tmp_path / "zoo")
-    assert all(line.cached for line in plan)
+    assert all(line.cached for line in plan.lines)
 
 
 def test_search_chooses_on_development_data_only(tmp_path: Path, trial: Trial) -> None:

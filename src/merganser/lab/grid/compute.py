@@ -334,14 +334,13 @@ def _finetuned(models: Models, cell: Cell, finetune: Finetune, merged: Path, out
 
 def _provenance(models: Models, cell: Cell, entries: Sequence[Entry], used: str) -> list[dict[str, Any]]:
     """The zoo's entry of each contributor, with the hashes of its weights and of the statistics used."""
-    examples = [len(models.rows(spec)) for spec in cell.contributors]
     made: list[tuple[str, int, str | None, int]] = []
+    for spec in cell.contributors:
+        sha256 = Statistics.open(models.statistics(spec, used)).sha256() if used else None
+        made.append((spec.name, spec.seed, sha256, len(models.rows(spec))))
     if cell.kind == "multitask":
-        made.append(("+".join(spec.name for spec in cell.contributors), cell.seed, None, sum(examples)))
-    else:
-        for spec, count in zip(cell.contributors, examples, strict=True):
-            statistics = Statistics.open(models.statistics(spec, used)).sha256() if used else None
-            made.append((spec.name, spec.seed, statistics, count))
+        names, _, _, counts = zip(*made, strict=True)
+        made = [("+".join(names), cell.seed, None, sum(counts))]
     return [
         {
             "name": name,

@@ -7,7 +7,7 @@ The keys of the original's command line are kept where they make sense (``defaul
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -285,22 +285,18 @@ class ExperimentConfig(_Frozen):
             raise ValueError("a seed is given twice")
         if "different" in self.heads and len(self.seeds) < 2:
             raise ValueError("different heads are those of other seeds: give at least two seeds")
-        if "separate" in self.heads:
-            self._check_separate()
-        return self
-
-    def _check_separate(self) -> None:
-        """Refuse what has no meaning where each contributor's task has a head of its own."""
-        if "ensemble" in self.comparators:
+        separate = "separate" in self.heads  # each contributor's task has a head of its own
+        if separate and "ensemble" in self.comparators:
             raise ValueError(
                 "an ensemble averages outputs of one task, and with heads: separate each contributor has a task of its "
                 "own: leave ensemble out of comparators (individual scores each model by its own head)"
             )
-        if self.tests.out_of_domain:
+        if separate and self.tests.out_of_domain:
             mend = "leave these tests out, or give heads: same"
             raise ValueError(f"with heads: separate no head is made for tests.out_of_domain: {mend}")
-        if self.layout == "partitions":
+        if separate and self.layout == "partitions":
             raise ValueError("the parts of one data set share its labels: give heads: same")
+        return self
 
     def remarks(self) -> list[str]:
         """What is allowed and may not be meant."""
@@ -369,14 +365,11 @@ def make_config(values: dict[str, Any], where: str) -> ExperimentConfig:
 
 def _fields(place: tuple[int | str, ...]) -> list[str]:
     """The valid keys at a place of the configuration."""
-    model: Any = ExperimentConfig
-    nested = {
-        "suite": SuiteConfig, "limits": Limits, "pretrained": Pretrained, "statistics": StatisticsConfig,
-        "contributors": ModelArgs, "default_model_args": ModelArgs, "methods": MethodConfig, "search": Search,
-        "finetune": Finetune, "tests": Tests, "partitions": Partitions, "resources": Resources,
-    }  # fmt: skip
+    model: type[BaseModel] = ExperimentConfig
     for part in place[:-1]:
-        model = nested.get(str(part), model)
+        field = model.model_fields.get(str(part))
+        kinds = (field.annotation, *get_args(field.annotation)) if field else ()
+        model = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), model)
     return list(model.model_fields)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,9 +58,6 @@ class Plan:
     problems: tuple[UserError, ...]
     remarks: tuple[str, ...]
     estimate: Estimate
-
-    def __iter__(self) -> Iterator[Planned]:
-        return iter(self.lines)
 
 
 def plan_experiment(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from merganser.files import RemoteFolder
@@ -39,10 +38,6 @@ class Folder:
         except (FileNotFoundError, NotADirectoryError):
             return None
 
-    def read_many(self, names: list[str]) -> dict[str, bytes | None]:
-        """The bytes of several small files."""
-        return {name: self.read(name) for name in names}
-
     def sizes(self, identity: str) -> dict[str, int]:
         """The files of an entry with their sizes, by name below ``<id>/``."""
         folder = self.root / identity
@@ -72,11 +67,6 @@ class Remote(RemoteFolder):
     def read(self, name: str, limit: int = MAX_BYTES + 1) -> bytes | None:
         """The bytes of a small file, ``None`` where there is none."""
         return super().read(name, limit)
-
-    def read_many(self, names: list[str]) -> dict[str, bytes | None]:
-        """The bytes of several small files."""
-        with ThreadPoolExecutor(8) as pool:
-            return dict(zip(names, pool.map(self.read, names), strict=True))
 
     def digest(self, name: str) -> FileRecord | None:
         """Hash and size of a file, read as a stream; ``None`` where there is none."""

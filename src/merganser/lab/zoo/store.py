@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -276,9 +277,10 @@ class Zoo:
 
         Entries of a remote zoo are listed without downloading them: ``get(entry.key)`` brings the files.
         """
-        place, errors = self._source, ErrorCollector()
-        found = place.read_many([f"{identity}/{ENTRY}" for identity in place.ids()])
-        parsed = [errors.catch(self._parse, place, name.split("/")[0], data) for name, data in found.items()]
+        place, errors, ids = self._source, ErrorCollector(), self._source.ids()
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(place.read, [f"{identity}/{ENTRY}" for identity in ids]))
+        parsed = [errors.catch(self._parse, place, *one) for one in zip(ids, found, strict=True)]
         entries = [entry for entry in parsed if entry is not None]
         return sorted(entries, key=lambda entry: (entry.created, entry.id)), errors.found
 
