@@ -364,9 +364,8 @@ class EmotionQuestions(EmotionCorpora):
         places = []
         for number, record in enumerate(records):
             for label, true in record.labels.items():
-                if true is None:
-                    continue
-                if not true and _draw(self.seed, set_name, label, number) >= chances.get(label, 1.0):
+                dropped = true == NO and _draw(self.seed, set_name, label, number) >= chances.get(label, 1.0)
+                if true is None or dropped:
                     continue
                 rows.append({"text": record.text, "label": label, "target": ANSWERS[true]})
                 places.append(record.place)

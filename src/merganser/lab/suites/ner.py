@@ -131,9 +131,7 @@ def _read_conll(path: Path) -> Numbered:
 
 def _read_objects(path: Path) -> Numbered:
     """Objects with ``tokens`` and ``labels`` (or ``tags``, ``ner_tags``), as sentences of a CoNLL file."""
-    numbers: list[int] = []
-    sentences: list[list[str]] = []
-    tags: list[list[str]] = []
+    found: list[tuple[int, list[str], list[str]]] = []
     for number, row in read_file(path):
         where = f"{path}:{number}"
         words = _texts(row.get("tokens"), "tokens", where)
@@ -142,11 +140,9 @@ def _read_objects(path: Path) -> Numbered:
         if len(words) != len(given):
             what = f"{len(words)} tokens but {len(given)} {column}"
             raise DataError(what, where=where, mend="give one tag for each token")
-        numbers.append(number)
-        sentences.append([unescape(word) for word in words])
-        tags.append([check_tag(tag, where) for tag in given])
-    for number, found, bio in zip(numbers, sentences, as_bio(tags), strict=True):
-        yield number, {"tokens": found, "tags": bio}
+        found.append((number, [unescape(word) for word in words], [check_tag(tag, where) for tag in given]))
+    for (number, words, _), tags in zip(found, as_bio([tags for _, _, tags in found]), strict=True):
+        yield number, {"tokens": words, "tags": tags}
 
 
 def _texts(value: Any, column: str, where: str) -> list[str]:

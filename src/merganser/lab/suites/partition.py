@@ -1,4 +1,4 @@
-"""Cutting one data set into parts whose labels differ: the non-IID partitions of the RegMean paper.
+"""Cutting one data set into parts whose labels differ: the non-IID partitions of Jin et al. (2023).
 
 partition(labels, parts=2, total=2000, seed=1)                  each part has much of one label
 partition(targets, parts=2, total=2000, seed=1, regression=True)
