@@ -10,9 +10,13 @@ import difflib
 import importlib.util
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 T = TypeVar("T")
+M = TypeVar("M", bound="BaseModel")
 
 
 class MerganserError(Exception):
@@ -116,6 +120,53 @@ def did_you_mean(name: str, valid: Iterable[str]) -> str:
     hint = f"did you mean {near[0]!r}? " if near else ""
     shown = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
     return f"{hint}Valid: {shown}" if names else hint or "there is no valid name here"
+
+
+def validated(model: type[M], values: Any, where: str, kind: type[UserError] = RecipeError) -> M:
+    """An instance of a pydantic class, from what a user wrote.
+
+    Args:
+        model: the class.
+        values: for its fields.
+        where: the file or option that they stand in.
+        kind: of the errors.
+
+    Raises:
+        UserError: unknown, missing or wrong values, each with its place; several come as :class:`Problems`.
+    """
+    from pydantic import ValidationError  # a tenth of a second that not every command needs
+
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        problems = []
+        for entry in error.errors():
+            place, key = ".".join(map(str, entry["loc"])), str(entry["loc"][-1]) if entry["loc"] else ""
+            what, mend = entry["msg"].removeprefix("Value error, "), f"correct {key}" if key else "correct the values"
+            if entry["type"] == "extra_forbidden":
+                what, mend = f"unknown key {place!r}", did_you_mean(key, _fields(model, entry["loc"]))
+            elif entry["type"] == "missing":
+                what, mend = f"the key {place!r} is missing", f"add {key}"
+            elif place:
+                given = "" if isinstance(entry["input"], (dict, list)) else f"{entry['input']!r}: "
+                what = f"{place}: {given}{what}"
+            problems.append(kind(what, where=where, mend=mend))
+        raise_all(problems)
+        raise  # not reached: there is at least one problem
+
+
+def _fields(model: Any, place: Sequence[int | str]) -> list[str]:
+    """The valid keys at a place inside a pydantic class."""
+    for part in place[:-1]:
+        field = model.model_fields.get(str(part))
+        pending = [field.annotation] if field else []
+        while pending:
+            annotation = pending.pop(0)
+            pending += get_args(annotation)
+            if hasattr(annotation, "model_fields"):
+                model = annotation
+                break
+    return list(model.model_fields)
 
 
 def require(extra: str, what: str, *packages: str, where: str | Path | None = None) -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from merganser.errors import RecipeError, UserError, did_you_mean, raise_all
+from merganser.errors import RecipeError, UserError, did_you_mean, raise_all, validated
 from merganser.methods import METHODS
 
 
@@ -74,11 +74,7 @@ def make_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
         RecipeError: unknown or malformed keys, coefficients that are no weights, no contributor.
         Problems: several of these.
     """
-    try:
-        recipe = Recipe.model_validate(values)
-    except ValidationError as error:
-        raise_all(_readable(error, where))
-        raise  # not reached: a ValidationError has at least one entry
+    recipe = validated(Recipe, values, where)
     problems: list[UserError] = []
     if not recipe.contributors:
         problems.append(RecipeError("there is nothing to merge", where=where, mend="name at least one model"))
@@ -139,28 +135,4 @@ def method_options(recipe: Recipe, method: str, where: str = "recipe") -> Any:
     Raises:
         RecipeError: an option that the method does not have, or a value that it cannot take.
     """
-    options = METHODS[method].options_type
-    try:
-        return options.model_validate(recipe.options)
-    except ValidationError as error:
-        raise_all(_readable(error, f"{where}: options of {method}", options))
-        raise  # not reached
-
-
-def _readable(error: ValidationError, where: str, model: type[BaseModel] | None = None) -> list[RecipeError]:
-    found = []
-    for entry in error.errors():
-        place = ".".join(str(part) for part in entry["loc"])
-        key = str(entry["loc"][-1]) if entry["loc"] else ""
-        if entry["type"] == "extra_forbidden":
-            fields = model or (Contributor if entry["loc"][0] == "contributors" else Recipe)
-            found.append(
-                RecipeError(f"unknown key {place!r}", where=where, mend=did_you_mean(key, sorted(fields.model_fields)))
-            )
-        elif entry["type"] == "missing":
-            found.append(RecipeError(f"the key {place!r} is missing", where=where, mend=f"add {key}"))
-        else:
-            found.append(
-                RecipeError(f"{place}: {entry['input']!r}: {entry['msg']}", where=where, mend=f"correct {key}")
-            )
-    return found
+    return validated(METHODS[method].options_type, recipe.options, f"{where}: options of {method}")

@@ -10,9 +10,9 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from merganser.errors import UserError, did_you_mean, raise_all
+from merganser.errors import UserError, validated
 
 Schedule = Literal["linear", "polynomial"]
 Reweight = Literal["none", "sqrt-inverse"]
@@ -75,18 +75,7 @@ def make_settings(where: str = "training", /, **values: Any) -> TrainingSettings
     Raises:
         UserError: unknown names and values out of their range, all at once.
     """
-    try:
-        return TrainingSettings(**values)
-    except ValidationError as error:
-        problems: list[UserError] = []
-        for entry in error.errors():
-            name = ".".join(str(part) for part in entry["loc"])
-            what, mend = entry["msg"].removeprefix("Value error, "), "give another value"
-            if entry["type"] == "extra_forbidden":
-                what, mend = ("there is no such hyper-parameter", did_you_mean(name, TrainingSettings.model_fields))
-            problems.append(UserError(f"{name}: {what}" if name else what, where=where, mend=mend))
-        raise_all(problems)
-        raise  # not reached
+    return validated(TrainingSettings, values, where, UserError)
 
 
 def with_changes(settings: TrainingSettings, *layers: Mapping[str, Any], where: str = "training") -> TrainingSettings:

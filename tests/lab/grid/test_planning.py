@@ -28,7 +28,7 @@ def plan(config: ExperimentConfig, folder: Path, **options: Any) -> Plan:
     ("changes", "said"),
     [
         ({"training": {"epochs": "x"}}, "training: epochs: .*number"),
-        ({"training": {"epochz": 1}}, "epochz: there is no such hyper-parameter.*did you mean 'epochs'"),
+        ({"training": {"epochz": 1}}, "unknown key 'epochz'.*did you mean 'epochs'"),
         ({"contributors": {"one": {"training": {"batch_size": 0}}, "two": {}}}, "contributors.*batch_size"),
         ({"methods": [{"method": "simple", "finetune": {"training": {"warmup": 2}}}]}, "finetune.training: warmup"),
         (

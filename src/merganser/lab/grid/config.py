@@ -7,11 +7,11 @@ The keys of the original's command line are kept where they make sense (``defaul
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from merganser.errors import RecipeError, UserError, did_you_mean, raise_all
+from merganser.errors import UserError, did_you_mean, validated
 from merganser.files import parse_size
 from merganser.lab.suites import SUITES
 from merganser.methods import METHODS
@@ -345,32 +345,7 @@ def make_config(values: dict[str, Any], where: str) -> ExperimentConfig:
     Raises:
         RecipeError: one mistake; several come as :class:`~merganser.errors.Problems`.
     """
-    try:
-        return ExperimentConfig.model_validate(values)
-    except ValidationError as error:
-        problems: list[UserError] = []
-        for entry in error.errors():
-            place = ".".join(str(part) for part in entry["loc"])
-            if entry["type"] == "extra_forbidden":
-                what, mend = (f"unknown key {place!r}", did_you_mean(str(entry["loc"][-1]), _fields(entry["loc"])))
-            elif entry["type"] == "missing":
-                what, mend = f"{place!r} is missing", "give it in one of the files"
-            else:
-                what = f"{place}: {entry['msg'].removeprefix('Value error, ')}" if place else entry["msg"]
-                mend = "correct the value"
-            problems.append(RecipeError(what, where=where, mend=mend))
-        raise_all(problems)
-        raise  # not reached
-
-
-def _fields(place: tuple[int | str, ...]) -> list[str]:
-    """The valid keys at a place of the configuration."""
-    model: type[BaseModel] = ExperimentConfig
-    for part in place[:-1]:
-        field = model.model_fields.get(str(part))
-        kinds = (field.annotation, *get_args(field.annotation)) if field else ()
-        model = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), model)
-    return list(model.model_fields)
+    return validated(ExperimentConfig, values, where)
 
 
 def localised(config: ExperimentConfig) -> ExperimentConfig:
