@@ -115,7 +115,7 @@ def empty_model(checkpoint: Checkpoint) -> nn.Module:
         raise CheckpointError(
             f"transformers cannot build this architecture: {str(error).splitlines()[0]}",
             where=where,
-            mend="use method 'simple', which needs no knowledge of the layers",
+            mend="use a method that needs no knowledge of the layers, such as the weighted average",
         ) from None
 
 

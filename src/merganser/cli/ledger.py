@@ -24,6 +24,7 @@ def _common(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
         click.option("--allow-pickle", is_flag=True, help="Accept pytorch_model.bin (weights_only)."),
         click.option("--threads", type=click.IntRange(1), help="Parts worked on at once.  [default: all cores]"),
+        click.option("--max-memory", metavar="SIZE", help="What the process may take, such as 2GB."),
         click.option("--base", metavar="MODEL", help="Where the base model is, if not where it was."),
     ):
         command = option(command)
@@ -48,8 +49,8 @@ def ledger_command() -> None:
 @ledger_command.command("init")
 @_FOLDER
 @click.option("--base", required=True, metavar="MODEL", help="The pre-trained model that all start from.")
-@click.option("--method", default="regmean", show_default=True, help="regmean, fisher, simple, actmat.")
-@click.option("--alpha", type=float, help="RegMean: multiplier of the Gram matrices' off-diagonals.")
+@click.option("--method", metavar="NAME", help="A wrong name lists them.  [default: by Gram matrices]")
+@click.option("--alpha", type=float, help="Multiplier of the Gram matrices' off-diagonals.")
 @click.option("--ridge", type=float, help="Pull toward the weighted average; solve can choose another.")
 @click.option("--option", "pairs", multiple=True, metavar="KEY=VALUE", help="Any other option of the method.")
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Tensors to average instead.")
@@ -121,12 +122,13 @@ def solve_command(folder: Path, output: Path, ridge: float | None, **keys: Any) 
 @ledger_command.command("sum")
 @click.argument("folders", nargs=-1, required=True, metavar="DIR DIR…")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Ledger to make.")
+@click.option("--max-memory", metavar="SIZE", help="What the process may take, such as 2GB.")
 @click.option("--threads", type=click.IntRange(1), help="Parts worked on at once.  [default: all cores]")
-def sum_command(folders: tuple[str, ...], output: Path, threads: int | None) -> None:
+def sum_command(folders: tuple[str, ...], output: Path, threads: int | None, max_memory: str | None) -> None:
     """Add up ledgers of several sites into a new one. They share base and options, and no contributor."""
     from merganser.merging import ledger
 
-    click.echo(str(ledger.combine(folders, output, threads=threads)))
+    click.echo(str(ledger.combine(folders, output, threads=threads, max_memory=max_memory)))
 
 
 @ledger_command.command("show")

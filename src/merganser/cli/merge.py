@@ -73,7 +73,7 @@ def merge_command(
 
     \b
     merganser merge my-model-a my-model-b -o merged
-    merganser merge my-model-a my-model-b --method actmat --base org/base -o merged
+    merganser merge my-model-a my-model-b --base org/base --dry-run
     merganser merge recipe.yaml -o merged
 
     A recipe is a YAML mapping with the same keys as the flags; flags win.

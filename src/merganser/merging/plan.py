@@ -35,6 +35,7 @@ from merganser.merging.matching import (
 from merganser.merging.parents import Inputs, open_inputs, pin
 from merganser.merging.recipe import Recipe, method_options
 from merganser.methods import METHODS, Facts, Method, Unit, choose
+from merganser.methods.simple import SIMPLE
 from merganser.tensors import DTYPE_NAMES, DTYPES, is_floating
 
 AVERAGE, COPY, KEPT = "average", "copy", "kept separate"
@@ -286,7 +287,7 @@ def plan_of(recipe: Recipe, inputs: Inputs, *, rank: int | None = None) -> Plan:
         raise RecipeError(
             f"method {chosen!r} can treat no tensor of these models ({reasons.most_common(1)[0][0]})",
             where="recipe",
-            mend="publish the statistics it needs, or choose --method simple",
+            mend=f"publish the statistics it needs, or choose --method {SIMPLE.name}",
         )
     outputs = [_spec(name, recipe, inputs, rows) for name in names]
     folders = nested_folders(reference.checkpoint.tensors.values())

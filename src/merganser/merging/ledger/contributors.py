@@ -113,7 +113,7 @@ def open_contributor(
         mend = "save it with the base's order of labels, or make a ledger without the head (--keep-separate)"
         raise LedgerError(text, where=parent.checkpoint.name, mend=mend)
     if record.parts:
-        raise_all(_part_problems(record, parent))
+        raise_all(_part_problems(record, parent, plan))
     return parent, plan
 
 
@@ -200,26 +200,16 @@ def share_of(part: LedgerPart, base: Parent, parent: Parent) -> ParentShare:
     return ParentShare(Inputs((parent,), base, base), step, 0)
 
 
-def _part_problems(record: LedgerRecord, parent: Parent) -> list[UserError]:
+def _part_problems(record: LedgerRecord, parent: Parent, plan: Plan) -> list[UserError]:
     """What the contributors before published and this one did not."""
-    statistics, found = parent.statistics, list[UserError]()
+    steps = {name: step for step in plan.steps for name in step.unit.names}
     mend = "collect the statistics as the others did, or make a ledger with --exclude for these tensors"
-    for part in record.parts if statistics and record.make_method().needs.statistics else ():
-        if part.treatment not in ("gram", "diagonal") or statistics is None:
-            continue
-        entries = [statistics.layer(parent.names[layer.weight]) for layer in part.layers]
-        if part.kind == "fisher":
-            lacking = [name for name in part.names if not statistics.has_fisher(parent.names[name])]
-        elif part.kind == "token counts":
-            pairs = zip(part.layers, entries, strict=True)
-            lacking = [layer.weight for layer, e in pairs if e is None or not statistics.has_count(e.module)]
-        else:
-            pairs = zip(part.layers, entries, strict=True)
-            lacking = [layer.weight for layer, e in pairs if e is None or e.input is None or e.kind != layer.kind]
-            if not lacking and len({e.input for e in entries if e}) > 1:
-                text = f"{', '.join(part.names)} have one input in the ledger, in these statistics several"
-                found.append(StatisticsError(text, where=statistics.path, mend=mend))
-        for name in lacking:
-            text = f"no {part.kind} of {name!r}, which the ledger sums"
-            found.append(StatisticsError(text, where=statistics.path, mend=mend))
-    return found
+    texts = []
+    for part in record.parts:
+        lacking = [name for name in part.names if steps[name].unit.kind != part.kind]
+        if lacking and part.treatment in ("gram", "diagonal"):
+            texts.append(f"no {part.kind} of {', '.join(map(repr, lacking))}, which the ledger sums")
+        elif not lacking and len({steps[name].unit.names for name in part.names}) > 1:
+            texts.append(f"{', '.join(part.names)} have one input in the ledger, in these statistics several")
+    where = parent.statistics.path if parent.statistics else parent.checkpoint.name
+    return [StatisticsError(text, where=where, mend=mend) for text in texts]

@@ -50,6 +50,7 @@ from merganser.merging.parents import Parent, pin
 from merganser.merging.provenance import located
 from merganser.merging.recipe import make_recipe, method_options
 from merganser.methods import SUMMED
+from merganser.methods.regmean import REGMEAN
 
 _FEWEST = 4  # digits of a hash that are taken for one
 
@@ -58,7 +59,7 @@ def init(
     folder: str | Path,
     base: str | Path,
     *,
-    method: str = "regmean",
+    method: str | None = None,
     options: Mapping[str, Any] | None = None,
     exclude: Sequence[str] = (),
     keep_separate: Sequence[str] = (),
@@ -69,7 +70,7 @@ def init(
     Args:
         folder: to make; may be there if it is empty.
         base: the model that all contributors started from: the reference of all sums.
-        method: one of :data:`merganser.methods.SUMMED`.
+        method: one of :data:`merganser.methods.SUMMED`; by default the one of Gram matrices.
         options: of the method; what goes into the sums is settled here.
         exclude: name patterns of tensors that are averaged instead.
         keep_separate: name patterns of tensors that are no part of the ledger, such as heads.
@@ -78,7 +79,7 @@ def init(
     Raises:
         UserError: anything the user can mend; several at once as ``Problems``.
     """
-    target, problems = Path(folder), list[UserError]()
+    target, problems, method = Path(folder), list[UserError](), method or REGMEAN.name
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         problems.append(LedgerError("the folder is not empty", where=target, mend="give a new folder"))
     if method not in SUMMED:
