@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 
 from adapter_examples import PREFIX, adapt_linears
 from conftest import ARCHITECTURES
-from merganser.checkpoints import AdapterCheckpoint, open_checkpoint
+from merganser.checkpoints import AdapterCheckpoint, Checkpoint, open_checkpoint
+from merganser.engines import SerialEngine
 from merganser.errors import Problems, UserError
-from merganser.merging import make_recipe, merge, reproduce, verify
+from merganser.merging import make_recipe, memory, merge, reproduce, verify
 from merganser.merging.parents import open_inputs
 from merganser.merging.targets.low_rank import best_low_rank
 
@@ -204,3 +205,44 @@ def test_peft_reads_what_we_write(family, tmp_path: Path, architecture: str) -> 
     checkpoint = open_checkpoint(out)
     for name in checkpoint.tensors:
         torch.testing.assert_close(state[name], checkpoint.read(name), rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_nothing_is_hashed_before_everything_is_checked(
+    family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wrong rank, no base, an engine or a URL: said from headers alone."""
+    base, models = family("bert", 2)
+
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("read before everything was checked")
+
+    monkeypatch.setattr(Checkpoint, "hash", never)
+    monkeypatch.setattr(Checkpoint, "read", never)
+    for settings, word in (
+        ({"as_adapter": 0, "base": base}, "the rank is 0"),
+        ({"as_adapter": 4}, "add --base MODEL"),
+        ({"as_adapter": 4, "base": base, "engine": SerialEngine()}, "written by this process"),
+        ({"as_adapter": 4, "base": base, "vocabulary": "largest"}, "another vocabulary"),
+    ):
+        with pytest.raises(UserError, match=word):
+            merge(models, tmp_path / "out", method="regmean", **settings)
+    with pytest.raises(UserError, match="written by this process"):
+        merge(models, f"file://{tmp_path}/out", method="regmean", as_adapter=4, base=base)
+
+
+@pytest.mark.parametrize("method", ["ties", "regmean"])
+def test_an_adapter_is_made_of_slices_in_little_memory(
+    family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    base, models = family("bert", 2)
+    whole = merge(models, tmp_path / "whole", method=method, as_adapter=4, base=base, threads=1)
+    with pytest.raises(UserError, match="GB at once"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "anonymous_bytes", lambda: 10_000_000)
+        room = 10_000_000 + memory.OWN_BYTES + 30_000
+        merge(models, tmp_path / "out", method=method, as_adapter=4, base=base, max_memory=room)
+    monkeypatch.setattr(memory, "SLICE", 48)
+    sliced = merge(models, tmp_path / "sliced", method=method, as_adapter=4, base=base, threads=2)
+    first, second = ((one / "adapter_model.safetensors").read_bytes() for one in (whole, sliced))
+    assert first == second
+    left = {path.name for path in (tmp_path / "sliced").iterdir()}
+    assert left == {path.name for path in (tmp_path / "whole").iterdir()} and not [n for n in left if "tmp" in n]

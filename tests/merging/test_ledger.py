@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from ledger_examples import Family, distance, drop_layer, fill, solved, weights
 from merganser.checkpoints import open_checkpoint
 from merganser.errors import UserError
-from merganser.merging import ledger, merge, verify
+from merganser.merging import ledger, memory, merge, verify
 from merganser.statistics import FILE_NAME, Statistics, write_statistics
 
 
@@ -250,3 +250,26 @@ def test_sums_of_ledgers_whose_statistics_cover_different_layers(family: Family,
     sites = [fill(tmp_path / f"{i}", base, [model], [1]) for i, model in enumerate(models)]
     with pytest.raises(UserError, match=r"bert\.pooler\.dense\.weight.*cover different layers"):
         ledger.combine(sites, tmp_path / "total")
+
+
+def test_a_ledger_keeps_to_its_memory(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too little is said before any change; what suffices gives the same bytes, whatever the threads."""
+    base, models = family("bert", 2)
+    folder = fill(tmp_path / "sums", base, models[:1], [1])
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    monkeypatch.setattr(memory, "anonymous_bytes", lambda: 10_000_000)
+    room = 10_000_000 + memory.OWN_BYTES + 20_000
+    with pytest.raises(UserError, match=r"GB at once and cannot be cut"):
+        ledger.add(folder, models[1], max_memory=room)
+    with pytest.raises(UserError, match="the process itself takes"):
+        ledger.solve(folder, tmp_path / "out", max_memory=1000)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before and not (tmp_path / "out").exists()
+    ledger.add(folder, models[1], max_memory="8GB", threads=1)
+    other = fill(tmp_path / "other", base, models, [1, 1])
+    results = [
+        ledger.solve(sums, tmp_path / name, max_memory="8GB", threads=threads)
+        for sums, name, threads in ((folder, "one", 1), (other, "two", 2))
+    ]
+    first, second = ((Path(one) / "model.safetensors").read_bytes() for one in results)
+    assert first == second
+    assert results[0].method == "regmean" and sum(part.tensors for part in results[0].coverage) == len(weights(base))

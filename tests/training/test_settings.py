@@ -68,8 +68,6 @@ def test_refusals_name_the_setting(values: dict) -> None:
 def test_several_refusals_come_at_once_with_the_nearest_name() -> None:
     words = r"(?s)2 problems.*epochs.*unknown key 'learning_rat'.*did you mean 'learning_rate'"
     with pytest.raises(UserError, match=words):
-        UserError, match=r"(?s)2 problems.*epochs.*unknown key 'learning_rat'.*did you mean 'learning_rate'"
-    ):
         make_settings(epochs="x", learning_rat=1)
 
 

@@ -143,7 +143,8 @@ def fit(
         if room is not None and sizes[-1] > room:
             what = f"{step.unit.names[0]!r} needs {(sizes[-1] + resident) / 1e9:.2f} GB at once"
             what += "" if min_slice_rows(step) and not whole else " and cannot be cut into rows"
-            mend = "allow more memory, or exclude this tensor (--exclude), which averages it"
+            mend = "allow more memory"
+            mend += "" if whole or extra else ", or exclude this tensor (--exclude), which averages it"
             problems.append(RecipeError(what, where=where, mend=mend))
     raise_all(problems)
     budget = _busiest(sizes, settings.threads) if room is None else room
