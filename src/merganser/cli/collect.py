@@ -95,15 +95,14 @@ def collect_command(model: str, data: str, no_grams: bool, ignore_labels: bool, 
     """
     quiet_libraries()
     from merganser.collection import collect
-    from merganser.statistics import Statistics
 
     columns = columns_of(values)
     written = collect(model, data, columns=columns, grams=not no_grams, use_labels=not ignore_labels, **values)
-    header = Statistics.open(written).header
+    header = written.header
     for note in header.notes:
         warn(note)
     warn(
-        f"{human_bytes(written.stat().st_size)} written from {header.examples} examples, {header.tokens} tokens; "
+        f"{human_bytes(written.path.stat().st_size)} written from {header.examples} examples, {header.tokens} tokens; "
         "computed from your data, so publish it only if you would publish summaries of them"
     )
     click.echo(str(written))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -17,13 +18,21 @@ def quiet_libraries() -> None:
     logging.disable_progress_bar()
 
 
-def parse_options(pairs: tuple[str, ...]) -> dict[str, Any]:
-    """``KEY=VALUE`` flags as a dictionary; values are read as YAML, so that numbers are numbers."""
+def split_pairs(pairs: Sequence[str], option: str, shape: str) -> dict[str, str]:
+    """The values of an option that is given as ``name=value``, as often as one likes."""
     found = {}
     for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals or not key:
-            raise click.BadParameter(f"{pair!r} is not KEY=VALUE", param_hint="--option")
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise click.BadParameter(f"{pair!r} is not {shape}", param_hint=option)
+        found[name] = value
+    return found
+
+
+def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
+    """``KEY=VALUE`` flags as a dictionary; values are read as YAML, so that numbers are numbers."""
+    found = {}
+    for key, value in split_pairs(pairs, "--option", "KEY=VALUE").items():
         try:
             found[key.replace("-", "_")] = yaml.safe_load(value)
         except yaml.YAMLError:

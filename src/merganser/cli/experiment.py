@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from merganser.cli.common import make_cluster, print_table, quiet_libraries, warn
-from merganser.cli.zoo import split_pairs
+from merganser.cli.common import make_cluster, print_table, quiet_libraries, split_pairs, warn
 from merganser.errors import UserError, raise_all
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from merganser.cli.common import print_table, warn
+from merganser.cli.common import print_table, split_pairs, warn
 from merganser.errors import UserError, raise_all
 from merganser.files import human_bytes
 
@@ -29,17 +29,6 @@ def zoo_command() -> None:
 
     A model is found by what it was made from; statistics and outputs lie beside it.
     """
-
-
-def split_pairs(pairs: Sequence[str], option: str, shape: str) -> dict[str, str]:
-    """The values of an option that is given as ``name=value``, as often as one likes."""
-    found = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not equals or not name:
-            raise click.BadParameter(f"{pair!r} is not {shape}", param_hint=option)
-        found[name] = value
-    return found
 
 
 def _open(url: str | None) -> Zoo:

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
+from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -23,13 +26,34 @@ from merganser.engines import Engine, make_engine
 from merganser.errors import ErrorCollector, StatisticsError, UserError, did_you_mean, raise_all
 from merganser.files import parse_size
 from merganser.progress import bar
-from merganser.statistics import FILE_NAME, FisherKind, Statistics, write_statistics
+from merganser.results import PathResult, html_table
+from merganser.statistics import FILE_NAME, FisherKind, Statistics, StatisticsHeader, write_statistics
 from merganser.statistics.storage import compress, parse_storage
 from merganser.tasks import task_for
 from merganser.tasks.base import Task
 from merganser.tasks.columns import Columns
 from merganser.tasks.data import Rows, read_rows, selected
 from merganser.tasks.models import Opened, load_tokenizer, open_model
+
+
+@dataclass(frozen=True, eq=False)
+class CollectResult(PathResult):
+    """What :func:`collect` has written; can be used as the path of the file.
+
+    Attributes:
+        path: of the file.
+        header: what the file says of itself: layers, examples, tokens, notes.
+        seconds: that it took.
+    """
+
+    path: Path
+    header: StatisticsHeader
+    seconds: float
+
+    def _repr_html_(self) -> str:
+        counts = Counter(layer.kind for layer in self.header.layers)
+        title = f"{self.path}: {self.header.examples} examples, {self.header.tokens} tokens in {self.seconds:.1f} s"
+        return html_table(title, ["statistics of", "layers"], counts.items(), self.header.notes)
 
 
 def collect(
@@ -61,7 +85,7 @@ def collect(
     label: str = "",
     overwrite: bool = False,
     allow_pickle: bool = False,
-) -> Path:
+) -> CollectResult:
     """Collect the statistics of a model on data and write them beside its weights.
 
     Everything that can be wrong is looked for before the model is loaded; the file appears whole or not at
@@ -105,12 +129,12 @@ def collect(
         allow_pickle: accept pickled weights (read with ``weights_only``).
 
     Returns:
-        The file that was written.
+        What was written; it can be used as the path of the file.
 
     Raises:
         UserError: any mistake in the arguments, the model or the data, before the model is loaded.
     """
-    kind = _fisher_kind(fisher)
+    kind, started = _fisher_kind(fisher), time.monotonic()
     _check_numbers(
         batch_size=batch_size, max_length=max_length, fisher_examples=fisher_examples, shard_examples=shard_examples
     )
@@ -168,7 +192,8 @@ def collect(
     header, tensors = sums.result()
     notes = [*header.notes, f"task: {chosen.name}", *tally.notes(examples.encoded.max_length), *notes]
     whole = Statistics.in_memory(header.model_copy(update={"notes": tuple(notes)}), tensors)
-    return write_statistics(target, *compress(whole, stored))
+    compressed = compress(whole, stored)
+    return CollectResult(write_statistics(target, *compressed), compressed[0], time.monotonic() - started)
 
 
 def _rows(data: str | Path | Rows, split: str | None, limit: int | None) -> Rows:

@@ -127,6 +127,9 @@ class Evaluation:
             table.add_row(escape(shown_models[model]), *cells)
         return table
 
+    def _repr_html_(self) -> str:
+        return str(self.rich_table()._repr_mimebundle_(["text/html"], [])["text/html"])
+
     def _cell(self, score: Score, named: bool, stars: bool) -> str:
         peers = [row.key for row in self.rows if row.data == score.data and row.key_metric == score.key_metric]
         best = len(peers) > 1 and score.key == self._best(peers)

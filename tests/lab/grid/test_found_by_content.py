@@ -87,17 +87,6 @@ def test_pair_by_pair_and_seed_by_seed_is_the_full_run(tmp_path: Path, trial: Tr
     assert run_experiment(one, **places).done == 0  # the same cells with another list of seeds
 
 
-def test_rows_that_an_earlier_version_set_aside_come_back(tmp_path: Path, trial: Trial) -> None:
-    config = trial(seeds=[1], methods=["simple"], comparators=[])
-    places = {"results": tmp_path / "r", "zoo": tmp_path / "zoo"}
-    done = run_experiment(config, **places)
-    (done.folder / "other-cells").mkdir()
-    for path in (done.folder / "cells").iterdir():
-        path.rename(done.folder / "other-cells" / path.name)
-    again = run_experiment(config, **places)
-    assert again.done == 0 and again.cells == len(expand(config))
-
-
 def test_a_training_that_diverges_is_tried_once_and_named_once(
     tmp_path: Path, trial: Trial, work: Counter[str]
 ) -> None:

@@ -73,13 +73,6 @@ def finished(folder: Path) -> set[str]:
     return {path.stem for path in (folder / "cells").glob("*.json")}
 
 
-def recall(folder: Path, wanted: set[str]) -> None:
-    """Rows that an earlier version has set aside in ``other-cells`` come back where they are wanted."""
-    for path in (folder / "other-cells").glob("*.json"):
-        if path.stem in wanted:
-            path.replace(folder / "cells" / path.name)
-
-
 def recorded_order(models: Models, folder: Path) -> list[str] | None:
     """The order that was computed before from the same models; None where there is none."""
     wanted = _addresses(models)

@@ -26,7 +26,7 @@ from merganser.lab.grid.cells import Cell, expand
 from merganser.lab.grid.checks import check_inputs, remarks
 from merganser.lab.grid.compute import cell_id
 from merganser.lab.grid.config import ExperimentConfig, localised
-from merganser.lab.grid.folder import compute_order, finished, open_folder, recall, recorded_order, results_name
+from merganser.lab.grid.folder import compute_order, finished, open_folder, recorded_order, results_name
 from merganser.lab.grid.jobs import FUNCTION, Need, model_need, needs_of, needs_order, unique_needs
 from merganser.lab.grid.models import Models
 from merganser.lab.zoo import Zoo
@@ -106,7 +106,6 @@ def run_experiment(
     common = {"config": config.model_dump(mode="json"), "zoo": str(zoo), "allow_pickle": allow_pickle, "fresh": fresh}
     grid = _Grid(models, folder, engine or SerialEngine(), common)
     cells = {cell_id(models, cell): cell for cell in grid.expanded()}
-    recall(folder, set(cells))
     present = finished(folder)
     left = {name: cell for name, cell in cells.items() if name not in present}
     grid.prepare(list(left.values()))
