@@ -199,3 +199,11 @@ def test_an_interrupted_run_leaves_nothing(save_ready: Save, reviews: Path, monk
     with pytest.raises(KeyboardInterrupt):
         collect(folder, reviews)
     assert sorted(folder.iterdir()) == before
+
+
+def test_what_collect_returns(save_ready, reviews: Path) -> None:
+    result = collect(save_ready("m", "bert"), reviews, fisher="expected")
+    assert result == result.path and Path(result).is_file() and result.seconds > 0
+    assert result.header == Statistics.open(result).header
+    shown = result._repr_html_()
+    assert f"{result.header.examples} examples" in shown and "linear" in shown and "embedding" in shown

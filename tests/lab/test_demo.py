@@ -96,7 +96,7 @@ def test_everything_lands_in_the_folder_and_agrees(finished: Path) -> None:
     for path in (finished / "models" / "food", finished / "models" / "film"):
         statistics = Statistics.open(path / "merge_statistics.safetensors")
         assert statistics.header.examples == 16
-        assert statistics.header.manifest_sha256 == open_checkpoint(path).manifest_sha256()
+        assert statistics.header.manifest_hash == open_checkpoint(path).manifest_hash("blake3")
 
 
 def test_the_page_says_what_was_done_and_what_to_try(finished: Path) -> None:
