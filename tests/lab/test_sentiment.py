@@ -173,7 +173,7 @@ def test_a_failed_or_wrong_fetch_leaves_nothing(monkeypatch: pytest.MonkeyPatch,
 def test_the_real_sets_where_they_are_cached() -> None:
     cached = sentiment.cache_folder() / sentiment.SDIST
     if not cached.is_file():
-        pytest.skip("the vaderSentiment source distribution is not in the cache")
+        pytest.skip("the vaderSentiment source distribution is not in the cache: set MERGANSER_CACHE to run this")
     domains = load_domains()
     sizes = [(len(domain.train), len(domain.dev), len(domain.test)) for domain in domains]
     assert sizes == [(1200, 300, 600)] * 4

@@ -19,7 +19,6 @@ from merganser.checkpoints.header import TensorInfo
 from merganser.errors import CheckpointError, UserError
 from merganser.tensors import DTYPES, byte_view
 
-INDEX_SUFFIX = ".safetensors.index.json"
 _SYNC_EVERY = 64 * 2**20  # bytes that may wait for the disk before it is set to work
 
 
