@@ -30,6 +30,10 @@ Problem = Literal["classification", "multi_label", "regression", "tokens", "next
 
 #: Problems whose outputs have names.
 NAMED = ("classification", "multi_label", "tokens")
+#: What ``config.json`` says.
+Config = Mapping[str, Any]
+#: The truth of each row, see :meth:`Task.references`; None where there is none.
+Truths = Sequence[Any] | None
 
 
 @dataclass(frozen=True)
@@ -142,13 +146,7 @@ class Task:
         return [None] * len(rows)
 
     def encode(
-        self,
-        rows: Rows,
-        tokenizer: Any,
-        config: Mapping[str, Any],
-        columns: Columns,
-        max_length: int,
-        references: Sequence[Any] | None = None,
+        self, rows: Rows, tokenizer: Any, config: Config, columns: Columns, max_length: int, references: Truths = None
     ) -> Encoded:
         """Tokenise the rows; ``references`` become the features' labels.
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 
-from merganser.tasks.base import Metric, Task
+from merganser.tasks.base import Config, Metric, Task, Truths
 from merganser.tasks.batches import Feature
 from merganser.tasks.columns import Columns, texts
 from merganser.tasks.data import Rows
@@ -59,13 +59,7 @@ class Seq2Seq(Task):
         return texts(rows, columns.target or "target", "target")
 
     def encode(
-        self,
-        rows: Rows,
-        tokenizer: Any,
-        config: Mapping[str, Any],
-        columns: Columns,
-        max_length: int,
-        references: Sequence[Any] | None = None,
+        self, rows: Rows, tokenizer: Any, config: Config, columns: Columns, max_length: int, references: Truths = None
     ) -> Encoded:
         """Tokenise source and target, each cut at ``max_length``; the target's tokens are the labels."""
         sources = super().encode(rows, tokenizer, config, columns, max_length)

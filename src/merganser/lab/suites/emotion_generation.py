@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from merganser.errors import CheckpointError, DataError, UserError, did_you_mean
 from merganser.lab.suites.base import TRAIN
 from merganser.lab.suites.emotion import LABELS, EmotionCorpora, Record, read_records
-from merganser.tasks.base import Metric, Task
+from merganser.tasks.base import Config, Metric, Task, Truths
 from merganser.tasks.batches import IGNORED, Collation, Feature
 from merganser.tasks.causal_lm import CausalLM
 from merganser.tasks.columns import Columns, option, texts
@@ -190,13 +190,7 @@ class YesNo(Questions, Seq2Seq):
     usual: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     def encode(
-        self,
-        rows: Rows,
-        tokenizer: Any,
-        config: Mapping[str, Any],
-        columns: Columns,
-        max_length: int,
-        references: Sequence[Any] | None = None,
+        self, rows: Rows, tokenizer: Any, config: Config, columns: Columns, max_length: int, references: Truths = None
     ) -> Encoded:
         """Tokenise questions and answers: the answer's tokens are the labels, which the decoder is fed."""
         sources = encode_prompts(rows, columns, self.template, tokenizer, config, max_length)
@@ -235,13 +229,7 @@ class YesNoContinuation(Questions, CausalLM):
     ensembles: ClassVar[bool] = True
 
     def encode(
-        self,
-        rows: Rows,
-        tokenizer: Any,
-        config: Mapping[str, Any],
-        columns: Columns,
-        max_length: int,
-        references: Sequence[Any] | None = None,
+        self, rows: Rows, tokenizer: Any, config: Config, columns: Columns, max_length: int, references: Truths = None
     ) -> Encoded:
         """Tokenise questions with their answers behind them; the labels are -100, and the answer's tokens."""
         answers = _answer_tokens(tokenizer)
