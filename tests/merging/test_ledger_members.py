@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -208,3 +209,36 @@ def test_the_statistics_of_a_ledger_are_bound_to_the_weights(family: Family, tmp
     entry = ledger.add(ledger.init(tmp_path / "sums", base), models[0])
     assert entry.manifest_sha256 == open_checkpoint(models[0]).manifest_sha256()
     assert entry.statistics is not None and entry.statistics.sha256 == Statistics.open(models[0]).sha256()
+
+
+def test_heads_whose_labels_stand_in_another_order_do_not_join(family: Family, tmp_path: Path) -> None:
+    """The base names no labels, so that only the contributors' configurations tell them apart."""
+    base, models = family("bert", 3)
+    for model, labels in zip(models, (["no", "yes"], ["yes", "no"], ["no", "yes"]), strict=True):
+        config = json.loads((model / "config.json").read_text())
+        config |= {"id2label": dict(enumerate(labels)), "label2id": {label: n for n, label in enumerate(labels)}}
+        (model / "config.json").write_text(json.dumps(config))
+    folder = fill(tmp_path / "sums", base, models[:1], [1])
+    refuses(folder, models[1], r"labels of its head are yes, no, those in the ledger no, yes.*")
+    ledger.add(folder, models[2])
+    without = fill(tmp_path / "without", base, models, [1, 1, 1], keep_separate=["classifier*"])
+    assert [member.labels for member in ledger.show(without).contributors] == [(), (), ()]
+
+
+def test_a_ledger_of_format_1_is_read_and_goes_on(family: Family, tmp_path: Path) -> None:
+    """It did not know the labels of heads."""
+    base, models = family("bert", 2)
+    folder = fill(tmp_path / "sums", base, models[:1], [1])
+    fields = json.loads((folder / "ledger.json").read_text())
+    fields["format"] = 1
+    fields.pop("sha256")
+    for member in fields["contributors"]:
+        member.pop("labels")
+    text = json.dumps(fields, sort_keys=True, separators=(",", ":"))
+    fields["sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    (folder / "ledger.json").write_text(json.dumps(fields))
+    assert ledger.show(folder).format == 1
+    ledger.add(folder, models[1])
+    assert ledger.show(folder).format == 2
+    other = fill(tmp_path / "other", base, models, [1, 1])
+    assert distance(solved(folder, tmp_path / "a"), solved(other, tmp_path / "b")) == 0

@@ -134,6 +134,12 @@ def match_labels(
     return LabelPlan(tuple(union), dict.fromkeys(heads, rows), tuple(notes))
 
 
+def head_labels(parent: Parent, names: Iterable[str]) -> tuple[str, ...]:
+    """The labels of a contributor's head, where it names them and the head is among these tensors."""
+    labels = parent.label_names
+    return tuple(labels) if not _unnamed(labels) and any(_is_head(name, [parent]) for name in names) else ()
+
+
 def match_vocabulary(parents: Sequence[Parent], name: str) -> RowMap:
     """RowMap of a tensor whose contributors differ in length: the first rows are common, the rest are appended."""
     sizes = [info.shape[0] for parent in parents if (info := parent.info(name)) is not None]
@@ -151,13 +157,18 @@ def _is_head(name: str, parents: Sequence[Parent]) -> bool:
     )
 
 
+def _unnamed(labels: Sequence[str]) -> bool:
+    """Whether these are the names that transformers makes up."""
+    return all(label == f"LABEL_{i}" for i, label in enumerate(labels))
+
+
 def _plain(labels: list[str], parents: Sequence[Parent]) -> list[str]:
     """Unnamed labels (LABEL_0, …) take the names that a contributor with as many labels gives them."""
-    if labels and all(label == f"LABEL_{i}" for i, label in enumerate(labels)):
+    if labels and _unnamed(labels):
         for parent in parents:
             if len(parent.label_names) == len(labels):
                 named = parent.label_names
-                if any(label != f"LABEL_{i}" for i, label in enumerate(named)):
+                if not _unnamed(named):
                     return named
     return labels
 

@@ -18,12 +18,11 @@ from merganser.merging.ledger.record import (
     StatisticsRecord,
 )
 from merganser.merging.ledger.terms import treatment
-from merganser.merging.matching import matches
+from merganser.merging.matching import head_labels, matches
 from merganser.merging.parents import Inputs, Parent, open_base, open_parents, pin
 from merganser.merging.plan import Plan, Source, Step, plan_of
 from merganser.merging.provenance import located
 from merganser.merging.recipe import make_recipe
-from merganser.methods import Method
 from merganser.methods.least_squares import LeastSquares
 from merganser.tensors import is_floating
 
@@ -112,6 +111,12 @@ def open_contributor(
         text = "the labels of its head stand in another order than the base's"
         mend = "save it with the base's order of labels, or make a ledger without the head (--keep-separate)"
         raise LedgerError(text, where=parent.checkpoint.name, mend=mend)
+    ours = head_labels(parent, plan.specs)
+    theirs = next((member.labels for member in record.contributors if member.labels), ours)
+    if ours and ours != theirs:
+        text = f"the labels of its head are {', '.join(ours)}, those in the ledger {', '.join(theirs)}, in this order"
+        mend = "save it with the ledger's order of labels, or make a ledger without the head (--keep-separate)"
+        raise LedgerError(text, where=parent.checkpoint.name, mend=mend)
     if record.parts:
         raise_all(_part_problems(record, parent, plan))
     return parent, plan
@@ -149,9 +154,9 @@ def check_contents(record: LedgerRecord, base: Parent, parent: Parent) -> None:
     raise_all(problems)
 
 
-def entry_of(base: Parent, parent: Parent, method: Method) -> LedgerMember:
+def entry_of(base: Parent, parent: Parent, plan: Plan) -> LedgerMember:
     """What the ledger notes of a contributor."""
-    statistics = parent.statistics if method.needs.statistics else None
+    statistics = parent.statistics if plan.method.needs.statistics else None
     header = statistics.header if statistics else None
     infos = ((name, info.dtype, parent.info(name)) for name, info in base.checkpoint.tensors.items())
     return LedgerMember(
@@ -170,6 +175,7 @@ def entry_of(base: Parent, parent: Parent, method: Method) -> LedgerMember:
         if statistics and header
         else None,
         dtypes={name: own.dtype for name, dtype, own in infos if own is not None and own.dtype != dtype},
+        labels=head_labels(parent, plan.specs),
     )
 
 

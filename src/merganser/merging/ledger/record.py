@@ -24,7 +24,7 @@ from merganser.methods import SUMMED, Facts, Unit
 from merganser.methods.least_squares import LeastSquares
 
 FILE_NAME = "ledger.json"
-FORMAT = 1
+FORMAT = 2  # 1 did not know the labels of heads
 
 RESTORE = "restore the folder from a copy, or start a new ledger and add again"
 
@@ -119,6 +119,7 @@ class LedgerMember(_Frozen):
         coefficient: its weight in the merge.
         statistics: where the method needs any.
         dtypes: storage dtype of its tensors, by the base's names, where it is not the base's.
+        labels: of its head, where it names them and the head is in the ledger.
     """
 
     name: str
@@ -128,6 +129,7 @@ class LedgerMember(_Frozen):
     coefficient: float = Field(allow_inf_nan=False)
     statistics: StatisticsRecord | None = None
     dtypes: dict[str, str] = Field(default_factory=dict)
+    labels: tuple[str, ...] = ()
 
 
 class LedgerRecord(_Frozen):
@@ -201,7 +203,7 @@ def step_of(part: LedgerPart, method: str, options: Mapping[str, Any]) -> Step:
 
 def dump(record: LedgerRecord) -> bytes:
     """The contents of ``ledger.json``."""
-    fields = record.model_dump(mode="json")
+    fields = record.model_copy(update={"format": FORMAT}).model_dump(mode="json")
     return (json.dumps({**fields, "sha256": _digest(fields)}, indent=1, ensure_ascii=False) + "\n").encode()
 
 

@@ -148,7 +148,7 @@ def add(
             record, reference, str(model), coefficient, _text(statistics), allow_pickle=allow_pickle
         )
         check_contents(record, reference, parent)
-        entry = entry_of(reference, parent, record.make_method())
+        entry = entry_of(reference, parent, plan)
         for other in record.contributors:
             if other.manifest_sha256 == entry.manifest_sha256:
                 raise LedgerError(
