@@ -218,8 +218,8 @@ def _oriented(found: AdapterCheckpoint, settings: AdapterSettings) -> AdapterChe
     except CheckpointError:
         kinds = {}
     for name, change in square.items():
-        turned = kinds[name] == "conv1d" if name in kinds else settings.transposed
-        found.changes[name] = replace(change, transposed=turned)
+        transposed = kinds[name] == "conv1d" if name in kinds else settings.transposed
+        found.changes[name] = replace(change, transposed=transposed)
     return found
 
 

@@ -18,7 +18,7 @@ from merganser.engines import Engine, Job
 from merganser.errors import CheckpointError, UserError, raise_all
 from merganser.merging.execution import Merging, TensorRecord, execute
 from merganser.merging.memory import RunSettings, Schedule, fit
-from merganser.merging.outputs import OutputFolder, output_of
+from merganser.merging.outputs import OutputTarget, output_of
 from merganser.merging.parents import Inputs, Parent
 from merganser.merging.plan import Plan, inputs_of
 from merganser.merging.recipe import Recipe
@@ -34,7 +34,7 @@ def run_on(
     settings: RunSettings,
     schedule: Schedule,
     layout: Layout,
-    place: OutputFolder,
+    place: OutputTarget,
 ) -> dict[str, TensorRecord]:
     """Have every weight file of a plan written by an engine's jobs; returns what became of each tensor.
 

@@ -14,7 +14,7 @@ from merganser.files import RemoteFolder, is_url
 _STAGING = ".worker-"
 
 
-class OutputFolder:
+class OutputTarget:
     """A local or shared folder that is there already.
 
     Args:
@@ -45,7 +45,7 @@ class OutputFolder:
             shutil.rmtree(left, ignore_errors=True)
 
 
-class RemoteOutput(OutputFolder):
+class RemoteOutput(OutputTarget):
     """A folder behind a URL.
 
     Args:
@@ -107,6 +107,6 @@ def new_remote_output(url: str, *, overwrite: bool = False) -> Iterator[Path]:
             raise
 
 
-def output_of(reference: str) -> OutputFolder:
+def output_of(reference: str) -> OutputTarget:
     """The place that a worker is to write to."""
-    return RemoteOutput(reference) if is_url(reference) else OutputFolder(Path(reference))
+    return RemoteOutput(reference) if is_url(reference) else OutputTarget(Path(reference))
