@@ -16,6 +16,7 @@ import floor
 import grams
 import measure
 import naive_regmean
+import parts
 import regmean
 import scaling
 import ties_reference
@@ -159,3 +160,22 @@ def test_fit_finds_line_and_power() -> None:
     assert (line["slope"], line["intercept"], line["exponent"]) == pytest.approx((2, 3, 1))
     assert line["r_squared"] == pytest.approx(1)
     assert scaling.fit({x: x**2 for x in (2.0, 4.0, 8.0, 16.0)})["exponent_with_start"] == pytest.approx(2)
+
+
+def test_parts_agree_with_what_would_take_their_place(tmp_path: Path) -> None:
+    small = checkpoints.Encoder(1, 16, 32, 2, vocabulary=40, positions=8)
+    lines = parts.blas(1, [(16, 24), (600, 8)], 2)
+    lines += parts.storage(tmp_path, small, 2, ("float32", "bfloat16", "lowrank:4"))
+    lines += parts.zoo(1, tmp_path, 8, hidden_size=8, num_hidden_layers=1, intermediate_size=16, heads=2)
+    assert [line.part for line in lines] == ["blas", "blas", "storage", "storage", "zoo"]
+    assert all(line.agrees for line in lines)
+
+
+def test_thresholds_are_the_same_in_every_way() -> None:
+    found = {name: parts.thresholds(name, (700, 1000), 2)[1] for name in parts.SELECTIONS}
+    assert len(set(map(tuple, found.values()))) == 1
+
+
+@pytest.mark.slow
+def test_thresholds_are_measured_apart() -> None:
+    assert [line.results for line in parts.selection(1, (300, 20), 2)] == ["the same thresholds"] * 2
