@@ -141,6 +141,10 @@ def test_a_plan_from_a_stranger_is_data(family: Family, tmp_path: Path) -> None:
         {"outputs": values["outputs"][1:]},
         {"steps": [{}]},
         {"vocabulary_from": "all"},
+        {"vocabulary_from": 2},
+        {"folders": {}},
+        {"recipe": {**values["recipe"], "contributors": values["recipe"]["contributors"][:1]}},
+        {"steps": [{**step, "coefficients": [1.0]} for step in values["steps"]]},
     ):
         with pytest.raises(RecipeError, match="no plan"):
             Plan.from_json({**values, **changes}, "provenance.json")

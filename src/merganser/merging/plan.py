@@ -212,10 +212,15 @@ class Plan:
             first = error.errors()[0]
             place = ".".join(str(part) for part in first["loc"])
             raise RecipeError(f"no plan: {place}: {first['msg']}", where=where, mend="merge again") from None
-        targets = [name for step in plan.steps for name in step.unit.names]
+        people, names = len(plan.recipe.contributors), [name for step in plan.steps for name in step.unit.names]
         paths = [PurePosixPath(path) for pair in plan.folders.items() for path in pair]
-        if any(path.is_absolute() or ".." in path.parts for path in paths) or not set(targets) <= set(plan.specs):
-            raise RecipeError("no plan: its files are not those of its steps", where=where, mend="merge again")
+        inside = not any(path.is_absolute() or ".." in path.parts for path in paths)
+        kept = {str(PurePosixPath(step.unit.names[0]).parent) for step in plan.steps if step.method == KEPT}
+        whole = all(len(step.sources) == len(step.coefficients) == people for step in plan.steps)
+        if not (inside and kept <= set(plan.folders) and set(names) <= set(plan.specs) and whole):
+            raise RecipeError("no plan: steps, contributors and files do not agree", where=where, mend="merge again")
+        if plan.vocabulary_from not in range(people):
+            raise RecipeError("no plan: there is no such contributor", where=where, mend="merge again")
         return plan
 
 
