@@ -84,7 +84,7 @@ def test_workers_get_the_plan_and_derive_none(family: Family, tmp_path: Path, mo
     def never(*_: object, **__: object) -> None:
         raise AssertionError("a plan was made again")
 
-    for module in ("plan", "merge"):
+    for module in ("planning", "merge"):
         monkeypatch.setattr(sys.modules[f"merganser.merging.{module}"], "plan_of", never)
     carry_out(prepared, tmp_path / "jobs", engine=SerialEngine())
     monkeypatch.undo()

@@ -2,7 +2,8 @@
 
 from merganser.merging.memory import RunSettings
 from merganser.merging.merge import MergeResult, Verification, carry_out, merge, prepare, reproduce, verify
-from merganser.merging.plan import Plan, Source, Step, make_plan
+from merganser.merging.plan import Plan, Source, Step
+from merganser.merging.planning import make_plan
 from merganser.merging.recipe import Contributor, Recipe, load_recipe, make_recipe
 
 __all__ = [

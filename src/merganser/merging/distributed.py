@@ -19,9 +19,8 @@ from merganser.errors import CheckpointError, UserError, raise_all
 from merganser.merging.execution import Merging, TensorRecord, execute
 from merganser.merging.memory import RunSettings, Schedule, fit
 from merganser.merging.outputs import OutputTarget, output_of
-from merganser.merging.parents import Inputs, Parent
 from merganser.merging.plan import Plan, inputs_of
-from merganser.merging.recipe import Recipe
+from merganser.merging.recipe import Inputs, Parent, Recipe
 from merganser.merging.targets.checkpoint import CheckpointTarget, Layout, make_layout
 
 FUNCTION = "merganser.merging.distributed:write_file"

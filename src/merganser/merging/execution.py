@@ -21,8 +21,8 @@ from merganser.checkpoints import Checkpoint
 from merganser.errors import CheckpointError, RecipeError
 from merganser.merging.matching import RowMap
 from merganser.merging.memory import Budget, RunSettings, Schedule
-from merganser.merging.parents import Inputs, Parent
 from merganser.merging.plan import COPY, KEPT, Source, Step
+from merganser.merging.recipe import Inputs, Parent
 from merganser.merging.running_sums import RunningSums
 from merganser.methods import Merged, Method, Unit, average_unit
 from merganser.methods.base import elements, wide

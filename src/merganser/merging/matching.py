@@ -16,8 +16,7 @@ from functools import cached_property
 from itertools import groupby
 
 from merganser.errors import CheckpointError, RecipeError, StatisticsError, UserError, did_you_mean
-from merganser.merging.parents import Inputs, Parent
-from merganser.merging.recipe import Recipe
+from merganser.merging.recipe import Inputs, Parent, Recipe
 from merganser.methods import Method
 from merganser.tensors import is_floating
 

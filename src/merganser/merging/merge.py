@@ -18,8 +18,8 @@ from merganser.merging.distributed import run_on
 from merganser.merging.execution import Merging, execute
 from merganser.merging.memory import RunSettings, Schedule, available_bytes, fit
 from merganser.merging.outputs import output_of
-from merganser.merging.parents import Inputs, open_inputs
-from merganser.merging.plan import Plan, Treatment, inputs_of, plan_of
+from merganser.merging.plan import Plan, Treatment, inputs_of
+from merganser.merging.planning import plan_of
 from merganser.merging.provenance import (
     check_files,
     check_parents,
@@ -29,7 +29,7 @@ from merganser.merging.provenance import (
     read_provenance,
     recipe_of,
 )
-from merganser.merging.recipe import Contributor, Recipe, make_recipe
+from merganser.merging.recipe import Contributor, Inputs, Recipe, make_recipe, open_inputs
 from merganser.merging.running_sums import check_sums
 from merganser.merging.targets.adapter import AdapterTarget
 from merganser.merging.targets.checkpoint import (

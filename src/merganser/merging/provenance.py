@@ -22,9 +22,8 @@ from merganser.checkpoints.reader import HASHES, PIECE, begin_hash, read_json
 from merganser.checkpoints.writer import TensorSpec, file_layout
 from merganser.errors import CheckpointError, UserError
 from merganser.merging.execution import TensorRecord
-from merganser.merging.parents import Inputs, Parent
 from merganser.merging.plan import Plan
-from merganser.merging.recipe import Recipe, make_recipe
+from merganser.merging.recipe import Inputs, Parent, Recipe, make_recipe
 
 FILE_NAME = "provenance.json"
 FORMAT = 3  # 1 had sha256 where later ones have blake3, and neither 1 nor 2 had the plan

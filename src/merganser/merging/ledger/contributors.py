@@ -19,10 +19,10 @@ from merganser.merging.ledger.record import (
 )
 from merganser.merging.ledger.terms import treatment
 from merganser.merging.matching import head_labels, matches
-from merganser.merging.parents import Inputs, Parent, open_base, open_parents, pin
-from merganser.merging.plan import Plan, Source, Step, plan_of
+from merganser.merging.plan import Plan, Source, Step
+from merganser.merging.planning import plan_of
 from merganser.merging.provenance import located
-from merganser.merging.recipe import make_recipe
+from merganser.merging.recipe import Inputs, Parent, make_recipe, open_base, open_parents, pin
 from merganser.methods.least_squares import LeastSquares
 from merganser.tensors import is_floating
 

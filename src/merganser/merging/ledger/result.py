@@ -24,9 +24,9 @@ from merganser.merging.ledger.terms import shapes
 from merganser.merging.ledger.terms import solve as solve_part
 from merganser.merging.memory import RunSettings, fit
 from merganser.merging.merge import MergeResult
-from merganser.merging.parents import Inputs, Parent
-from merganser.merging.plan import COPY, Plan, Step, nested_folders
-from merganser.merging.recipe import make_recipe, method_options
+from merganser.merging.plan import COPY, Plan, Step
+from merganser.merging.planning import nested_folders
+from merganser.merging.recipe import Inputs, Parent, make_recipe, method_options
 from merganser.merging.targets.checkpoint import (
     CheckpointTarget,
     complete,

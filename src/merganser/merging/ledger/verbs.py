@@ -46,9 +46,8 @@ from merganser.merging.ledger.store import (
 from merganser.merging.ledger.terms import contribution, shapes
 from merganser.merging.matching import matches
 from merganser.merging.memory import RunSettings
-from merganser.merging.parents import Parent, pin
 from merganser.merging.provenance import located
-from merganser.merging.recipe import make_recipe, method_options
+from merganser.merging.recipe import Parent, make_recipe, method_options, pin
 from merganser.methods import SUMMED
 from merganser.methods.regmean import REGMEAN
 

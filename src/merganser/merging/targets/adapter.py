@@ -28,9 +28,9 @@ from merganser.checkpoints.layers import Layer, empty_model, layers_of, map_para
 from merganser.checkpoints.writer import SafetensorsWriter, TensorSpec
 from merganser.errors import RecipeError
 from merganser.merging.execution import TensorRecord, storable
-from merganser.merging.parents import Inputs
 from merganser.merging.plan import Plan, Step
 from merganser.merging.provenance import describe_inputs, model_card, public_name, write_provenance
+from merganser.merging.recipe import Inputs
 from merganser.merging.targets.low_rank import best_low_rank
 from merganser.methods import Merged
 from merganser.methods.base import elements, input_width

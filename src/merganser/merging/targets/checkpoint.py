@@ -22,9 +22,9 @@ from merganser.errors import CheckpointError, UserError
 from merganser.files import is_url, new_folder, parse_size, space_error
 from merganser.merging.execution import TensorRecord, storable
 from merganser.merging.outputs import RemoteOutput, new_remote_output
-from merganser.merging.parents import Inputs, Parent
 from merganser.merging.plan import HEADS, KEPT, Plan, Step
 from merganser.merging.provenance import model_card, public_name, write_provenance
+from merganser.merging.recipe import Inputs, Parent
 from merganser.methods import Merged
 from merganser.tensors import DTYPES
 
