@@ -94,11 +94,12 @@ class ErrorCollector:
         """The mistakes so far, in order."""
         return list(self._found.values())
 
-    def add(self, error: UserError | None) -> None:
-        """Keep a mistake; several in one are kept apart, and None is none."""
-        for one in error.problems if isinstance(error, Problems) else [error]:
-            if one is not None:
-                self._found.setdefault(str(one), one)
+    def add(self, *errors: UserError | None) -> None:
+        """Keep mistakes; several in one are kept apart, and None is none."""
+        for error in errors:
+            for one in error.problems if isinstance(error, Problems) else [error]:
+                if one is not None:
+                    self._found.setdefault(str(one), one)
 
     def catch(self, function: Callable[..., T], *args: Any, **options: Any) -> T | None:
         """What a call of ``function`` returns, or None where it raised a mistake, which is kept."""

@@ -19,7 +19,19 @@ from merganser.checkpoints import open_checkpoint
 from merganser.checkpoints.writer import TensorSpec
 from merganser.engines import SerialEngine
 from merganser.errors import RecipeError, UserError
-from merganser.merging import Plan, Source, Step, carry_out, make_plan, make_recipe, merge, prepare, reproduce, verify
+from merganser.merging import (
+    Plan,
+    RunSettings,
+    Source,
+    Step,
+    carry_out,
+    make_plan,
+    make_recipe,
+    merge,
+    prepare,
+    reproduce,
+    verify,
+)
 from merganser.merging.execution import Merging, read_source
 from merganser.merging.plan import inputs_of
 from merganser.methods import Facts, Unit
@@ -79,14 +91,14 @@ def test_rows_that_differ_are_in_the_plan_as_runs(
 def test_workers_get_the_plan_and_derive_none(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, models = family("bert", 2)
     recipe = recipe_of(base, models, {"method": "regmean", "max_shard_size": "8kB"})
-    prepared = prepare(recipe, tmp_path / "jobs")
+    prepared = prepare(recipe, tmp_path / "jobs", RunSettings.make(engine=SerialEngine()))
 
     def never(*_: object, **__: object) -> None:
         raise AssertionError("a plan was made again")
 
     for module in ("planning", "merge"):
         monkeypatch.setattr(sys.modules[f"merganser.merging.{module}"], "plan_of", never)
-    carry_out(prepared, tmp_path / "jobs", engine=SerialEngine())
+    carry_out(prepared, tmp_path / "jobs")
     monkeypatch.undo()
     merge(recipe, tmp_path / "here")
     assert weights(tmp_path / "jobs") == weights(tmp_path / "here")

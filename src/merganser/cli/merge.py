@@ -100,8 +100,8 @@ def merge_command(
         flags["options"] = {**(values.get("options") or {}), **chosen}
     recipe = make_recipe({**values, **flags}, where)
     cluster = make_cluster(engine, ray_address, "merge")
-    settings = RunSettings.make(threads, max_memory, device)
-    prepared = prepare(recipe, output, settings, overwrite=overwrite, rank=as_adapter, engine=cluster)
+    settings = RunSettings.make(threads, max_memory, device, engine=cluster)
+    prepared = prepare(recipe, output, settings, overwrite=overwrite, rank=as_adapter)
     plan = prepared.plan
     if plan.choice:
         warn(f"method {plan.recipe.method}, because {plan.choice}")
@@ -111,7 +111,7 @@ def merge_command(
         show_plan(prepared, as_json)
         return
     keep_freed()
-    result = carry_out(prepared, output, overwrite=overwrite, engine=cluster)
+    result = carry_out(prepared, output, overwrite=overwrite)
     for note in result.notes[len(plan.notes) :]:
         warn(note)
     treated = ", ".join(f"{count} {method}" for method, count in plan.counts.items())

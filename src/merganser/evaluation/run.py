@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from merganser import progress
-from merganser.errors import CheckpointError, ErrorCollector, UserError, did_you_mean, raise_all
+from merganser.errors import CheckpointError, ErrorCollector, UserError, did_you_mean
 from merganser.evaluation.bootstrap import difference, resample, standard_error
 from merganser.evaluation.result import Evaluation, Score
 from merganser.tasks import task_for
@@ -165,21 +165,21 @@ def _open(name: str, task: str | Task, options: dict[str, Any], allow_pickle: bo
 
 
 def _check_together(evaluated: Sequence[_EvaluatedModel], ensemble: bool, metric: str | None) -> None:
-    problems: list[UserError] = []
+    problems = ErrorCollector()
     tasks = {model.task.name: model.task for model in evaluated}
     for name, task in tasks.items():
         if metric is not None and metric not in task.metrics:
             mend = did_you_mean(metric, task.metrics)
-            problems.append(UserError(f"{name} has no metric {metric!r}", where="--metric", mend=mend))
+            problems.add(UserError(f"{name} has no metric {metric!r}", where="--metric", mend=mend))
     if ensemble and len(tasks) > 1:
         named = ", ".join(f"{model.name} ({model.task.name})" for model in evaluated)
         what = f"models of different tasks make no ensemble: {named}"
         mend = "leave the ensemble out, or name one task with --task"
-        problems.append(UserError(what, where="--ensemble", mend=mend))
+        problems.add(UserError(what, where="--ensemble", mend=mend))
     elif ensemble and not evaluated[0].task.ensembles:
         what = f"{evaluated[0].task.name} has no ensemble: its outputs are too large to be kept"
-        problems.append(UserError(what, where="--ensemble", mend="leave the ensemble out"))
-    raise_all(problems)
+        problems.add(UserError(what, where="--ensemble", mend="leave the ensemble out"))
+    problems.raise_all()
 
 
 def _truth(model: _EvaluatedModel, rows: Rows, given: Columns) -> tuple[Columns, Any]:

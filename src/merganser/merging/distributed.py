@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from merganser.engines import Engine, Job
-from merganser.errors import CheckpointError, UserError, raise_all
+from merganser.errors import CheckpointError, ErrorCollector, UserError
 from merganser.merging.execution import Merging, TensorRecord, execute
 from merganser.merging.memory import RunSettings, Schedule, fit
 from merganser.merging.outputs import OutputTarget, output_of
@@ -27,10 +27,10 @@ FUNCTION = "merganser.merging.distributed:write_file"
 
 
 def run_on(
-    engine: Engine,
     plan: Plan,
     inputs: Inputs,
     settings: RunSettings,
+    engine: Engine,
     schedule: Schedule,
     layout: Layout,
     place: OutputTarget,
@@ -38,10 +38,10 @@ def run_on(
     """Have every weight file of a plan written by an engine's jobs; returns what became of each tensor.
 
     Args:
-        engine: where the jobs run; what is lost with a machine runs again.
         plan: of the merge.
         inputs: its open files.
         settings: threads, memory and device of each job.
+        engine: where the jobs run; what is lost with a machine runs again.
         schedule: for what a job takes.
         layout: where each tensor goes.
         place: receives the files.
@@ -73,17 +73,17 @@ def run_on(
             )
         )
     records: dict[str, TensorRecord] = {}
-    problems: list[UserError] = []
+    problems = ErrorCollector()
     for ended in engine.run(jobs, FUNCTION):
         if ended.result is None:
             what = f"the work on this file failed: {ended.error}"
-            problems.append(UserError(what, where=ended.job.description, mend="run again"))
+            problems.add(UserError(what, where=ended.job.description, mend="run again"))
             continue
         records.update({name: TensorRecord(**entry) for name, entry in ended.result["records"].items()})
         for parent, hashes in zip(inputs.sources, ended.result["hashes"], strict=True):
-            problems += _differing(parent, hashes)
+            problems.add(*_differing(parent, hashes))
     place.tidy()
-    raise_all(problems)
+    problems.raise_all()
     return records
 
 

@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from itertools import groupby
 
-from merganser.errors import CheckpointError, RecipeError, StatisticsError, UserError, did_you_mean
+from merganser.errors import CheckpointError, ErrorCollector, RecipeError, StatisticsError, did_you_mean
 from merganser.merging.recipe import Inputs, Parent, Recipe
 from merganser.methods import Method
 from merganser.tensors import is_floating
@@ -81,7 +81,7 @@ class LabelPlan:
 
 
 def match_labels(
-    recipe: Recipe, parents: Sequence[Parent], names: Sequence[str], problems: list[UserError]
+    recipe: Recipe, parents: Sequence[Parent], names: Sequence[str], problems: ErrorCollector
 ) -> LabelPlan | None:
     """Match the rows of the heads by the names of their labels; None where all heads agree anyway.
 
@@ -98,7 +98,7 @@ def match_labels(
         return None
     if any(set(labels) != set(known[0]) for labels in known) and recipe.labels == "same":
         listing = "; ".join(f"{p.title}: {', '.join(k)}" for p, k in zip(parents, known, strict=True))
-        problems.append(
+        problems.add(
             RecipeError(
                 f"the heads have different label spaces ({listing}; tensors {', '.join(heads)})",
                 mend="--labels union for one head that knows every label, or "
@@ -111,7 +111,7 @@ def match_labels(
     for parent, labels in zip(parents, known, strict=True):
         chosen = set(labels) if parent.contributor.labels is None else set(parent.contributor.labels)
         for label in sorted(chosen - set(labels)):
-            problems.append(
+            problems.add(
                 RecipeError(
                     f"{parent.title} has no label {label!r}",
                     where=f"labels of {parent.title}",
@@ -177,13 +177,13 @@ def matches(name: str, patterns: Sequence[str]) -> str | None:
     return next((pattern for pattern in patterns if fnmatchcase(name, pattern)), None)
 
 
-def check_architectures(parents: Sequence[Parent], base: Parent | None, problems: list[UserError]) -> None:
+def check_architectures(parents: Sequence[Parent], base: Parent | None, problems: ErrorCollector) -> None:
     """Every contributor and the base are of one model type."""
     expected = parents[0].checkpoint.config.get("model_type")
     for parent in [*parents[1:], *([base] if base else [])]:
         found = parent.checkpoint.config.get("model_type")
         if found != expected:
-            problems.append(
+            problems.add(
                 CheckpointError(
                     f"another architecture: {found!r}, while {parents[0].title} is {expected!r}",
                     where=parent.checkpoint.name,
@@ -192,7 +192,7 @@ def check_architectures(parents: Sequence[Parent], base: Parent | None, problems
             )
 
 
-def find_separate(recipe: Recipe, parents: Sequence[Parent], problems: list[UserError]) -> tuple[tuple[str, ...], ...]:
+def find_separate(recipe: Recipe, parents: Sequence[Parent], problems: ErrorCollector) -> tuple[tuple[str, ...], ...]:
     """Each contributor's own tensors that the recipe keeps separate; patterns that match nothing are mistakes."""
     everything = [
         tuple(name for name in parent.checkpoint.tensors if matches(name, recipe.keep_separate)) for parent in parents
@@ -201,7 +201,7 @@ def find_separate(recipe: Recipe, parents: Sequence[Parent], problems: list[User
     for option, patterns in (("keep_separate", recipe.keep_separate), ("exclude", recipe.exclude)):
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in available):
-                problems.append(
+                problems.add(
                     RecipeError(
                         f"no tensor is called {pattern!r}",
                         where=option,
@@ -212,7 +212,7 @@ def find_separate(recipe: Recipe, parents: Sequence[Parent], problems: list[User
 
 
 def match_shapes(
-    recipe: Recipe, parents: Sequence[Parent], names: Sequence[str], rows: dict[str, RowMap], problems: list[UserError]
+    recipe: Recipe, parents: Sequence[Parent], names: Sequence[str], rows: dict[str, RowMap], problems: ErrorCollector
 ) -> None:
     """Check presence, dtype kind and shape of every tensor; add the rows of vocabularies of different length."""
     for name in names:
@@ -222,7 +222,7 @@ def match_shapes(
             if not is_floating(parents[0].checkpoint.tensors[name].dtype):
                 continue  # a buffer that some versions of the library store and some do not
             for parent in absent:
-                problems.append(
+                problems.add(
                     CheckpointError(
                         f"tensor {name!r} is missing (it is in {parents[0].title})",
                         where=parent.checkpoint.name,
@@ -243,16 +243,16 @@ def match_shapes(
             mend = "--vocabulary largest if the longer ones only appended tokens to the shorter"
         else:
             mend = f"--keep-separate '{name}' so that each contributor keeps its own"
-        problems.append(CheckpointError(f"tensor {name!r} differs in shape: {listing}", mend=mend))
+        problems.add(CheckpointError(f"tensor {name!r} differs in shape: {listing}", mend=mend))
 
 
-def check_unmatched(parents: Sequence[Parent], separate: Sequence[Sequence[str]], problems: list[UserError]) -> None:
+def check_unmatched(parents: Sequence[Parent], separate: Sequence[Sequence[str]], problems: ErrorCollector) -> None:
     """A tensor that another contributor has and the first lacks would be lost: say so."""
     for parent, kept in zip(parents, separate, strict=True):
         twins = set(parent.names.values())
         for name, info in parent.checkpoint.tensors.items():
             if name not in twins and name not in kept and is_floating(info.dtype):
-                problems.append(
+                problems.add(
                     CheckpointError(
                         f"tensor {name!r} is not in {parents[0].title} and would be lost",
                         where=parent.checkpoint.name,
@@ -262,11 +262,11 @@ def check_unmatched(parents: Sequence[Parent], separate: Sequence[Sequence[str]]
 
 
 def check_needs(
-    method: Method, recipe: Recipe, parents: Sequence[Parent], base: Parent | None, problems: list[UserError]
+    method: Method, recipe: Recipe, parents: Sequence[Parent], base: Parent | None, problems: ErrorCollector
 ) -> None:
     """The method has what it needs: a package, base model, statistics of these tensors, coefficients with a meaning."""
     if method.needs.package and importlib.util.find_spec(method.needs.package[0]) is None:
-        problems.append(
+        problems.add(
             RecipeError(
                 f"method {method.name!r} needs {method.needs.package[1]}, which is not installed",
                 where="method",
@@ -274,7 +274,7 @@ def check_needs(
             )
         )
     if method.needs.models is not None and len(parents) != method.needs.models:
-        problems.append(
+        problems.add(
             RecipeError(
                 f"method {method.name!r} merges exactly {method.needs.models} models, {len(parents)} are given",
                 where="contributors",
@@ -282,21 +282,21 @@ def check_needs(
             )
         )
     if method.needs.base and recipe.base is None and base is None:
-        problems.append(
+        problems.add(
             RecipeError(
                 f"method {method.name!r} needs the pre-trained model that the contributors started from",
                 mend="add --base MODEL",
             )
         )
     if method.needs.base and base is not None and not base.names:
-        problems.append(
+        problems.add(
             CheckpointError(
                 "holds none of the contributors' tensors", where=base.checkpoint.name, mend="give the right base model"
             )
         )
     for parent in parents:
         if parent.contributor.coefficient < 0 and not method.needs.signed:
-            problems.append(
+            problems.add(
                 RecipeError(
                     f"{parent.title}: the coefficient {parent.contributor.coefficient} is negative, "
                     f"which has no meaning for method {method.name!r}",
@@ -306,7 +306,7 @@ def check_needs(
         if not method.needs.statistics:
             continue
         if parent.statistics is None:
-            problems.append(
+            problems.add(
                 StatisticsError(
                     f"{parent.title} has no statistics, and method {method.name!r} needs them",
                     where=parent.checkpoint.name,
@@ -315,28 +315,26 @@ def check_needs(
                 )
             )
         else:
-            problems += parent.statistics.check_names(parent.checkpoint)
+            problems.add(*parent.statistics.check_names(parent.checkpoint))
 
 
-def check_adapter(recipe: Recipe, inputs: Inputs, rank: int, method: Method, problems: list[UserError]) -> None:
+def check_adapter(recipe: Recipe, inputs: Inputs, rank: int, method: Method, problems: ErrorCollector) -> None:
     """The result can be a LoRA adapter: there is a base that is a full model, and one adapter holds all of it."""
     base, where = inputs.base, "--as-adapter"
     if rank < 1:
-        problems.append(RecipeError(f"the rank is {rank}", where=where, mend="give at least 1"))
+        problems.add(RecipeError(f"the rank is {rank}", where=where, mend="give at least 1"))
     if base is None:
         mend = "add --base MODEL, or merge adapters of one base"
-        problems.append(RecipeError("an adapter needs the model that it is put on", where=where, mend=mend))
+        problems.add(RecipeError("an adapter needs the model that it is put on", where=where, mend=mend))
     elif base.checkpoint.home is not base.checkpoint:
         mend = "give the model below it"
-        problems.append(RecipeError(f"the base {base.title} is itself an adapter", where="--base", mend=mend))
+        problems.add(RecipeError(f"the base {base.title} is itself an adapter", where="--base", mend=mend))
     if recipe.keep_separate:
         mend = "leave out --keep-separate, or write a full checkpoint"
-        problems.append(RecipeError("heads that are kept separate do not fit into one adapter", where=where, mend=mend))
+        problems.add(RecipeError("heads that are kept separate do not fit into one adapter", where=where, mend=mend))
     if recipe.vocabulary == "largest":
         mend = "write a full checkpoint"
-        problems.append(
-            RecipeError("an adapter cannot hold another vocabulary than its base's", where=where, mend=mend)
-        )
+        problems.add(RecipeError("an adapter cannot hold another vocabulary than its base's", where=where, mend=mend))
     if not method.needs.statistics:  # otherwise they are checked already
         for parent in inputs.parents:
-            problems += parent.statistics.check_names(parent.checkpoint) if parent.statistics else []
+            problems.add(*(parent.statistics.check_names(parent.checkpoint) if parent.statistics else []))

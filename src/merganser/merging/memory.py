@@ -18,7 +18,8 @@ from pathlib import Path
 
 import torch
 
-from merganser.errors import RecipeError, UserError, raise_all
+from merganser.engines import Engine
+from merganser.errors import ErrorCollector, RecipeError
 from merganser.files import parse_size
 from merganser.merging.plan import COPY, Step
 from merganser.methods.base import elements
@@ -47,12 +48,14 @@ class RunSettings:
         max_memory: bytes that the whole process may take; by default what the machine has.
         device: where tensors are computed.
         sums: a folder where sums of earlier merges are to go on from and those of this one are put.
+        engine: where the work is done, one job a weight file; None: in this process.
     """
 
     threads: int = 2
     max_memory: int | None = None
     device: str = "cpu"
     sums: Path | None = None
+    engine: Engine | None = None
 
     @classmethod
     def make(
@@ -61,6 +64,7 @@ class RunSettings:
         max_memory: str | int | None = None,
         device: str = "cpu",
         sums: str | Path | None = None,
+        engine: Engine | None = None,
     ) -> RunSettings:
         """From what a user says: all cores by default, sizes such as ``"2GB"``, ``auto`` for a CUDA device if any.
 
@@ -74,7 +78,7 @@ class RunSettings:
             raise RecipeError("there is no CUDA device", where="device", mend="use cpu or auto")
         size = parse_size(max_memory) if isinstance(max_memory, str) else max_memory
         chosen = "cuda" if available else "cpu"
-        return cls(threads or os.cpu_count() or 1, size, chosen, None if sums is None else Path(sums))
+        return cls(threads or os.cpu_count() or 1, size, chosen, None if sums is None else Path(sums), engine)
 
     @property
     def torch_device(self) -> torch.device | None:
@@ -134,7 +138,7 @@ def fit(
     if room is not None and room <= 0:
         what = f"the process itself takes {resident / 1e9:.2f} GB, without a single tensor"
         raise RecipeError(what, where=where, mend="allow more memory")
-    rows, sizes, problems = [], [], list[UserError]()
+    rows, sizes, problems = [], [], ErrorCollector()
     for step in steps:
         beside = extra(step) if extra else 0
         height, size = (None, step_bytes(step)) if whole else _cut(step, None if room is None else room - beside)
@@ -145,8 +149,8 @@ def fit(
             what += "" if min_slice_rows(step) and not whole else " and cannot be cut into rows"
             mend = "allow more memory"
             mend += "" if whole or extra else ", or exclude this tensor (--exclude), which averages it"
-            problems.append(RecipeError(what, where=where, mend=mend))
-    raise_all(problems)
+            problems.add(RecipeError(what, where=where, mend=mend))
+    problems.raise_all()
     budget = _busiest(sizes, settings.threads) if room is None else room
     return Schedule(tuple(steps), tuple(rows), tuple(sizes), settings.threads, budget, resident)
 

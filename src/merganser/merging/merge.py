@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from merganser.engines import Engine
-from merganser.errors import CheckpointError, RecipeError, UserError, raise_all
+from merganser.errors import CheckpointError, ErrorCollector, RecipeError, raise_all
 from merganser.files import is_url
 from merganser.merging.distributed import run_on
 from merganser.merging.execution import Merging, execute
@@ -132,9 +132,8 @@ def merge(
         contributors = contributors_of(models, coefficients, statistics)
         values = {"contributors": contributors, "method": method, "options": dict(options or {}), **settings}
         recipe = make_recipe(values if base is None else {**values, "base": str(base)}, "merge()")
-    run = RunSettings.make(threads, max_memory, device, sums)
-    prepared = prepare(recipe, output, run, overwrite=overwrite, rank=as_adapter, engine=engine)
-    return carry_out(prepared, output, overwrite=overwrite, engine=engine)
+    run = RunSettings.make(threads, max_memory, device, sums, engine)
+    return carry_out(prepare(recipe, output, run, overwrite=overwrite, rank=as_adapter), output, overwrite=overwrite)
 
 
 def contributors_of(
@@ -187,7 +186,6 @@ def prepare(
     *,
     overwrite: bool = False,
     rank: int | None = None,
-    engine: Engine | None = None,
 ) -> PreparedMerge:
     """The plan of a merge, everything checked: headers, statistics against weights, place and space for the result.
 
@@ -197,13 +195,12 @@ def prepare(
         settings: how it will be run; on all cores by default.
         overwrite: whether an existing model folder may be replaced.
         rank: of the LoRA adapter to write; None: a full checkpoint.
-        engine: where the work will be done.
 
     Raises:
         UserError: what cannot be merged, all mistakes at once.
     """
     settings = settings or RunSettings.make()
-    if rank is not None and (engine is not None or (output is not None and is_url(output))):
+    if rank is not None and (settings.engine is not None or (output is not None and is_url(output))):
         what = "an adapter is written by this process, into a folder"
         raise RecipeError(what, where="--as-adapter", mend="leave out the engine, and give a local folder")
     if isinstance(recipe, Plan):
@@ -213,27 +210,27 @@ def prepare(
         plan = plan_of(recipe, inputs, rank=rank)
         inputs = inputs if plan.base else replace(inputs, base=None)
     schedule = fit(plan.steps, settings, extra=None if plan.rank is None else AdapterTarget.extra_bytes)
-    problems: list[UserError] = []
+    problems = ErrorCollector()
     if (missing := schedule.peak_bytes - schedule.resident - available_bytes()) > 0:
         needed = f"{schedule.peak_bytes / 1e9:.2f} GB are needed, {missing / 1e9:.2f} GB more than are free"
         mend = "free some memory, or work in less: --max-memory SIZE, --threads 1"
-        problems.append(RecipeError(f"too little memory: {needed}", where="memory", mend=mend))
+        problems.add(RecipeError(f"too little memory: {needed}", where="memory", mend=mend))
     if output is not None:
         opened = [parent.checkpoint for parent in inputs.parents]
         models = [one.path for one in opened]
         opened += [inputs.base.checkpoint] if inputs.base and plan.rank is not None else []
         places = [place.path for one in opened for place in (one, one.home)]
-        problems += output_problems(output, overwrite, places, plan.bytes_written)
+        problems.add(*output_problems(output, overwrite, places, plan.bytes_written))
         if settings.sums is not None and not is_url(output):
-            problems += check_sums(settings.sums, plan.steps, models, Path(output))
-    raise_all(problems)
+            problems.add(*check_sums(settings.sums, plan.steps, models, Path(output)))
+    problems.raise_all()
     for source in inputs.sources:
         source.checkpoint.fetch()
     if plan.method.needs.statistics or plan.rank is not None:
         _hash(inputs, settings.threads)
         for parent in inputs.parents:
-            problems += parent.statistics.check_binding(parent.checkpoint) if parent.statistics else []
-    raise_all(problems)
+            problems.add(*(parent.statistics.check_binding(parent.checkpoint) if parent.statistics else []))
+    problems.raise_all()
     return PreparedMerge(plan, inputs, settings, schedule)
 
 
@@ -247,16 +244,13 @@ def _hash(inputs: Inputs, threads: int) -> None:
             pass
 
 
-def carry_out(
-    prepared: PreparedMerge, output: str | Path, *, overwrite: bool = False, engine: Engine | None = None
-) -> MergeResult:
+def carry_out(prepared: PreparedMerge, output: str | Path, *, overwrite: bool = False) -> MergeResult:
     """Do what a plan says.
 
     Args:
         prepared: what :func:`prepare` returned.
         output: a folder, or an fsspec URL.
         overwrite: replace what is there.
-        engine: where the work is done, one job a weight file; by default in this process.
 
     Returns:
         What was written; it can be used as the path of the output.
@@ -274,9 +268,9 @@ def carry_out(
         else:
             layout = make_layout(plan)
             write_small_files(plan, inputs, layout, folder)
-            if engine is not None:
+            if settings.engine is not None:
                 place = output_of(str(output) if is_url(output) else str(folder.resolve()))
-                records = run_on(engine, plan, inputs, settings, prepared.schedule, layout, place)
+                records = run_on(plan, inputs, settings, settings.engine, prepared.schedule, layout, place)
             else:
                 with CheckpointTarget(plan, layout, folder) as target:
                     execute(prepared.schedule, work, target)
@@ -336,10 +330,8 @@ def reproduce(folder: str | Path, output: str | Path | None = None) -> list[str]
             mend="repeat it from the ledger: merganser ledger solve LEDGER -o FOLDER",
         )
     problems, absent = check_parents(found, folder)
-    problems += [
-        CheckpointError(f"a parent cannot be had: {reason}", where=folder, mend="put it where it was")
-        for reason in absent
-    ]
+    mend = "put it where it was"
+    problems += [CheckpointError(f"a parent cannot be had: {one}", where=folder, mend=mend) for one in absent]
     raise_all(problems)
     rank = found.get("as_adapter")
     again = plan_of_record(found, folder) or recipe_of(found, folder)

@@ -16,7 +16,7 @@ import torch
 from merganser.checkpoints import TensorInfo
 from merganser.checkpoints.layers import Layer, describe_layers
 from merganser.checkpoints.writer import TensorSpec
-from merganser.errors import RecipeError, UserError, raise_all
+from merganser.errors import ErrorCollector, RecipeError
 from merganser.merging.matching import (
     RowMap,
     check_adapter,
@@ -53,7 +53,7 @@ def make_plan(recipe: Recipe, *, rank: int | None = None) -> Plan:
 
 def plan_of(recipe: Recipe, inputs: Inputs, *, rank: int | None = None) -> Plan:
     """The same of files that are open."""
-    problems: list[UserError] = []
+    problems = ErrorCollector()
     parents, base, reference = inputs.parents, inputs.base, inputs.reference
     people = parents if reference in parents else (reference, *parents)
     check_architectures(people, base, problems)
@@ -70,7 +70,7 @@ def plan_of(recipe: Recipe, inputs: Inputs, *, rank: int | None = None) -> Plan:
     check_needs(method, recipe, parents, base, problems)
     if rank is not None:
         check_adapter(recipe, inputs, rank, method, problems)
-    raise_all(problems)
+    problems.raise_all()
 
     steps = _steps(method, recipe, names, rows, inputs)
     if not any(step.method == chosen for step in steps):

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from merganser.checkpoints import AdapterCheckpoint, Checkpoint, TensorInfo, open_checkpoint
 from merganser.checkpoints.reader import align
-from merganser.errors import RecipeError, UserError, did_you_mean, raise_all, validated
+from merganser.errors import ErrorCollector, RecipeError, UserError, did_you_mean, validated
 from merganser.methods import METHODS
 from merganser.statistics import FILE_NAME, Statistics
 
@@ -83,23 +83,23 @@ def make_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
         Problems: several of these.
     """
     recipe = validated(Recipe, values, where)
-    problems: list[UserError] = []
+    problems = ErrorCollector()
     if not recipe.contributors:
-        problems.append(RecipeError("there is nothing to merge", where=where, mend="name at least one model"))
+        problems.add(RecipeError("there is nothing to merge", where=where, mend="name at least one model"))
     coefficients = [contributor.coefficient for contributor in recipe.contributors]
     if not all(math.isfinite(c) for c in coefficients):
-        problems.append(RecipeError(f"coefficients {coefficients} are not finite", where=where, mend="use numbers"))
+        problems.add(RecipeError(f"coefficients {coefficients} are not finite", where=where, mend="use numbers"))
     elif recipe.contributors and abs(sum(coefficients)) < 1e-12 * max(map(abs, coefficients), default=1.0) + 1e-300:
-        problems.append(
+        problems.add(
             RecipeError(f"coefficients {coefficients} sum to zero", where=where, mend="give weights with another sum")
         )
     if recipe.method != "auto" and recipe.method not in METHODS:
-        problems.append(
+        problems.add(
             RecipeError(
                 f"unknown method {recipe.method!r}", where=where, mend=did_you_mean(recipe.method, [*METHODS, "auto"])
             )
         )
-    raise_all(problems)
+    problems.raise_all()
     return recipe
 
 
@@ -209,15 +209,15 @@ def open_inputs(recipe: Recipe) -> Inputs:
     Raises:
         UserError: what cannot be opened; several mistakes at once as ``Problems``.
     """
-    problems: list[UserError] = []
+    problems = ErrorCollector()
     parents = open_parents(recipe, problems)
-    raise_all(problems)
+    problems.raise_all()
     base = open_base(recipe, list(parents[0].checkpoint.tensors), problems, parents)
-    raise_all(problems)
+    problems.raise_all()
     return Inputs(tuple(parents), base, parents[0])
 
 
-def open_parents(recipe: Recipe, problems: list[UserError]) -> list[Parent]:
+def open_parents(recipe: Recipe, problems: ErrorCollector) -> list[Parent]:
     """Open every contributor; what goes wrong is added to ``problems`` and the contributor left out.
 
     Adapters of one base share it, so that it is hashed once.
@@ -236,7 +236,7 @@ def open_parents(recipe: Recipe, problems: list[UserError]) -> list[Parent]:
 
 
 def open_base(
-    recipe: Recipe, names: list[str], problems: list[UserError], parents: Sequence[Parent] = ()
+    recipe: Recipe, names: list[str], problems: ErrorCollector, parents: Sequence[Parent] = ()
 ) -> Parent | None:
     """Open the base model that the recipe names; without one, that of the contributors, if all are adapters of it.
 
@@ -264,24 +264,24 @@ def shared_base(parents: Sequence[Parent]) -> Checkpoint | None:
     return bases[0] if len(bases) == len(checkpoints) and len(places) == 1 else None
 
 
-def _open(reference: str, recipe: Recipe, problems: list[UserError], known: dict[str, Checkpoint]) -> Checkpoint | None:
+def _open(reference: str, recipe: Recipe, problems: ErrorCollector, known: dict[str, Checkpoint]) -> Checkpoint | None:
     try:
         checkpoint = open_checkpoint(reference, allow_pickle=recipe.allow_pickle, known=known)
         _ = checkpoint.config  # malformed configurations are problems too
         return checkpoint
     except UserError as error:
-        problems.append(error)
+        problems.add(error)
         return None
 
 
-def _statistics(contributor: Contributor, checkpoint: Checkpoint, problems: list[UserError]) -> Statistics | None:
+def _statistics(contributor: Contributor, checkpoint: Checkpoint, problems: ErrorCollector) -> Statistics | None:
     place = Path(contributor.statistics) if contributor.statistics else checkpoint.home.path / FILE_NAME
     if contributor.statistics is None and not place.is_file():
         return None
     try:
         return Statistics.open(place)
     except UserError as error:
-        problems.append(error)
+        problems.add(error)
         return None
 
 

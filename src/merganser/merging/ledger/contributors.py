@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from merganser.checkpoints.reader import align
-from merganser.errors import Problems, StatisticsError, UserError, raise_all
+from merganser.errors import ErrorCollector, Problems, StatisticsError, UserError, raise_all
 from merganser.merging.execution import ParentShare
 from merganser.merging.ledger.record import (
     RESTORE,
@@ -29,7 +29,7 @@ from merganser.tensors import is_floating
 _SEPARATE = "a ledger for models like this one: merganser ledger init … --keep-separate '{}'"
 
 
-def open_reference(model: str, problems: list[UserError], *, allow_pickle: bool = False) -> Parent | None:
+def open_reference(model: str, problems: ErrorCollector, *, allow_pickle: bool = False) -> Parent | None:
     """A base model, its names its own."""
     recipe = make_recipe({"contributors": [model], "base": model, "allow_pickle": allow_pickle})
     parent = open_base(recipe, [], problems)
@@ -44,14 +44,16 @@ def open_same_base(record: LedgerRecord, folder: Path, base: str | None, *, allo
     Raises:
         UserError: it cannot be had, or is another model.
     """
-    problems: list[UserError] = []
+    problems = ErrorCollector()
     known = record.base
     found = pin(known.model, known.revision) if known.revision else located(known.model, folder)
     reference = base or found
     parent = open_reference(reference, problems, allow_pickle=allow_pickle)
     if parent is None:
         mend = "give the base model's place with --base MODEL"
-        raise_all([LedgerError(f"its base model cannot be had: {p.what}", where=p.where, mend=mend) for p in problems])
+        raise_all(
+            [LedgerError(f"its base model cannot be had: {p.what}", where=p.where, mend=mend) for p in problems.found]
+        )
         raise RuntimeError("a model that cannot be opened has a problem")
     parent.checkpoint.fetch()
     if (found := parent.checkpoint.manifest_sha256()) != known.manifest_sha256:
@@ -84,12 +86,12 @@ def open_contributor(
     Raises:
         UserError: everything that does not fit, at once.
     """
-    problems: list[UserError] = []
+    problems = ErrorCollector()
     person = {"model": model, "coefficient": coefficient, "statistics": statistics}
     everything = list(base.checkpoint.tensors)
     recipe = make_recipe({"contributors": [person], "allow_pickle": allow_pickle}, model)
     parents = open_parents(recipe, problems)
-    raise_all(problems)
+    problems.raise_all()
     (parent,) = parents
     everything += parent.checkpoint.tensors
     parent = replace(parent, names=align(base.checkpoint.tensors, parent.checkpoint.tensors))
@@ -136,22 +138,22 @@ def check_contents(record: LedgerRecord, base: Parent, parent: Parent) -> None:
         UserError: statistics of other weights, tensors of integers that differ from the base's.
     """
     parent.checkpoint.fetch()
-    problems: list[UserError] = []
+    problems = ErrorCollector()
     if parent.statistics is not None and record.make_method().needs.statistics:
-        problems += parent.statistics.check_binding(parent.checkpoint)
+        problems.add(*parent.statistics.check_binding(parent.checkpoint))
     for name, info in base.checkpoint.tensors.items():
         own = parent.names.get(name)
         if own is None or is_floating(info.dtype) or matches(name, record.keep_separate):
             continue
         if parent.checkpoint.sha256(own) != base.checkpoint.sha256(name):
-            problems.append(
+            problems.add(
                 LedgerError(
                     f"tensor {own!r} is not floating point and differs from the base's",
                     where=parent.checkpoint.name,
                     mend=_SEPARATE.format(name),
                 )
             )
-    raise_all(problems)
+    problems.raise_all()
 
 
 def entry_of(base: Parent, parent: Parent, plan: Plan) -> LedgerMember:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from merganser.errors import RecipeError, UserError, did_you_mean, raise_all
+from merganser.errors import ErrorCollector, RecipeError, did_you_mean
 from merganser.files import new_folder
 from merganser.merging.ledger.compensated import accumulate
 from merganser.merging.ledger.contributors import (
@@ -78,24 +78,24 @@ def init(
     Raises:
         UserError: anything the user can mend; several at once as ``Problems``.
     """
-    target, problems, method = Path(folder), list[UserError](), method or REGMEAN.name
+    target, problems, method = Path(folder), ErrorCollector(), method or REGMEAN.name
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        problems.append(LedgerError("the folder is not empty", where=target, mend="give a new folder"))
+        problems.add(LedgerError("the folder is not empty", where=target, mend="give a new folder"))
     if method not in SUMMED:
         mend = did_you_mean(method, SUMMED)
-        problems.append(RecipeError(f"there are no ledgers of method {method!r}", where="--method", mend=mend))
-    raise_all(problems)
+        problems.add(RecipeError(f"there are no ledgers of method {method!r}", where="--method", mend=mend))
+    problems.raise_all()
     recipe = make_recipe({"contributors": [str(base)], "method": method, "options": dict(options or {})})
     settled = method_options(recipe, method, "ledger").model_dump(mode="json")
     parent = open_reference(str(base), problems, allow_pickle=allow_pickle)
-    raise_all(problems)
+    problems.raise_all()
     if parent is None:
         raise RuntimeError("a model that cannot be opened has a problem")
     for pattern in exclude:
         if not any(matches(name, [pattern]) for name in parent.checkpoint.tensors):
             mend = f"use a name or a pattern with *, such as {next(iter(parent.checkpoint.tensors))!r}"
-            problems.append(RecipeError(f"no tensor of the base is called {pattern!r}", where="exclude", mend=mend))
-    raise_all(problems)
+            problems.add(RecipeError(f"no tensor of the base is called {pattern!r}", where="exclude", mend=mend))
+    problems.raise_all()
     parent.checkpoint.fetch()
     record = LedgerRecord(
         base=BaseRecord(
@@ -236,14 +236,14 @@ def combine(
         UserError: they do not fit together; several mistakes at once as ``Problems``.
     """
     places, target = [Path(folder) for folder in folders], Path(output)
-    problems: list[UserError] = []
+    problems = ErrorCollector()
     if len({place.resolve() for place in places}) < len(places):
-        problems.append(LedgerError("a ledger is named twice", mend="name each ledger once"))
+        problems.add(LedgerError("a ledger is named twice", mend="name each ledger once"))
     elif len(places) < 2:
-        problems.append(LedgerError("there is nothing to add up", mend="name at least two ledgers"))
+        problems.add(LedgerError("there is nothing to add up", mend="name at least two ledgers"))
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        problems.append(LedgerError("the folder is not empty", where=target, mend="give a new folder"))
-    raise_all(problems)
+        problems.add(LedgerError("the folder is not empty", where=target, mend="give a new folder"))
+    problems.raise_all()
     with ExitStack() as stack:
         # In one order everywhere, so that two sums never wait for each other.
         in_order = sorted(places, key=lambda place: str(place.resolve()))
@@ -348,19 +348,19 @@ def _check_statistics(entry: LedgerMember, parent: Parent) -> None:
 
 
 def _check_alike(places: Sequence[Path], records: Sequence[LedgerRecord]) -> None:
-    problems: list[UserError] = []
+    problems = ErrorCollector()
     seen: dict[str, Path] = {}
     first, filled = records[0], [(p, r) for p, r in zip(places, records, strict=True) if r.parts]
     for place, record in zip(places, records, strict=True):
         mine, theirs = record.purpose(), first.purpose()
         for key in [key for key in mine if mine[key] != theirs[key]]:
             text = f"another {key.replace('_', ' ')}: {mine[key]}, that of {places[0]} is {theirs[key]}"
-            problems.append(LedgerError(text, where=place, mend="add up ledgers that were made alike"))
+            problems.add(LedgerError(text, where=place, mend="add up ledgers that were made alike"))
         for entry in record.contributors:
             if (twin := seen.setdefault(entry.manifest_sha256, place)) != place:
                 text = f"{entry.name} ({entry.manifest_sha256[:12]}) is a contributor of {twin} too"
-                problems.append(LedgerError(text, where=place, mend="remove it from one of them"))
-    if not problems:
+                problems.add(LedgerError(text, where=place, mend="remove it from one of them"))
+    if not problems.found:
         for place, record in filled[1:]:
             other = filled[0][1]
             differing = [part for part in record.parts if part not in other.parts]
@@ -368,8 +368,8 @@ def _check_alike(places: Sequence[Path], records: Sequence[LedgerRecord]) -> Non
                 names = ", ".join(name for part in differing[:3] for name in part.names)
                 text = f"keeps other sums than {filled[0][0]} ({names}): their statistics cover different layers"
                 mend = "collect statistics alike, or make both ledgers with --exclude for these tensors"
-                problems.append(LedgerError(text, where=place, mend=mend))
-    raise_all(problems)
+                problems.add(LedgerError(text, where=place, mend=mend))
+    problems.raise_all()
 
 
 def _text(value: str | Path | None) -> str | None:
