@@ -204,6 +204,7 @@ def test_what_merge_returns(family: Family, tmp_path: Path) -> None:
     shown = result._repr_html_()
     assert sum(part.tensors for part in result.coverage) == len(result.plan.outputs)
     assert any(part.reason and "*.pooler.*" in part.reason for part in result.coverage)
+    assert "<td>2</td>" in verify(result)._repr_html_()
     assert "<table>" in shown and "regmean" in shown and "excluded by &#x27;*.pooler.*&#x27;" in shown
 
 

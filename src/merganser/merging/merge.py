@@ -294,6 +294,9 @@ class Verification:
     parents: int
     absent: tuple[str, ...]
 
+    def _repr_html_(self) -> str:
+        return html_table("as recorded", ["files", "parents"], [[self.files, self.parents]], self.absent)
+
 
 def verify(folder: str | Path) -> Verification:
     """Check a merged folder against its provenance, and its parents where they can be had.
