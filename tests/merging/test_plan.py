@@ -212,3 +212,22 @@ def test_the_package_shows_what_there_is() -> None:
     assert {"collect", "evaluate", "ledger", "merge", "verify"} <= set(dir(merganser))
     for name in dir(merganser):
         assert getattr(merganser, name) is not None
+
+
+def test_numbers_that_cannot_be_averaged_are_copied(save_model: Callable[..., Path], tmp_path: Path) -> None:
+    """Of every integer type that files can hold, also where a contributor keeps them to itself."""
+    kinds = [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.bool]
+    models = [save_model(f"m{seed}", "bert", seed) for seed in range(2)]
+    for model in models:
+        tensors = load_file(model / "model.safetensors")
+        tensors |= {f"buffer.{kind}": torch.tensor([[0, 1], [1, 0]]).to(kind) for kind in kinds}
+        save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    out = merge(models, tmp_path / "out", method="simple")
+    apart = merge(models, tmp_path / "apart", method="simple", keep_separate=["buffer.*"])
+    found = load_file(out / "model.safetensors")
+    kept = load_file(apart / "heads" / "m1" / "head.safetensors")
+    for kind in kinds:
+        for tensors in (found, kept):
+            assert tensors[f"buffer.{kind}"].dtype == kind
+            assert tensors[f"buffer.{kind}"].tolist() == [[0, 1], [1, 0]]
+    assert reproduce(out) == reproduce(apart) == []
