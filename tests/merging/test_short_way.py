@@ -11,7 +11,7 @@ from pathlib import Path
 MODULES, FRAMES = 28, 11
 
 FOLLOW = """
-import json, sys, threading, traceback
+import json, sys, threading
 
 entered, stacks = set(), {}
 
@@ -23,8 +23,13 @@ def watch(frame, event, argument):
         entered.add(module)
 
 
-def ours(frames):
-    return [frame.name for frame in frames if "/merganser/" in frame.filename]
+def ours():
+    frame, found = sys._getframe(2), []
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").startswith("merganser"):
+            found.insert(0, frame.f_code.co_name)
+        frame = frame.f_back
+    return found
 
 
 import torch  # before anything is watched: thousands of calls
@@ -36,12 +41,12 @@ product, run = blas._call, execution.execute
 
 def multiply(routine, *arguments):
     if routine == "gemm":
-        stacks.setdefault("thread", ours(traceback.extract_stack()))
+        stacks.setdefault("thread", ours())
     return product(routine, *arguments)
 
 
 def execute(*arguments, **options):
-    stacks["main"] = ours(traceback.extract_stack())
+    stacks["main"] = ours()
     return run(*arguments, **options)
 
 
