@@ -71,7 +71,7 @@ def open_checkpoint(
 
 def is_adapter(files: Checkpoint) -> bool:
     """Whether these are the files of a PEFT adapter and not of a model."""
-    named = any(Path(info.file).name == adapters.WEIGHTS for info in files.tensors.values())
+    named = any(Path(file).name == adapters.WEIGHTS for file in {info.file for info in files.tensors.values()})
     return named or (not files.tensors and (files.path / adapters.CONFIG).is_file())
 
 

@@ -125,18 +125,16 @@ def _steps(
     """Every tensor in exactly one step: the method's units, and the average (or a copy) for what it cannot treat."""
     tensors, parents, base = inputs.reference.checkpoint.tensors, inputs.parents, inputs.base
     coefficients = tuple(parent.contributor.coefficient for parent in parents)
-    options = method.options.model_dump(mode="json")
+    options, owned = method.options.model_dump(mode="json"), [parent.names for parent in parents]
 
     def step(unit: Unit, used: str, reason: str | None = None) -> Step:
-        owned = [parent.names for parent in parents]
         sources = tuple({name: Source(own[name]) for name in unit.names if name in own} for own in owned)
-        found = Step(unit.without_publications(), used, sources, coefficients, reason=reason)
-        if used != COPY:
-            found = replace(found, rows=next((rows[name] for name in unit.names if name in rows), None))
-        if used == method.name:
-            theirs = {name: Source(base.names[name]) for name in unit.names} if base and method.needs.base else {}
-            found = replace(found, options=options, base=theirs)
-        return found
+        theirs = {}
+        if used == method.name and method.needs.base and base:
+            theirs = {name: Source(base.names[name]) for name in unit.names}
+        table = None if used == COPY else next((rows[name] for name in unit.names if name in rows), None)
+        settings = options if used == method.name else {}
+        return Step(unit.without_publications(), used, sources, coefficients, settings, theirs, reason, table)
 
     facts = make_facts(names, inputs, _layers(method, inputs), rows)
     reasons = {f.name: f"excluded by {p!r}" for f in facts if (p := matches(f.name, recipe.exclude))}

@@ -153,8 +153,8 @@ class Unit:
 
     def without_publications(self) -> Unit:
         """Without what only the choice of units asks for: what each contributor publishes."""
-        bare = (replace(f, grams=(), counts=(), fishers=(), in_base=False, alone=False) for f in self.facts)
-        return replace(self, facts=tuple(bare))
+        bare = (Facts(f.name, f.shape, f.layer, f.bias_of, heads=f.heads, rows=f.rows) for f in self.facts)
+        return Unit(self.names, self.kind, tuple(bare))
 
     def only(self, rows: Sequence[int]) -> Unit:
         """The part of the unit that lies in these rows of each of its tensors."""
