@@ -231,3 +231,23 @@ def test_numbers_that_cannot_be_averaged_are_copied(save_model: Callable[..., Pa
             assert tensors[f"buffer.{kind}"].dtype == kind
             assert tensors[f"buffer.{kind}"].tolist() == [[0, 1], [1, 0]]
     assert reproduce(out) == reproduce(apart) == []
+
+
+@pytest.mark.parametrize("dtypes", [("bfloat16", "float32"), ("float32", "bfloat16"), ("float16", "bfloat16")])
+def test_the_configuration_states_the_dtype_that_is_stored(
+    save_model: Callable[..., Path], tmp_path: Path, dtypes: tuple[str, str]
+) -> None:
+    """The result is as wide as the widest contributor, and opens as wide as it is."""
+    import transformers
+
+    models = [save_model(f"m{seed}", "bert", seed) for seed in range(2)]
+    for model, dtype in zip(models, dtypes, strict=True):
+        tensors = {n: t.to(getattr(torch, dtype)) for n, t in load_file(model / "model.safetensors").items()}
+        save_file(tensors, model / "model.safetensors", {"format": "pt"})
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps({**config, "dtype": dtype}))
+    out = merge(models, tmp_path / "out", method="simple")
+    opened = transformers.AutoModelForSequenceClassification.from_pretrained(out)
+    assert {parameter.dtype for parameter in opened.parameters()} == {torch.float32}
+    alike = merge([models[0]] * 2, tmp_path / "alike", method="simple")
+    assert (alike / "config.json").read_bytes() == (models[0] / "config.json").read_bytes()

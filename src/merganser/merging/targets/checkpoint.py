@@ -26,7 +26,7 @@ from merganser.merging.plan import HEADS, KEPT, Plan, Step
 from merganser.merging.provenance import model_card, public_name, write_provenance
 from merganser.merging.recipe import Inputs, Parent
 from merganser.methods import Merged
-from merganser.tensors import DTYPES
+from merganser.tensors import DTYPES, is_floating
 
 _SPARE = 64_000_000  # bytes for everything that is not weights
 _CONFIG, _INDEX = "config.json", "model.safetensors.index.json"
@@ -213,11 +213,10 @@ def _config_changes(plan: Plan, inputs: Inputs) -> dict[str, Any]:
         largest = max((size for size in sizes if isinstance(size, int)), default=None)
         if largest is not None and largest != first.get("vocab_size"):
             changes["vocab_size"] = largest
-    if plan.recipe.dtype is not None:
-        names = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-        for key in ("dtype", "torch_dtype"):
-            if key in first and first[key] != names[plan.recipe.dtype]:
-                changes[key] = names[plan.recipe.dtype]
+    stored = {DTYPES[s.dtype] for s in plan.outputs if is_floating(s.dtype) and plan.file_of(s.name)[0] is None}
+    if len(stored) == 1:  # from_pretrained opens a model in the dtype that its configuration states
+        name = str(stored.pop()).removeprefix("torch.")
+        changes |= {key: name for key in ("dtype", "torch_dtype") if first.get(key, name) != name}
     return changes
 
 
