@@ -193,7 +193,7 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def _staged(target: Path) -> Iterator[Path]:
-    """A free path beside ``target`` that ends as it does; what is left there in the end is removed."""
+    """A free path beside ``target``, which no pattern such as ``*.json`` matches; what is left there is removed."""
     target.parent.mkdir(parents=True, exist_ok=True)
     work = _free_name(target)
     try:
@@ -204,7 +204,7 @@ def _staged(target: Path) -> Iterator[Path]:
 
 
 def _free_name(target: Path) -> Path:
-    return target.with_name(f"{_staging_name(target)}{secrets.token_hex(4)}{target.suffix}")
+    return target.with_name(f"{_staging_name(target)}{secrets.token_hex(4)}")
 
 
 def _staging_name(target: Path) -> str:
