@@ -251,3 +251,32 @@ def test_the_configuration_states_the_dtype_that_is_stored(
     assert {parameter.dtype for parameter in opened.parameters()} == {torch.float32}
     alike = merge([models[0]] * 2, tmp_path / "alike", method="simple")
     assert (alike / "config.json").read_bytes() == (models[0] / "config.json").read_bytes()
+
+
+def test_labels_of_one_name_are_refused_where_they_have_to_be_told_apart(
+    save_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    models = []
+    for seed, labels in enumerate((["x", "y", "y"], ["y", "x", "y"])):
+        model = save_model(f"m{seed}", "bert", seed, num_labels=3)
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps({**config, "id2label": dict(enumerate(labels))}))
+        models.append(model)
+    for labels in ("same", "union"):
+        with pytest.raises(UserError, match=r"(?s)2 problems.*m0.*two labels of its head one name.*m1"):
+            merge(models, tmp_path / "out", method="simple", labels=labels)
+    alike = merge([models[0], models[0]], tmp_path / "alike", method="simple")  # nothing has to be told apart
+    assert load_file(alike / "model.safetensors")["classifier.weight"].shape[0] == 3
+
+
+def test_data_and_logs_of_a_contributor_are_not_carried_over(save_model: Callable[..., Path], tmp_path: Path) -> None:
+    model = save_model("m")
+    for name in ("train.jsonl", "dev.csv", "run.log", "rows.parquet", "events.out.tfevents.1", "predictions.npy"):
+        (model / name).write_text("private")
+    for name in ("vocab.txt", "merges.txt", "generation_config.json"):
+        (model / name).write_text("{}")
+    out = merge([model, model], tmp_path / "out", method="simple")
+    assert {path.name for path in Path(out).iterdir()} == {
+        "README.md", "config.json", "generation_config.json", "merges.txt", "model.safetensors", "provenance.json",
+        "vocab.txt",
+    }  # fmt: skip

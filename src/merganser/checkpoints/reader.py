@@ -32,12 +32,13 @@ class Digest(Protocol):
         """The hash, in hexadecimal."""
 
 
-#: What does not travel from a parent to a merge: weights in any format, statistics, cards, training state.
+#: What does not travel from a parent to a merge: weights in any format, statistics, cards, training state and data.
 _NOT_SIDE_FILES = (
     "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt*",
     "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.ot", "*.tflite", "*.pb", "*.gguf", "*.pkl", "*.pickle",
     "README.md", "provenance.json", "trainer_state.json", "all_results.json", "train_results.json",
-    "eval_results.json", "rng_state*", ".*",
+    "eval_results.json", "rng_state*", "*.jsonl", "*.csv", "*.tsv", "*.parquet", "*.arrow", "*.log", "*.npy", "*.npz",
+    "events.out.*", ".*",
 )  # fmt: skip
 #: Statistics and ledgers know weights by sha256. Provenance has blake3, of all that is read and written while merging:
 #: sha256 was half of an average's work.

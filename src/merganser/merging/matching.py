@@ -96,6 +96,12 @@ def match_labels(
     restricted = any(parent.contributor.labels is not None for parent in parents)
     if not heads or (all(labels == known[0] for labels in known) and not restricted):
         return None
+    doubled = [p for p, labels in zip(parents, known, strict=True) if len(set(labels)) < len(labels)]
+    for parent in doubled:
+        text = "its configuration gives two labels of its head one name (id2label), so that rows cannot be told apart"
+        problems.add(CheckpointError(text, where=parent.checkpoint.name, mend="give every label a name of its own"))
+    if doubled:
+        return None
     if any(set(labels) != set(known[0]) for labels in known) and recipe.labels == "same":
         listing = "; ".join(f"{p.title}: {', '.join(k)}" for p, k in zip(parents, known, strict=True))
         problems.add(
