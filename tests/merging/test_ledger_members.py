@@ -221,6 +221,9 @@ def test_heads_whose_labels_stand_in_another_order_do_not_join(family: Family, t
     folder = fill(tmp_path / "sums", base, models[:1], [1])
     refuses(folder, models[1], r"labels of its head are yes, no, those in the ledger no, yes.*")
     ledger.add(folder, models[2])
+    other = fill(tmp_path / "other", base, models[1:2], [1])
+    with pytest.raises(UserError, match="labels of heads differ, or their order: no, yes; yes, no"):
+        ledger.combine([folder, other], tmp_path / "total")
     without = fill(tmp_path / "without", base, models, [1, 1, 1], keep_separate=["classifier*"])
     assert [member.labels for member in ledger.show(without).contributors] == [(), (), ()]
 

@@ -249,6 +249,10 @@ def test_the_configuration_states_the_dtype_that_is_stored(
     out = merge(models, tmp_path / "out", method="simple")
     opened = transformers.AutoModelForSequenceClassification.from_pretrained(out)
     assert {parameter.dtype for parameter in opened.parameters()} == {torch.float32}
+    apart = merge(models, tmp_path / "apart", method="simple", keep_separate=["classifier*"])
+    for head in ("m0", "m1"):  # each head's folder opens with the shared weights
+        opened = transformers.AutoModelForSequenceClassification.from_pretrained(apart / "heads" / head)
+        assert {parameter.dtype for parameter in opened.parameters()} == {torch.float32}
     alike = merge([models[0]] * 2, tmp_path / "alike", method="simple")
     assert (alike / "config.json").read_bytes() == (models[0] / "config.json").read_bytes()
 

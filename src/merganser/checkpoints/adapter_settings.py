@@ -12,7 +12,7 @@ from merganser.checkpoints.adapters import CONFIG
 from merganser.checkpoints.reader import Checkpoint, read_json
 from merganser.errors import CheckpointError, ErrorCollector
 
-#: AdapterSettings of LoRA's relatives whose effect is not W + s·BA, and what they are.
+#: Settings of LoRA's relatives whose effect is not W + s·BA, and what they are.
 _OTHER_KINDS = {
     "use_dora": "DoRA, which also scales every column",
     "use_qalora": "QALoRA, which pools the inputs",

@@ -265,7 +265,7 @@ class ParentShare:
 
 
 def read_finite(parent: Parent, source: Source, start: int = 0, stop: int | None = None) -> Tensor:
-    """RowMap of what a source names, as stored, hashed on the way.
+    """Rows of what a source names, as stored, hashed on the way.
 
     Raises:
         CheckpointError: NaN or Inf in it.
@@ -281,7 +281,7 @@ def read_finite(parent: Parent, source: Source, start: int = 0, stop: int | None
 
 
 def read_source(checkpoint: Checkpoint, source: Source, start: int = 0, stop: int | None = None) -> Tensor:
-    """RowMap ``start:stop`` of what a source names, as stored; a tensor that is read as it is is hashed on the way."""
+    """Rows ``start:stop`` of what a source names, as stored; a tensor that is read as it is is hashed on the way."""
     if source.transposed:
         return read_source(checkpoint, replace(source, transposed=False)).mT.contiguous()[start:stop]
     if source.rows is not None:
@@ -374,9 +374,10 @@ class Merging:
         """A tensor as the first contributor has it; the others that have it are to agree."""
         (name,), (first, *others) = step.unit.names, step.takers
         parent, source = self.inputs.parents[first], step.sources[first][name]
+        whole = read_source(parent.checkpoint, source) if others else torch.empty(0)
         for number in others:
             other, theirs = self.inputs.parents[number], step.sources[number][name]
-            if not torch.equal(read_source(other.checkpoint, theirs), read_source(parent.checkpoint, source)):
+            if not torch.equal(read_source(other.checkpoint, theirs), whole):
                 raise CheckpointError(
                     f"tensor {theirs.tensor!r} is not floating point and differs from that of {parent.title}",
                     where=other.checkpoint.name,

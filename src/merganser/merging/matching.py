@@ -146,7 +146,7 @@ def head_labels(parent: Parent, names: Iterable[str]) -> tuple[str, ...]:
 
 
 def match_vocabulary(parents: Sequence[Parent], name: str) -> RowMap:
-    """RowMap of a tensor whose contributors differ in length: the first rows are common, the rest are appended."""
+    """Rows of a tensor whose contributors differ in length: the first rows are common, the rest are appended."""
     sizes = [info.shape[0] for parent in parents if (info := parent.info(name)) is not None]
     size = max(sizes)
     return RowMap.of([[row if row < own else -1 for row in range(size)] for own in sizes])

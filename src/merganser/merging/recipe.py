@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from merganser.checkpoints import AdapterCheckpoint, Checkpoint, TensorInfo, open_checkpoint
 from merganser.checkpoints.reader import align
-from merganser.errors import ErrorCollector, RecipeError, UserError, did_you_mean, validated
+from merganser.errors import ErrorCollector, RecipeError, did_you_mean, validated
 from merganser.methods import METHODS
 from merganser.statistics import FILE_NAME, Statistics
 
@@ -265,24 +265,16 @@ def shared_base(parents: Sequence[Parent]) -> Checkpoint | None:
 
 
 def _open(reference: str, recipe: Recipe, problems: ErrorCollector, known: dict[str, Checkpoint]) -> Checkpoint | None:
-    try:
-        checkpoint = open_checkpoint(reference, allow_pickle=recipe.allow_pickle, known=known)
-        _ = checkpoint.config  # malformed configurations are problems too
-        return checkpoint
-    except UserError as error:
-        problems.add(error)
-        return None
+    checkpoint = problems.catch(open_checkpoint, reference, allow_pickle=recipe.allow_pickle, known=known)
+    sound = checkpoint is not None and problems.catch(lambda: checkpoint.config) is not None
+    return checkpoint if sound else None
 
 
 def _statistics(contributor: Contributor, checkpoint: Checkpoint, problems: ErrorCollector) -> Statistics | None:
     place = Path(contributor.statistics) if contributor.statistics else checkpoint.home.path / FILE_NAME
     if contributor.statistics is None and not place.is_file():
         return None
-    try:
-        return Statistics.open(place)
-    except UserError as error:
-        problems.add(error)
-        return None
+    return problems.catch(Statistics.open, place)
 
 
 def pin(model: str, revision: str) -> str:

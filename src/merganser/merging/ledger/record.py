@@ -11,6 +11,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -184,6 +185,11 @@ class LedgerRecord(_Frozen):
             "exclude": list(self.exclude),
             "keep_separate": list(self.keep_separate),
         }
+
+    @cached_property
+    def numbers(self) -> dict[tuple[str, ...], int]:
+        """The number of each part, by the names of its tensors."""
+        return {part.names: number for number, part in enumerate(self.parts)}
 
     def steps(self) -> tuple[Step, ...]:
         """The parts as steps of a plan."""

@@ -19,7 +19,7 @@ from merganser.files import new_folder
 from merganser.merging.execution import Slice, execute
 from merganser.merging.ledger.contributors import open_same_base, share_of
 from merganser.merging.ledger.record import BaseRecord, LedgerError, LedgerMember, LedgerRecord
-from merganser.merging.ledger.store import Sums, locked, schedule_of
+from merganser.merging.ledger.store import Sums, locked, schedule_of, specs
 from merganser.merging.ledger.terms import shapes
 from merganser.merging.ledger.terms import solve as solve_part
 from merganser.merging.memory import RunSettings, fit
@@ -86,7 +86,8 @@ def solve(
         reference = open_same_base(record, place, text, allow_pickle=allow_pickle)
         plan = _plan(record, method, reference, dtype, max_shard_size, allow_pickle)
         raise_all(output_problems(target, overwrite, [reference.checkpoint.path, place], plan.bytes_written))
-        parts, rest = schedule_of(record, settings), fit(plan.steps[len(record.parts) :], settings, whole=True)
+        parts = schedule_of(record, specs(record, record.parts), settings)
+        rest = fit(plan.steps[len(record.parts) :], settings, whole=True)
         schedule = replace(
             parts,
             steps=plan.steps,
@@ -121,11 +122,11 @@ class _Solving:
 
     def slices(self, step: Step, rows: int | None) -> Iterator[Slice]:
         """What is summed, solved; anything else as the base has it."""
-        found = next(((n, p) for n, p in enumerate(self.record.parts) if p.names == step.unit.names), None)
-        if found is None or found[1].treatment == COPY:
+        if step.method == COPY:
             merged = Merged({name: self.base.checkpoint.read(self.base.names[name]) for name in step.unit.names})
         else:
-            number, part = found
+            number = self.record.numbers[step.unit.names]
+            part = self.record.parts[number]
             terms = self.sums.rounded(number, list(shapes(self.method, part)))
             share = share_of(part, self.base, self.base)
             merged = solve_part(self.method, part, part.unit(), terms, self.record.total, share)

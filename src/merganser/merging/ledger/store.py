@@ -85,11 +85,11 @@ class SumsWork:
     """The sums of each part, computed.
 
     Args:
-        parts: of the model.
+        record: names the parts.
         compute: the sums of a part, by term; called on several threads.
     """
 
-    parts: Sequence[LedgerPart]
+    record: LedgerRecord
     compute: Compute
     mend: str = "collect the statistics again, or make a ledger with --exclude for this tensor"
 
@@ -98,8 +98,8 @@ class SumsWork:
 
     def slices(self, step: Step, rows: int | None) -> Iterator[Slice]:
         """Every sum of a part, by its name in the file."""
-        number = next(n for n, part in enumerate(self.parts) if part.names == step.unit.names)
-        pairs = self.compute(number, self.parts[number]).items()
+        number = self.record.numbers[step.unit.names]
+        pairs = self.compute(number, self.record.parts[number]).items()
         halves = {f"{number}.{term}.{half}": t for term, pair in pairs for half, t in zip(HALVES, pair, strict=True)}
         yield {}, Merged(halves)
 
@@ -145,20 +145,20 @@ def write_sums(
     """
     wanted = specs(record, record.parts)
     try:
-        schedule = schedule_of(record, settings)
+        schedule = schedule_of(record, wanted, settings)
         with files.writing(folder, "the ledger is as it was"), SafetensorsWriter(folder, {file: wanted}) as writer:
             target = SumsTarget(writer, file, wanted)
-            execute(schedule, SumsWork(record.parts, compute), target, "sums")
+            execute(schedule, SumsWork(record, compute), target, "sums")
     except BaseException:
         (folder / file).unlink(missing_ok=True)
         raise
     return {spec.name: target.hashes[spec.name] for spec in wanted}
 
 
-def schedule_of(record: LedgerRecord, settings: RunSettings) -> Schedule:
+def schedule_of(record: LedgerRecord, sums: Sequence[TensorSpec], settings: RunSettings) -> Schedule:
     """The parts as steps, fitted into memory: each is worked on as a whole, beside its sums and a term of each."""
     sizes: dict[tuple[str, ...], int] = {}
-    for spec in specs(record, record.parts):
+    for spec in sums:
         names = record.parts[int(spec.name.partition(".")[0])].names
         sizes[names] = sizes.get(names, 0) + spec.nbytes
     return fit(record.steps(), settings, extra=lambda step: 2 * sizes.get(step.unit.names, 0), whole=True)

@@ -360,6 +360,10 @@ def _check_alike(places: Sequence[Path], records: Sequence[LedgerRecord]) -> Non
             if (twin := seen.setdefault(entry.manifest_sha256, place)) != place:
                 text = f"{entry.name} ({entry.manifest_sha256[:12]}) is a contributor of {twin} too"
                 problems.add(LedgerError(text, where=place, mend="remove it from one of them"))
+    heads = {member.labels for record in records for member in record.contributors if member.labels}
+    if len(heads) > 1:
+        text = f"labels of heads differ, or their order: {'; '.join(', '.join(one) for one in sorted(heads))}"
+        problems.add(LedgerError(text, mend="add up ledgers without heads (--keep-separate)"))
     if not problems.found:
         for place, record in filled[1:]:
             other = filled[0][1]

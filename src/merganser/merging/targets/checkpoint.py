@@ -175,7 +175,7 @@ def write_small_files(plan: Plan, inputs: Inputs, layout: Layout, folder: Path) 
         if not config.is_file():
             raise CheckpointError("has no config.json", where=checkpoint.name, mend="restore it")
         shutil.copyfile(config, folder / head / _CONFIG)
-        _write_config(checkpoint, folder / head)
+        _write_config(checkpoint, folder / head, _stated_dtype(plan, checkpoint.config))
 
 
 def _write_config(checkpoint: Checkpoint, folder: Path, changes: Mapping[str, Any] | None = None) -> None:
@@ -213,11 +213,14 @@ def _config_changes(plan: Plan, inputs: Inputs) -> dict[str, Any]:
         largest = max((size for size in sizes if isinstance(size, int)), default=None)
         if largest is not None and largest != first.get("vocab_size"):
             changes["vocab_size"] = largest
+    return {**changes, **_stated_dtype(plan, first)}
+
+
+def _stated_dtype(plan: Plan, config: Mapping[str, Any]) -> dict[str, str]:
+    """What a configuration should say of the dtype: from_pretrained opens a model in the one that is stated."""
     stored = {DTYPES[s.dtype] for s in plan.outputs if is_floating(s.dtype) and plan.file_of(s.name)[0] is None}
-    if len(stored) == 1:  # from_pretrained opens a model in the dtype that its configuration states
-        name = str(stored.pop()).removeprefix("torch.")
-        changes |= {key: name for key in ("dtype", "torch_dtype") if first.get(key, name) != name}
-    return changes
+    name = str(stored.pop()).removeprefix("torch.") if len(stored) == 1 else None
+    return {key: name for key in ("dtype", "torch_dtype") if name and config.get(key, name) != name}
 
 
 def output_problems(output: str | Path, overwrite: bool, inputs: Sequence[Path], nbytes: int) -> list[UserError]:
