@@ -23,11 +23,12 @@ VOCABULARY, FIRST_WORD = 48, 10  # ids below the first word are special tokens
 EXAMPLES, LENGTH = 4, 12
 SAMPLES = 800  # of a waveform
 IMAGE, PATCH = 16, 8
+WIDTH = 32  # of hidden states
 
 #: Every attribute that a configuration has under one of these names gets this value.
 SMALL: dict[str, Any] = {
-    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embed_dim", "emb_dim", "embedding_size"), 32),
-    **dict.fromkeys(("width", "projection_dim", "out_hidden_size", "word_embed_proj_dim", "residual_dim"), 32),
+    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embed_dim", "emb_dim", "embedding_size"), WIDTH),
+    **dict.fromkeys(("width", "projection_dim", "out_hidden_size", "word_embed_proj_dim", "residual_dim"), WIDTH),
     **dict.fromkeys(("hidden_dim", "intermediate_size", "ffn_hidden_size", "d_ff", "d_inner", "ffn_dim", "dff"), 40),
     **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 40),
     **dict.fromkeys(("head_dim", "d_head", "d_kv", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"), 8),
