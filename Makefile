@@ -3,15 +3,23 @@ PYTHON ?= python3
 VENV   ?= .venv
 OUT    ?= demo-out
 JOBS   ?= 2
+ROWS   := .pytest_cache/architectures
 BIN    := $(VENV)/bin
 
-.PHONY: demo test experiments-tiny lint format clean
+.PHONY: demo test architectures experiments-tiny lint format clean
 
 demo: $(VENV)/.ready
 	$(BIN)/merganser demo -o $(OUT) $(DEMO)
 
 test: $(VENV)/.ready
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) $(TESTS)
+
+# Merging and collecting on tiny models of every architecture; writes docs/architectures.md.
+architectures: $(VENV)/.ready
+	rm -rf $(ROWS)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 MERGANSER_ARCHITECTURE_ROWS=$(ROWS) $(BIN)/python -m pytest -n $(JOBS) \
+	  -m "architectures or not architectures" tests/architectures || failed=$$?; \
+	PYTHONPATH=tests $(BIN)/python -m architectures.table $(ROWS) docs/architectures.md; exit $${failed:-0}
 
 # Every named configuration of experiments/ from end to end, with tiny models of the true architectures.
 experiments-tiny: $(VENV)/.ready

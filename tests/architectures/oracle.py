@@ -101,11 +101,11 @@ class Family:
         """The model that a user gets, in eval mode."""
         return self.model_class.from_pretrained(path, dtype=torch.float32).eval()
 
-    def name_at(self, place: int) -> str:
-        """The parameter that a position is in."""
+    def parameter_at(self, place: int) -> tuple[str, int]:
+        """The parameter that a position is in, and where in it."""
         for name, shape in self.shapes.items():
             if place < prod(shape):
-                return name
+                return name, place
             place -= prod(shape)
         raise IndexError(place)
 
@@ -124,7 +124,7 @@ class Family:
 
     def ties(self, coefficients: Sequence[float]) -> Iterator[Alternatives]:
         """Trim each matrix, elect signs, average what agrees."""
-        for name, kind, places in self._cut():
+        for name, kind, places in self.cut():
             found = {}
             stacks = self._stacks(places)
             if len(stacks) == 1 or kind != "experts":
@@ -138,7 +138,7 @@ class Family:
     def actmat(self, coefficients: Sequence[float]) -> Iterator[Alternatives]:
         """Least squares on ΔᵀΔ for linear maps; the same with an input of 1 for biases, of one-hots for embeddings."""
         average = self.average(coefficients)
-        for name, kind, places in self._cut():
+        for name, kind, places in self.cut():
             found = {"average": average[places]}
             if kind in ("linear", "experts", "tied"):
                 found["actmat"] = self._solve(places, coefficients)
@@ -151,7 +151,7 @@ class Family:
     def _trim(self, places: Tensor, coefficients: Sequence[float]) -> Tensor:
         return _ties([after[places] - self.before[places] for after in self.after], coefficients)
 
-    def _cut(self) -> Iterator[tuple[str, str, Tensor]]:
+    def cut(self) -> Iterator[tuple[str, str, Tensor]]:
         """Each stored tensor's name, kind and positions, and each parameter that is not stored."""
         seen = torch.zeros(len(self.before), dtype=torch.bool)
         for name, places in self.stored.items():

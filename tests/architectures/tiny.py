@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 Inputs = Literal["text", "seq2seq", "image", "image and text", "waveform", "spectrogram"]
 
 VOCABULARY, FIRST_WORD = 48, 10  # ids below the first word are special tokens
-EXAMPLES, LENGTH = 4, 12
+EXAMPLES, LENGTH = 4, 16
 SAMPLES = 800  # of a waveform
 IMAGE, PATCH = 16, 8
 WIDTH = 32  # of hidden states
@@ -342,7 +342,7 @@ def batch(config: PreTrainedConfig, inputs: Inputs, seed: int = 0) -> dict[str, 
     if inputs in ("text", "seq2seq", "image and text"):
         found |= _tokens(LENGTH)
     if inputs in ("seq2seq", "spectrogram"):
-        found |= {f"decoder_{name}": value for name, value in _tokens(LENGTH - 3).items()}
+        found |= {f"decoder_{name}": value for name, value in _tokens(LENGTH - 3, step=3).items()}
     if inputs in ("image", "image and text"):
         vision = getattr(config, "vision_config", config)
         side = getattr(vision, "image_size", IMAGE)
@@ -359,8 +359,8 @@ def batch(config: PreTrainedConfig, inputs: Inputs, seed: int = 0) -> dict[str, 
     return found
 
 
-def _tokens(length: int) -> dict[str, Tensor]:
-    mask = _mask(length, step=2)
+def _tokens(length: int, step: int = 4) -> dict[str, Tensor]:
+    mask = _mask(length, step)
     ids = torch.randint(FIRST_WORD, VOCABULARY, mask.shape)
     return {"input_ids": ids * mask, "attention_mask": mask}
 

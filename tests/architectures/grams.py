@@ -1,0 +1,129 @@
+"""Gram matrices and token counts of a model's inputs by plain observation: each example runs alone, without padding.
+
+What is observed are the functions that multiply by a parameter, whatever the module around them: so experts, routers
+and shared weights are seen as what they are. Nothing of merganser's is used.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
+
+#: A parameter's name and the position of its first number that took part, such as that of an expert.
+Key = tuple[str, int]
+
+
+@dataclass
+class Observed:
+    """Sums over the inputs of each parameter.
+
+    Attributes:
+        grams: Σ x xᵀ in float64, (d, d).
+        sums: Σ x, (d,).
+        rows: how many x.
+        counts: how often each row of an embedding was looked up.
+    """
+
+    grams: dict[Key, Tensor] = field(default_factory=dict)
+    sums: dict[Key, Tensor] = field(default_factory=dict)
+    rows: dict[Key, int] = field(default_factory=lambda: defaultdict(int))
+    counts: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, key: Key, inputs: Tensor) -> None:
+        """Count some inputs (…, d)."""
+        x = inputs.detach().reshape(-1, inputs.shape[-1]).to(torch.float64)
+        self.grams[key] = self.grams.get(key, 0) + x.T @ x
+        self.sums[key] = self.sums.get(key, 0) + x.sum(0)
+        self.rows[key] += len(x)
+
+
+def observe(model: PreTrainedModel, batch: dict[str, Tensor]) -> Observed:
+    """What a model's parameters see of a batch's examples, run one by one."""
+    seen = _Observer(model)
+    implementation = getattr(model.config, "_experts_implementation", None)
+    if implementation is not None:
+        model.set_experts_implementation("eager")
+    with torch.no_grad(), seen:
+        for example in alone(batch):
+            model(**example)
+    return seen.found
+
+
+def alone(batch: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """Each example of a batch without its padding; masks stay, all ones."""
+    for number in range(len(next(iter(batch.values())))):
+        example = {}
+        for name, value in batch.items():
+            mask = batch.get("decoder_attention_mask" if name.startswith("decoder_") else "attention_mask")
+            cut = mask is not None and value.shape[:2] == mask.shape
+            example[name] = value[number : number + 1, : int(mask[number].sum())] if cut else value[number : number + 1]
+        yield example
+
+
+class _Observer(TorchFunctionMode):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.found = Observed()
+        self._names = {p.untyped_storage().data_ptr(): name for name, p in model.named_parameters()}
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        given = dict(zip(_ARGUMENTS.get(function, ()), args, strict=False)) | (kwargs or {})
+        weight, inputs = given.get("weight"), given.get("input")
+        name = self._names.get(weight.untyped_storage().data_ptr()) if isinstance(weight, Tensor) else None
+        if name is not None and weight.dim() >= 2:
+            self._see(function, (name, weight.storage_offset()), weight, inputs, given)
+        return function(*args, **(kwargs or {}))
+
+    def _see(self, function: Any, key: Key, weight: Tensor, inputs: Tensor, given: dict[str, Any]) -> None:
+        if function is functional.embedding:
+            counts = torch.bincount(inputs.reshape(-1), minlength=len(weight))
+            self.found.counts[key[0]] = self.found.counts.get(key[0], 0) + counts
+        elif function in _CONVOLUTIONS:
+            if given.get("groups", 1) == 1:
+                self.found.add(key, _patches(inputs, weight, given))
+        else:
+            self.found.add(key, inputs)
+
+
+_CONVOLUTIONS = (functional.conv1d, functional.conv2d, functional.conv3d)
+_CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+#: Functions that multiply by a weight, and the names of their arguments.
+_ARGUMENTS: dict[Any, tuple[str, ...]] = {
+    functional.linear: ("input", "weight"),
+    functional.embedding: ("input", "weight"),
+    torch.matmul: ("input", "weight"),
+    Tensor.matmul: ("input", "weight"),
+    Tensor.__matmul__: ("input", "weight"),
+    torch.mm: ("input", "weight"),
+    torch.addmm: ("bias", "input", "weight"),
+    **dict.fromkeys(_CONVOLUTIONS, _CONVOLUTION),
+}
+
+
+def _patches(inputs: Tensor, weight: Tensor, given: dict[str, Any]) -> Tensor:
+    """What a convolution multiplies, (…, in · kernel), in the order of ``weight.flatten(1)``."""
+    size = weight.shape[2:]
+    stride, padding, dilation = (_each(given.get(name, one), len(size)) for name, one in _DEFAULTS.items())
+    padded = functional.pad(inputs, [width for one in reversed(padding) for width in (one, one)])
+    for axis, (kernel, step, gap) in enumerate(zip(size, stride, dilation, strict=True)):
+        spread = gap * (kernel - 1) + 1
+        padded = padded.unfold(2 + axis, spread, step)[..., ::gap]
+    spatial = len(size)
+    order = [0, *range(2, 2 + spatial), 1, *range(2 + spatial, 2 + 2 * spatial)]
+    return padded.permute(order).flatten(1 + spatial)
+
+
+_DEFAULTS = {"stride": 1, "padding": 0, "dilation": 1}
+
+
+def _each(value: Any, count: int) -> tuple[int, ...]:
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return values * count if len(values) == 1 else values
