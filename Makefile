@@ -17,7 +17,7 @@ test: $(VENV)/.ready
 # Merging and collecting on tiny models of every architecture; writes docs/architectures.md.
 architectures: $(VENV)/.ready
 	rm -rf $(ROWS)
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 MERGANSER_ARCHITECTURE_ROWS=$(ROWS) $(BIN)/python -m pytest -n $(JOBS) \
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 ARCHITECTURE_ROWS=$(ROWS) $(BIN)/python -m pytest -n $(JOBS) \
 	  -m "architectures or not architectures" tests/architectures || failed=$$?; \
 	PYTHONPATH=tests $(BIN)/python -m architectures.table $(ROWS) docs/architectures.md; exit $${failed:-0}
 

@@ -289,15 +289,17 @@ def _stored(model: PreTrainedModel, folder: Path) -> dict[str, Tensor]:
             start += parameter.numel()
     if start > 2**24:
         raise ValueError(f"{start} positions are not exact in float32")
-    buffers = {name for name, _ in model.named_buffers()}
+        for buffer in model.buffers():
+            if buffer.is_floating_point():
+                buffer.fill_(torch.nan)
     model.save_pretrained(folder)
     found = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118
                 places = file.get_tensor(name)
-                if name in buffers or not places.is_floating_point():
-                    continue
+                if not places.is_floating_point() or bool(places.isnan().any()):
+                    continue  # a buffer
                 if not torch.equal(places, places.round().clamp(0, start - 1)):
                     raise ValueError(f"{name} is not made of a parameter's numbers")
                 found[name] = places.to(torch.int64).reshape(-1)
@@ -307,6 +309,8 @@ def _stored(model: PreTrainedModel, folder: Path) -> dict[str, Tensor]:
 
 def _ties(deltas: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:
     """The merged task vector of one tensor."""
+    if not len(deltas[0]):
+        return deltas[0]
     kept = max(1, int(DENSITY * len(deltas[0])))
     trimmed = []
     for delta in deltas:

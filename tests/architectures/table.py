@@ -21,8 +21,8 @@ merging and collecting by `make architectures`; this page is written by it. Expe
 opens the models with `from_pretrained`, merges in memory in float64, and compares with what opens from the result.
 
 - **Average**, **task arithmetic**, **TIES**, **ACTMat**: whether the merge is that of the oracle.
-- **ACTMat reaches**, **RegMean reaches**: the share of the numbers of linear maps (experts, routers and convolutions are
-  some) that the method itself merged; the rest is averaged. Models of pictures among text have statistics of text alone.
+- **ACTMat reaches**, **RegMean reaches**: the share of the numbers of linear maps (experts, routers and convolutions
+  are some) that the method itself merged; the rest is averaged. Models of pictures among text are run on text alone.
 - **Statistics**: whether Gram matrices and token counts of padded batches are those of the examples run one by one.
 
 {summary}

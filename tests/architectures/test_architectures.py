@@ -31,7 +31,7 @@ PARTLY_COVERED: dict[str, str] = {}
 )
 def test_it_is_merged_as_in_memory(name: str, tmp_path: Path) -> None:
     row = examine(TINY[name], tmp_path)
-    if rows := os.environ.get("MERGANSER_ARCHITECTURE_ROWS"):
+    if rows := os.environ.get("ARCHITECTURE_ROWS"):
         Path(rows).mkdir(parents=True, exist_ok=True)
         (Path(rows) / f"{name}.json").write_text(json.dumps(asdict(row)))
     faults = {asked: fault for asked, fault in row.faults.items() if fault}
