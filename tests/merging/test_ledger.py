@@ -272,4 +272,4 @@ def test_a_ledger_keeps_to_its_memory(family: Family, tmp_path: Path, monkeypatc
     ]
     first, second = ((Path(one) / "model.safetensors").read_bytes() for one in results)
     assert first == second
-    assert results[0].method == "regmean" and sum(part.tensors for part in results[0].coverage) == len(weights(base))
+    assert results[0].method == "regmean" and sum(part.tensors for part in results[0].treatments) == len(weights(base))

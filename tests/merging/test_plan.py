@@ -128,7 +128,7 @@ def test_a_source_can_be_a_part_of_a_tensor(save_model: Callable[..., Path], row
     for source, wanted in parts.items():
         assert torch.equal(read_source(stored, source), wanted)
         assert torch.equal(read_source(stored, source, 1, 2), wanted[1:2])
-        assert source.shape(tuple(stored.tensors[source.tensor].shape)) == tuple(wanted.shape)
+        assert source.shape(stored) == tuple(wanted.shape)
     recipe = make_recipe({"contributors": [str(one), str(two)], "method": "simple"})
     name = "expert.1"
     step = Step(
@@ -202,8 +202,8 @@ def test_what_merge_returns(family: Family, tmp_path: Path) -> None:
     assert (result / "config.json").is_file() and result.method == "regmean" and result.seconds > 0
     assert merge(models, str(tmp_path / "text"), method="simple") == str(tmp_path / "text")
     shown = result._repr_html_()
-    assert sum(part.tensors for part in result.coverage) == len(result.plan.outputs)
-    assert any(part.reason and "*.pooler.*" in part.reason for part in result.coverage)
+    assert sum(part.tensors for part in result.treatments) == len(result.plan.outputs)
+    assert any(part.reason and "*.pooler.*" in part.reason for part in result.treatments)
     assert "<td>2</td>" in verify(result)._repr_html_()
     assert "<table>" in shown and "regmean" in shown and "excluded by &#x27;*.pooler.*&#x27;" in shown
 

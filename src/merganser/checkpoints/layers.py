@@ -7,28 +7,37 @@ is loaded; what it does not cover is merged by average, and said so.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from merganser.checkpoints.reader import Checkpoint, read_json, renamed
+from merganser.checkpoints.layout import Place, find_places, ties
+from merganser.checkpoints.reader import Checkpoint
 from merganser.errors import CheckpointError
 
-Kind = Literal["linear", "conv1d", "embedding"]
+Kind = Literal["linear", "conv1d", "embedding", "convolution"]
+_STACK = re.compile(r"(weight|proj|w\d|v\d)$")  # names of parameters that can be a stack of experts' weights
+_NO_MAP = re.compile(r"Norm|Embedding|Scale")  # classes whose bare weight is no linear map
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer that is a plain linear map of its input.
+    """A linear map of its input, or a stack of such maps, one for each expert.
 
     Attributes:
         module: its name in the model.
-        kind: ``linear`` (weight is out × in), ``conv1d`` (GPT-2's: in × out) or ``embedding`` (vocabulary × width).
+        kind: how the weight lies on disk: ``linear`` (out × in), ``conv1d`` (GPT-2's: in × out), ``embedding``
+            (vocabulary × width) or ``convolution`` (out × in × kernel, a map of patches).
         weight: on-disk name of its weight.
         bias: on-disk name of its bias, if it has one.
         tied: another layer uses the same on-disk weight.
+        experts: how many maps lie behind each other in the tensor; None: it is one.
     """
 
     module: str
@@ -36,6 +45,7 @@ class Layer:
     weight: str
     bias: str | None
     tied: bool
+    experts: int | None = None
 
 
 def kind_of(module: nn.Module) -> Kind | None:
@@ -46,43 +56,135 @@ def kind_of(module: nn.Module) -> Kind | None:
         return "linear"
     if isinstance(module, Conv1D):
         return "conv1d"
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and module.groups == 1:
+        return "convolution"
     return "embedding" if isinstance(module, nn.Embedding) else None
 
 
-def map_parameters(model: nn.Module, checkpoint: Checkpoint, *, values: bool = True) -> dict[str, str]:
-    """The on-disk name of each parameter of ``model``; parameters that are not on disk are absent.
+@dataclass(frozen=True)
+class _Weight:
+    """A parameter that is the weight of a linear map, or of a stack: its name and that of its bias in the module."""
 
-    A candidate name counts only with the right shape and, with ``values`` and unless the model is on the meta device,
-    the right values.
+    name: str
+    kind: Kind
+    stacked: bool = False
+    bias: str | None = None
+
+
+def _weights_of(module: nn.Module) -> list[_Weight]:
+    """The weights of linear maps that a module itself holds."""
+    own = dict(module.named_parameters(recurse=False, remove_duplicate=False))
+    kind = kind_of(module)
+    if kind is not None:
+        return [_Weight("weight", kind, bias="bias" if "bias" in own else None)] if "weight" in own else []
+    kind_name = type(module).__name__
+    stacks = [name for name, value in own.items() if value.dim() == 3 and _STACK.search(name)]
+    if stacks and (hasattr(module, "is_transposed") or "Expert" in kind_name or "Linear" in kind_name):
+        stacked: Kind = "conv1d" if _is_transposed(module, own, stacks) else "linear"
+        biases = [next((b for b in (f"{name}_bias", "bias") if b in own), None) for name in stacks]
+        return [_Weight(name, stacked, True, bias) for name, bias in zip(stacks, biases, strict=True)]
+    bare = own.get("weight")
+    if bare is not None and bare.dim() == 2 and not list(module.children()) and not _NO_MAP.search(kind_name):
+        bias = own.get("bias")
+        return [_Weight("weight", "linear", bias="bias" if bias is not None and bias.dim() == 1 else None)]
+    return []
+
+
+def _is_transposed(module: nn.Module, own: Mapping[str, nn.Parameter], stacks: Sequence[str]) -> bool:
+    """Whether a stack's matrices are (in, out): as the module says, or else as its first and last fit together."""
+    said = getattr(module, "is_transposed", None)
+    if said is not None or len(stacks) < 2:
+        return bool(said)
+    (_, first, second), (_, third, last) = own[stacks[0]].shape, own[stacks[-1]].shape
+    straight = second == third and first in (last, 2 * last)
+    return not straight and first == last and second in (third, 2 * third)
+
+
+def find_layers(model: nn.Module, places: Mapping[str, Place], shapes: Mapping[str, Sequence[int]]) -> list[Layer]:
+    """The layers of a model whose weights are on disk, in module order.
+
+    Args:
+        model: which may be on the meta device.
+        places: where its parameters lie.
+        shapes: of the stored tensors.
     """
-    prefix = getattr(model, "base_model_prefix", "")
-    named = dict(model.named_parameters(remove_duplicate=False))
+    twins = {name: group for group in ties(model) for name in group}
+
+    def place_of(parameter: str) -> Place | None:
+        names = [parameter, *twins.get(parameter, ())]
+        return next((places[name] for name in names if name in places), None)
+
+    found: dict[tuple[str, str], Layer] = {}
+    users: dict[tuple[str, object], set[str]] = {}
+    for module_name, module in model.named_modules():
+        for weight in _weights_of(module):
+            parameter = f"{module_name}.{weight.name}" if module_name else weight.name
+            place = place_of(parameter)
+            bias = place_of(f"{module_name}.{weight.bias}" if module_name else weight.bias) if weight.bias else None
+            for layer, part in _layers_at(module_name, weight, place, bias, shapes) if place else ():
+                found.setdefault((parameter, layer.weight), layer)
+                users.setdefault((layer.weight, part), set()).add(parameter)
+    shared = {stored for (stored, _), names in users.items() if len(names) > 1}
+    return [replace(layer, tied=layer.weight in shared) for layer in found.values()]
+
+
+def _layers_at(
+    module: str, weight: _Weight, place: Place, bias: Place | None, shapes: Mapping[str, Sequence[int]]
+) -> Iterator[tuple[Layer, object]]:
+    """The stored tensors of a weight as layers, each with the part of it that the weight is."""
+    first = int(weight.stacked)
+    out, inner = (first + 1, first) if weight.kind == "conv1d" else (first, first + 1)
+    biases: list[str | None] = [None] * len(place.boxes or place.stored)
+    if bias is not None and len(bias.stored) in (1, len(biases)):
+        biases = [*bias.stored] if len(bias.stored) == len(biases) else [bias.stored[0]] * len(biases)
+    if place.boxes is None:  # its rows change places, or a kernel is flattened
+        for stored, its_bias in zip(place.stored, biases, strict=True):
+            shape = shapes[stored]
+            if weight.stacked == (len(shape) == 3) and len(shape) < 4:
+                experts = shape[0] if weight.stacked else None
+                yield Layer(module, weight.kind, stored, its_bias, False, experts), None
+            elif not weight.stacked and weight.kind == "linear":
+                yield Layer(module, "convolution", stored, its_bias, False), None
+        return
+    for box, its_bias in zip(place.boxes, biases, strict=True):
+        shape, stacked = shapes[box.tensor], weight.stacked and box.dims[0] is not None
+        if weight.kind == "convolution":
+            if box.dims == tuple(range(len(shape))):
+                yield Layer(module, "convolution", box.tensor, its_bias, False), box.part
+            continue
+        rows, columns = box.dims[out], box.dims[inner]
+        if rows is None or columns is None or len(shape) != 2 + stacked or (stacked and box.dims[0] != 0):
+            continue
+        if box.part[columns] != (0, shape[columns]):
+            continue  # a part of its inputs only
+        kind: Kind = weight.kind if weight.kind == "embedding" else "linear" if rows < columns else "conv1d"
+        yield Layer(module, kind, box.tensor, its_bias, False, shape[0] if stacked else None), box.part
+
+
+def map_parameters(model: nn.Module, checkpoint: Checkpoint, *, values: bool = True) -> dict[str, str]:
+    """The on-disk name of each parameter of ``model`` that is one stored tensor; others are absent.
+
+    A name counts only with the right shape and, with ``values`` and unless the model is on the meta device, the right
+    values.
+    """
+    places, _, _ = find_places(model, {name: info.shape for name, info in checkpoint.tensors.items()})
+    twins = {name: group for group in ties(model) for name in group}
     found: dict[str, str] = {}
-    by_identity: dict[int, str] = {}
-    for name, parameter in named.items():
-        for candidate in _spellings(name, prefix):
-            if candidate in checkpoint.tensors and _same(parameter, checkpoint, candidate, values):
-                found[name] = by_identity[id(parameter)] = candidate
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        for twin in (name, *twins.get(name, ())):
+            place = places.get(twin)
+            if place and len(place.stored) == 1 and _same(parameter, checkpoint, place.stored[0], values):
+                found[name] = place.stored[0]
                 break
-    for name, parameter in named.items():  # tied: stored under another parameter's name
-        if name not in found and id(parameter) in by_identity:
-            found[name] = by_identity[id(parameter)]
-    return {name: found[name] for name in named if name in found}
+    return found
 
 
 def layers_of(model: nn.Module, checkpoint: Checkpoint) -> list[Layer]:
     """The layers of a model whose weights are on disk, in module order."""
+    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
     names = map_parameters(model, checkpoint)
-    users: dict[str, int] = {}
-    found: list[tuple[str, Kind, str, str | None]] = []
-    for module_name, module in model.named_modules():
-        kind = kind_of(module)
-        weight = names.get(f"{module_name}.weight")
-        if kind is None or weight is None:
-            continue
-        users[weight] = users.get(weight, 0) + 1
-        found.append((module_name, kind, weight, names.get(f"{module_name}.bias")))
-    return [Layer(module, kind, weight, bias, users[weight] > 1) for module, kind, weight, bias in found]
+    places, _, _ = find_places(model, shapes)
+    return find_layers(model, {name: place for name, place in places.items() if name in names}, shapes)
 
 
 def describe_layers(checkpoint: Checkpoint) -> list[Layer]:
@@ -100,14 +202,28 @@ def empty_model(checkpoint: Checkpoint) -> nn.Module:
     Raises:
         CheckpointError: the architecture is not one of transformers' own.
     """
-    import transformers
+    return build_empty(checkpoint.config, checkpoint.path)
 
-    where = checkpoint.path / "config.json"
+
+def build_empty(values: Mapping[str, Any], folder: Path) -> nn.Module:
+    """The model that a configuration describes, on the meta device.
+
+    Args:
+        values: of ``config.json``.
+        folder: that it belongs to.
+
+    Raises:
+        CheckpointError: the architecture is not one of transformers' own.
+    """
+    import transformers
+    from transformers.initialization import no_init_weights
+
+    where = folder / "config.json"
     try:
-        config = load_config(checkpoint)
+        config = make_config(values, folder)
         name = (getattr(config, "architectures", None) or [None])[0]
         model_class: Any = getattr(transformers, name, None) if name else None
-        with torch.device("meta"):
+        with torch.device("meta"), no_init_weights():
             if model_class is not None:
                 return model_class(config)
             return transformers.AutoModel.from_config(config)
@@ -121,22 +237,17 @@ def empty_model(checkpoint: Checkpoint) -> nn.Module:
 
 def load_config(checkpoint: Checkpoint) -> Any:
     """transformers' configuration of a checkpoint, with what an adapter changes of its base's."""
-    import transformers
-
-    config = transformers.AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
-    stored = read_json(checkpoint.path / "config.json", missing={})
-    changes = {key: value for key, value in checkpoint.config.items() if stored.get(key) != value}
-    if "id2label" in changes:
-        changes["id2label"] = {int(key): label for key, label in changes["id2label"].items()}
-    config.update(changes)
-    return config
+    return make_config(checkpoint.config, checkpoint.path)
 
 
-def _spellings(name: str, prefix: str) -> list[str]:
-    names = [name]
-    if prefix:
-        names.append(name.removeprefix(f"{prefix}.") if name.startswith(f"{prefix}.") else f"{prefix}.{name}")
-    return [*names, *(old for name in names for old in renamed(name))]
+def make_config(values: Mapping[str, Any], folder: Path) -> Any:
+    """transformers' configuration from the values of a ``config.json`` in ``folder``."""
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    known = values.get("model_type")
+    if isinstance(known, str) and known in CONFIG_MAPPING:
+        return CONFIG_MAPPING[known].from_dict(deepcopy(dict(values)))
+    return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
 def _same(parameter: nn.Parameter, checkpoint: Checkpoint, name: str, values: bool) -> bool:
@@ -145,5 +256,5 @@ def _same(parameter: nn.Parameter, checkpoint: Checkpoint, name: str, values: bo
     if parameter.is_meta or not values:
         return True
     stored = checkpoint.read(name)
-    checkpoint.sha256(name, stored)  # the values are here: hash them now rather than read them again
+    checkpoint.hash(name, "blake3", stored)  # the values are here: hash them now rather than read them again
     return torch.equal(stored.to(parameter.dtype), parameter.detach().cpu())

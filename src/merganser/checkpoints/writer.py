@@ -9,6 +9,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from types import TracebackType
 
@@ -94,13 +95,17 @@ class SafetensorsWriter:
     def write(self, file: str, name: str, tensor: Tensor, start: int = 0) -> None:
         """Write a tensor, or some rows of one from row ``start`` on, into its place. Each row is to be written once.
 
+        Rows may be those of a stack of matrices, counted through.
+
         Raises:
             ValueError: its dtype or shape is not what was announced.
         """
         info = self._places[file, name]
         shape, rows = tuple(tensor.shape), tensor.shape[0] if tensor.dim() else 1
-        fits = len(shape) == len(info.shape) and shape[1:] == info.shape[1:]
-        if not fits or start + rows > (info.shape or (1,))[0] or tensor.dtype != DTYPES[info.dtype]:
+        deeper = max(len(info.shape) - len(shape), 0)
+        height = prod(info.shape[: deeper + 1]) if info.shape else 1
+        fits = shape[1:] == info.shape[deeper + 1 :] and bool(shape) == bool(info.shape)
+        if not fits or start + rows > height or tensor.dtype != DTYPES[info.dtype]:
             raise ValueError(
                 f"{name}: {tensor.dtype} {list(tensor.shape)} is not {info.dtype} {list(info.shape)}"
                 + (f" from row {start} on" if start else "")

@@ -33,6 +33,12 @@ if TYPE_CHECKING:
 @click.option("--labels", type=click.Choice(["same", "union"]), help="union: one head that knows every label.")
 @click.option("--vocabulary", type=click.Choice(["same", "largest"]), help="largest: accept appended tokens.")
 @click.option("--dtype", type=click.Choice(["F64", "F32", "F16", "BF16"]), help="Storage dtype of the result.")
+@click.option(
+    "--require-coverage",
+    type=click.FloatRange(0, 1),
+    metavar="SHARE",
+    help="An error unless the method reaches this share of the linear weights.",
+)
 @click.option("--max-shard-size", metavar="SIZE", help="Largest weight file.  [default: 5GB]")
 @click.option("--allow-pickle", is_flag=True, default=None, help="Accept pytorch_model.bin (weights_only).")
 @click.option("--threads", type=click.IntRange(1), help="Units worked on at once.  [default: all cores]")
@@ -116,6 +122,7 @@ def merge_command(
         warn(note)
     treated = ", ".join(f"{count} {method}" for method, count in plan.counts.items())
     warn(f"{human_bytes(plan.bytes_written)} merged in {result.seconds:.1f} s; tensors: {treated}")
+    warn(f"{plan.recipe.method} reached {plan.coverage}")
     click.echo(output)
 
 
@@ -128,7 +135,8 @@ def show_plan(prepared: PreparedMerge, as_json: bool) -> None:
             "method": plan.recipe.method,
             "options": plan.recipe.options,
             "counts": plan.counts,
-            "coverage": [asdict(part) for part in plan.coverage],
+            "coverage": {**asdict(plan.coverage), "share": plan.coverage.share},
+            "treatments": [asdict(part) for part in plan.treatments],
             "bytes_read": plan.bytes_read,
             "bytes_written": plan.bytes_written,
             "peak_bytes": schedule.peak_bytes,
@@ -138,13 +146,14 @@ def show_plan(prepared: PreparedMerge, as_json: bool) -> None:
         }
         click.echo(json.dumps(summary, indent=1))
         return
-    rows = [[p.method, p.kind, str(p.tensors), human_bytes(p.nbytes), p.reason or ""] for p in plan.coverage]
+    rows = [[p.method, p.kind, str(p.tensors), human_bytes(p.nbytes), p.reason or ""] for p in plan.treatments]
     options = ", ".join(f"{key}={value}" for key, value in plan.recipe.options.items()) or "no options"
     print_table(
         f"{len(plan.recipe.contributors)} models by {plan.recipe.method} ({options})",
         ["method", "how", "tensors", "size", "why not the method"],
         rows,
     )
+    click.echo(f"{plan.recipe.method} reaches {plan.coverage}")
     click.echo(
         f"reads {human_bytes(plan.bytes_read)}, writes {human_bytes(plan.bytes_written)}, "
         f"peak memory about {human_bytes(schedule.peak_bytes)} on {schedule.threads} threads"

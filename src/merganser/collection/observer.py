@@ -196,7 +196,7 @@ class Observer:
             leader = self._wiring.leaders.get(layer.module)
             rows = int(self.counts[layer.module].sum()) if leader is None else self.grams[leader].seen
             if rows:
-                layers.append(LayerStatistics(**asdict(layer), input=leader, rows=rows))
+                layers.append(_published(layer, leader, rows))
                 if leader is None:
                     tensors[f"count.{layer.module}"] = self.counts[layer.module].cpu().clone()
         return tuple(layers), tensors
@@ -285,6 +285,11 @@ class Observer:
             raise ValueError(f"{tuple(x.shape)} has {count} rows that count, not {len(place)}")
         else:
             fill(place, rows, index)
+
+
+def _published(layer: Layer, input: str | None, rows: int) -> LayerStatistics:
+    known = {key: value for key, value in asdict(layer).items() if key != "experts"}
+    return LayerStatistics(**known, input=input, rows=rows)
 
 
 def _changed(name: str, how: str) -> StatisticsError:

@@ -1,8 +1,9 @@
 """From a recipe to a plan to a merged folder with its provenance."""
 
+from merganser.checkpoints.sources import Source
 from merganser.merging.memory import RunSettings
 from merganser.merging.merge import MergeResult, Verification, carry_out, merge, prepare, reproduce, verify
-from merganser.merging.plan import Plan, Source, Step
+from merganser.merging.plan import Plan, Step
 from merganser.merging.planning import make_plan
 from merganser.merging.recipe import Contributor, Recipe, load_recipe, make_recipe
 

@@ -11,17 +11,17 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import astuple, dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from merganser.checkpoints import Checkpoint
+from merganser.checkpoints.sources import Source, read_source
 from merganser.errors import CheckpointError, RecipeError
 from merganser.merging.matching import RowMap
 from merganser.merging.memory import Budget, RunSettings, Schedule
-from merganser.merging.plan import COPY, KEPT, Source, Step
+from merganser.merging.plan import COPY, KEPT, Step
 from merganser.merging.recipe import Inputs, Parent
 from merganser.merging.running_sums import RunningSums
 from merganser.methods import Merged, Method, Unit, average_unit
@@ -220,13 +220,16 @@ class ParentShare:
     def fisher(self, name: str) -> Tensor:
         """Its diagonal Fisher information of a parameter."""
         start, stop = self._range(name)
-        return self._picked(self._statistics.fisher(self.sources[name].tensor)[start:stop])
+        source = self.sources[name]
+        whole = self._statistics.fisher(source.tensor)
+        return self._picked((whole if source.index is None else whole[source.index])[start:stop])
 
     def identity(self, unit: Unit) -> list[object]:
         """Everything that what it brings to a unit depends on, as plain values."""
         statistics, sources = self.parent.statistics, self.sources
-        weights = [[self.parent.checkpoint.hash(s.tensor, "blake3"), *astuple(s)[1:]] for s in sources.values()]
-        known = [statistics.layer(sources[f.name].tensor) for f in unit.facts if f.layer and statistics]
+        checkpoint = self.parent.checkpoint
+        weights = [[[checkpoint.hash(t, "blake3") for t in s.tensors()], astuple(s)] for s in sources.values()]
+        known = [statistics.layer(sources[f.name].leaf.tensor) for f in unit.facts if f.layer and statistics]
         published = None if statistics is None or statistics.path is None else statistics.sha256()
         grams = [published, *(entry.input if entry else None for entry in known)]
         return [self.coefficient, weights, grams, None if self.own is None else list(self.own)]
@@ -246,7 +249,7 @@ class ParentShare:
         return read_finite(self._base, self._base_sources[name], start, stop)
 
     def _layer(self, weight: str) -> LayerStatistics:
-        layer = self._statistics.layer(self.sources[weight].tensor)
+        layer = self._statistics.layer(self.sources[weight].leaf.tensor)
         if layer is None:
             raise RuntimeError(f"the plan promised statistics of {weight}")
         return layer
@@ -273,24 +276,10 @@ def read_finite(parent: Parent, source: Source, start: int = 0, stop: int | None
     stored = read_source(parent.checkpoint, source, start, stop)
     if stored.is_floating_point() and not is_finite(stored):
         raise CheckpointError(
-            f"tensor {source.tensor!r} holds NaN or Inf",
+            f"tensor {source.leaf.tensor!r} holds NaN or Inf",
             where=parent.checkpoint.name,
             mend="this checkpoint is damaged or its training diverged; use another",
         )
-    return stored
-
-
-def read_source(checkpoint: Checkpoint, source: Source, start: int = 0, stop: int | None = None) -> Tensor:
-    """Rows ``start:stop`` of what a source names, as stored; a tensor that is read as it is is hashed on the way."""
-    if source.transposed:
-        return read_source(checkpoint, replace(source, transposed=False)).mT.contiguous()[start:stop]
-    if source.rows is not None:
-        first, last = source.rows
-        start, stop = first + start, last if stop is None else min(first + stop, last)
-    if source.index is not None:
-        return checkpoint.read(source.tensor, source.index, source.index + 1)[0][start:stop]
-    stored = checkpoint.read(source.tensor, start, stop)
-    checkpoint.observe(source.tensor, stored, start)
     return stored
 
 
@@ -311,13 +300,20 @@ class Merging:
         """Of every contributor and the base."""
         for parent, sources in zip(self.inputs.parents, step.sources, strict=True):
             for source in sources.values():
-                parent.checkpoint.prefetch(source.tensor)
+                for stored in source.tensors():
+                    parent.checkpoint.prefetch(stored)
         if self.inputs.base is not None:
             for source in step.base.values():
-                self.inputs.base.checkpoint.prefetch(source.tensor)
+                for stored in source.tensors():
+                    self.inputs.base.checkpoint.prefetch(stored)
 
     def slices(self, step: Step, rows: int | None) -> Iterator[Slice]:
-        """Float tensors come in float32 or wider, others as they are stored."""
+        """Float tensors come in float32 or wider, others as they are stored; of a stack, one after the other."""
+        for number in range(step.stack or 0):
+            for firsts, merged in self.slices(step.one_of(number), rows):
+                yield {name: first + number * step.height_of(name) for name, first in firsts.items()}, merged
+        if step.stack is not None:
+            return
         unit, method = step.unit, step.treatment
         sums = None if self.settings.sums is None or method is None else RunningSums(self.settings.sums)
         keeps = sums is not None and method is not None and method.additive(unit)
@@ -379,7 +375,7 @@ class Merging:
             other, theirs = self.inputs.parents[number], step.sources[number][name]
             if not torch.equal(read_source(other.checkpoint, theirs), whole):
                 raise CheckpointError(
-                    f"tensor {theirs.tensor!r} is not floating point and differs from that of {parent.title}",
+                    f"tensor {theirs.leaf.tensor!r} is not floating point and differs from that of {parent.title}",
                     where=other.checkpoint.name,
                     mend=f"--keep-separate '{name}' so that each contributor keeps its own",
                 )

@@ -198,6 +198,28 @@ def check_architectures(parents: Sequence[Parent], base: Parent | None, problems
             )
 
 
+def names_to_merge(recipe: Recipe, people: Sequence[Parent], reference: Parent) -> tuple[list[str], list[str]]:
+    """The tensors of the result, by the reference's names, and notes on what is left out.
+
+    Left out are second copies of tied tensors, which open from the first, and buffers that the model does not read
+    any more and some contributor does not store.
+    """
+    view, notes = reference.view, []
+    names = [name for name in reference.checkpoint.tensors if not matches(name, recipe.keep_separate)]
+    copies = [name for name in names if name in view.duplicates]
+    if copies:
+        notes.append(f"stored once, since the model ties them: {_listed(copies)} (as {view.duplicates[copies[0]]})")
+    old = [name for name in names if name in view.ignored and any(name not in p.sources for p in people)]
+    if old:
+        notes.append(f"left out, since the model does not read them: {_listed(old)}")
+    left_out = {*copies, *old}
+    return [name for name in names if name not in left_out], notes
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
 def find_separate(recipe: Recipe, parents: Sequence[Parent], problems: ErrorCollector) -> tuple[tuple[str, ...], ...]:
     """Each contributor's own tensors that the recipe keeps separate; patterns that match nothing are mistakes."""
     everything = [
@@ -255,9 +277,10 @@ def match_shapes(
 def check_unmatched(parents: Sequence[Parent], separate: Sequence[Sequence[str]], problems: ErrorCollector) -> None:
     """A tensor that another contributor has and the first lacks would be lost: say so."""
     for parent, kept in zip(parents, separate, strict=True):
-        twins = set(parent.names.values())
+        used = {stored for source in parent.sources.values() for stored in source.tensors()}
         for name, info in parent.checkpoint.tensors.items():
-            if name not in twins and name not in kept and is_floating(info.dtype):
+            expected = name in used or name in kept or name in parent.view.duplicates or name in parent.view.ignored
+            if not expected and is_floating(info.dtype):
                 problems.add(
                     CheckpointError(
                         f"tensor {name!r} is not in {parents[0].title} and would be lost",
@@ -265,6 +288,20 @@ def check_unmatched(parents: Sequence[Parent], separate: Sequence[Sequence[str]]
                         mend=f"--keep-separate '{name}' so that it is kept",
                     )
                 )
+
+
+def check_ties(parent: Parent) -> list[CheckpointError]:
+    """Second copies of tied tensors that differ from the first, by their bytes: such a model does not open tied."""
+    checkpoint = parent.checkpoint
+    return [
+        CheckpointError(
+            f"{name!r} and {first!r} differ, though the configuration ties them (tie_word_embeddings)",
+            where=checkpoint.name,
+            mend='write "tie_word_embeddings": false into its config.json and the other contributors\'',
+        )
+        for name, first in parent.view.duplicates.items()
+        if name in parent.checkpoint.tensors and checkpoint.hash(name, "blake3") != checkpoint.hash(first, "blake3")
+    ]
 
 
 def check_needs(
@@ -294,7 +331,7 @@ def check_needs(
                 mend="add --base MODEL",
             )
         )
-    if method.needs.base and base is not None and not base.names:
+    if method.needs.base and base is not None and not base.sources:
         problems.add(
             CheckpointError(
                 "holds none of the contributors' tensors", where=base.checkpoint.name, mend="give the right base model"

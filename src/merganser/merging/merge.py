@@ -16,9 +16,10 @@ from merganser.errors import CheckpointError, ErrorCollector, RecipeError, raise
 from merganser.files import is_url
 from merganser.merging.distributed import run_on
 from merganser.merging.execution import Merging, execute
+from merganser.merging.matching import check_ties
 from merganser.merging.memory import RunSettings, Schedule, available_bytes, fit
 from merganser.merging.outputs import output_of
-from merganser.merging.plan import Plan, Treatment, inputs_of
+from merganser.merging.plan import Coverage, Plan, Treatment, inputs_of
 from merganser.merging.planning import plan_of
 from merganser.merging.provenance import (
     check_files,
@@ -34,6 +35,7 @@ from merganser.merging.running_sums import check_sums
 from merganser.merging.targets.adapter import AdapterTarget
 from merganser.merging.targets.checkpoint import (
     CheckpointTarget,
+    check_opening,
     complete,
     make_layout,
     new_output,
@@ -64,9 +66,14 @@ class MergeResult(PathResult):
         return self.plan.recipe.method
 
     @property
-    def coverage(self) -> list[Treatment]:
-        """What was treated how, and why."""
+    def coverage(self) -> Coverage:
+        """How much of the linear maps' weights the method that was asked for reached."""
         return self.plan.coverage
+
+    @property
+    def treatments(self) -> list[Treatment]:
+        """What was treated how, and why."""
+        return self.plan.treatments
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -74,8 +81,9 @@ class MergeResult(PathResult):
         return self.plan.notes
 
     def _repr_html_(self) -> str:
-        rows = [[t.method, t.kind, t.tensors, t.reason or ""] for t in self.coverage]
+        rows = [[t.method, t.kind, t.tensors, t.reason or ""] for t in self.treatments]
         title = f"{self.path}: {len(self.plan.recipe.contributors)} models by {self.method} in {self.seconds:.1f} s"
+        title += f"; {self.coverage}"
         return html_table(title, ["treatment", "how", "tensors", "why not the method"], rows, self.notes)
 
 
@@ -118,7 +126,7 @@ def merge(
         engine: where the work is done (see :mod:`merganser.engines`); by default in this process.
         as_adapter: write the nearest LoRA adapter of this rank instead of a full checkpoint.
         settings: the other keys of :class:`Recipe`: ``exclude``, ``keep_separate``, ``labels``, ``vocabulary``,
-            ``dtype``, ``max_shard_size``, ``allow_pickle``.
+            ``dtype``, ``max_shard_size``, ``require_coverage``, ``allow_pickle``.
 
     Returns:
         What was written; it can be used as the path of the output.
@@ -230,6 +238,8 @@ def prepare(
         _hash(inputs, settings.threads)
         for parent in inputs.parents:
             problems.add(*(parent.statistics.check_binding(parent.checkpoint) if parent.statistics else []))
+    for source in inputs.sources:
+        problems.add(*check_ties(source))
     problems.raise_all()
     return PreparedMerge(plan, inputs, settings, schedule)
 
@@ -275,6 +285,8 @@ def carry_out(prepared: PreparedMerge, output: str | Path, *, overwrite: bool = 
                 with CheckpointTarget(plan, layout, folder) as target:
                     execute(prepared.schedule, work, target)
                 records = target.records
+            if settings.engine is None or not is_url(output):  # else the weights lie elsewhere by now
+                raise_all(check_opening(folder, inputs.reference.checkpoint))
             people, base = describe_inputs(plan, inputs)
             complete(plan, inputs.reference, layout, folder, records, people, base)
     return MergeResult(output, plan, time.monotonic() - started)

@@ -10,11 +10,13 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import prod
 from pathlib import PurePosixPath
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from merganser.checkpoints.sources import Source
 from merganser.checkpoints.writer import TensorSpec
 from merganser.errors import RecipeError
 from merganser.merging.matching import RowMap
@@ -23,29 +25,6 @@ from merganser.methods import METHODS, Method, Unit
 
 AVERAGE, COPY, KEPT = "average", "copy", "kept separate"
 HEADS = "heads"
-
-
-@dataclass(frozen=True)
-class Source:
-    """A tensor on disk, or a part of one.
-
-    Attributes:
-        tensor: its name in the checkpoint.
-        index: which one of a stack along the first dimension, such as one expert.
-        rows: (start, stop) along the first dimension, of the one that ``index`` names; all by default.
-        transposed: the last two dimensions change places.
-    """
-
-    tensor: str
-    index: int | None = None
-    rows: tuple[int, int] | None = None
-    transposed: bool = False
-
-    def shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
-        """Of the part, where the whole has the shape ``stored``."""
-        shape = stored if self.index is None else stored[1:]
-        shape = shape if self.rows is None else (self.rows[1] - self.rows[0], *shape[1:])
-        return (*shape[:-2], shape[-1], shape[-2]) if self.transposed else shape
 
 
 Sources = Mapping[str, Source]
@@ -65,6 +44,8 @@ class Step:
         base: where the base model has each target, if the method needs it.
         reason: why it is not the method that was asked for.
         rows: which rows of which contributor answer to which of the result, where they differ.
+        stack: how many such units lie behind each other in each target, as experts do, each merged by itself; the unit
+            has the shapes of one. None: the unit is the whole.
     """
 
     unit: Unit
@@ -75,6 +56,22 @@ class Step:
     base: Sources = field(default_factory=dict)
     reason: str | None = None
     rows: RowMap | None = None
+    stack: int | None = None
+
+    def height_of(self, name: str) -> int:
+        """The rows of a target, of one of the stack."""
+        return next((fact.shape[0] if fact.shape else 1) for fact in self.unit.facts if fact.name == name)
+
+    def one_of(self, number: int) -> Step:
+        """The step of one of the stack."""
+        facts = []
+        for fact in self.unit.facts:
+            height = fact.shape[0] if fact.shape else 1
+            facts.append(replace(fact, rows=range(number * height, (number + 1) * height)))
+        unit = replace(self.unit, facts=tuple(facts))
+        sources = tuple({name: source.one_of(number) for name, source in own.items()} for own in self.sources)
+        base = {name: source.one_of(number) for name, source in self.base.items()}
+        return replace(self, unit=unit, sources=sources, base=base, stack=None)
 
     @property
     def treatment(self) -> Method | None:
@@ -104,6 +101,30 @@ class Treatment:
     reason: str | None
     tensors: int
     nbytes: int
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How much of the linear maps' weights a method reaches: those of layers, heads, experts, routers, convolutions.
+
+    Attributes:
+        linear: numbers in all of these weights; embeddings, biases and norms are none.
+        reached: how many of them the method that was asked for merges.
+        others: how many it does not merge, by reason, the most frequent first.
+    """
+
+    linear: int
+    reached: int
+    others: Mapping[str, int]
+
+    @property
+    def share(self) -> float:
+        """Reached of all; 1 where there is no linear map."""
+        return self.reached / self.linear if self.linear else 1.0
+
+    def __str__(self) -> str:
+        why = "; ".join(f"{number / self.linear:.1%} {reason}" for reason, number in [*self.others.items()][:4])
+        return f"{self.share:.1%} of the linear weights" + (f" (not: {why})" if why else "")
 
 
 @dataclass(frozen=True)
@@ -153,8 +174,25 @@ class Plan:
         """Size of the result's weights."""
         return sum(spec.nbytes for spec in self.outputs)
 
+    @cached_property
+    def coverage(self) -> Coverage:
+        """How much of the linear maps' weights the method that was asked for reaches."""
+        linear = reached = 0
+        others: Counter[str] = Counter()
+        for step in self.steps:
+            for fact in step.unit.facts:
+                if fact.layer is None or fact.layer.kind == "embedding":
+                    continue
+                count = prod(fact.shape) * (step.stack or 1)
+                linear += count
+                if step.method == self.recipe.method:
+                    reached += count
+                else:
+                    others[step.reason or step.method] += count
+        return Coverage(linear, reached, dict(others.most_common()))
+
     @property
-    def coverage(self) -> list[Treatment]:
+    def treatments(self) -> list[Treatment]:
         """What is treated how, and why."""
         groups: dict[tuple[str, str, str | None], list[TensorSpec]] = {}
         for step in self.steps:
@@ -167,7 +205,7 @@ class Plan:
     def counts(self) -> dict[str, int]:
         """How many tensors each method treats."""
         counts: Counter[str] = Counter()
-        for part in self.coverage:
+        for part in self.treatments:
             counts[part.method] += part.tensors
         return dict(counts)
 
@@ -224,10 +262,12 @@ def inputs_of(plan: Plan) -> Inputs:
     inputs = open_inputs(plan.recipe.model_copy(update={"contributors": tuple(pinned)}))
     for step in plan.steps:
         shapes = {fact.name: fact.shape for fact in step.unit.facts}
+        height = () if step.stack is None else (step.stack,)
         for parent, sources in zip(inputs.parents, step.sources, strict=True):
             for target, source in sources.items():
-                info = parent.checkpoint.tensors.get(source.tensor)
-                if info is None or (step.rows is None and source.shape(info.shape) != tuple(shapes[target])):
+                known = all(stored in parent.checkpoint.tensors for stored in source.tensors())
+                wanted = (*height, *shapes[target])
+                if not known or (step.rows is None and source.shape(parent.checkpoint) != wanted):
                     where, mend = parent.checkpoint.name, "give the very files that the plan was made from"
-                    raise RecipeError(f"does not have {source.tensor!r} as the plan reads it", where=where, mend=mend)
+                    raise RecipeError(f"does not have {target!r} as the plan reads it", where=where, mend=mend)
     return inputs if plan.base else replace(inputs, base=None)

@@ -14,7 +14,8 @@ from pathlib import PurePosixPath
 import torch
 
 from merganser.checkpoints import TensorInfo
-from merganser.checkpoints.layers import Layer, describe_layers
+from merganser.checkpoints.layers import Layer
+from merganser.checkpoints.sources import Source
 from merganser.checkpoints.writer import TensorSpec
 from merganser.errors import ErrorCollector, RecipeError
 from merganser.merging.matching import (
@@ -27,13 +28,16 @@ from merganser.merging.matching import (
     match_labels,
     match_shapes,
     matches,
+    names_to_merge,
 )
-from merganser.merging.plan import AVERAGE, COPY, HEADS, KEPT, Plan, Source, Step
-from merganser.merging.recipe import Inputs, Recipe, method_options, open_inputs
+from merganser.merging.plan import AVERAGE, COPY, HEADS, KEPT, Plan, Step
+from merganser.merging.recipe import Inputs, Parent, Recipe, method_options, open_inputs
 from merganser.methods import METHODS, Facts, Method, Unit, choose
 from merganser.methods.simple import SIMPLE
 from merganser.tensors import DTYPE_NAMES, DTYPES, is_floating
 
+_LITTLE = 0.9  # of the linear weights, below which a merge by a method is hardly one
+NO_LAYER = Layer("", "linear", "", None, False)
 _CONFIGURED_HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head")  # what configurations call it
 
 
@@ -58,10 +62,10 @@ def plan_of(recipe: Recipe, inputs: Inputs, *, rank: int | None = None) -> Plan:
     people = parents if reference in parents else (reference, *parents)
     check_architectures(people, base, problems)
     separate = find_separate(recipe, people, problems)
-    names = [name for name in reference.checkpoint.tensors if not matches(name, recipe.keep_separate)]
+    names, notes = names_to_merge(recipe, people, reference)
     labels = match_labels(recipe, people, names, problems)
     rows = dict(labels.rows) if labels else {}
-    notes = list(labels.notes) if labels else []
+    notes += labels.notes if labels else ()
     match_shapes(recipe, people, names, rows, problems)
     check_unmatched(people, separate, problems)
 
@@ -80,6 +84,7 @@ def plan_of(recipe: Recipe, inputs: Inputs, *, rank: int | None = None) -> Plan:
             where="recipe",
             mend=f"publish the statistics it needs, or choose --method {SIMPLE.name}",
         )
+    notes += check_coverage(recipe, steps, chosen, reference.view.reason)
     outputs = [_spec(name, recipe, inputs, rows) for name in names]
     folders = nested_folders(reference.checkpoint.tensors.values())
     if reference in parents and any(separate):
@@ -105,6 +110,21 @@ def plan_of(recipe: Recipe, inputs: Inputs, *, rank: int | None = None) -> Plan:
     )
 
 
+def check_coverage(recipe: Recipe, steps: Sequence[Step], method: str, unknown: str | None) -> list[str]:
+    """A note where the method reaches little of the linear weights, or where it is not known which these are.
+
+    Raises:
+        RecipeError: it reaches less than the recipe requires.
+    """
+    found = Plan(recipe.model_copy(update={"method": method}), tuple(steps), ()).coverage
+    text = f"method {method!r} reaches only {found}"
+    if recipe.require_coverage is not None and found.share < recipe.require_coverage:
+        mend = "mend what the reasons name, choose another method, or require less"
+        raise RecipeError(text, where="require_coverage", mend=mend)
+    notes = [] if unknown is None else [f"layers are told by the names on disk: {unknown}"]
+    return notes + ([text] if found.share < _LITTLE else [])
+
+
 def choose_method(recipe: Recipe, inputs: Inputs) -> tuple[str, str | None]:
     """The method's name and, where the recipe leaves it open, why it was chosen."""
     if recipe.method != "auto":
@@ -125,49 +145,48 @@ def _steps(
     """Every tensor in exactly one step: the method's units, and the average (or a copy) for what it cannot treat."""
     tensors, parents, base = inputs.reference.checkpoint.tensors, inputs.parents, inputs.base
     coefficients = tuple(parent.contributor.coefficient for parent in parents)
-    options, owned = method.options.model_dump(mode="json"), [parent.names for parent in parents]
+    options = method.options.model_dump(mode="json")
 
     def step(unit: Unit, used: str, reason: str | None = None) -> Step:
-        sources = tuple({name: Source(own[name]) for name in unit.names if name in own} for own in owned)
+        sources = tuple({n: parent.sources[n] for n in unit.names if n in parent.sources} for parent in parents)
         theirs = {}
         if used == method.name and method.needs.base and base:
-            theirs = {name: Source(base.names[name]) for name in unit.names}
+            theirs = {name: base.sources[name] for name in unit.names}
         table = None if used == COPY else next((rows[name] for name in unit.names if name in rows), None)
-        settings = options if used == method.name else {}
-        return Step(unit.without_publications(), used, sources, coefficients, settings, theirs, reason, table)
+        settings, stack = (options, unit.facts[0].stack) if used == method.name else ({}, None)
+        return Step(unit.without_publications(), used, sources, coefficients, settings, theirs, reason, table, stack)
 
-    facts = make_facts(names, inputs, _layers(method, inputs), rows)
+    def untreated(fact: Facts, used: str, reason: str) -> Step:
+        whole = fact if fact.stack is None else replace(fact, shape=(fact.stack, *fact.shape), stack=None)
+        return step(Unit((fact.name,), used, (whole,)), used, reason)
+
+    facts = make_facts(names, inputs, _layers(inputs), rows)
     reasons = {f.name: f"excluded by {p!r}" for f in facts if (p := matches(f.name, recipe.exclude))}
+    if inputs.reference not in inputs.parents:
+        reasons |= {f.name: "packed experts, of which a ledger keeps no sums" for f in facts if f.stack is not None}
     copied = {f.name for f in facts if not is_floating(tensors[f.name].dtype)}
     units, others = method.units([f for f in facts if f.name not in reasons and f.name not in copied])
     reasons |= others
     steps = [step(unit, method.name) for unit in units]
     for fact in facts:
         if fact.name in copied:
-            steps.append(step(Unit((fact.name,), COPY, (fact,)), COPY, "not floating point"))
+            steps.append(untreated(fact, COPY, "not floating point"))
         elif fact.name in reasons:
-            steps.append(step(Unit((fact.name,), AVERAGE, (fact,)), AVERAGE, reasons[fact.name]))
+            steps.append(untreated(fact, AVERAGE, reasons[fact.name]))
     first = {name: number for number, name in enumerate(names)}
     return sorted(steps, key=lambda one: min(first[name] for name in one.unit.names))
 
 
-def _layers(method: Method, inputs: Inputs) -> dict[str, Layer]:
-    """The layers by the reference's name of their weight, from the first contributor's statistics or the model."""
-    first = inputs.parents[0]
-    if method.needs.statistics and first.statistics is not None:
-        ours = {own: name for name, own in first.names.items()}
-        described = [
-            Layer(x.module, x.kind, ours[x.weight], ours.get(x.bias or ""), x.tied)
-            for x in first.statistics.header.layers
-            if x.weight in ours
-        ]
-    elif method.needs.layers:
-        described = describe_layers(inputs.reference.checkpoint)
-    else:
-        return {}
+def _layers(inputs: Inputs) -> Mapping[str, Layer]:
+    """The layers by the reference's name of their weight: the model's, or what the first statistics say of another."""
+    first, view = inputs.parents[0], inputs.reference.view
+    if view.model is not None or first.statistics is None:
+        return view.layers
+    ours = {source.tensor: name for name, source in first.sources.items()}
     layers: dict[str, Layer] = {}
-    for layer in described:
-        layers.setdefault(layer.weight, layer)
+    for x in first.statistics.header.layers:
+        if x.weight in ours:
+            layers.setdefault(ours[x.weight], Layer(x.module, x.kind, ours[x.weight], ours.get(x.bias or ""), x.tied))
     return layers
 
 
@@ -181,24 +200,37 @@ def make_facts(
     facts = []
     for name in names:
         shape = inputs.reference.checkpoint.tensors[name].shape
-        owned = [(p.statistics, p.names.get(name, "")) for p in inputs.parents]
-        entries = [(s, s.layer(own) if s else None) for s, own in owned]
+        layer, bias_of = layers.get(name), by_bias.get(name)
+        stack = (layer or bias_of or NO_LAYER).experts
+        known = [_published(parent, name) for parent in inputs.parents]
         base_info = inputs.base.info(name) if inputs.base else None
         facts.append(
             Facts(
                 name,
-                shape,
-                layers.get(name),
-                by_bias.get(name),
-                grams=tuple(entry.input if entry else None for _, entry in entries),
-                counts=tuple(bool(s and entry and s.has_count(entry.module)) for s, entry in entries),
-                fishers=tuple(bool(s and s.has_fisher(own)) for s, own in owned),
+                shape if stack is None else shape[1:],
+                layer,
+                bias_of,
+                grams=tuple(gram for gram, _, _ in known),
+                counts=tuple(count for _, count, _ in known),
+                fishers=tuple(fisher for _, _, fisher in known),
                 heads=heads,
                 in_base=base_info is not None and base_info.shape == shape and name not in rows,
                 alone=name in rows,
+                stack=stack,
             )
         )
     return facts
+
+
+def _published(parent: Parent, name: str) -> tuple[str | None, bool, bool]:
+    """What a contributor publishes of a tensor: the key of its Gram matrix, token counts, Fisher information."""
+    statistics, source = parent.statistics, parent.sources.get(name)
+    if statistics is None or source is None:
+        return None, False, False
+    entry = statistics.layer(source.leaf.tensor)
+    count = entry is not None and statistics.has_count(entry.module)
+    fisher = source == Source(source.tensor) and statistics.has_fisher(source.tensor)
+    return entry.input if entry else None, count, fisher
 
 
 def _spec(name: str, recipe: Recipe, inputs: Inputs, rows: Mapping[str, RowMap]) -> TensorSpec:

@@ -63,6 +63,7 @@ def write_provenance(
         "method_chosen_because": plan.choice,
         "parents": list(parents),
         "base": base,
+        "coverage": {**asdict(plan.coverage), "share": plan.coverage.share},
         "notes": list(plan.notes),
         "tensors": {name: asdict(records[name]) for name in sorted(records)},
         "files": _file_digests(folder, records, files or {}, places or {}),
@@ -344,6 +345,8 @@ def model_card(
 | treatment | tensors | why not the method |
 |---|---|---|
 {treatment}
+
+{plan.method.name} reached {plan.coverage}.
 {sections}{said}
 The licences of the contributors apply to the result.
 """

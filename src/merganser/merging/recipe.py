@@ -15,7 +15,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from merganser.checkpoints import AdapterCheckpoint, Checkpoint, TensorInfo, open_checkpoint
-from merganser.checkpoints.reader import align
+from merganser.checkpoints.model_view import ModelView, aligned, view_of
+from merganser.checkpoints.sources import Source
 from merganser.errors import ErrorCollector, RecipeError, did_you_mean, validated
 from merganser.methods import METHODS
 from merganser.statistics import FILE_NAME, Statistics
@@ -55,6 +56,9 @@ class Recipe(BaseModel):
     )
     dtype: Literal["F64", "F32", "F16", "BF16"] | None = Field(
         None, description="storage dtype of the result; by default the widest of the contributors'"
+    )
+    require_coverage: float | None = Field(
+        None, ge=0, le=1, description="the share of the linear weights that the method has to reach"
     )
     max_shard_size: str = Field("5GB", description="largest weight file")
     allow_pickle: bool = Field(False, description="accept pytorch_model.bin (read with weights_only=True)")
@@ -154,13 +158,13 @@ class Parent:
         contributor: what the recipe says of it.
         checkpoint: its files.
         statistics: its statistics, where it has any.
-        names: its own name of each tensor, by the name that the first contributor gives it.
+        sources: where it has each tensor, by the name that the first contributor's files give it.
     """
 
     contributor: Contributor
     checkpoint: Checkpoint
     statistics: Statistics | None
-    names: dict[str, str]
+    sources: dict[str, Source]
 
     @property
     def title(self) -> str:
@@ -169,8 +173,18 @@ class Parent:
 
     def info(self, name: str) -> TensorInfo | None:
         """Its header entry of a tensor, by the first contributor's name."""
-        own = self.names.get(name)
-        return None if own is None else self.checkpoint.tensors[own]
+        source = self.sources.get(name)
+        if source is None:
+            return None
+        if source == Source(source.tensor):
+            return self.checkpoint.tensors[source.tensor]
+        first = self.checkpoint.tensors[source.leaf.tensor]
+        return replace(first, name=name, shape=source.shape(self.checkpoint))
+
+    @property
+    def view(self) -> ModelView:
+        """It as the model that opens from it."""
+        return view_of(self.checkpoint)
 
     @property
     def label_names(self) -> list[str]:
@@ -212,7 +226,7 @@ def open_inputs(recipe: Recipe) -> Inputs:
     problems = ErrorCollector()
     parents = open_parents(recipe, problems)
     problems.raise_all()
-    base = open_base(recipe, list(parents[0].checkpoint.tensors), problems, parents)
+    base = open_base(recipe, parents[0], problems, parents)
     problems.raise_all()
     return Inputs(tuple(parents), base, parents[0])
 
@@ -231,18 +245,17 @@ def open_parents(recipe: Recipe, problems: ErrorCollector) -> list[Parent]:
         parents.append(Parent(contributor, checkpoint, _statistics(contributor, checkpoint, problems), {}))
     if not parents:
         return []
-    first = parents[0].checkpoint.tensors
-    return [replace(parent, names=align(first, parent.checkpoint.tensors)) for parent in parents]
+    return [replace(parent, sources=aligned(parents[0].view, parent.view)) for parent in parents]
 
 
 def open_base(
-    recipe: Recipe, names: list[str], problems: ErrorCollector, parents: Sequence[Parent] = ()
+    recipe: Recipe, reference: Parent | None, problems: ErrorCollector, parents: Sequence[Parent] = ()
 ) -> Parent | None:
     """Open the base model that the recipe names; without one, that of the contributors, if all are adapters of it.
 
     Args:
         recipe: the merge.
-        names: the first contributor's names of tensors.
+        reference: whose names of tensors count; None: the base's own.
         problems: receives what cannot be opened.
         parents: the open contributors.
     """
@@ -253,7 +266,8 @@ def open_base(
     if checkpoint is None:
         return None
     contributor = Contributor.model_validate({"model": recipe.base or checkpoint.name})
-    return Parent(contributor, checkpoint, None, align(names, checkpoint.tensors))
+    view = view_of(checkpoint)
+    return Parent(contributor, checkpoint, None, aligned(reference.view if reference else view, view))
 
 
 def shared_base(parents: Sequence[Parent]) -> Checkpoint | None:

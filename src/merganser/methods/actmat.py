@@ -28,8 +28,6 @@ def _treat(fact: Facts, options: ACTMatOptions) -> str:
     layer = fact.layer or fact.bias_of
     if layer is None:
         return "not a linear map"
-    if fact.layer and layer.tied:
-        return "tied: one tensor serves several layers"
     if not fact.in_base:
         return "not in the base model"
     if fact.layer is None:
@@ -53,7 +51,8 @@ def _changes(unit: Unit, share: Share) -> Iterator[Tensor]:
     step = fact.shape[0] if transposed(fact) else BLOCK
     for start in range(0, fact.shape[0], step):
         stop = min(start + step, fact.shape[0])
-        yield share.rows(name, start, stop).to(torch.float64) - share.base_rows(name, start, stop)
+        change = share.rows(name, start, stop).to(torch.float64) - share.base_rows(name, start, stop)
+        yield change.flatten(1) if change.dim() > 2 else change
 
 
 def _rows(unit: Unit, share: Share, options: ACTMatOptions) -> Diagonal:

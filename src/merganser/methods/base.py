@@ -45,6 +45,7 @@ class Facts:
         heads: how many attention heads the model's layers have, where its configuration says so.
         alone: contributors vote on different rows of it, so that it shares a unit with no other layer.
         rows: which rows of the whole tensor these are; None: all.
+        stack: how many such tensors lie behind each other in the stored one, as experts do; None: it is one.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Facts:
     heads: int | None = None
     alone: bool = False
     rows: Sequence[int] | None = None
+    stack: int | None = None
 
 
 class Share(Protocol):
@@ -153,7 +155,9 @@ class Unit:
 
     def without_publications(self) -> Unit:
         """Without what only the choice of units asks for: what each contributor publishes."""
-        bare = (Facts(f.name, f.shape, f.layer, f.bias_of, heads=f.heads, rows=f.rows) for f in self.facts)
+        bare = (
+            Facts(f.name, f.shape, f.layer, f.bias_of, heads=f.heads, rows=f.rows, stack=f.stack) for f in self.facts
+        )
         return Unit(self.names, self.kind, tuple(bare))
 
     def only(self, rows: Sequence[int]) -> Unit:
@@ -296,8 +300,18 @@ def transposed(fact: Facts) -> bool:
 
 
 def input_width(fact: Facts) -> int:
-    """The number of inputs of a layer, by the shape of its weight."""
-    return fact.shape[0] if transposed(fact) else fact.shape[-1]
+    """The number of inputs of a layer, by the shape of its weight; of a convolution, those of a patch."""
+    return fact.shape[0] if transposed(fact) else prod(fact.shape[1:])
+
+
+def as_matrix(tensor: Tensor, fact: Facts) -> Tensor:
+    """A weight, or some rows of it, as (out, in), from how it lies on disk."""
+    return tensor.T if transposed(fact) else tensor.flatten(1) if tensor.dim() > 2 else tensor
+
+
+def as_stored(matrix: Tensor, fact: Facts) -> Tensor:
+    """A weight as it lies on disk, from (out, in)."""
+    return matrix.T if transposed(fact) else matrix.reshape(matrix.shape[0], *fact.shape[1:])
 
 
 def average(name: str, shares: Sequence[Share]) -> Tensor:

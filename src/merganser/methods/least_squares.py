@@ -21,6 +21,8 @@ from merganser.methods.base import (
     Method,
     Share,
     Unit,
+    as_matrix,
+    as_stored,
     average_unit,
     elements,
     input_width,
@@ -149,12 +151,12 @@ class LeastSquares(Method):
             return self._elementwise(unit, shares, None)
         (name,), (fact,) = unit.names, unit.facts
         solution = solve_iteratively(
-            [oriented(share.tensor(name), fact) for share in shares],
+            [as_matrix(share.tensor(name), fact) for share in shares],
             [share.coefficient for share in shares],
             [self._metric(unit, share, Operator) for share in shares],
             self.ridge,
         )
-        return Merged({name: oriented(solution.value, fact)}, solution.note)
+        return Merged({name: as_stored(solution.value, fact)}, solution.note)
 
     def min_slice_rows(self, unit: Unit) -> int | None:
         """Rows where the metric is diagonal, and output rows of linear layers, at the price of preparing the whole."""
@@ -268,11 +270,6 @@ def layers_of(unit: Unit) -> tuple[list[Layer], bool]:
     return layers, len(unit.names) > len(layers)
 
 
-def oriented(tensor: Tensor, fact: Facts) -> Tensor:
-    """A weight as (out, in) from its orientation on disk, and back."""
-    return tensor.T if transposed(fact) else tensor
-
-
 def stacked(unit: Unit, share: Share) -> Tensor:
     """The weights (out, in) of layers that share an input, on top of each other; the bias as one more column."""
     pieces = []
@@ -280,7 +277,7 @@ def stacked(unit: Unit, share: Share) -> Tensor:
     for fact in unit.facts:
         if fact.layer is None:
             continue
-        weight = oriented(share.tensor(fact.name), fact)
+        weight = as_matrix(share.tensor(fact.name), fact)
         if with_bias and fact.layer.bias:
             weight = torch.cat([weight, share.tensor(fact.layer.bias)[:, None]], dim=1)
         pieces.append(weight)
@@ -297,7 +294,7 @@ def _unstacked(weights: Tensor, unit: Unit) -> dict[str, Tensor]:
         if with_bias and fact.layer and fact.layer.bias:
             tensors[fact.layer.bias] = weight[:, -1]
             weight = weight[:, :-1]
-        tensors[fact.name] = oriented(weight, fact)
+        tensors[fact.name] = as_stored(weight, fact)
     return tensors
 
 

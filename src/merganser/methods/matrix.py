@@ -8,8 +8,18 @@ from typing import Any
 
 from torch import Tensor
 
-from merganser.methods.base import Facts, Merged, Method, Share, Unit, elements, input_width, separately
-from merganser.methods.least_squares import oriented
+from merganser.methods.base import (
+    Facts,
+    Merged,
+    Method,
+    Share,
+    Unit,
+    as_matrix,
+    as_stored,
+    elements,
+    input_width,
+    separately,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +39,6 @@ class Matrix(Method):
         def treat(fact: Facts) -> str:
             if fact.layer is None or fact.layer.kind == "embedding":
                 return "not the weight of a linear layer"
-            if fact.layer.tied:
-                return "tied: one tensor serves several layers"
             return self.name if fact.in_base or not self.needs.base else "not in the base model"
 
         return separately(facts, treat, (self.name,))
@@ -38,10 +46,10 @@ class Matrix(Method):
     def merge(self, unit: Unit, shares: Sequence[Share]) -> Merged:
         """One call."""
         (name,), (fact,) = unit.names, unit.facts
-        base = oriented(shares[0].base(name), fact) if self.needs.base else None
-        weights = [oriented(share.tensor(name), fact) for share in shares]
+        base = as_matrix(shares[0].base(name), fact) if self.needs.base else None
+        weights = [as_matrix(share.tensor(name), fact) for share in shares]
         coefficients = [share.coefficient for share in shares]
-        return Merged({name: oriented(self.function(base, weights, coefficients, self.options), fact)})
+        return Merged({name: as_stored(self.function(base, weights, coefficients, self.options), fact)})
 
     def memory(self, unit: Unit, contributors: int) -> int:
         """A few matrices of each contributor in float64, and factors that are square on the wider side."""

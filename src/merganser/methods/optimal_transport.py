@@ -88,13 +88,17 @@ class OptimalTransport(Method):
 
     def units(self, facts: Sequence[Facts]) -> tuple[list[Unit], dict[str, str]]:
         """The blocks of :data:`BLOCKS`, each one unit."""
-        by_name = {fact.name: fact for fact in facts}
+        by_name = {fact.name: fact for fact in facts if fact.stack is None}
         units: list[Unit] = []
         reasons: dict[str, str] = {}
         for fact in facts:
             for block in BLOCKS:
                 prefix = _prefix(fact.name, block.columns)
-                if prefix is None or any(f"{prefix}{end}.weight" not in by_name for end in block.rows):
+                if (
+                    fact.stack is not None
+                    or prefix is None
+                    or any(f"{prefix}{end}.weight" not in by_name for end in block.rows)
+                ):
                     continue
                 names = [f"{prefix}{end}.weight" for end in (*block.rows, *block.maybe)]
                 rows = [by_name[name] for name in names if name in by_name]

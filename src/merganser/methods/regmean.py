@@ -29,8 +29,6 @@ class RegMeanOptions(Options):
 def _treat(fact: Facts, options: RegMeanOptions) -> str:
     if fact.layer is None:
         return "bias" if fact.bias_of else "not a linear map"
-    if fact.layer.tied:
-        return "tied: one tensor serves several layers"
     if fact.layer.kind == "embedding":
         if not options.embeddings:
             return "embeddings are switched off"

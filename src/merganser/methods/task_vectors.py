@@ -2,7 +2,8 @@
 
 Task arithmetic (Ilharco et al. 2023, arXiv 2212.04089): θ₀ + s Σ cᵢδᵢ.
 TIES (Yadav et al. 2023, arXiv 2306.01708): each δᵢ keeps the share of its numbers that are largest in magnitude,
-tensor by tensor; a number's sign is that of the weighted sum; θ₀ + s · the weighted mean of the δᵢ that have this sign.
+tensor by tensor and at least one number; a number's sign is that of the weighted sum; θ₀ + s · the weighted mean of the
+δᵢ that have this sign.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def _thresholds(
     read: Reader, shape: tuple[int, ...], coefficients: Sequence[float], options: TIESOptions
 ) -> list[float]:
     """Each contributor's threshold: the smallest magnitude that is kept."""
-    height, keep = shape[0] if shape else 1, floor(options.density * prod(shape))
+    height, keep = shape[0] if shape else 1, max(1, floor(options.density * prod(shape)))
 
     def magnitudes(start: int, stop: int) -> list[Tensor]:
         return [delta.abs_().to(torch.float32) for delta in read(start, stop)]

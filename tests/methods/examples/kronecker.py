@@ -6,8 +6,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from merganser.methods.base import Needs, Options
-from merganser.methods.least_squares import LeastSquares, Operator, Rule, oriented
+from merganser.methods.base import Needs, Options, as_matrix
+from merganser.methods.least_squares import LeastSquares, Operator, Rule
 
 
 class KroneckerOptions(Options):
@@ -29,7 +29,7 @@ def _treat(fact, options):  # type: ignore[no-untyped-def]
 
 def _metric(unit, share, options):  # type: ignore[no-untyped-def]
     (name,), (fact,) = unit.names, unit.facts
-    change = oriented(share.tensor(name).double() - share.base(name), fact)
+    change = as_matrix(share.tensor(name).double() - share.base(name), fact)
     outputs = change @ change.T / len(change) + torch.eye(len(change), dtype=torch.float64)
     return Kronecker(outputs, share.gram(name).double())
 

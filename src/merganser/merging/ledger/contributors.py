@@ -6,7 +6,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from merganser.checkpoints.reader import align
+from merganser.checkpoints.model_view import aligned
 from merganser.errors import ErrorCollector, Problems, StatisticsError, UserError, raise_all
 from merganser.merging.execution import ParentShare
 from merganser.merging.ledger.record import (
@@ -19,7 +19,7 @@ from merganser.merging.ledger.record import (
 )
 from merganser.merging.ledger.terms import treatment
 from merganser.merging.matching import head_labels, matches
-from merganser.merging.plan import Plan, Source, Step
+from merganser.merging.plan import Plan, Step
 from merganser.merging.planning import plan_of
 from merganser.merging.provenance import located
 from merganser.merging.recipe import Inputs, Parent, make_recipe, open_base, open_parents, pin
@@ -32,10 +32,7 @@ _SEPARATE = "a ledger for models like this one: merganser ledger init … --keep
 def open_reference(model: str, problems: ErrorCollector, *, allow_pickle: bool = False) -> Parent | None:
     """A base model, its names its own."""
     recipe = make_recipe({"contributors": [model], "base": model, "allow_pickle": allow_pickle})
-    parent = open_base(recipe, [], problems)
-    if parent is None:
-        return None
-    return replace(parent, names={name: name for name in parent.checkpoint.tensors})
+    return open_base(recipe, None, problems)
 
 
 def open_same_base(record: LedgerRecord, folder: Path, base: str | None, *, allow_pickle: bool = False) -> Parent:
@@ -94,7 +91,7 @@ def open_contributor(
     problems.raise_all()
     (parent,) = parents
     everything += parent.checkpoint.tensors
-    parent = replace(parent, names=align(base.checkpoint.tensors, parent.checkpoint.tensors))
+    parent = replace(parent, sources=aligned(base.view, parent.view))
     asked = recipe.model_copy(
         update={
             "base": record.base.model,
@@ -142,7 +139,7 @@ def check_contents(record: LedgerRecord, base: Parent, parent: Parent) -> None:
     if parent.statistics is not None and record.make_method().needs.statistics:
         problems.add(*parent.statistics.check_binding(parent.checkpoint))
     for name, info in base.checkpoint.tensors.items():
-        own = parent.names.get(name)
+        own = parent.sources[name].tensor if name in parent.sources else None
         if own is None or is_floating(info.dtype) or matches(name, record.keep_separate):
             continue
         if parent.checkpoint.sha256(own) != base.checkpoint.sha256(name):
@@ -202,8 +199,8 @@ def _part(step: Step) -> LedgerPart:
 
 def share_of(part: LedgerPart, base: Parent, parent: Parent) -> ParentShare:
     """What a contributor brings to a part, beside the base model."""
-    sources = {name: Source(parent.names[name]) for name in part.names if name in parent.names}
-    theirs = {name: Source(base.names[name]) for name in part.names}
+    sources = {name: parent.sources[name] for name in part.names if name in parent.sources}
+    theirs = {name: base.sources[name] for name in part.names}
     step = Step(part.unit(), part.kind, (sources,), (parent.contributor.coefficient,), base=theirs)
     return ParentShare(Inputs((parent,), base, base), step, 0)
 

@@ -123,7 +123,7 @@ class _Solving:
     def slices(self, step: Step, rows: int | None) -> Iterator[Slice]:
         """What is summed, solved; anything else as the base has it."""
         if step.method == COPY:
-            merged = Merged({name: self.base.checkpoint.read(self.base.names[name]) for name in step.unit.names})
+            merged = Merged({name: self.base.checkpoint.read(name) for name in step.unit.names})
         else:
             number = self.record.numbers[step.unit.names]
             part = self.record.parts[number]

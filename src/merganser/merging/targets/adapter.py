@@ -25,6 +25,7 @@ from torch import Tensor
 from merganser.checkpoints import AdapterCheckpoint, hash_tensor
 from merganser.checkpoints.adapters import CONFIG, WEIGHTS
 from merganser.checkpoints.layers import Layer, empty_model, layers_of, map_parameters
+from merganser.checkpoints.sources import read_source
 from merganser.checkpoints.writer import SafetensorsWriter, TensorSpec
 from merganser.errors import RecipeError
 from merganser.merging.execution import TensorRecord, storable
@@ -151,10 +152,10 @@ class AdapterTarget:
 
     def _before(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
         """The base's tensor, if it has one of this shape."""
-        own = self.base.names.get(name)
-        if own is None or self.base.checkpoint.tensors[own].shape != shape:
+        info = self.base.info(name)
+        if info is None or info.shape != shape:
             return None
-        return self.base.checkpoint.read(own)
+        return read_source(self.base.checkpoint, self.base.sources[name])
 
     def _is_head(self, module: str) -> bool:
         parents = [module[:at] for at, letter in enumerate(module) if letter == "."]
@@ -190,8 +191,8 @@ class AdapterTarget:
             weight = abs(parent.contributor.coefficient)
             if weight == 0:
                 continue
-            statistics, own = parent.statistics, parent.names.get(layer.weight)
-            entry = statistics.layer(own) if statistics and own else None
+            statistics, own = parent.statistics, parent.sources.get(layer.weight)
+            entry = statistics.layer(own.leaf.tensor) if statistics and own else None
             if statistics is None or entry is None:
                 return None
             if layer.kind == "embedding":
@@ -258,9 +259,10 @@ class AdapterTarget:
         for module in self.saved:  # PEFT wants all parameters of a module that it replaces
             for kind, _ in self._model.get_submodule(module).named_parameters():
                 name = f"{module}.{kind}"
-                own = self.base.names.get(own_names.get(name, ""))
+                own = self.base.sources.get(own_names.get(name, ""))
                 if f"{PREFIX}{name}" not in self._waiting and own is not None:
-                    self._store(name, self.base.checkpoint.read(own), TensorRecord("", "copy", "as in the base", None))
+                    whole = read_source(self.base.checkpoint, own)
+                    self._store(name, whole, TensorRecord("", "copy", "as in the base", None))
         for module in self.biases & self.targets:  # PEFT wraps the layer that has the bias
             plain, wrapped = (f"{PREFIX}{module}.{name}" for name in ("bias", "base_layer.bias"))
             self._waiting[wrapped] = self._waiting.pop(plain)

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from merganser.checkpoints import Checkpoint
+from merganser.checkpoints import Checkpoint, open_checkpoint
+from merganser.checkpoints.model_view import view_of
 from merganser.checkpoints.reader import TensorHash, read_json
 from merganser.checkpoints.writer import SafetensorsWriter, TensorSpec, check_output, index_json, shard
 from merganser.errors import CheckpointError, UserError
@@ -216,11 +217,49 @@ def _config_changes(plan: Plan, inputs: Inputs) -> dict[str, Any]:
     return {**changes, **_stated_dtype(plan, first)}
 
 
-def _stated_dtype(plan: Plan, config: Mapping[str, Any]) -> dict[str, str]:
+def check_opening(folder: Path, reference: Checkpoint) -> list[UserError]:
+    """What does not open as a whole of a result that is written: every model folder in it, from its headers.
+
+    What the reference itself lacks, or has too much, is let be: it opens no better.
+
+    Args:
+        folder: of the result.
+        reference: the contributor whose names it has.
+    """
+    known, problems = view_of(reference), list[UserError]()
+    for place in [folder, *sorted(path.parent for path in folder.glob(f"{HEADS}/*/{_CONFIG}"))]:
+        found = view_of(open_checkpoint(place))
+        if known.model is None or found.model is None:
+            continue
+        wrong = [f"{name} is {list(has)} instead of {list(wanted)}" for name, (has, wanted) in found.mismatched.items()]
+        if place == folder:
+            wrong += [f"{name} is missing" for name in found.missing if name not in known.missing]
+            wrong += [f"{name} has no place" for name in sorted(found.unused - known.unused)]
+        if wrong:
+            listing = ", ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
+            text = f"the result would not open as a whole with its configuration: {listing}"
+            mend = "give contributors whose configurations describe their own weights"
+            problems.append(CheckpointError(text, where=reference.name, mend=mend))
+    return problems
+
+
+def _stated_dtype(plan: Plan, config: Mapping[str, Any]) -> dict[str, Any]:
     """What a configuration should say of the dtype: from_pretrained opens a model in the one that is stated."""
     stored = {DTYPES[s.dtype] for s in plan.outputs if is_floating(s.dtype) and plan.file_of(s.name)[0] is None}
     name = str(stored.pop()).removeprefix("torch.") if len(stored) == 1 else None
-    return {key: name for key in ("dtype", "torch_dtype") if name and config.get(key, name) != name}
+    return _with_dtype(config, name) if name else {}
+
+
+def _with_dtype(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The entries of a configuration that state another dtype, corrected; those of its parts too."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        if key in ("dtype", "torch_dtype") and value is not None and value != name:
+            found[key] = name
+        elif key.endswith("_config") and key != "quantization_config" and isinstance(value, dict):
+            inner = _with_dtype(value, name)
+            found |= {key: {**value, **inner}} if inner else {}
+    return found
 
 
 def output_problems(output: str | Path, overwrite: bool, inputs: Sequence[Path], nbytes: int) -> list[UserError]:
