@@ -21,6 +21,9 @@ DTYPES: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -37,7 +40,7 @@ DTYPE_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.ite
 
 
 def is_floating(dtype_name: str) -> bool:
-    """Whether tensors of this safetensors dtype can be averaged."""
+    """Whether tensors of this safetensors dtype are numbers with a fraction; those of one byte are codes of a scale."""
     return DTYPES[dtype_name].is_floating_point
 
 

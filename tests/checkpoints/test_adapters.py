@@ -379,7 +379,7 @@ def test_quantised_and_resized_bases_are_refused(save_model: Save, tmp_path: Pat
         if "q_proj" in name:
             state[name] = state[name].to(torch.int8)
     save_file(state, tmp_path / "q" / "model.safetensors")
-    assert "a quantised weight" in refused(f"{tmp_path / 'q'}+{adapter}")
+    assert "the weights are quantised" in refused(f"{tmp_path / 'q'}+{adapter}")
     longer = {"model.embed_tokens.weight": torch.zeros(VOCABULARY + 2, 16), **factors("lm_head", VOCABULARY, 16)}
     resized = write_adapter(tmp_path / "r", longer, base, modules_to_save=["embed_tokens"])
     assert f"embed_tokens.weight is [{VOCABULARY + 2}, 16]" in refused(resized)

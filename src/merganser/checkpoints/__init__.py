@@ -3,12 +3,17 @@
 from merganser.checkpoints.adapters import AdapterCheckpoint
 from merganser.checkpoints.header import TensorInfo
 from merganser.checkpoints.opening import PickledWeights, open_checkpoint
+from merganser.checkpoints.quantisation import QuantisedWeights
+from merganser.checkpoints.quantised import CodedCheckpoint, QuantisedCheckpoint
 from merganser.checkpoints.reader import Checkpoint, hash_tensor, sha256_file
 
 __all__ = [
     "AdapterCheckpoint",
     "Checkpoint",
+    "CodedCheckpoint",
     "PickledWeights",
+    "QuantisedCheckpoint",
+    "QuantisedWeights",
     "TensorInfo",
     "hash_tensor",
     "open_checkpoint",

@@ -20,6 +20,8 @@ from merganser.checkpoints import adapters
 from merganser.checkpoints.adapter_files import combine
 from merganser.checkpoints.adapter_settings import read_settings
 from merganser.checkpoints.header import TensorInfo, read_infos, tensor_infos
+from merganser.checkpoints.quantisation import QuantisedWeights
+from merganser.checkpoints.quantised import as_numbers
 from merganser.checkpoints.reader import Checkpoint, read_json
 from merganser.errors import CheckpointError, raise_all
 
@@ -37,7 +39,11 @@ _STATISTICS = "merge_statistics.safetensors"  # small beside the weights, and ne
 
 
 def open_checkpoint(
-    reference: str | Path, *, allow_pickle: bool = False, known: dict[str, Checkpoint] | None = None
+    reference: str | Path,
+    *,
+    allow_pickle: bool = False,
+    known: dict[str, Checkpoint] | None = None,
+    codes: bool = False,
 ) -> Checkpoint:
     """Open a model folder, a Hub reference, or a LoRA adapter on its base, reading headers only.
 
@@ -46,10 +52,12 @@ def open_checkpoint(
             names its base, or written ``base+adapter``.
         allow_pickle: accept ``pytorch_model.bin`` (read with ``weights_only=True``) where there is no safetensors.
         known: checkpoints that are open already, by reference; adapters of one base then share it. Added to.
+        codes: accept a model whose quantised weights cannot be read as numbers, as a
+            :class:`~merganser.checkpoints.CodedCheckpoint`. Such as can be read (FP8, MXFP4) always are.
 
     Raises:
-        UserError: nothing there, truncated or malformed files, missing shards, pickled weights, an adapter that does
-            not fit its base (all of its problems at once).
+        UserError: nothing there, truncated or malformed files, missing shards, pickled weights, quantised weights that
+            cannot be read as numbers, an adapter that does not fit its base (all of its problems at once).
     """
     name = str(reference)
     known = {} if known is None else known
@@ -62,7 +70,7 @@ def open_checkpoint(
                 where=files.name,
                 mend=f"give a folder or repository with {adapters.CONFIG} and {adapters.WEIGHTS}",
             )
-        return files
+        return as_numbers(files, codes=codes)
     place = _base_of(files) if pair is None else pair[0]
     if place not in known:
         known[place] = _open_base(place, files, allow_pickle)
@@ -116,7 +124,15 @@ def _open_base(place: str, adapter: Checkpoint, allow_pickle: bool) -> Checkpoin
             where=adapter.name,
             mend="merge the first one into its base with peft, and give that as the base",
         )
-    return base
+    try:
+        return as_numbers(base)
+    except QuantisedWeights as error:
+        raise QuantisedWeights(
+            f"the base of this adapter, {place}: {error.what}",
+            where=adapter.name,
+            mend="give the base in full precision, the model that was quantised: write base+adapter, such as "
+            f"org/base+{adapter.name}",
+        ) from None
 
 
 def _open_files(name: str, allow_pickle: bool) -> Checkpoint:

@@ -32,10 +32,12 @@ class Digest(Protocol):
         """The hash, in hexadecimal."""
 
 
-#: What does not travel from a parent to a merge: weights in any format, statistics, cards, training state and data.
+#: What does not travel from a parent to a merge: weights in any format, how they were quantised (a result never is),
+#: statistics, cards, training state and data.
 _NOT_SIDE_FILES = (
     "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt*",
     "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.ot", "*.tflite", "*.pb", "*.gguf", "*.pkl", "*.pickle",
+    "hf_quant_config.json", "quant_config.json", "quantize_config.json",
     "README.md", "provenance.json", "trainer_state.json", "all_results.json", "train_results.json",
     "eval_results.json", "rng_state*", "*.jsonl", "*.csv", "*.tsv", "*.parquet", "*.arrow", "*.log", "*.npy", "*.npz",
     "events.out.*", ".*",

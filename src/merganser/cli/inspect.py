@@ -39,7 +39,7 @@ def _checkpoint(reference: str) -> dict[str, Any]:
     from merganser.merging.provenance import FILE_NAME, manifest_of, read_provenance
     from merganser.statistics import FILE_NAME as STATISTICS
 
-    checkpoint = open_checkpoint(reference)
+    checkpoint = open_checkpoint(reference, codes=True)
     infos = checkpoint.tensors.values()
     dtypes = Counter(info.dtype for info in infos)
     sizes = {dtype: sum(info.nbytes for info in infos if info.dtype == dtype) for dtype in dtypes}
@@ -50,6 +50,10 @@ def _checkpoint(reference: str) -> dict[str, Any]:
         "weights": human_bytes(sum(info.nbytes for info in infos)),
         "files": sorted({info.file for info in infos}),
     }
+    quantisation = getattr(checkpoint, "quantisation", None)
+    if quantisation is not None:
+        read = "read as BF16" if quantisation.readable else "its codes cannot be read as weights, and are not merged"
+        found["quantisation"] = f"{quantisation.name}, {read}"
     labels = checkpoint.config.get("id2label")
     if labels:
         found["labels"] = list(labels.values())

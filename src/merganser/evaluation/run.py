@@ -152,7 +152,7 @@ def _check_names(names: Sequence[str], what: str) -> None:
 
 
 def _open(name: str, task: str | Task, options: dict[str, Any], allow_pickle: bool) -> _EvaluatedModel:
-    opened = open_model(name, allow_pickle=allow_pickle)
+    opened = open_model(name, allow_pickle=allow_pickle, codes=True)
     try:
         chosen = task_for(task, opened.config, **options)
     except UserError as error:

@@ -16,14 +16,17 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from transformers.models.auto.auto_factory import _get_model_class
 from transformers.utils import logging as transformers_logging
 
-from merganser.checkpoints import AdapterCheckpoint, Checkpoint, open_checkpoint
+from merganser.checkpoints import AdapterCheckpoint, Checkpoint, CodedCheckpoint, QuantisedCheckpoint, open_checkpoint
 from merganser.checkpoints.layers import load_config, map_parameters
+from merganser.checkpoints.quantisation import refusal
 from merganser.checkpoints.reader import read_json
 from merganser.errors import CheckpointError, UserError
 
 SEPARATOR = "::"
+_GENERATION = "generation_config.json"
 #: Model types whose positions start behind the padding id: RoBERTa and its descendants.
 _SHIFTED_POSITIONS = {
     "camembert", "data2vec-text", "esm", "ibert", "layoutlmv3", "longformer", "luke", "markuplm", "mpnet",
@@ -59,8 +62,14 @@ class Opened:
         return str(self.root / self.subfolder / "config.json")
 
 
-def open_model(reference: str | Path, *, allow_pickle: bool = False) -> Opened:
+def open_model(reference: str | Path, *, allow_pickle: bool = False, codes: bool = False) -> Opened:
     """Open a reference, reading its configuration and the headers of its weights only.
+
+    Args:
+        reference: a folder, a Hub name or ``folder::heads/name``.
+        allow_pickle: accept pickled weights.
+        codes: accept quantised weights that only transformers can load (see :func:`open_checkpoint`): enough to score
+            a model, not to know its weights.
 
     Raises:
         CheckpointError: nothing there, no configuration, or weights that cannot be used.
@@ -76,18 +85,29 @@ def open_model(reference: str | Path, *, allow_pickle: bool = False) -> Opened:
     if subfolder and root.is_dir():
         if not (root / subfolder).is_dir():
             raise _no_subfolder(root, subfolder)
-        checkpoint = open_checkpoint(root / subfolder, allow_pickle=allow_pickle)
+        checkpoint = open_checkpoint(root / subfolder, allow_pickle=allow_pickle, codes=codes)
         config = checkpoint.config
     else:
-        checkpoint = open_checkpoint(folder, allow_pickle=allow_pickle)
+        checkpoint = open_checkpoint(folder, allow_pickle=allow_pickle, codes=codes)
         root, config = checkpoint.path, checkpoint.config
         if subfolder:
             config = read_json(root / subfolder / "config.json", missing={})
             if not config:
                 raise _no_subfolder(root, subfolder)
+    if isinstance(checkpoint, CodedCheckpoint) and not _loads(checkpoint.quantisation.method):
+        raise refusal(
+            name, config, checkpoint.quantisation
+        )  # transformers would load the codes as if they were numbers
     if not config:
         raise CheckpointError("no config.json here", where=name, mend="give a model folder in Hugging Face layout")
     return Opened(name, checkpoint, root, subfolder, config)
+
+
+def _loads(method: str | None) -> bool:
+    """Whether transformers knows the quantisation that a configuration names."""
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
+    return any(known in (method, f"{method}_4bit") for known in AUTO_QUANTIZER_MAPPING)
 
 
 def _no_subfolder(root: Path, subfolder: str) -> CheckpointError:
@@ -153,20 +173,15 @@ def load_model(
     )
     try:
         with quiet():
-            model, info = getattr(transformers, class_name).from_pretrained(
-                str(opened.root),
-                subfolder=opened.subfolder,
-                dtype=torch.float32,
-                local_files_only=True,
-                trust_remote_code=False,
-                use_safetensors=None if allow_pickle else True,
-                output_loading_info=True,
-                **settings,
-                **(placement or {}),
+            model, info = from_pretrained(
+                opened, class_name, allow_pickle, output_loading_info=True, **settings, **(placement or {})
             )
     except Exception as error:  # whatever damaged weights or a stranger's configuration provoke
         what = f"cannot be loaded as {class_name}: {first_line(error)}"
         mend = "check that config.json and weights belong together"
+        if isinstance(checkpoint, CodedCheckpoint):
+            what += f" (its weights are quantised: {checkpoint.quantisation.name})"
+            mend = "install what transformers asks for, or give the model in full precision that was quantised"
         raise CheckpointError(what, where=opened.name, mend=mend) from None
     absent = set(info.get("missing_keys") or ())
     if adapted is not None:
@@ -178,6 +193,36 @@ def load_model(
         what = f"the checkpoint has no weights for {', '.join(missing[:5])}{', …' if len(missing) > 5 else ''}"
         raise CheckpointError(what, where=opened.name, mend="choose a task that the checkpoint was trained for")
     return model.eval()
+
+
+def from_pretrained(opened: Opened, class_name: str, allow_pickle: bool = False, **settings: Any) -> Any:
+    """transformers' own loading, in float32, of a model's files; of tensors where we dequantise them.
+
+    transformers would keep FP8 or MXFP4 codes where the device computes with them, and needs other packages to read
+    some of them. What is scored, trained and collected from are the weights that would be merged.
+
+    Args:
+        opened: what :func:`open_model` returned, its weights downloaded.
+        class_name: of the transformers class.
+        allow_pickle: accept pickled weights.
+        settings: more arguments of ``from_pretrained``, such as ``config``.
+    """
+    loader: Any = getattr(transformers, class_name)
+    settings |= {"dtype": torch.float32, "local_files_only": True, "trust_remote_code": False}
+    checkpoint = opened.checkpoint
+    files = checkpoint.base if isinstance(checkpoint, AdapterCheckpoint) else checkpoint
+    if not isinstance(files, QuantisedCheckpoint):
+        place, safe = str(opened.root), None if allow_pickle else True
+        return loader.from_pretrained(place, subfolder=opened.subfolder, use_safetensors=safe, **settings)
+    settings.setdefault("config", load_config(files))
+    if hasattr(loader, "_model_mapping"):  # the automatic classes load from folders only
+        loader = _get_model_class(settings["config"], loader._model_mapping)
+    state = {name: files.read(name) for name in files.tensors if "/" not in name}
+    found = loader.from_pretrained(None, state_dict=state, **settings)
+    model = found[0] if isinstance(found, tuple) else found
+    if (files.path / _GENERATION).is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(files.path)
+    return found
 
 
 def _adapt(model: nn.Module, adapted: AdapterCheckpoint) -> set[str]:

@@ -11,10 +11,21 @@ from typing import Any
 import torch
 import transformers
 
+from merganser.checkpoints import QuantisedCheckpoint
+from merganser.checkpoints.layers import load_config
 from merganser.errors import CheckpointError, DataError, UserError
 from merganser.tasks.base import Task
 from merganser.tasks.labels import LabelSpace
-from merganser.tasks.models import Opened, first_line, load_model, load_tokenizer, open_model, prepare_padding, quiet
+from merganser.tasks.models import (
+    Opened,
+    first_line,
+    from_pretrained,
+    load_model,
+    load_tokenizer,
+    open_model,
+    prepare_padding,
+    quiet,
+)
 
 #: Task.problem -> ``problem_type`` in the configuration; tasks that are not here keep the pretrained head.
 PROBLEM_TYPES = {
@@ -122,7 +133,12 @@ def load_start(start: Start, seed: int, folder: Path | None = None, *, allow_pic
     place = opened.root / opened.subfolder if folder is None else folder
     try:
         with quiet():
-            config = transformers.AutoConfig.from_pretrained(str(place), trust_remote_code=False)
+            dequantised = folder is None and isinstance(opened.checkpoint, QuantisedCheckpoint)
+            config: Any = (
+                load_config(opened.checkpoint)
+                if dequantised
+                else transformers.AutoConfig.from_pretrained(str(place), trust_remote_code=False)
+            )
             config.id2label = dict(enumerate(start.labels))
             config.label2id = {name: index for index, name in enumerate(start.labels)}
             config.problem_type = start.config["problem_type"]
@@ -149,6 +165,8 @@ def _load_head(start: Start, config: Any, place: Path, *, keep: bool, allow_pick
         if 0 < len(inner) < len(checkpoint.tensors):
             tensors = {name: checkpoint.read(name) for name in inner}
             return model_class.from_pretrained(None, config=config, state_dict=tensors, dtype=torch.float32)
+    if place == start.opened.root / start.opened.subfolder:
+        return from_pretrained(start.opened, auto_class, allow_pickle, config=config)
     return getattr(transformers, auto_class).from_pretrained(
         str(place),
         config=config,
