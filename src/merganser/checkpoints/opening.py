@@ -205,6 +205,12 @@ def _main_tensors(folder: Path, allow_pickle: bool) -> list[TensorInfo]:
     nested = nested_modules(folder)
     if nested:
         return []
+    if gguf := sorted(folder.glob("*.gguf")):
+        raise QuantisedWeights(
+            f"the weights are in GGUF ({gguf[0].name}), as a rule quantised",
+            where=folder,
+            mend="give the model in full precision, as safetensors, that was converted",
+        )
     raise CheckpointError(
         f"no weights here: neither {SINGLE} nor {INDEX}", where=folder, mend="give a folder with safetensors weights"
     )

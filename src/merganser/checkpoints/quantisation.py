@@ -102,7 +102,7 @@ def find_quantisation(config: Mapping[str, Any], tensors: Mapping[str, TensorInf
     method = next((name for one in settings if (name := _method(one)) is not None), None)
     codes = _readable_codes(tensors, method, _block(settings))
     used = {name for one in codes.values() for name in (one.codes, one.scale)}
-    modules = tuple({one.codes.rpartition(".")[0] for one in codes.values()})
+    modules = {one.codes.rpartition(".")[0] for one in codes.values()}
     left = [info for name, info in tensors.items() if name not in used]
     hidden = {info.name for info in left if (codes or settings) and _is_activation_scale(info, modules)}
     unreadable = tuple(info.name for info in left if info.name not in hidden and _is_code(info, tensors))
@@ -240,7 +240,7 @@ def _scaled(
     beside = [f"{codes.name}_scale_inv", f"{codes.name}_scale"]
     beside += [f"{stem}scale", f"{stem}qscale_weight"] if stem != codes.name else []
     scale = next((tensors[name] for name in beside if name in tensors), None)
-    if scale is None or scale.dtype not in _SCALES or not codes.shape:
+    if scale is None or scale.dtype not in _SCALES or len(codes.shape) not in (2, 3):
         return None
     packed = codes.dtype == "I8"
     shape = (*codes.shape[:-1], 2 * codes.shape[-1]) if packed else codes.shape
@@ -282,7 +282,7 @@ def _side(size: int, scales: int, wanted: int) -> int | None:
     return size // scales if scales and size % scales == 0 else None
 
 
-def _is_activation_scale(info: TensorInfo, modules: tuple[str, ...]) -> bool:
+def _is_activation_scale(info: TensorInfo, modules: set[str]) -> bool:
     """Whether a tensor scales what a quantised module takes or returns, or a cache of keys and values."""
     module, _, last = info.name.rpartition(".")
     return last.endswith(_ACTIVATIONS) and (math.prod(info.shape) == 1 or module in modules)
