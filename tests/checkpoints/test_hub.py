@@ -140,6 +140,26 @@ def test_what_cannot_be_had_says_how_to_mend_it(hub: Hub, tmp_path: Path) -> Non
         assert "cannot be had from the Hub" in found.stdout and f"hf download {name}" in found.stdout, found.stderr
 
 
+def test_codes_on_the_hub_are_seen_from_headers_and_read_once_fetched(hub: Hub, save_model, tmp_path: Path) -> None:
+    from functools import partial
+
+    from merganser.checkpoints import open_checkpoint
+    from quantised_examples import fp8, write_quantised
+
+    settings = {"quant_method": "fp8", "weight_block_size": [16, 16]}
+    write_quantised(tmp_path / "q", save_model("plain", "llama"), partial(fp8), settings)
+    hub.folder = tmp_path / "q"
+    local = open_checkpoint(hub.folder)
+    name = "model.layers.0.mlp.up_proj.weight"
+    code = OPEN + f"print(type(c).__name__, len(c.tensors), c.tensors[{name!r}].dtype)\n"
+    found = run(code, hub, tmp_path / "cache")
+    assert found.stdout.split() == ["QuantisedCheckpoint", str(len(local.tensors)), "BF16"], found.stderr
+    assert all(entry[2] for entry in hub.log if entry[1].endswith("model.safetensors") and entry[0] == "GET")
+    code = OPEN + f"print(float(c.read({name!r}).double().sum()), c.manifest_sha256())"
+    found = run(code, hub, tmp_path / "cache")
+    assert found.stdout.split() == [str(float(local.read(name).double().sum())), local.manifest_sha256()]
+
+
 def test_nested_modules_are_there_from_the_start(hub: Hub, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -196,6 +198,13 @@ def test_a_configuration_inside_another(save_model: Save, tmp_path: Path) -> Non
     assert all(torch.equal(checkpoint.read(name), bfloat16(numbers)) for name, numbers in meaning.items())
 
 
+def test_other_things_that_are_called_quantization_stay(save_model: Save) -> None:
+    folder = save_model("plain", "llama")
+    config = json.loads((folder / "config.json").read_text()) | {"quantization": {"codebooks": 8}}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert open_checkpoint(folder).config == config and open_checkpoint(folder).quantisation is None
+
+
 #: A weight's tensors in the formats that are refused, with the configuration and what the message must name.
 REFUSED: dict[str, tuple[dict[str, Any] | None, Mapping[str, torch.Tensor], str]] = {
     "gptq": (
@@ -335,4 +344,35 @@ def test_an_adapter_on_codes_is_refused_with_the_mend_of_a_full_base(save_model:
     with pytest.raises(QuantisedWeights) as caught:
         open_checkpoint(adapter)
     assert "bitsandbytes, 4 bits" in caught.value.what and "base+adapter" in str(caught.value.mend)
+    assert caught.value.where == str(coded)
     assert open_checkpoint(f"{base}+{adapter}").tensors  # what the mend says
+
+
+def test_gguf_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model-q4_k_m.gguf").write_bytes(b"GGUF")
+    with pytest.raises(QuantisedWeights, match=r"model-q4_k_m\.gguf"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"quant_method": "bitsandbytes", "load_in_4bit": True},
+        {"quant_method": "compressed-tensors", "format": "int-quantized"},
+    ],
+)
+def test_the_command_that_dequantises_is_one_that_a_shell_takes(
+    save_model: Save, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    """It was run by hand with both libraries; here, that it parses and names the model's own class and folder."""
+    folder = save_model("q", "llama")
+    tensors = load_file(folder / "model.safetensors")
+    coded = {n: torch.zeros(8, 1).byte() if n.endswith("q_proj.weight") else t for n, t in tensors.items()}
+    write_shards(folder, coded)
+    configure(folder, settings)
+    with pytest.raises(QuantisedWeights) as caught:
+        open_checkpoint(folder)
+    command = re.search(r'python -c "([^"]+)"', str(caught.value.mend))
+    assert command is not None
+    ast.parse(command[1])
+    assert "import LlamaForCausalLM as M" in command[1] and repr(str(folder)) in command[1]

@@ -91,6 +91,7 @@ def test_scales_are_part_of_the_weights(save_model: Save, tmp_path: Path, order:
     out = merge(folders[::order], tmp_path / "out", method="simple", coefficients=[1, 3][::order])
     is_average(stored(out), [meanings[0], meanings[1]], [1, 3])
     opens_as(Path(out), plain, [1, 3])
+    assert [note for note in out.notes if "is quantised (fp8)" in note and "q1" in note]
     assert not (Path(out) / "hf_quant_config.json").exists()
     assert verify(out).parents == 2 and reproduce(out) == []
 
@@ -278,6 +279,9 @@ def test_codes_are_refused_before_any_work_once_a_checkpoint(
     with pytest.raises(Problems) as caught:
         merge([coded, gptq(tmp_path / "other")], tmp_path / "out")
     assert len(caught.value.problems) == 2 and not (tmp_path / "out").exists()
+    adapters = [adapt_linears(tmp_path / f"a{n}", plain, ("q_proj",), seed=n) for n in range(3)]
+    with pytest.raises(QuantisedWeights, match="the base of an adapter"):  # one problem, however many adapters
+        merge([f"{coded}+{adapter}" for adapter in adapters], tmp_path / "out")
     with pytest.raises(QuantisedWeights, match="gptq"):
         collect(coded, texts)
     with pytest.raises(CheckpointError, match="quantised: gptq, 4 bits") as told:

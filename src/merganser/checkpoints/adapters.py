@@ -79,7 +79,7 @@ class AdapterCheckpoint(Checkpoint):
         config: Mapping[str, Any],
     ) -> None:
         self.base, self.adapter, self.changes, self.settings = base, adapter, dict(changes), dict(settings)
-        self._own, self._config = dict(names), dict(config)
+        self._own, self._config, self.quantisation = dict(names), dict(config), base.quantisation
         pinned = f"{pinned_name(base)}+{pinned_name(adapter)}"
         revision = pinned if base.revision or adapter.revision else None
         super().__init__(name, base.path, self._infos(), revision=revision)

@@ -127,11 +127,10 @@ def _open_base(place: str, adapter: Checkpoint, allow_pickle: bool) -> Checkpoin
     try:
         return as_numbers(base)
     except QuantisedWeights as error:
-        raise QuantisedWeights(
-            f"the base of this adapter, {place}: {error.what}",
-            where=adapter.name,
-            mend="give the base in full precision, the model that was quantised: write base+adapter, such as "
-            f"org/base+{adapter.name}",
+        raise QuantisedWeights(  # the same words for every adapter of this base
+            f"the base of an adapter: {error.what}",
+            where=place,
+            mend="give the base in full precision, the model that was quantised: write base+adapter",
         ) from None
 
 

@@ -23,6 +23,15 @@ _SCALES = ("F32", "BF16", "F16", "F8_E8M0", "U8")  # U8: exponents of two, as F8
 _USUAL_BLOCK = 128  # where the configuration does not tell: DeepSeek-V3 and all that follow it
 _PACKED_GROUP = 16  # bytes of an MXFP4 group: 32 codes of 4 bits
 _KEYS = ("quantization_config", "compression_config", "quantization")
+_MLX = {"group_size", "bits"}
+#: How transformers dequantises codes that are not read here, where the library of that name is installed.
+_DEQUANTISE = {
+    # bitsandbytes has no way back from numbers to its own format, in which transformers would like to save
+    "bitsandbytes": "M.from_pretrained({!r}).dequantize()"
+    ".save_pretrained('full-precision', save_original_format=False)",
+    "compressed-tensors": "from transformers import CompressedTensorsConfig as C; "
+    "M.from_pretrained({!r}, quantization_config=C(dequantize=True)).save_pretrained('full-precision')",
+}
 #: How the scales of activations and caches end; they belong to a way of computing that the result does not have.
 _ACTIVATIONS = (
     "activation_scale", "activation_scale_inv", "input_scale", "input_scale_ub", "output_scale", "q_scale", "k_scale",
@@ -145,20 +154,22 @@ def refusal(place: str, config: Mapping[str, Any], quantisation: Quantisation) -
     named = sorted(codes or quantisation.codes)
     more = f" and {len(named) - 1} more tensors hold" if len(named) > 1 else " holds"
     mend = "give the model in full precision that was quantised"
-    if quantisation.method == "bitsandbytes":
+    if quantisation.method in _DEQUANTISE:
         name = next(iter(config.get("architectures") or ()), "AutoModel")
+        code = f"from transformers import {name} as M; {_DEQUANTISE[quantisation.method].format(place)}"
         mend += (
-            f", or dequantise this one where bitsandbytes is installed: python -c "
-            f'"from transformers import {name} as M; '
-            f"M.from_pretrained({place!r}).dequantize().save_pretrained('full-precision')\", "
-            "and copy the tokenizer's files"
+            f", or dequantise this one where {quantisation.method} is installed: "
+            f'python -c "{code}", and copy the tokenizer\'s files'
         )
     what = f"the weights are quantised {how}: {named[0]!r}{more} codes, and codes cannot be averaged"
     return QuantisedWeights(what, where=place, mend=mend)
 
 
 def _is_settings(key: str, value: Any) -> bool:
-    return key in _KEYS and (value is None or isinstance(value, dict))
+    """Whether a configuration's entry is about quantisation; other things are called ``quantization``, too."""
+    if not isinstance(value, dict):
+        return key == _KEYS[0] and value is None
+    return key in _KEYS and (key != "quantization" or set(value) >= _MLX)
 
 
 def _declared(config: Any) -> Iterator[dict[str, Any]]:
@@ -175,7 +186,7 @@ def _method(settings: Mapping[str, Any]) -> str | None:
         return "bitsandbytes"
     method = settings.get("quant_method")
     if method is None:
-        return "mlx" if {"group_size", "bits"} <= set(settings) else None
+        return "mlx" if set(settings) >= _MLX else None
     return str(method)
 
 

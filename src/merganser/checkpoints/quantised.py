@@ -36,6 +36,8 @@ class QuantisedCheckpoint(Checkpoint):
         quantisation: which of their tensors hold codes and scales, all of them readable.
     """
 
+    quantisation: Quantisation
+
     def __init__(self, stored: Checkpoint, quantisation: Quantisation) -> None:
         self.stored, self.quantisation = stored, quantisation
         super().__init__(stored.name, stored.path, _infos(stored, quantisation), revision=stored.revision)
@@ -128,6 +130,8 @@ class CodedCheckpoint(Checkpoint):
         stored: the files as they are.
         quantisation: what is known of it.
     """
+
+    quantisation: Quantisation
 
     def __init__(self, stored: Checkpoint, quantisation: Quantisation) -> None:
         self.quantisation = quantisation

@@ -18,6 +18,7 @@ from blake3 import blake3
 from torch import Tensor
 
 from merganser.checkpoints.header import TensorInfo
+from merganser.checkpoints.quantisation import Quantisation
 from merganser.errors import CheckpointError
 from merganser.tensors import DTYPES, byte_view
 
@@ -58,7 +59,12 @@ class Checkpoint:
         tensors: where each tensor lies, by name.
         revision: commit of a Hub reference, else None.
         fetch: brings the weight files of a Hub reference to this machine; None when they are here.
+
+    Attributes:
+        quantisation: how the files are quantised; None where the weights are plain numbers.
     """
+
+    quantisation: Quantisation | None = None
 
     def __init__(
         self,

@@ -50,8 +50,7 @@ def _checkpoint(reference: str) -> dict[str, Any]:
         "weights": human_bytes(sum(info.nbytes for info in infos)),
         "files": sorted({info.file for info in infos}),
     }
-    quantisation = getattr(checkpoint, "quantisation", None)
-    if quantisation is not None:
+    if (quantisation := checkpoint.quantisation) is not None:
         read = "read as BF16" if quantisation.readable else "its codes cannot be read as weights, and are not merged"
         found["quantisation"] = f"{quantisation.name}, {read}"
     labels = checkpoint.config.get("id2label")

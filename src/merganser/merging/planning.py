@@ -66,6 +66,11 @@ def plan_of(recipe: Recipe, inputs: Inputs, *, rank: int | None = None) -> Plan:
     labels = match_labels(recipe, people, names, problems)
     rows = dict(labels.rows) if labels else {}
     notes += labels.notes if labels else ()
+    notes += [
+        f"{person.title} is quantised ({found.name}): its weights are read as the BF16 numbers that its codes mean"
+        for person in (*people, *([base] if base else []))
+        if (found := person.checkpoint.quantisation) is not None and found.codes
+    ]
     match_shapes(recipe, people, names, rows, problems)
     check_unmatched(people, separate, problems)
 
