@@ -15,11 +15,12 @@ import transformers
 from safetensors.torch import load_file
 
 from adapter_examples import adapt_linears, factors, write_adapter
-from conftest import make_model, save_tokenizer
+from conftest import SMALL, make_model, save_tokenizer
 from ledger_examples import fill
 from merganser.checkpoints import CodedCheckpoint, QuantisedCheckpoint, QuantisedWeights, open_checkpoint
 from merganser.cli import main
 from merganser.collection import collect
+from merganser.engines import SerialEngine
 from merganser.errors import CheckpointError, Problems, UserError
 from merganser.evaluation import evaluate
 from merganser.merging import ledger, make_plan, make_recipe, merge, reproduce, verify
@@ -121,14 +122,17 @@ def test_both_quantised_are_merged_as_both_dequantised(save_model: Save, tmp_pat
     opens_as(tmp_path / "simple-q", plain[1:], [1, 1])
 
 
-def test_a_little_memory_gives_the_same_bytes(save_model: Save, tmp_path: Path) -> None:
+def test_the_bytes_depend_neither_on_threads_nor_on_the_engine(save_model: Save, tmp_path: Path) -> None:
     sources = [save_model(f"s{n}", "llama", n) for n in range(2)]
     folders = [tmp_path / f"q{n}" for n in range(2)]
     for folder, source in zip(folders, sources, strict=True):
         make_fp8(folder, source)
     one = merge(folders, tmp_path / "one", method="simple", threads=1)
     two = merge(folders, tmp_path / "two", method="simple", threads=2)
-    assert (Path(one) / "model.safetensors").read_bytes() == (Path(two) / "model.safetensors").read_bytes()
+    three = merge(folders, tmp_path / "three", method="simple", engine=SerialEngine())
+    files = [(Path(out) / "model.safetensors").read_bytes() for out in (one, two, three)]
+    assert files[0] == files[1] == files[2]
+    assert verify(three).parents == 2
 
 
 def gpt_oss(folder: Path, seed: int, quantised: bool) -> dict[str, np.ndarray]:
@@ -169,6 +173,48 @@ def test_mxfp4_experts_merge_into_the_packed_experts_of_the_plain_release(tmp_pa
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "q", dtype=torch.bfloat16).state_dict()
     ours = open_checkpoint(tmp_path / "q")
     assert all(torch.equal(ours.read(name), tensor) for name, tensor in theirs.items())
+
+
+def test_experts_of_deepseek_whose_last_blocks_are_short(tmp_path: Path) -> None:
+    config = transformers.DeepseekV3Config(
+        vocab_size=40, hidden_size=32, intermediate_size=24, moe_intermediate_size=20, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, n_routed_experts=4, num_experts_per_tok=2, n_shared_experts=1,
+        n_group=1, topk_group=1, kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=4,
+        first_k_dense_replace=1, max_position_embeddings=64, pad_token_id=0,
+    )  # fmt: skip
+    meanings, plain = [], []
+    for n in range(2):
+        torch.manual_seed(n)
+        transformers.DeepseekV3ForCausalLM(config).save_pretrained(tmp_path / f"s{n}")
+        which = lambda name: "proj" in name and name.endswith(".weight")  # noqa: E731
+        meanings.append(make_fp8(tmp_path / f"q{n}", tmp_path / f"s{n}", 1.0 + 3 * n, which=which, shards=3))
+        plain.append(dequantised(tmp_path / f"p{n}", tmp_path / f"s{n}", meanings[n]))
+    with torch.no_grad():
+        ours, theirs = [
+            load_model(open_model(folder), "AutoModelForCausalLM")(IDS).logits for folder in (tmp_path / "q0", plain[0])
+        ]
+    assert torch.equal(ours, theirs)
+    out = Path(merge([tmp_path / "q0", tmp_path / "q1"], tmp_path / "out", method="simple"))
+    is_average(stored(out), meanings, [1, 1])
+    opens_as(out, plain, [1, 1])
+
+
+def test_a_language_model_inside_another_that_is_quantised(tmp_path: Path) -> None:
+    config = transformers.LlavaConfig(
+        text_config=transformers.LlamaConfig(vocab_size=40, **SMALL),
+        vision_config=transformers.CLIPVisionConfig(image_size=8, patch_size=4, **SMALL),
+        image_token_index=39,
+    )
+    transformers.LlavaForConditionalGeneration(config).save_pretrained(tmp_path / "s")
+    meaning = write_quantised(tmp_path / "q", tmp_path / "s", partial(fp8), None)
+    configure(tmp_path / "q", BLOCKS, inside="text_config")
+    plain = dequantised(tmp_path / "p", tmp_path / "s", meaning)
+    name = "AutoModelForImageTextToText"
+    ours, theirs = (load_model(open_model(folder), name).state_dict() for folder in (tmp_path / "q", plain))
+    assert set(ours) == set(theirs) and all(torch.equal(ours[key], tensor) for key, tensor in theirs.items())
+    out = Path(merge([tmp_path / "q", plain], tmp_path / "out", method="simple"))
+    assert "quantization_config" not in (out / "config.json").read_text()
+    is_average(stored(out), [meaning, meaning], [1, 1])
 
 
 def test_adapters_on_a_quantised_base(save_model: Save, tmp_path: Path) -> None:
