@@ -108,7 +108,8 @@ def find_quantisation(config: Mapping[str, Any], tensors: Mapping[str, TensorInf
         tensors: its tensors on disk.
     """
     settings = list(_declared(config))
-    method = next((name for one in settings if (name := _method(one)) is not None), None)
+    methods = [name for one in settings if (name := _method(one)) is not None]
+    method = next((name for name in methods if name not in _PRODUCTS), methods[0] if methods else None)
     codes = _readable_codes(tensors, method, _block(settings))
     used = {name for one in codes.values() for name in (one.codes, one.scale)}
     modules = {one.codes.rpartition(".")[0] for one in codes.values()}
@@ -118,7 +119,7 @@ def find_quantisation(config: Mapping[str, Any], tensors: Mapping[str, TensorInf
     unreadable += tuple(name for name in codes if codes[name].codes != name and name in tensors)
     if not settings and not codes and not unreadable:
         return None
-    name = next((text for one in settings if (text := _describe(one))), "")
+    name = next((text for one in settings if _method(one) == method and (text := _describe(one))), "")
     if not name and unreadable:
         name = _told_by_names(unreadable) or _told_by_dtypes(unreadable, tensors)
     name = name or ("MXFP4" if codes and all(one.packed for one in codes.values()) else "FP8")
