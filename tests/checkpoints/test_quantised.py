@@ -276,6 +276,7 @@ REFUSED: dict[str, tuple[dict[str, Any] | None, Mapping[str, torch.Tensor], str]
         "mxfp4",
     ),
     "mxfp4, no scales": (None, {"w_blocks": torch.zeros(2, 4, 1, 16).byte()}, "U8"),
+    "int8 experts, nothing said": (None, {"gate_up_proj": torch.zeros(2, 4, 4, dtype=torch.int8)}, "I8"),
     "hqq": ({"quant_method": "hqq"}, {"W_q": torch.zeros(16, 8).byte()}, "hqq"),
     "mlx": ({"group_size": 64, "bits": 4}, {"weight": torch.zeros(16, 2, dtype=torch.uint32)}, "mlx, 4 bits"),
     "not known": ({"quant_method": "exotic"}, {"weight": torch.zeros(16, 2).byte()}, "exotic"),
@@ -320,6 +321,7 @@ def test_buffers_are_no_codes(tmp_path: Path) -> None:
     tensors |= {
         "bert.embeddings.position_ids": torch.arange(32)[None],
         "bert.attn.bias": torch.ones(1, 1, 4, 4, dtype=torch.uint8),
+        "bert.attn.table": torch.ones(4, 4, dtype=torch.int8),
         "bert.attn.mask": torch.ones(4, 4, dtype=torch.bool),
         "bert.norm.num_batches_tracked": torch.tensor(3),
         "bert.relative_position_index": torch.zeros(4, 4, dtype=torch.int64),

@@ -313,8 +313,8 @@ def _is_code(info: TensorInfo, tensors: Mapping[str, TensorInfo]) -> bool:
     if info.dtype in ("F64", "F32", "F16", "BF16", "BOOL"):
         return False
     scaled = any(f"{info.name}{end}" in tensors for end in ("_scale", "_scale_inv", "_scales"))
-    small = info.dtype in ("I8", "U8") and len(info.shape) > 1 and not last.endswith(("bias", "mask"))
-    return last == "weight" or scaled or small  # buffers are positions and counts (I64), and masks
+    packed = info.dtype == "U8" and last.endswith(("_blocks", "_scales"))
+    return scaled or packed or last.startswith("weight") or last.endswith("_proj")  # other integers are buffers
 
 
 def _told_by_names(names: tuple[str, ...]) -> str:
