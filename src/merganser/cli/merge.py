@@ -31,7 +31,14 @@ if TYPE_CHECKING:
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Tensors to average instead.")
 @click.option("--keep-separate", multiple=True, metavar="PATTERN", help="Tensors that each model keeps (heads).")
 @click.option("--labels", type=click.Choice(["same", "union"]), help="union: one head that knows every label.")
-@click.option("--vocabulary", type=click.Choice(["same", "largest"]), help="largest: accept appended tokens.")
+@click.option(
+    "--vocabulary",
+    type=click.Choice(["same", "largest", "union"]),
+    help="largest: accept appended tokens. union: every token of any model, rows by token.",
+)
+@click.option("--missing-rows", metavar="mean|base|NAME", help="Rows of tokens that not all know.  [default: mean]")
+@click.option("--config-from", metavar="NAME|base", help="Whose configuration is written where they differ.")
+@click.option("--tokenizer-from", metavar="NAME|base", help="Whose tokenizer, chat template and generation settings.")
 @click.option("--dtype", type=click.Choice(["F64", "F32", "F16", "BF16"]), help="Storage dtype of the result.")
 @click.option(
     "--require-coverage",

@@ -157,6 +157,7 @@ class ParentShare:
         step: what is merged.
         number: which contributor it is, from 0.
         rows: the rows of its own tensors that are meant, all by default.
+        base_rows: those of the base's tensors, where they are others.
         ranges: by target, the range of rows that is meant; all by default.
         device: where tensors are put.
     """
@@ -168,6 +169,7 @@ class ParentShare:
         number: int,
         *,
         rows: Sequence[int] | None = None,
+        base_rows: Sequence[int] | None = None,
         ranges: Ranges | None = None,
         device: torch.device | None = None,
     ) -> None:
@@ -176,6 +178,7 @@ class ParentShare:
         self.sources, self._base_sources, self._base = step.sources[number], step.base, inputs.base
         self._ranges, self._device = ranges or {}, device
         self._rows = None if rows is None else torch.tensor(rows)
+        self._theirs = self._rows if base_rows is None else torch.tensor(base_rows)
 
     def stored(self, name: str) -> Tensor:
         """Its tensor as it is stored; checked to be finite."""
@@ -187,7 +190,7 @@ class ParentShare:
 
     def base(self, name: str) -> Tensor:
         """The base model's tensor, likewise."""
-        return wide(self._picked(self._read_base(name, *self._range(name))))
+        return wide(self._picked(self._read_base(name, *self._range(name)), self._theirs))
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Some of these rows, likewise."""
@@ -198,8 +201,8 @@ class ParentShare:
 
     def base_rows(self, name: str, start: int, stop: int) -> Tensor:
         """The base model's rows, likewise."""
-        if self._rows is not None:
-            return wide(self._placed(self._read_base(name)[self._rows[start:stop]]))
+        if self._theirs is not None:
+            return wide(self._placed(self._read_base(name)[self._theirs[start:stop]]))
         first, _ = self._range(name)
         return wide(self._placed(self._read_base(name, first + start, first + stop)))
 
@@ -260,8 +263,9 @@ class ParentShare:
     def _range(self, name: str) -> tuple[int, int | None]:
         return self._ranges.get(name, (0, None))
 
-    def _picked(self, tensor: Tensor) -> Tensor:
-        return self._placed(tensor if self._rows is None else tensor[self._rows])
+    def _picked(self, tensor: Tensor, rows: Tensor | None = None) -> Tensor:
+        rows = self._rows if rows is None else rows
+        return self._placed(tensor if rows is None else tensor[rows])
 
     def _placed(self, tensor: Tensor) -> Tensor:
         return tensor if self._device is None else tensor.to(self._device)
@@ -340,21 +344,24 @@ class Merging:
         return [ParentShare(self.inputs, step, number, ranges=ranges, device=device) for number in step.takers]
 
     def _by_rows(self, step: Step, table: RowMap, method: Method | None, sums: RunningSums | None) -> Merged:
-        """Row by row, by those contributors that have the row."""
+        """Row by row, by those contributors that have the row; as the base has it where none does."""
         pieces: dict[str, Tensor] = {}
         notes: dict[str, None] = {}
         device = self.settings.torch_device
-        for rows, owners in table.groups():
+        for rows, owners, based in table.groups():
             own = {i: [table.own[i][row] for row in rows] for i in owners}
-            shares = [ParentShare(self.inputs, step, i, rows=own[i], device=device) for i in owners]
-            if not sum(share.coefficient for share in shares):
+            theirs = [table.own_base[row] for row in rows] if based else None
+            shares = [ParentShare(self.inputs, step, i, rows=own[i], base_rows=theirs, device=device) for i in owners]
+            if owners and not sum(share.coefficient for share in shares):
                 owned = ", ".join(share.parent.title for share in shares)
                 raise RecipeError(
                     f"rows of {step.unit.names[0]!r} belong to {owned} alone, whose coefficients sum to zero",
                     mend="give at least one of them another coefficient",
                 )
             part = step.unit.only(rows)
-            if method is None:
+            if not owners:
+                merged = self._of_base(step, theirs or [])
+            elif method is None or (method.needs.base and not based):
                 merged = average_unit(part, shares)
             elif sums is not None:
                 merged = _with_sums(step, method, part, shares, sums, rows)
@@ -362,9 +369,19 @@ class Merging:
                 merged = method.merge(part, shares)
             notes |= {merged.note: None} if merged.note else {}
             for name, tensor in merged.tensors.items():
-                whole = pieces.setdefault(name, tensor.new_empty(table.size, *tensor.shape[1:]))
-                whole[torch.tensor(rows)] = tensor
+                whole = pieces.get(name, tensor.new_empty(table.size, *tensor.shape[1:]))
+                pieces[name] = whole = whole.to(torch.promote_types(whole.dtype, tensor.dtype))
+                whole[torch.tensor(rows)] = tensor.to(whole.dtype)
+        pieces = {name: piece.mT if table.columns else piece for name, piece in pieces.items()}
         return Merged(pieces, "; ".join(notes) or None)
+
+    def _of_base(self, step: Step, rows: Sequence[int]) -> Merged:
+        """Rows of the base's tensors."""
+        base = self.inputs.base
+        if base is None:
+            raise RuntimeError("the plan promised a base model")
+        found = {name: wide(read_finite(base, source))[torch.tensor(rows)] for name, source in step.base.items()}
+        return Merged(found)
 
     def _copies(self, step: Step, rows: int | None) -> Iterator[Slice]:
         """A tensor as the first contributor has it; the others that have it are to agree."""

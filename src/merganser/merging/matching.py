@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -32,43 +32,60 @@ class RowMap:
         size: how many rows the result has.
         runs: for each contributor, in the order of the result's rows, (first row of its own tensor, how many follow
             each other from there), and -1 for rows that it does not have.
+        base: the same of the base model; empty where its rows are not matched.
+        columns: the rows stand in the tensors' last dimension, so that they are read transposed.
     """
 
     size: int
     runs: tuple[tuple[tuple[int, int], ...], ...]
+    base: tuple[tuple[int, int], ...] = ()
+    columns: bool = False
 
     @classmethod
-    def of(cls, own: Iterable[Sequence[int]]) -> RowMap:
+    def of(cls, own: Iterable[Sequence[int]], base: Sequence[int] | None = None) -> RowMap:
         """From the row of each contributor's own tensor that answers to each row of the result, or -1."""
-        found, size = [], 0
-        for rows in own:
-            size = len(rows)
-            grouped = groupby(enumerate(rows), lambda pair: pair[1] - pair[0] if pair[1] >= 0 else None)
-            pieces = [[row for _, row in run] for _, run in grouped]
-            found.append(tuple((piece[0], len(piece)) for piece in pieces))
-        return cls(size, tuple(found))
+        listed = [list(rows) for rows in own]
+        return cls(len(listed[0]), tuple(map(_runs, listed)), () if base is None else _runs(base))
 
     @cached_property
     def own(self) -> tuple[tuple[int, ...], ...]:
         """For each contributor, for each row of the result, the row of its own tensor, or -1."""
-        return tuple(
-            tuple(first + shift if first >= 0 else -1 for first, length in runs for shift in range(length))
-            for runs in self.runs
-        )
+        return tuple(map(_unrolled, self.runs))
 
-    def groups(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-        """(rows of the result, contributors that vote on them), each row once; rows that nobody owns go to all.
+    @cached_property
+    def own_base(self) -> tuple[int, ...]:
+        """For each row of the result, the row of the base's tensor, or -1."""
+        return _unrolled(self.base) if self.base else (-1,) * self.size
+
+    def shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
+        """Of the result, where a tensor on disk has the shape ``stored``."""
+        return (*stored[:-1], self.size) if self.columns else (self.size, *stored[1:])
+
+    def groups(self) -> list[tuple[tuple[int, ...], tuple[int, ...], bool]]:
+        """(rows of the result, contributors that vote on them, whether the base has them), each row once.
+
+        Rows without a contributor are the base's.
 
         Raises:
-            ValueError: a row that exists in no contributor.
+            ValueError: a row that exists in no model.
         """
-        by_owners: dict[tuple[int, ...], list[int]] = {}
+        by_owners: dict[tuple[tuple[int, ...], bool], list[int]] = {}
         for row in range(self.size):
             owners = tuple(i for i, own in enumerate(self.own) if own[row] >= 0)
-            by_owners.setdefault(owners, []).append(row)
-        if () in by_owners:
-            raise ValueError(f"row {by_owners[()][0]} exists in no contributor")
-        return [(tuple(rows), owners) for owners, rows in by_owners.items()]
+            by_owners.setdefault((owners, self.own_base[row] >= 0), []).append(row)
+        if ((), False) in by_owners:
+            raise ValueError(f"row {by_owners[(), False][0]} exists in no contributor")
+        return [(tuple(rows), owners, based) for (owners, based), rows in by_owners.items()]
+
+
+def _runs(rows: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    grouped = groupby(enumerate(rows), lambda pair: pair[1] - pair[0] if pair[1] >= 0 else None)
+    pieces = [[row for _, row in run] for _, run in grouped]
+    return tuple((piece[0], len(piece)) for piece in pieces)
+
+
+def _unrolled(runs: Iterable[tuple[int, int]]) -> tuple[int, ...]:
+    return tuple(first + shift if first >= 0 else -1 for first, length in runs for shift in range(length))
 
 
 @dataclass(frozen=True)
@@ -143,13 +160,6 @@ def head_labels(parent: Parent, names: Iterable[str]) -> tuple[str, ...]:
     """The labels of a contributor's head, where it names them and the head is among these tensors."""
     labels = parent.label_names
     return tuple(labels) if not _unnamed(labels) and any(_is_head(name, [parent]) for name in names) else ()
-
-
-def match_vocabulary(parents: Sequence[Parent], name: str) -> RowMap:
-    """Rows of a tensor whose contributors differ in length: the first rows are common, the rest are appended."""
-    sizes = [info.shape[0] for parent in parents if (info := parent.info(name)) is not None]
-    size = max(sizes)
-    return RowMap.of([[row if row < own else -1 for row in range(size)] for own in sizes])
 
 
 def _is_head(name: str, parents: Sequence[Parent]) -> bool:
@@ -240,9 +250,9 @@ def find_separate(recipe: Recipe, parents: Sequence[Parent], problems: ErrorColl
 
 
 def match_shapes(
-    recipe: Recipe, parents: Sequence[Parent], names: Sequence[str], rows: dict[str, RowMap], problems: ErrorCollector
+    parents: Sequence[Parent], names: Sequence[str], rows: Mapping[str, RowMap], problems: ErrorCollector
 ) -> None:
-    """Check presence, dtype kind and shape of every tensor; add the rows of vocabularies of different length."""
+    """Check presence, dtype kind and shape of every tensor whose rows are not matched."""
     for name in names:
         infos = [parent.info(name) for parent in parents]
         absent = [p for p, info in zip(parents, infos, strict=True) if info is None]
@@ -263,9 +273,6 @@ def match_shapes(
             continue
         listing = ", ".join(f"{p.title} {list(s)}" for p, s in zip(parents, shapes, strict=True))
         grows = all(len(s) == len(shapes[0]) and s[1:] == shapes[0][1:] for s in shapes)
-        if grows and recipe.vocabulary == "largest":
-            rows[name] = match_vocabulary(parents, name)
-            continue
         vocabulary = [p.checkpoint.config.get("vocab_size") for p in parents]
         if grows and [s[0] for s in shapes] == vocabulary:
             mend = "--vocabulary largest if the longer ones only appended tokens to the shorter"
@@ -375,7 +382,7 @@ def check_adapter(recipe: Recipe, inputs: Inputs, rank: int, method: Method, pro
     if recipe.keep_separate:
         mend = "leave out --keep-separate, or write a full checkpoint"
         problems.add(RecipeError("heads that are kept separate do not fit into one adapter", where=where, mend=mend))
-    if recipe.vocabulary == "largest":
+    if recipe.vocabulary != "same":
         mend = "write a full checkpoint"
         problems.add(RecipeError("an adapter cannot hold another vocabulary than its base's", where=where, mend=mend))
     if not method.needs.statistics:  # otherwise they are checked already

@@ -126,7 +126,8 @@ def merge(
         engine: where the work is done (see :mod:`merganser.engines`); by default in this process.
         as_adapter: write the nearest LoRA adapter of this rank instead of a full checkpoint.
         settings: the other keys of :class:`Recipe`: ``exclude``, ``keep_separate``, ``labels``, ``vocabulary``,
-            ``dtype``, ``max_shard_size``, ``require_coverage``, ``allow_pickle``.
+            ``missing_rows``, ``config_from``, ``tokenizer_from``, ``dtype``, ``max_shard_size``,
+            ``require_coverage``, ``allow_pickle``.
 
     Returns:
         What was written; it can be used as the path of the output.

@@ -21,6 +21,7 @@ from merganser.checkpoints.writer import TensorSpec
 from merganser.errors import RecipeError
 from merganser.merging.matching import RowMap
 from merganser.merging.recipe import Inputs, Recipe, method_options, open_inputs, pin
+from merganser.merging.vocabulary import VocabularyChange
 from merganser.methods import METHODS, Method, Unit
 
 AVERAGE, COPY, KEPT = "average", "copy", "kept separate"
@@ -139,7 +140,9 @@ class Plan:
         base: the base model, where method or target need it; it may be that of the contributors' adapters.
         revisions: the commit of each contributor that is on the Hub.
         labels: the labels of the merged head, where they are not the reference's.
-        vocabulary_from: the contributor whose tokenizer the result takes.
+        vocabulary_from: the contributor whose tokenizer the result takes; -1: the base.
+        vocabulary: what becomes of the contributors' vocabularies, where rows are matched by token.
+        own_vocabularies: each contributor keeps an embedding, and so a tokenizer, of its own.
         rank: of the LoRA adapter that is written; None: a full checkpoint.
         choice: why this method, where the recipe said ``auto``.
         notes: what the user should know.
@@ -154,6 +157,8 @@ class Plan:
     revisions: tuple[str | None, ...] = ()
     labels: tuple[str, ...] | None = None
     vocabulary_from: int = 0
+    vocabulary: VocabularyChange | None = None
+    own_vocabularies: bool = False
     rank: int | None = None
     choice: str | None = None
     notes: tuple[str, ...] = ()
@@ -239,7 +244,7 @@ class Plan:
         whole = all(len(step.sources) == len(step.coefficients) == people for step in plan.steps)
         if not (inside and kept <= set(plan.folders) and set(names) <= set(plan.specs) and whole):
             raise RecipeError("no plan: steps, contributors and files do not agree", where=where, mend="merge again")
-        if plan.vocabulary_from not in range(people):
+        if plan.vocabulary_from not in range(0 if plan.base is None else -1, people):
             raise RecipeError("no plan: there is no such contributor", where=where, mend="merge again")
         return plan
 

@@ -18,6 +18,7 @@ from merganser.checkpoints.layers import Layer
 from merganser.checkpoints.sources import Source
 from merganser.checkpoints.writer import TensorSpec
 from merganser.errors import ErrorCollector, RecipeError
+from merganser.merging.configuration import BASE, compare_tokenizers, match_configurations
 from merganser.merging.matching import (
     RowMap,
     check_adapter,
@@ -32,6 +33,7 @@ from merganser.merging.matching import (
 )
 from merganser.merging.plan import AVERAGE, COPY, HEADS, KEPT, Plan, Step
 from merganser.merging.recipe import Inputs, Parent, Recipe, method_options, open_inputs
+from merganser.merging.vocabulary import match_vocabularies
 from merganser.methods import METHODS, Facts, Method, Unit, choose
 from merganser.methods.simple import SIMPLE
 from merganser.tensors import DTYPE_NAMES, DTYPES, is_floating
@@ -71,11 +73,17 @@ def plan_of(recipe: Recipe, inputs: Inputs, *, rank: int | None = None) -> Plan:
         for person in (*people, *([base] if base else []))
         if (found := person.checkpoint.quantisation) is not None and found.codes
     ]
-    match_shapes(recipe, people, names, rows, problems)
-    check_unmatched(people, separate, problems)
-
     chosen, choice = choose_method(recipe, inputs)
     method = METHODS[chosen].configured(method_options(recipe, chosen))
+    adapter = rank is not None
+    notes += match_configurations(recipe, people, base, problems, adapter=adapter)
+    vocabulary = match_vocabularies(
+        recipe, people, base, names, problems, needs_base=method.needs.base, adapter=adapter
+    )
+    notes += vocabulary.notes
+    rows |= vocabulary.rows
+    match_shapes(people, names, rows, problems)
+    check_unmatched(people, separate, problems)
     check_needs(method, recipe, parents, base, problems)
     if rank is not None:
         check_adapter(recipe, inputs, rank, method, problems)
@@ -95,10 +103,12 @@ def plan_of(recipe: Recipe, inputs: Inputs, *, rank: int | None = None) -> Plan:
     if reference in parents and any(separate):
         kept, specs = _kept(inputs, separate, folders)
         steps, outputs = [*steps, *kept], [*outputs, *specs]
-    if recipe.base is not None and not method.needs.base and rank is None:
+    reads_base = method.needs.base or rank is not None or vocabulary.uses_base or recipe.config_from == BASE
+    if recipe.base is not None and not reads_base:
         notes.append(f"method {method.name} makes no use of the base model")
-    tall = [sum(info.shape[0] for info in p.checkpoint.tensors.values() if info.shape) for p in parents]
-    used = base if base is not None and (method.needs.base or rank is not None) else None
+    used = base if base is not None and reads_base else None
+    tokenizers = base if vocabulary.tokenizer < 0 and base is not None else people[vocabulary.tokenizer]
+    notes += compare_tokenizers(people, tokenizers) if rank is None else []
     return Plan(
         recipe=recipe.model_copy(update={"method": chosen, "options": method.options.model_dump(mode="json")}),
         steps=tuple(steps),
@@ -107,7 +117,9 @@ def plan_of(recipe: Recipe, inputs: Inputs, *, rank: int | None = None) -> Plan:
         base=None if used is None else used.contributor.model,
         revisions=tuple(parent.checkpoint.revision for parent in parents),
         labels=labels.labels if labels and list(labels.labels) != reference.label_names else None,
-        vocabulary_from=tall.index(max(tall)) if recipe.vocabulary == "largest" else 0,
+        vocabulary_from=vocabulary.tokenizer,
+        vocabulary=vocabulary.change,
+        own_vocabularies=vocabulary.separate,
         rank=rank,
         choice=choice,
         notes=tuple(notes),
@@ -153,13 +165,18 @@ def _steps(
     options = method.options.model_dump(mode="json")
 
     def step(unit: Unit, used: str, reason: str | None = None) -> Step:
-        sources = tuple({n: parent.sources[n] for n in unit.names if n in parent.sources} for parent in parents)
-        theirs = {}
-        if used == method.name and method.needs.base and base:
-            theirs = {name: base.sources[name] for name in unit.names}
         table = None if used == COPY else next((rows[name] for name in unit.names if name in rows), None)
+        turned = table is not None and table.columns
+
+        def own(parent: Parent) -> dict[str, Source]:
+            found = {name: parent.sources[name] for name in unit.names if name in parent.sources}
+            return {name: replace(source, transposed=True) for name, source in found.items()} if turned else found
+
+        needed = (used == method.name and method.needs.base) or (table is not None and table.base)
+        theirs = own(base) if base and needed else {}
         settings, stack = (options, unit.facts[0].stack) if used == method.name else ({}, None)
-        return Step(unit.without_publications(), used, sources, coefficients, settings, theirs, reason, table, stack)
+        bare, sources = unit.without_publications(), tuple(own(parent) for parent in parents)
+        return Step(bare, used, sources, coefficients, settings, theirs, reason, table, stack)
 
     def untreated(fact: Facts, used: str, reason: str) -> Step:
         whole = fact if fact.stack is None else replace(fact, shape=(fact.stack, *fact.shape), stack=None)
@@ -209,6 +226,11 @@ def make_facts(
         stack = (layer or bias_of or NO_LAYER).experts
         known = [_published(parent, name) for parent in inputs.parents]
         base_info = inputs.base.info(name) if inputs.base else None
+        in_base = base_info is not None and base_info.shape == shape
+        if name in rows:
+            shape = rows[name].shape(shape)
+            in_base = base_info is not None and bool(rows[name].base) and rows[name].shape(base_info.shape) == shape
+            shape = shape[::-1] if rows[name].columns else shape
         facts.append(
             Facts(
                 name,
@@ -219,7 +241,7 @@ def make_facts(
                 counts=tuple(count for _, count, _ in known),
                 fishers=tuple(fisher for _, _, fisher in known),
                 heads=heads,
-                in_base=base_info is not None and base_info.shape == shape and name not in rows,
+                in_base=in_base,
                 alone=name in rows,
                 stack=stack,
             )
@@ -242,7 +264,7 @@ def _spec(name: str, recipe: Recipe, inputs: Inputs, rows: Mapping[str, RowMap])
     infos = [info for parent in (inputs.reference, *inputs.parents) if (info := parent.info(name)) is not None]
     shape, dtype = infos[0].shape, infos[0].dtype
     if name in rows:
-        shape = (rows[name].size, *shape[1:])
+        shape = rows[name].shape(shape)
     if is_floating(dtype):
         widest = DTYPES[dtype]
         for info in infos[1:]:

@@ -51,9 +51,14 @@ class Recipe(BaseModel):
     exclude: tuple[str, ...] = Field((), description="name patterns of tensors to average instead")
     keep_separate: tuple[str, ...] = Field((), description="name patterns of tensors that each contributor keeps")
     labels: Literal["same", "union"] = Field("same", description="union: a head that knows every label")
-    vocabulary: Literal["same", "largest"] = Field(
-        "same", description="largest: tokens appended by some contributors are taken from those"
+    vocabulary: Literal["same", "largest", "union"] = Field(
+        "same", description="largest: that of the contributor that has every token; union: every token of any of them"
     )
+    missing_rows: str = Field(
+        "mean", description="whose row a token has that not every model knows: mean (of those that do), base, or a name"
+    )
+    config_from: str | None = Field(None, description="whose configuration is written where they differ, or base")
+    tokenizer_from: str | None = Field(None, description="whose tokenizer, chat template and generation settings")
     dtype: Literal["F64", "F32", "F16", "BF16"] | None = Field(
         None, description="storage dtype of the result; by default the widest of the contributors'"
     )

@@ -107,8 +107,9 @@ def open_contributor(
         raise_all([_of_a_ledger(one) for one in (error.problems if isinstance(error, Problems) else [error])])
         raise  # not reached: there is at least one problem
     if any(step.rows for step in plan.steps):
-        text = "the labels of its head stand in another order than the base's"
-        mend = "save it with the base's order of labels, or make a ledger without the head (--keep-separate)"
+        moved = next(name for step in plan.steps if step.rows for name in step.unit.names)
+        text = f"the rows of {moved!r} (labels or tokens) stand in another order than the base's"
+        mend = "save it with the base's order, or make a ledger without this tensor (--keep-separate)"
         raise LedgerError(text, where=parent.checkpoint.name, mend=mend)
     ours = head_labels(parent, plan.specs)
     theirs = next((member.labels for member in record.contributors if member.labels), ours)
@@ -122,9 +123,11 @@ def open_contributor(
 
 
 def _of_a_ledger(problem: UserError) -> UserError:
-    """A problem of a merge with a mend that a ledger has, where it offered to keep a tensor separate."""
+    """A problem of a merge with a mend that a ledger has, where it offered what only a merge can do."""
     found = re.search(r"--keep-separate '([^']+)'", problem.mend or "")
     mend = problem.mend if found is None else _SEPARATE.format(found[1])
+    if re.search(r"--(config-from|vocabulary)", mend or ""):
+        mend = "a ledger adds up models of one configuration and vocabulary; merge this one with merganser merge"
     return type(problem)(problem.what, where=problem.where, mend=mend)
 
 

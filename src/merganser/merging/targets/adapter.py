@@ -171,7 +171,7 @@ class AdapterTarget:
 
     def _add_factors(self, layer: Layer, delta: Tensor, step: Step, note: str | None) -> None:
         transposed = layer.kind in ("conv1d", "embedding")
-        gram = self._gram(layer)
+        gram = self._gram(layer, step)
         found = best_low_rank(delta.T if transposed else delta, gram, self.rank)
         names = ("lora_embedding_A", "lora_embedding_B") if layer.kind == "embedding" else None
         a, b = names or ("lora_A.weight", "lora_B.weight")
@@ -184,10 +184,10 @@ class AdapterTarget:
         self._put(f"{layer.module}.{a}", found.a, step, said)
         self._put(f"{layer.module}.{b}", found.b, step, said)
 
-    def _gram(self, layer: Layer) -> Tensor | None:
+    def _gram(self, layer: Layer, step: Step) -> Tensor | None:
         """The contributors' Gram matrices (or token frequencies) summed by coefficient; None where one has none."""
         total: Tensor | None = None
-        for parent in self.inputs.parents:
+        for number, parent in enumerate(self.inputs.parents):
             weight = abs(parent.contributor.coefficient)
             if weight == 0:
                 continue
@@ -200,6 +200,9 @@ class AdapterTarget:
                     return None
                 counts = statistics.count(entry.module).to(torch.float64)
                 part = counts / counts.sum().clamp_min(1)
+                if step.rows is not None:
+                    rows = torch.tensor(step.rows.own[number])
+                    part = torch.where(rows < 0, 0.0, part[rows.clamp_min(0)])
             elif entry.input is None:
                 return None
             else:

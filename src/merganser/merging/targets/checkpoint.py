@@ -21,11 +21,13 @@ from merganser.checkpoints.reader import TensorHash, read_json
 from merganser.checkpoints.writer import SafetensorsWriter, TensorSpec, check_output, index_json, shard
 from merganser.errors import CheckpointError, UserError
 from merganser.files import is_url, new_folder, parse_size, space_error
+from merganser.merging.configuration import is_tokenizer_file, merged_config, resize
 from merganser.merging.execution import TensorRecord, storable
 from merganser.merging.outputs import RemoteOutput, new_remote_output
 from merganser.merging.plan import HEADS, KEPT, Plan, Step
 from merganser.merging.provenance import model_card, public_name, write_provenance
 from merganser.merging.recipe import Inputs, Parent
+from merganser.merging.vocabulary import add_tokens
 from merganser.methods import Merged
 from merganser.tensors import DTYPES, is_floating
 
@@ -161,14 +163,17 @@ def complete(
 def write_small_files(plan: Plan, inputs: Inputs, layout: Layout, folder: Path) -> None:
     """Everything but weights, card and provenance: configuration, tokenizer, indices, heads.
 
-    Files are copied byte for byte from the reference; ``config.json`` changes only where the merge changed
-    what it says (labels, vocabulary size, storage dtype).
+    Files are copied byte for byte from the reference, the tokenizer's from the model whose order of tokens the rows
+    have; ``config.json`` changes only where the merge changed what it says (labels, vocabulary, storage dtype).
     """
-    source = inputs.parents[plan.vocabulary_from] if plan.vocabulary_from else inputs.reference
-    for file in source.checkpoint.side_files():
-        (folder / file).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source.checkpoint.path / file, folder / file)
-    _write_config(inputs.reference.checkpoint, folder, _config_changes(plan, inputs))
+    tokens, reference = _tokenizer_of(plan, inputs), inputs.reference
+    _copy(reference.checkpoint, folder, tokenizer=None if tokens is reference else False)
+    if tokens is not reference:
+        _copy(tokens.checkpoint, folder, tokenizer=True)
+    if plan.vocabulary is not None and plan.vocabulary.added:
+        others = [parent.checkpoint.path for parent in inputs.parents]
+        add_tokens(tokens.checkpoint.path, plan.vocabulary.added, others).save_pretrained(folder)
+    _write_config(reference.checkpoint, folder, _config_of(plan, inputs, reference))
     _write_indices(plan, layout, folder)
     for number, (head, _) in layout.heads.items():
         checkpoint = inputs.parents[number].checkpoint
@@ -176,13 +181,29 @@ def write_small_files(plan: Plan, inputs: Inputs, layout: Layout, folder: Path) 
         if not config.is_file():
             raise CheckpointError("has no config.json", where=checkpoint.name, mend="restore it")
         shutil.copyfile(config, folder / head / _CONFIG)
-        _write_config(checkpoint, folder / head, _stated_dtype(plan, checkpoint.config))
+        if plan.own_vocabularies:
+            _copy(checkpoint, folder / head, tokenizer=True)
+        _write_config(checkpoint, folder / head, _config_of(plan, inputs, inputs.parents[number], head=True))
 
 
-def _write_config(checkpoint: Checkpoint, folder: Path, changes: Mapping[str, Any] | None = None) -> None:
+def _tokenizer_of(plan: Plan, inputs: Inputs) -> Parent:
+    """Whose tokenizer the result has."""
+    if plan.vocabulary_from < 0 and inputs.base is not None:
+        return inputs.base
+    return inputs.parents[plan.vocabulary_from] if plan.vocabulary_from > 0 else inputs.reference
+
+
+def _copy(checkpoint: Checkpoint, folder: Path, *, tokenizer: bool | None) -> None:
+    """Copy the files beside the weights: those of the tokenizer, all others, or (None) both."""
+    for file in checkpoint.side_files():
+        if tokenizer is None or is_tokenizer_file(file) == tokenizer:
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(checkpoint.path / file, folder / file)
+
+
+def _write_config(checkpoint: Checkpoint, folder: Path, config: Mapping[str, Any]) -> None:
     """``config.json`` anew where the merge changes what it says, or an adapter what its base says."""
-    config = {**checkpoint.config, **(changes or {})}
-    if changes or config != read_json(checkpoint.path / _CONFIG, missing={}):
+    if config != read_json(checkpoint.path / _CONFIG, missing={}):
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         (folder / _CONFIG).write_text(text, encoding="utf-8")
 
@@ -203,18 +224,16 @@ def _write_indices(plan: Plan, layout: Layout, folder: Path) -> None:
             (folder / _INDEX).write_bytes(index_json({**shared, **inner}, total))
 
 
-def _config_changes(plan: Plan, inputs: Inputs) -> dict[str, Any]:
-    first = inputs.reference.checkpoint.config
-    changes: dict[str, Any] = {}
-    if plan.labels is not None:
-        changes["id2label"] = {str(i): label for i, label in enumerate(plan.labels)}
-        changes["label2id"] = {label: i for i, label in enumerate(plan.labels)}
-    if plan.recipe.vocabulary == "largest":
-        sizes = [parent.checkpoint.config.get("vocab_size") for parent in inputs.parents]
-        largest = max((size for size in sizes if isinstance(size, int)), default=None)
-        if largest is not None and largest != first.get("vocab_size"):
-            changes["vocab_size"] = largest
-    return {**changes, **_stated_dtype(plan, first)}
+def _config_of(plan: Plan, inputs: Inputs, own: Parent, *, head: bool = False) -> dict[str, Any]:
+    """The configuration of the result, or of a contributor's head in a folder of its own."""
+    shared = not head or plan.vocabulary is not None  # then token ids are those of the root's tokenizer
+    config = merged_config(plan.recipe, inputs, own, _tokenizer_of(plan, inputs) if shared else None)
+    if plan.vocabulary is not None and own in inputs.parents:
+        config = resize(config, plan.vocabulary.heights[inputs.parents.index(own)], plan.vocabulary.size)
+    if plan.labels is not None and not head:
+        config["id2label"] = {str(i): label for i, label in enumerate(plan.labels)}
+        config["label2id"] = {label: i for i, label in enumerate(plan.labels)}
+    return {**config, **_stated_dtype(plan, config)}
 
 
 def check_opening(folder: Path, reference: Checkpoint) -> list[UserError]:
