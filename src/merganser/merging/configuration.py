@@ -11,7 +11,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 from merganser.checkpoints import Checkpoint
@@ -27,7 +26,7 @@ _SILENT = re.compile(
     r"_name_or_path|_commit_hash|_?\w*implementation\w*|transformers_version|architectures|auto_map|custom_pipelines"
     r"|(torch_)?dtype|(tokenizer|\w*processor|feature_extractor)_class|quantization_config"
     r"|id2label|label2id|num_labels|problem_type|finetuning_task|task_specific_params"  # heads are matched by label
-    r"|(decoder_)?vocab_size|\w+_token_ids?|\w+_token_index"  # vocabularies are matched by token
+    r"|(decoder_)?vocab_size\w*|\w+_token_ids?|\w+_token_index"  # vocabularies are matched by token
     r"|use_cache|return_dict\w*|output_(hidden_states|attentions|\w*logits|past|scores)|chunk_size_feed_forward|gradient_checkpointing|pretraining_tp|onnx_export"
     r"|\w*(dropout|layerdrop|pdrop|drop_rate|drop_path)\w*|init_\w+|\w*init(ializer|ial)?_(range|std|factor|value|scale)"
     r"|\w*initializer_\w+|\w*_noise|\w*(loss|_cost)(_\w+)?|\w*coef(f|ficient)?|label_smoothing|auxiliary_\w+"
@@ -36,14 +35,10 @@ _SILENT = re.compile(
 )
 #: What a configuration says of a model's head, tokens and storage, whoever's configuration the rest is.
 _OWN = re.compile(
-    r"architectures|auto_map|id2label|label2id|num_labels|problem_type|(torch_)?dtype|(decoder_)?vocab_size"
+    r"architectures|auto_map|id2label|label2id|num_labels|problem_type|(torch_)?dtype|(decoder_)?vocab_size\w*"
 )
+_SIZES = re.compile(r"(decoder_)?vocab_size\w*")
 _TOKEN_IDS = re.compile(r"\w+_token_ids?|\w+_token_index")
-_TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
-    "*vocab.json", "*.model", "*.model.v*", "*.spm", "*.tiktoken", "bpe.codes", "tekken.json", "tokenization_*.py",
-    "chat_template.*", "additional_chat_templates/*", "generation_config.json",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -144,12 +139,6 @@ def compare_tokenizers(parents: Sequence[Parent], taken: Parent) -> list[str]:
     return [f"{' and '.join(differing)} differ: {taken.title}'s are written (tokenizer_from takes another model's)"]
 
 
-def is_tokenizer_file(path: str) -> bool:
-    """Whether a file beside the weights belongs to the tokenizer, its chat template or to how text is generated."""
-    spellings = (path, path.rpartition("/")[2])
-    return any(fnmatchcase(name, pattern) for name in spellings for pattern in _TOKENIZER_FILES)
-
-
 def merged_config(recipe: Recipe, inputs: Inputs, own: Parent, tokens: Parent | None) -> dict[str, Any]:
     """The configuration of a merged model, but for sizes and labels that the merge changes.
 
@@ -180,7 +169,7 @@ def _resized(config: Mapping[str, Any], old: int, new: int) -> dict[str, Any]:
         if isinstance(value, dict):
             found[key] = _resized(value, old, new)
         else:
-            found[key] = new if key in ("vocab_size", "decoder_vocab_size") and value == old else value
+            found[key] = new if _SIZES.fullmatch(key) and value == old else value
     return found
 
 

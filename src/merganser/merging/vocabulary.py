@@ -7,24 +7,19 @@ the model class: its input and output embeddings, what is tied to them, and thei
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from merganser.checkpoints import Checkpoint
 from merganser.checkpoints.layers import empty_model, map_parameters
-from merganser.checkpoints.reader import read_json
-from merganser.errors import CheckpointError, ErrorCollector, RecipeError, UserError
+from merganser.checkpoints.tokenizer_files import Table, add_tokens, has_tokenizer, read_once
+from merganser.errors import CheckpointError, ErrorCollector, RecipeError
 from merganser.merging.configuration import BASE, choose_model
 from merganser.merging.matching import RowMap
 from merganser.merging.recipe import Parent, Recipe
 
-Table = Mapping[str, int]  # the id of each token
 _SHOWN = 5  # tokens in a message
-_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
-_LISTS = ("tokenizer.json", "vocab.txt", "vocab.json", "added_tokens.json", "tokenizer_config.json")
 
 
 @dataclass(frozen=True)
@@ -90,9 +85,9 @@ def match_vocabularies(
     below = base if base is not None and (needs_base or adapter or uses_base) else None
     models = [*people, *([below] if below else [])]
     known: dict[str, Table | None] = {}
-    tables = [_read_once(one.checkpoint, known) for one in models]
+    tables = [read_once(one.checkpoint, known) for one in models]
     usual = -1 if taken is base and base is not None else people.index(taken) if taken in people else 0
-    if recipe.tokenizer_from is not None and taken is not None and not _has_tokenizer(taken.checkpoint):
+    if recipe.tokenizer_from is not None and taken is not None and not has_tokenizer(taken.checkpoint):
         text, mend = "has no tokenizer to take", "name a model that has one"
         problems.add(CheckpointError(text, where=taken.checkpoint.name, mend=mend))
     if all(table == tables[0] for table in tables) and _alike(models, names):
@@ -133,39 +128,6 @@ def match_vocabularies(
     notes += _said(people, filled, heights, rows, added, size, needs_base=needs_base)
     change = VocabularyChange(size, tuple(heights[: len(people)]), added) if rows else None
     return VocabularyPlan(rows, order if order < len(people) else -1, change, uses_base, notes=tuple(notes))
-
-
-def read_vocabulary(checkpoint: Checkpoint) -> Table | None:
-    """The id of each token by the files beside the weights; None where they do not tell.
-
-    Raises:
-        CheckpointError: a file that is damaged.
-    """
-    folder = checkpoint.path
-    if len([*folder.glob("*vocab*.json")]) > 1:  # one for each of two languages
-        return None
-    found: dict[str, int] = {}
-    if whole := read_json(folder / "tokenizer.json"):
-        tokens = (whole.get("model") or {}).get("vocab") or {}
-        if isinstance(tokens, list):  # with their scores
-            tokens = {pair[0]: number for number, pair in enumerate(tokens)}
-        found |= tokens
-        found |= {entry["content"]: entry["id"] for entry in whole.get("added_tokens") or []}
-    elif (folder / "vocab.txt").is_file():
-        lines = (folder / "vocab.txt").read_text(encoding="utf-8").split("\n")
-        found |= {line: number for number, line in enumerate(lines) if line or number < len(lines) - 1}
-    elif (tokens := read_json(folder / "vocab.json")) and all(isinstance(number, int) for number in tokens.values()):
-        found |= tokens
-    elif any(folder.glob("*.model")):
-        return _asked_of_transformers(folder)
-    if not found:
-        return None
-    for token, number in (read_json(folder / "added_tokens.json", missing={})).items():
-        found.setdefault(token, number)
-    decoder = read_json(folder / "tokenizer_config.json", missing={}).get("added_tokens_decoder") or {}
-    for number, entry in decoder.items():
-        found.setdefault(entry["content"], int(number))
-    return found
 
 
 def vocabulary_tensors(checkpoint: Checkpoint) -> dict[str, bool]:
@@ -212,28 +174,6 @@ def vocabulary_tensors(checkpoint: Checkpoint) -> dict[str, bool]:
     return tensors
 
 
-def add_tokens(folder: Path, tokens: Sequence[str], others: Sequence[Path]) -> Any:
-    """The tokenizer of a folder with more tokens, each as the first of the other folders knows it.
-
-    Raises:
-        RecipeError: transformers cannot open the tokenizer.
-    """
-    import transformers
-    from tokenizers import AddedToken
-
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        known = {entry["content"]: entry for other in reversed(others) for entry in _added_entries(other)}
-        for token in tokens:  # a plain one of another tokenizer is found as a whole word, never inside of words
-            said = known.get(token, {"normalized": True, "single_word": token.isalnum()})
-            flags = {key: said.get(key, False) for key in _FLAGS}
-            tokenizer.add_tokens([AddedToken(token, **flags)])
-    except Exception as error:  # whatever a stranger's tokenizer provokes
-        what = f"tokens cannot be added to its tokenizer: {str(error).splitlines()[0] if str(error) else error!r}"
-        raise RecipeError(what, where=folder, mend="name another model's tokenizer with --tokenizer-from") from None
-    return tokenizer
-
-
 def _tokenizer_choice(recipe: Recipe, people: Sequence[Parent], base: Parent | None) -> Parent | None:
     name = recipe.tokenizer_from
     return None if name is None else choose_model(name, "tokenizer_from", people, base)
@@ -245,43 +185,6 @@ def _filler(recipe: Recipe, people: Sequence[Parent], base: Parent | None) -> in
         return None
     found = choose_model(recipe.missing_rows, "missing_rows", people, base)
     return people.index(found) if found in people else -1
-
-
-def _read_once(checkpoint: Checkpoint, known: dict[str, Table | None]) -> Table | None:
-    """The vocabulary of a folder; folders with the same files are read once."""
-    digest = hashlib.sha256()
-    for file in sorted({*_LISTS, *(path.name for path in checkpoint.path.glob("*.model"))}):
-        place = checkpoint.path / file
-        digest.update(f"{file} ".encode() + (hashlib.sha256(place.read_bytes()).digest() if place.is_file() else b""))
-    key = digest.hexdigest()
-    if key not in known:
-        try:
-            known[key] = read_vocabulary(checkpoint)
-        except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError):  # damaged: as if there were none
-            known[key] = None
-    return known[key]
-
-
-def _asked_of_transformers(folder: Path) -> Table | None:
-    import transformers
-
-    try:
-        return dict(transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False).get_vocab())
-    except Exception:  # a package that is not installed, or whatever a stranger's file provokes
-        return None
-
-
-def _has_tokenizer(checkpoint: Checkpoint) -> bool:
-    return any((checkpoint.path / file).is_file() for file in _LISTS) or any(checkpoint.path.glob("*.model"))
-
-
-def _added_entries(folder: Path) -> list[dict[str, Any]]:
-    try:
-        whole = read_json(folder / "tokenizer.json", missing={})
-        decoder = read_json(folder / "tokenizer_config.json", missing={}).get("added_tokens_decoder") or {}
-    except UserError:
-        return []
-    return [*decoder.values(), *(whole.get("added_tokens") or [])]
 
 
 def _below(table: Table, height: int) -> Table:

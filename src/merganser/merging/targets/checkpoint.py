@@ -18,16 +18,16 @@ from typing import Any
 from merganser.checkpoints import Checkpoint, open_checkpoint
 from merganser.checkpoints.model_view import view_of
 from merganser.checkpoints.reader import TensorHash, read_json
+from merganser.checkpoints.tokenizer_files import add_tokens, is_tokenizer_file
 from merganser.checkpoints.writer import SafetensorsWriter, TensorSpec, check_output, index_json, shard
 from merganser.errors import CheckpointError, UserError
 from merganser.files import is_url, new_folder, parse_size, space_error
-from merganser.merging.configuration import is_tokenizer_file, merged_config, resize
+from merganser.merging.configuration import merged_config, resize
 from merganser.merging.execution import TensorRecord, storable
 from merganser.merging.outputs import RemoteOutput, new_remote_output
 from merganser.merging.plan import HEADS, KEPT, Plan, Step
 from merganser.merging.provenance import model_card, public_name, write_provenance
 from merganser.merging.recipe import Inputs, Parent
-from merganser.merging.vocabulary import add_tokens
 from merganser.methods import Merged
 from merganser.tensors import DTYPES, is_floating
 

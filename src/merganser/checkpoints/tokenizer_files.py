@@ -1,0 +1,125 @@
+"""Tokenizers as files beside the weights: which files they are, the tokens that they name, and tokens added to them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from merganser.checkpoints.reader import Checkpoint, read_json
+from merganser.errors import CheckpointError, UserError
+
+Table = Mapping[str, int]  # the id of each token
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+_LISTS = ("tokenizer.json", "vocab.txt", "vocab.json", "added_tokens.json", "tokenizer_config.json")
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
+    "*vocab.json", "*.model", "*.model.v*", "*.spm", "*.tiktoken", "bpe.codes", "tekken.json", "tokenization_*.py",
+    "chat_template.*", "additional_chat_templates/*", "generation_config.json",
+)  # fmt: skip
+
+
+def is_tokenizer_file(path: str) -> bool:
+    """Whether a file beside the weights belongs to the tokenizer, its chat template or to how text is generated."""
+    spellings = (path, path.rpartition("/")[2])
+    return any(fnmatchcase(name, pattern) for name in spellings for pattern in _TOKENIZER_FILES)
+
+
+def has_tokenizer(checkpoint: Checkpoint) -> bool:
+    """Whether there is a tokenizer beside the weights."""
+    return any((checkpoint.path / file).is_file() for file in _LISTS) or any(checkpoint.path.glob("*.model"))
+
+
+def read_vocabulary(checkpoint: Checkpoint) -> Table | None:
+    """The id of each token by the files beside the weights; None where they do not tell.
+
+    Raises:
+        CheckpointError: a file that is damaged.
+    """
+    folder = checkpoint.path
+    if len([*folder.glob("*vocab*.json")]) > 1:  # one for each of two languages
+        return None
+    found: dict[str, int] = {}
+    if whole := read_json(folder / "tokenizer.json"):
+        tokens = (whole.get("model") or {}).get("vocab") or {}
+        if isinstance(tokens, list):  # with their scores
+            tokens = {pair[0]: number for number, pair in enumerate(tokens)}
+        found |= tokens
+        found |= {entry["content"]: entry["id"] for entry in whole.get("added_tokens") or []}
+    elif (folder / "vocab.txt").is_file():
+        lines = (folder / "vocab.txt").read_text(encoding="utf-8").split("\n")
+        found |= {line: number for number, line in enumerate(lines) if line or number < len(lines) - 1}
+    elif (tokens := read_json(folder / "vocab.json")) and all(isinstance(number, int) for number in tokens.values()):
+        found |= tokens
+    elif any(folder.glob("*.model")):
+        return _asked_of_transformers(folder)
+    if not found:
+        return None
+    for token, number in (read_json(folder / "added_tokens.json", missing={})).items():
+        found.setdefault(token, number)
+    decoder = read_json(folder / "tokenizer_config.json", missing={}).get("added_tokens_decoder") or {}
+    for number, entry in decoder.items():
+        found.setdefault(entry["content"], int(number))
+    return found
+
+
+def read_once(checkpoint: Checkpoint, known: dict[str, Table | None]) -> Table | None:
+    """The same of a folder, None where a file is damaged; folders with the same files are read once.
+
+    Args:
+        checkpoint: the model.
+        known: the vocabularies that were read before; receives this one.
+    """
+    digest = hashlib.sha256()
+    for file in sorted({*_LISTS, *(path.name for path in checkpoint.path.glob("*.model"))}):
+        place = checkpoint.path / file
+        digest.update(f"{file} ".encode() + (hashlib.sha256(place.read_bytes()).digest() if place.is_file() else b""))
+    key = digest.hexdigest()
+    if key not in known:
+        try:
+            known[key] = read_vocabulary(checkpoint)
+        except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError):  # damaged: as if there were none
+            known[key] = None
+    return known[key]
+
+
+def add_tokens(folder: Path, tokens: Sequence[str], others: Sequence[Path]) -> Any:
+    """The tokenizer of a folder with more tokens, each as the first of the other folders knows it.
+
+    Raises:
+        CheckpointError: transformers cannot open the tokenizer.
+    """
+    import transformers
+    from tokenizers import AddedToken
+
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        known = {entry["content"]: entry for other in reversed(others) for entry in _added_entries(other)}
+        for token in tokens:  # a plain one of another tokenizer is found as a whole word, never inside of words
+            said = known.get(token, {"normalized": True, "single_word": token.isalnum()})
+            flags = {key: said.get(key, False) for key in _FLAGS}
+            tokenizer.add_tokens([AddedToken(token, **flags)])
+    except Exception as error:  # whatever a stranger's tokenizer provokes
+        what = f"tokens cannot be added to its tokenizer: {str(error).splitlines()[0] if str(error) else error!r}"
+        raise CheckpointError(what, where=folder, mend="name another model's tokenizer with --tokenizer-from") from None
+    return tokenizer
+
+
+def _asked_of_transformers(folder: Path) -> Table | None:
+    import transformers
+
+    try:
+        return dict(transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False).get_vocab())
+    except Exception:  # a package that is not installed, or whatever a stranger's file provokes
+        return None
+
+
+def _added_entries(folder: Path) -> list[dict[str, Any]]:
+    try:
+        whole = read_json(folder / "tokenizer.json", missing={})
+        decoder = read_json(folder / "tokenizer_config.json", missing={}).get("added_tokens_decoder") or {}
+    except UserError:
+        return []
+    return [*decoder.values(), *(whole.get("added_tokens") or [])]
