@@ -18,7 +18,7 @@ from merganser.checkpoints import open_checkpoint
 from merganser.cli import cli
 from merganser.collection import collect_statistics
 from merganser.errors import UserError
-from merganser.merging import make_plan, make_recipe, merge
+from merganser.merging import make_plan, make_recipe, merge, reproduce, verify
 from merganser.merging.vocabulary import vocabulary_tensors
 from merganser.statistics import FILE_NAME, write_statistics
 
@@ -200,9 +200,15 @@ def test_the_tokenizer_that_has_every_token_is_written(tmp_path: Path) -> None:
         torch.manual_seed(rows)
         labels = {number: f"{name if count == 20 else 'l'}{number}" for number in range(count)}
         config = transformers.BertConfig(
-            vocab_size=rows, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
-            max_position_embeddings=32, id2label=labels, label2id={label: n for n, label in labels.items()},
-        )  # fmt: skip
+            vocab_size=rows,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=24,
+            max_position_embeddings=32,
+            id2label=labels,
+            label2id={label: n for n, label in labels.items()},
+        )
         transformers.BertForSequenceClassification(config).save_pretrained(tmp_path / name)
         give_tokenizer(tmp_path / name, TOKENS, [f"<{n}>" for n in range(rows - 40)])
         folders.append(tmp_path / name)
@@ -234,9 +240,16 @@ def test_buffers_with_a_column_for_each_token(tmp_path: Path) -> None:
     for seed, tokens in enumerate((TOKENS, [*TOKENS[:3], *reversed(TOKENS[3:])])):
         torch.manual_seed(seed)
         config = transformers.BartConfig(
-            vocab_size=40, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
-            decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24, max_position_embeddings=38,
-        )  # fmt: skip
+            vocab_size=40,
+            d_model=32,
+            encoder_layers=1,
+            decoder_layers=1,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2,
+            encoder_ffn_dim=24,
+            decoder_ffn_dim=24,
+            max_position_embeddings=38,
+        )
         model = transformers.BartForConditionalGeneration(config)
         model.final_logits_bias.copy_(torch.randn(1, 40))
         model.save_pretrained(tmp_path / str(seed))
@@ -334,3 +347,77 @@ def test_whose_tokenizer_is_written(save: Callable[..., Path], tmp_path: Path) -
     assert json.loads((out / "generation_config.json").read_text())["temperature"] == 0.5
     with pytest.raises(UserError, match="no model of this merge is called 'c'"):
         merge([a, b], tmp_path / "no", method="simple", tokenizer_from="c")
+
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+SEQ2SEQ = {
+    "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "pad_token_id": 1,
+    "decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "max_position_embeddings": 40,
+}  # fmt: skip
+TEXT = {"num_key_value_heads": 2, "head_dim": 16, **SIZES}
+MODELS: dict[str, Callable[[int], Any]] = {
+    "bert": lambda rows: transformers.BertForMaskedLM(
+        transformers.BertConfig(vocab_size=rows, max_position_embeddings=41, type_vocab_size=41, **SIZES)
+    ),
+    "t5": lambda rows: transformers.T5ForConditionalGeneration(
+        transformers.T5Config(vocab_size=rows, d_model=32, d_kv=16, d_ff=24, num_layers=1, num_heads=2)
+    ),
+    "marian": lambda rows: transformers.MarianMTModel(
+        transformers.MarianConfig(vocab_size=rows, decoder_vocab_size=rows, decoder_start_token_id=1, **SEQ2SEQ)
+    ),
+    "gpt2": lambda rows: transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=rows, n_positions=41, n_embd=32, n_layer=1, n_head=2)
+    ),
+    "gemma3": lambda rows: transformers.Gemma3ForConditionalGeneration(
+        transformers.Gemma3Config(
+            text_config={"vocab_size": rows, "sliding_window": 8, **TEXT},
+            vision_config={"image_size": 16, "patch_size": 8, **SIZES},
+            mm_tokens_per_image=4,
+        )
+    ),
+    "gemma3n": lambda rows: transformers.Gemma3nForCausalLM(
+        transformers.Gemma3nTextConfig(
+            vocab_size=rows,
+            vocab_size_per_layer_input=rows,
+            hidden_size_per_layer_input=8,
+            num_kv_shared_layers=0,
+            laurel_rank=4,
+            altup_num_inputs=2,
+            layer_types=["full_attention"] * 2,
+            activation_sparsity_pattern=[0.0] * 2,
+            **TEXT,
+        )
+    ),
+}
+
+
+def by_token(model: Any) -> list[Tensor]:
+    """Everything of a model that has a row for each token, listed by hand."""
+    out = model.get_output_embeddings()
+    found = [model.get_input_embeddings().weight, out.weight]
+    found += [out.bias] if getattr(out, "bias", None) is not None else []
+    found += [model.final_logits_bias[0]] if hasattr(model, "final_logits_bias") else []
+    return found + [weight for name, weight in model.named_parameters() if "embed_tokens_per_layer" in name]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_union_of_two_vocabularies(save: Callable[..., Path], tmp_path: Path, name: str) -> None:
+    """Other orders and other tokens at once, in every kind of tensor that has a row for each token."""
+
+    def build(rows: int) -> Any:
+        return MODELS[name](rows)
+
+    a = save("a", 1, 41, added=["<a>"], build=build)
+    b = save("b", 2, 42, tokens=[*TOKENS[:3], *reversed(TOKENS[3:])], added=["<b>", "<c>"], build=build)
+    out = merge([a, b], tmp_path / "out", method="simple", vocabulary="union")
+    kind = type(build(40))
+    model, loading = kind.from_pretrained(out, output_loading_info=True)
+    assert not any(loading[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    merged, *parents = (by_token(one) for one in (model, kind.from_pretrained(a), kind.from_pretrained(b)))
+    ids, *known = (transformers.AutoTokenizer.from_pretrained(folder).get_vocab() for folder in (out, a, b))
+    assert len(ids) == 43 and all(tensor.shape[0] == 43 for tensor in merged)
+    for token, row in ids.items():
+        for place, tensor in enumerate(merged):
+            rows = [own[place][table[token]] for own, table in zip(parents, known, strict=True) if token in table]
+            torch.testing.assert_close(tensor[row], torch.stack(rows).mean(0))
+    assert verify(out).files > 3 and reproduce(out) == []

@@ -39,8 +39,6 @@ def read_vocabulary(checkpoint: Checkpoint) -> Table | None:
         CheckpointError: a file that is damaged.
     """
     folder = checkpoint.path
-    if len([*folder.glob("*vocab*.json")]) > 1:  # one for each of two languages
-        return None
     found: dict[str, int] = {}
     if whole := read_json(folder / "tokenizer.json"):
         tokens = (whole.get("model") or {}).get("vocab") or {}
@@ -48,6 +46,8 @@ def read_vocabulary(checkpoint: Checkpoint) -> Table | None:
             tokens = {pair[0]: number for number, pair in enumerate(tokens)}
         found |= tokens
         found |= {entry["content"]: entry["id"] for entry in whole.get("added_tokens") or []}
+    elif len([*folder.glob("*vocab*.json")]) > 1:  # one for each of two languages
+        return None
     elif (folder / "vocab.txt").is_file():
         lines = (folder / "vocab.txt").read_text(encoding="utf-8").split("\n")
         found |= {line: number for number, line in enumerate(lines) if line or number < len(lines) - 1}

@@ -261,9 +261,11 @@ def _unused(path: str, flat: Sequence[Mapping[str, Any]]) -> bool:
 
 def _same_shapes(people: Sequence[Parent]) -> bool:
     """Whether the models have the same layers, and tensors of one name one shape but for their first dimension."""
-    shapes = [{name: one.checkpoint.tensors[own].shape[1:] for name, own in one.names.items()} for one in people]
-    layers = [{name for name in one.checkpoint.tensors if re.search(r"\.\d+\.", name)} for one in people]
-    return len({len(names) for names in layers}) == 1 and all(
+    shapes = [{name: info.shape[1:] for name in one.sources if (info := one.info(name))} for one in people]
+    used = [{stored for source in one.sources.values() for stored in source.tensors()} for one in people]
+    left = [name for one, own in zip(people, used, strict=True) for name in one.checkpoint.tensors.keys() - own]
+    left += [name for one in shapes for name in shapes[0].keys() - one.keys()]
+    return not any(re.search(r"\.\d+\.", name) for name in left) and all(
         one[name] == shapes[0][name] for one in shapes for name in one.keys() & shapes[0].keys()
     )
 
