@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from merganser.checkpoints import Checkpoint
-from merganser.checkpoints.layers import empty_model, map_parameters
+from merganser.checkpoints.layers import map_parameters
+from merganser.checkpoints.model_view import view_of
 from merganser.checkpoints.tokenizer_files import Table, add_tokens, has_tokenizer, read_once
 from merganser.errors import CheckpointError, ErrorCollector, RecipeError
 from merganser.merging.configuration import BASE, choose_model
@@ -117,7 +118,7 @@ def match_vocabularies(
         table = _rows(tokens, length, filled, own, len(people), filler, needs_base=needs_base)
         if table is not None:
             rows[name] = table if not tensors[name] else RowMap(table.size, table.runs, table.base, columns=True)
-    kept = [name for name in tensors if name not in names]
+    kept = [name for name in tensors if name not in names and name not in people[0].view.duplicates]
     if rows and kept:
         text = f"{', '.join(kept)} is kept separate, but the rows of {', '.join(merged)} are matched by token"
         mend = " ".join(f"--keep-separate '{name}'" for name in merged)
@@ -135,9 +136,8 @@ def vocabulary_tensors(checkpoint: Checkpoint) -> dict[str, bool]:
 
     Where transformers cannot build the model, those whose first dimension is the configuration's ``vocab_size``.
     """
-    try:
-        model = empty_model(checkpoint)
-    except CheckpointError:
+    model = view_of(checkpoint).model
+    if model is None:
         size = checkpoint.config.get("vocab_size")
         found = [name for name, info in checkpoint.tensors.items() if info.shape and info.shape[0] == size]
         return dict.fromkeys(sorted(found, key=lambda name: "embed" not in name), False)
