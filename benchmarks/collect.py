@@ -129,7 +129,7 @@ def ours(
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The same by leader, upper triangles, with means and token counts beside them; and each layer's leader."""
     wiring = discover(model, layers, batches[0])
-    observer = Observer(model, layers, wiring, workers, torch.device("cpu"), sampling)
+    observer = Observer(model, wiring, workers, torch.device("cpu"), sampling)
     for batch in batches:
         for piece in observer.pieces(batch) if split else [batch]:
             observer.add(piece)

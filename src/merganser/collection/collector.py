@@ -22,7 +22,7 @@ from merganser.collection.observer import Observer
 from merganser.collection.placement import empty_twin, inputs_device, is_offloaded
 from merganser.collection.sampling import Sampling
 from merganser.collection.scores import annotated_examples, describe_left_out
-from merganser.errors import DataError
+from merganser.errors import DataError, StatisticsError
 from merganser.statistics import FisherKind, StatisticsHeader
 from merganser.tasks.base import Problem
 
@@ -153,6 +153,11 @@ class Collector:
             if self._left_out:
                 notes.append(describe_left_out(self._left_out))
             layers, tensors = observer.result() if observer is not None else ((), {})
+            if observer is not None and not layers:
+                what = (
+                    f"no layer of {type(self._model).__name__} has statistics: {'; '.join(notes) or 'none is on disk'}"
+                )
+                raise StatisticsError(what, mend="check that the task runs the model whose weights these are")
             if information is not None:
                 tensors |= {f"fisher.{name}": value for name, value in information.result().items()}
                 notes += information.notes
@@ -211,7 +216,6 @@ class Collector:
             ]
             self._observer = Observer(
                 self._model,
-                layers,
                 discover(self._model, layers, first),
                 self._workers,
                 self._device,

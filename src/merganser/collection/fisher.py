@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from merganser.collection.gram import Workers
-from merganser.collection.inputs import probe
 from merganser.collection.masks import Batch, batch_masks, take_rows
 from merganser.collection.per_example import GradientEngine, NotSeparable, OneByOne, Separable, SideBySide, Squares
+from merganser.collection.probes import probe
 from merganser.collection.scores import cotangents, describe_scores, scored
 from merganser.errors import StatisticsError
 from merganser.statistics import FisherKind

@@ -1,16 +1,4 @@
-"""Which rows of a layer's input are real tokens, and batches in parts without the padding that a part does not need.
-
-Padding never enters a statistic. The rule goes by shape. With ``attention_mask`` of shape (B, T):
-
-====================  =================================================================================
-leading shape         rows that count
-====================  =================================================================================
-(B, T, …)             those of the mask
-(B·T, …)              those of the flattened mask
-(B, d), (B, 1, d)     all: one row an example (poolers, classification heads)
-ids (1, T) or (T,)    those of the mask, as if repeated for each example (position embeddings)
-anything else         not tokens (relative positions); see :mod:`merganser.collection.inputs`
-====================  =================================================================================
+"""Which tokens of a batch are real, and batches in parts without the padding that a part does not need.
 
 A decoder has a mask of its own: ``decoder_attention_mask`` where the batch has one; otherwise position t of
 the decoder is real if t is at most the position of the last label that is not -100, because labels are
@@ -20,18 +8,16 @@ label).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from merganser.errors import DataError
 from merganser.tasks.batches import IGNORED
-
-#: Whose rows an input holds: the encoder's (or only) tokens, the decoder's, one an example, or all.
-RowKind = Literal["tokens", "decoder", "examples", "all"]
 
 PIECE_COST = 64  # padded tokens that one more forward pass is worth (measured with a 22M encoder on 2 cores)
 DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds")
@@ -79,12 +65,6 @@ class BatchMasks:
         """Real tokens of both sides."""
         return self.tokens.rows + (self.decoder.rows if self.decoder else 0)
 
-    def side(self, kind: RowKind) -> Side | None:
-        """The side that a kind of rows belongs to; None where every row counts."""
-        if kind == "tokens":
-            return self.tokens
-        return self.decoder if kind == "decoder" else None
-
 
 def batch_masks(batch: Mapping[str, Any], model: nn.Module) -> BatchMasks:
     """The masks of a batch that is ready for ``model(**batch)``.
@@ -112,68 +92,6 @@ def describe_masking(batch: Mapping[str, Any], model: nn.Module) -> tuple[str, l
             rule += "; decoder: none"
             notes.append("the batches have neither decoder_attention_mask nor labels: all decoder tokens counted")
     return rule, notes
-
-
-def kind_of_rows(x: Tensor, masks: BatchMasks, *, ids: bool) -> RowKind | None:
-    """Whose rows a call's input holds, by its shape; None where they are not tokens.
-
-    Args:
-        x: input of a linear layer (…, d), or the ids of an embedding.
-        masks: of a batch whose sizes differ from one another (see ``probe`` in
-            :mod:`merganser.collection.inputs`).
-        ids: ``x`` holds the ids of an embedding.
-    """
-    leading = tuple(x.shape) if ids else tuple(x.shape[:-1])
-    batch = masks.examples
-    kinds: tuple[RowKind, ...] = ("tokens", "decoder")
-    for kind in kinds:
-        side = masks.side(kind)
-        if side is None:
-            continue
-        length = side.mask.shape[1]
-        if leading[:2] == (batch, length) or leading == (batch * length,):
-            return kind
-        if ids and leading in ((1, length), (length,)):
-            return kind
-    return "examples" if leading in ((batch,), (batch, 1)) else None
-
-
-def token_rows(x: Tensor, kind: RowKind, masks: BatchMasks) -> tuple[Tensor, Tensor | None]:
-    """The rows of a linear layer's input as (n, d), and which of them count (None: all).
-
-    Raises:
-        ValueError: the input does not have the shape that its kind promises.
-    """
-    flat = x.reshape(-1, x.shape[-1])
-    side = masks.side(kind)
-    if side is None:
-        if kind == "examples" and flat.shape[0] != masks.examples:
-            raise ValueError(f"{tuple(x.shape)} is not one row for each of {masks.examples} examples")
-        return flat, None
-    size = side.mask.numel()
-    if flat.shape[0] == size:
-        return flat, side.index
-    if tuple(x.shape[:2]) != tuple(side.mask.shape):
-        raise ValueError(f"{tuple(x.shape)} does not begin with {tuple(side.mask.shape)}")
-    # several rows a token, such as one a head
-    return side.take(x.reshape(size, -1)).reshape(-1, x.shape[-1]), None
-
-
-def token_ids(ids: Tensor, kind: RowKind, masks: BatchMasks) -> Tensor:
-    """The ids (n,) that an embedding looks up for real tokens.
-
-    Raises:
-        ValueError: the ids do not have the shape that their kind promises.
-    """
-    side = masks.side(kind)
-    if side is None:
-        return ids.reshape(-1)
-    batch, length = side.mask.shape
-    if ids.numel() == length and batch * length != length:
-        ids = ids.reshape(1, length).expand(batch, length)
-    if ids.numel() != batch * length:
-        raise ValueError(f"ids {tuple(ids.shape)} do not fit the mask {(batch, length)}")
-    return side.take(ids.reshape(-1))
 
 
 def configured(model: nn.Module, key: str) -> Any:
@@ -275,6 +193,58 @@ def trimmed(batch: Batch, model: nn.Module) -> Batch:
 def of_decoder(key: str) -> bool:
     """Whether what a batch calls by this name belongs to a decoder, where there is one."""
     return key == "labels" or key.startswith("decoder_")
+
+
+def without_padding(batch: Batch, model: nn.Module) -> list[Batch]:
+    """A batch in pieces without any padding: examples whose real tokens, a decoder's too, are as many.
+
+    What is left has masks all the same, of ones.
+    """
+    masks = batch_masks(batch, model)
+    tokens, decoder = masks.tokens.mask, masks.decoder.mask if masks.decoder else None
+    both = tokens if decoder is None else torch.cat([tokens, decoder], 1)
+    distinct, group = both.unique(dim=0, return_inverse=True)
+    pieces = []
+    for number, real in enumerate(distinct):
+        rows = (group == number).nonzero().squeeze(1)
+        sides = real.split([tokens.shape[1], both.shape[1] - tokens.shape[1]])
+        columns = [side.nonzero().squeeze(1) for side in sides]
+        piece = take_rows(batch, masks.examples, rows)
+        pieces.append(change_columns(piece, model, partial(_selected, columns)))
+    return pieces
+
+
+def _selected(columns: list[Tensor], value: Tensor, side: int) -> Tensor:
+    return value[:, columns[side]]
+
+
+def widened(batch: Batch, model: nn.Module, multiple: int) -> Batch:
+    """A batch whose tokens are padded, and masked, to a multiple of a length, as the model would itself."""
+    mask = batch_masks(batch, model).tokens.mask
+    more = -mask.shape[1] % multiple
+    if not more:
+        return batch
+    pad_id = configured(model, "pad_token_id") or 0
+
+    def pad(value: Tensor, side: int) -> Tensor:
+        if side:
+            return value
+        filler = pad_id if value is batch.get("input_ids") else 0
+        return torch.cat([value, value.new_full((value.shape[0], more, *value.shape[2:]), filler)], 1)
+
+    return change_columns({MASK: mask.long(), **batch}, model, pad)
+
+
+def change_columns(batch: Batch, model: nn.Module, change: Callable[[Tensor, int], Tensor]) -> Batch:
+    """A batch whose tensors of a value a token are changed: ``change(value, side)``, the side 1 for a decoder's own."""
+    masks = batch_masks(batch, model)
+    lengths = [masks.tokens.mask.shape, masks.decoder.mask.shape if masks.decoder else None]
+
+    def changed(key: str, value: Any) -> Any:
+        side = int(masks.decoder is not None and of_decoder(key))
+        return change(value, side) if isinstance(value, Tensor) and value.shape[:2] == lengths[side] else value
+
+    return {key: changed(key, value) for key, value in batch.items()}
 
 
 def split_by_length(batch: Batch, model: nn.Module, most_tokens: int | None = None) -> list[Batch]:

@@ -6,7 +6,7 @@ import contextvars
 import math
 import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 
@@ -15,17 +15,20 @@ from torch import Tensor, nn
 
 from merganser.checkpoints.layers import Layer
 from merganser.collection.gram import Gram, Workers, buffer_rows, fill
-from merganser.collection.inputs import Call, Identity, Wiring, identity_of, input_hooks
+from merganser.collection.inputs import Identity, Wiring, identity_of
 from merganser.collection.masks import (
     Batch,
     BatchMasks,
     batch_masks,
     model_inputs,
+    split_by_count,
     split_by_length,
-    token_ids,
-    token_rows,
+    widened,
+    without_padding,
 )
+from merganser.collection.rows import Call, token_ids, token_rows
 from merganser.collection.sampling import SPARE, Sampling, describe_sampling, shares
+from merganser.collection.taps import input_hooks, weight_of
 from merganser.errors import StatisticsError
 from merganser.statistics import LayerStatistics
 from merganser.tensors import pack_upper
@@ -71,8 +74,7 @@ class Observer:
 
     Args:
         model: in eval mode.
-        layers: as :func:`~merganser.collection.inputs.discover` was given.
-        wiring: what it found.
+        wiring: what :func:`~merganser.collection.inputs.discover` found.
         workers: run forward passes and products.
         device: of the model's inputs.
         sampling: of the tokens of wide inputs; None: all are counted.
@@ -83,7 +85,6 @@ class Observer:
     def __init__(
         self,
         model: nn.Module,
-        layers: Sequence[Layer],
         wiring: Wiring,
         workers: Workers,
         device: torch.device,
@@ -92,7 +93,6 @@ class Observer:
         one_at_a_time: bool = False,
     ) -> None:
         self._model, self._wiring, self._workers = model, wiring, workers
-        self._layers = [layer for layer in layers if layer.module in wiring.calls]
         self._sampling, self._one_at_a_time = sampling, one_at_a_time
         self._expected = sum(len(calls) for calls in wiring.calls.values())
         self._shares = shares(wiring.widths, sampling)
@@ -103,10 +103,8 @@ class Observer:
             name: Gram(width, math.ceil(room[name] * self._capacity), device) for name, width in wiring.widths.items()
         }
         self.counts = {
-            layer.module: torch.zeros(
-                model.get_parameter(f"{layer.module}.weight").shape[0], dtype=torch.int64, device=device
-            )
-            for layer in self._layers
+            layer.module: torch.zeros(weight_of(model, layer).shape[0], dtype=torch.int64, device=device)
+            for layer in wiring.layers
             if layer.kind == "embedding"
         }
         self.notes = [*wiring.notes, *([describe_sampling(wiring.widths, sampling)] if sampling else [])]
@@ -118,9 +116,21 @@ class Observer:
 
     def pieces(self, batch: Batch) -> list[Batch]:
         """A batch in the pieces that had better be added, without padding; whole where a pass costs more than that."""
-        if self._one_at_a_time:
-            return [batch]
-        return split_by_length(batch, self._model, self._capacity // PIECES if self._capacity else None)
+        most = self._capacity // PIECES if self._capacity else None
+        if self._wiring.padding_free:
+            pieces = without_padding(batch, self._model)
+            if most is not None and not self._one_at_a_time:
+                pieces = [part for piece in pieces for part in self._small(piece, most)]
+        elif self._one_at_a_time:
+            pieces = [batch]
+        else:
+            pieces = split_by_length(batch, self._model, most)
+        return [widened(piece, self._model, self._wiring.multiple) for piece in pieces]
+
+    def _small(self, piece: Batch, most: int) -> list[Batch]:
+        """Examples of one length in pieces of at most so many tokens."""
+        masks = batch_masks(piece, self._model)
+        return split_by_count(piece, self._model, max(1, most * masks.examples // masks.tokens.mask.numel()))
 
     def start(self, shard: int) -> None:
         """Begin anew, for the shard of this number; what was drawn depends on it."""
@@ -148,7 +158,8 @@ class Observer:
         rows: Counter[str] = Counter()
         for (name, _), count in counts.items():
             rows[name] += count
-        if not all(self.grams[name].fits(count) for name, count in rows.items()):
+        waiting = sum(waits.masks.real for waits in self._waiting) if self._wiring.free else 0
+        if waiting > self._capacity or not all(self.grams[name].fits(count) for name, count in rows.items()):
             self.finish()
         places = {
             (name, number): self.grams[name].reserve(count) if rows[name] <= self.grams[name].capacity else None
@@ -162,7 +173,7 @@ class Observer:
     def finish(self) -> None:
         """Run what waits, and multiply what the buffers hold; the largest first, so that threads end together."""
         waiting, self._waiting = self._waiting, []
-        with input_hooks(self._model, list(self._wiring.calls), self._see):
+        with input_hooks(self._model, self._wiring.layers, self._see, self._wiring.owners):
             if self._capacity and not self._one_at_a_time:
                 ordered = sorted(waiting, key=lambda waits: -waits.masks.tokens.mask.numel())
                 self._workers.run([partial(self._run, current) for current in ordered])
@@ -192,14 +203,21 @@ class Observer:
                 raise StatisticsError(what, mend="check the model on these examples")
             tensors[f"gram.{name}"], tensors[f"mean.{name}"] = packed, mean
         layers = []
-        for layer in self._layers:
+        for layer in self._wiring.layers:
+            if layer.module in self._wiring.groups:
+                continue  # its first layer stands for it
             leader = self._wiring.leaders.get(layer.module)
             rows = int(self.counts[layer.module].sum()) if leader is None else self.grams[leader].seen
             if rows:
-                layers.append(_published(layer, leader, rows))
+                layers.append(_published(layer, leader, rows, tied=self._is_tied(layer)))
                 if leader is None:
                     tensors[f"count.{layer.module}"] = self.counts[layer.module].cpu().clone()
         return tuple(layers), tensors
+
+    def _is_tied(self, layer: Layer) -> bool:
+        """Whether a layer of another sort has the weight too; linear layers' inputs are counted together."""
+        kinds = {other.kind == "embedding" for other in self._wiring.layers if other.weight == layer.weight}
+        return layer.tied and len(kinds) > 1
 
     def _draw(self, counts: Mapping[tuple[str, int], int]) -> dict[tuple[str, int], Tensor]:
         """The rows that sampled inputs keep of one pass, by leader and call."""
@@ -224,19 +242,23 @@ class Observer:
         finally:
             self._now.forward_pass = None
         if current.seen != self._expected:
-            calls = self._wiring.calls.items()
+            calls = [entry for entry in self._wiring.calls.items() if entry[0] not in self._wiring.free]
             raise _changed(next(n for n, c in calls if current.calls.get(n, 0) != len(c)), "it is called less often")
 
     def _forward(self, batch: Batch) -> None:
         with torch.no_grad():  # each thread has its own
             self._model(**model_inputs(batch, self._model))
 
-    def _see(self, name: str, x: Tensor) -> None:
+    def _see(self, layer: str, x: Tensor) -> None:
         current: _ForwardPass = self._now.forward_pass
+        name = self._wiring.groups.get(layer, layer)
         expected, number = self._wiring.calls[name], current.calls.get(name, 0)
+        current.calls[name] = number + 1
+        if name in self._wiring.free:
+            self._count(name, number, Call("all"), x, current)
+            return
         if number >= len(expected):
             raise _changed(name, "it is called more often")
-        current.calls[name] = number + 1
         current.seen += 1
         call = expected[number]
         if call is not None:
@@ -244,24 +266,25 @@ class Observer:
                 self._count(name, number, call, x, current)
             except ValueError as error:
                 raise _changed(name, f"its input of {error}") from None
-        if current.seen == self._expected:
+        if current.seen == self._expected and not self._wiring.free:
             raise _Enough
 
     def _count(self, name: str, number: int, call: Call, x: Tensor, current: _ForwardPass) -> None:
         if name in self.counts:
             total = self.counts[name]
-            found = torch.bincount(token_ids(x, call.kind, current.masks), minlength=total.numel())
+            found = torch.bincount(token_ids(x, call, current.masks), minlength=total.numel())
             with self._lock:
                 total += found
             return
         leader = self._wiring.leaders[name]
-        number = sum(c is not None for c in self._wiring.calls[name][:number])  # of those that count
+        if name not in self._wiring.free:
+            number = sum(c is not None for c in self._wiring.calls[name][:number])  # of those that count
         if leader != name:
             if current.inputs.get((leader, number)) != identity_of(x):
                 raise _changed(name, f"it no longer sees the same input as {leader}")
             return
         current.inputs[name, number] = identity_of(x)
-        rows, index = token_rows(x, call.kind, current.masks)
+        rows, index = token_rows(x, call, current.masks)
         count = rows.shape[0] if index is None else index.shape[0]
         with self._lock:
             self.grams[name].seen += count
@@ -273,7 +296,7 @@ class Observer:
             index, count = kept if index is None else index[kept], len(kept)
             if not count:
                 return
-        place = current.places[name, number]
+        place = current.places.get((name, number))
         if place is None:
             # a copy: later layers may change their input in place
             block = rows.clone() if index is None else rows.index_select(0, index)
@@ -287,9 +310,9 @@ class Observer:
             fill(place, rows, index)
 
 
-def _published(layer: Layer, input: str | None, rows: int) -> LayerStatistics:
+def _published(layer: Layer, input: str | None, rows: int, *, tied: bool) -> LayerStatistics:
     known = {key: value for key, value in asdict(layer).items() if key != "experts"}
-    return LayerStatistics(**known, input=input, rows=rows)
+    return LayerStatistics(**known | {"tied": tied}, input=input, rows=rows)
 
 
 def _changed(name: str, how: str) -> StatisticsError:

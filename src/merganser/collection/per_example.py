@@ -296,7 +296,7 @@ class Separable:
         kind = kind_of(module)
         if isinstance(module, nn.Embedding):
             _embedding(squares[names["weight"]], call.input, gradient, module.padding_idx)
-        elif kind is not None:
+        elif kind in ("linear", "conv1d"):
             x, g = (t.reshape(t.shape[0], -1, t.shape[-1]) for t in (call.input, gradient))
             if "weight" in names:
                 left, right = (x, g) if kind == "conv1d" else (g, x)

@@ -77,7 +77,7 @@ class LayerStatistics(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     module: str
-    kind: Literal["linear", "conv1d", "embedding"]
+    kind: Literal["linear", "conv1d", "embedding", "convolution"]
     weight: str
     bias: str | None = None
     input: str | None = None
