@@ -165,7 +165,6 @@ class Collector:
                 notes += [f"{name}: not in the checkpoint; no Fisher information" for name in absent]
         header = StatisticsHeader(
             layers=layers,
-            protocol=3,
             hash_kind="blake3",
             manifest_hash=self._checkpoint.manifest_hash("blake3"),
             tensor_hashes={name: self._checkpoint.hash(name, "blake3") for name in sorted(self._checkpoint.tensors)},
@@ -178,7 +177,7 @@ class Collector:
             label=self._label,
             notes=tuple(notes),
         )
-        return header, tensors
+        return header.model_copy(update={"protocol": header.protocol_with(3)}), tensors
 
     def _annotated(self, batches: Iterable[Batch], advance: Advance) -> Iterator[Batch]:
         """Batches on the model's device, without the examples that have labels of which none is annotated."""

@@ -44,7 +44,7 @@ class Wiring:
 
     Attributes:
         layers: that have statistics.
-        calls: of each layer that matters, by module; None for a call that does not count. Empty for a layer of ``free``.
+        calls: of each layer that matters, by module; None for a call that does not count. Empty for those of ``free``.
         leaders: for each linear layer, the first layer that sees the same input (itself, if it is the first).
         widths: of each leader's input.
         notes: what was left out or assumed.

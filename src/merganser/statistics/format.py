@@ -17,6 +17,7 @@ nothing else.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -47,7 +48,7 @@ from merganser.statistics.gram_encodings import (
 from merganser.tensors import is_finite
 
 FILE_NAME = "merge_statistics.safetensors"
-PROTOCOL = 3  # the newest; a file is of the oldest protocol that has all of its tensors
+PROTOCOL = 4  # the newest; a file is of the oldest protocol that has all of its tensors
 METADATA_KEY = "merganser"
 MAX_METADATA = 32 * 2**20  # bytes of header JSON; a thousand layers need a few hundred thousand
 AGAIN = "collect the statistics again, or download the file again"
@@ -65,13 +66,16 @@ class LayerStatistics(BaseModel):
 
     Attributes:
         module: the layer's name in the model.
-        kind: ``linear``, ``conv1d`` or ``embedding``.
+        kind: ``linear``, ``conv1d``, ``embedding``, or, from protocol 4 on, ``convolution``, whose input are the
+            patches under its kernel, in the order of ``weight.flatten(1)``.
         weight: on-disk name of its weight.
         bias: on-disk name of its bias, if it has one.
         input: key of ``gram.`` and ``mean.``; layers with the same key share their input. None for an
             embedding, whose counts are ``count.<module>``.
         rows: how many token rows were counted.
         tied: another layer uses the same on-disk weight.
+        expert: which of the matrices (experts, …) of the on-disk weight it is, from protocol 4 on; None where the weight
+            is one matrix, or the statistics hold for all of them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -83,6 +87,12 @@ class LayerStatistics(BaseModel):
     input: str | None = None
     rows: int = Field(ge=0)
     tied: bool = False
+    expert: int | None = Field(None, ge=0)
+
+    @model_serializer(mode="wrap")
+    def _leave_out_new(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Older protocols know no experts."""
+        return {key: value for key, value in handler(self).items() if key != "expert" or value is not None}
 
 
 class StatisticsHeader(BaseModel):
@@ -141,6 +151,8 @@ class StatisticsHeader(BaseModel):
 
     def protocol_with(self, tensors: int) -> int:
         """The oldest protocol that has this header, where its tensors need at least the protocol ``tensors``."""
+        if any(layer.kind == "convolution" or layer.expert is not None for layer in self.layers):
+            return 4
         return 3 if self.hash_kind == "blake3" else tensors
 
 
@@ -178,6 +190,8 @@ def layout_problems(header: StatisticsHeader, tensors: Mapping[str, TensorInfo])
     """What header and tensor names, dtypes and shapes say against each other."""
     if header.hash_kind == "blake3" and header.protocol < 3:
         yield f"protocol {header.protocol} knows weights by sha256, this header by blake3"
+    if header.protocol < 4 <= header.protocol_with(1):
+        yield f"protocol {header.protocol} knows no convolutions and no experts, which this header has"
     needed = {name for layer in header.layers for name in layer_tensors(tensors, layer.input, layer.module)}
     for name in sorted(needed - set(tensors)):
         yield f"{name} is missing"
@@ -300,10 +314,21 @@ def _misshapen(header: StatisticsHeader, tensors: Mapping[str, TensorInfo], chec
         shape = checkpoint.tensors[layer.weight].shape
         name = layer_tensors(tensors, layer.input, layer.module)[0]
         width = width_of(tensors[name])
-        if len(shape) != 2 or width != shape[1 if layer.kind == "linear" else 0]:
+        if width != _width(layer, shape):
             yield f"{name} is of width {width}, which does not fit {layer.weight} {list(shape)}"
+        elif layer.expert is not None and (len(shape) != 3 or layer.expert >= shape[0]):
+            yield f"{name} is of expert {layer.expert}, which {layer.weight} {list(shape)} does not have"
     for name, info in tensors.items():
         if name.startswith("fisher."):
             shape = checkpoint.tensors[name.removeprefix("fisher.")].shape
             if info.shape != shape:
                 yield f"{name} has the shape {list(info.shape)}, the tensor has {list(shape)}"
+
+
+def _width(layer: LayerStatistics, shape: tuple[int, ...]) -> int | None:
+    """The number of inputs (or rows of an embedding) of an on-disk weight; None where it has not the layer's shape."""
+    if layer.kind == "convolution":
+        return math.prod(shape[1:]) if len(shape) > 2 else None
+    if len(shape) not in (2, 2 if layer.kind == "embedding" else 3):
+        return None
+    return shape[-1] if layer.kind == "linear" else shape[-2]

@@ -49,9 +49,9 @@ class Statistics:
         self.header, self.tensors, self.path = header, dict(tensors), path
         self._read = read
         self._hash: str | None = None
-        self._layers: dict[str, LayerStatistics] = {}
+        self._layers: dict[tuple[str, int | None], LayerStatistics] = {}
         for layer in header.layers:
-            self._layers.setdefault(layer.weight, layer)
+            self._layers.setdefault((layer.weight, layer.expert), layer)
 
     @classmethod
     def open(cls, path: str | Path) -> Statistics:
@@ -87,9 +87,15 @@ class Statistics:
     def __repr__(self) -> str:
         return f"Statistics({str(self.path or 'in memory')!r}, {len(self.tensors)} tensors)"
 
-    def layer(self, weight: str) -> LayerStatistics | None:
-        """The first layer whose weight is the on-disk tensor ``weight``; None: it has no statistics."""
-        return self._layers.get(weight)
+    def layer(self, weight: str, expert: int | None = None) -> LayerStatistics | None:
+        """The first layer whose weight is the on-disk tensor ``weight``; None: it has no statistics.
+
+        Args:
+            weight: the tensor's name.
+            expert: which of its matrices; one without statistics of its own has those that hold for all.
+        """
+        own = self._layers.get((weight, expert))
+        return own if own is not None or expert is None else self._layers.get((weight, None))
 
     def gram(self, input: str) -> Tensor:
         """(d, d) float32: the mean of x xᵀ, symmetric; checked to be finite, with no negative diagonal.
