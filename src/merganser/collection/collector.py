@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from merganser.checkpoints import Checkpoint
-from merganser.checkpoints.layers import kind_of, layers_of, map_parameters
+from merganser.checkpoints.layers import layers_of, map_parameters
 from merganser.collection.fisher import FisherCollector
 from merganser.collection.gram import Workers
 from merganser.collection.inputs import discover
@@ -208,11 +208,7 @@ class Collector:
     def _observe(self, first: Batch) -> Observer | None:
         """What gathers the layers' inputs, made with the first batch of all."""
         if self._grams and self._observer is None:
-            layers = [
-                layer
-                for layer in layers_of(self._whole, self._checkpoint)
-                if kind_of(self._whole.get_submodule(layer.module)) in ("linear", "conv1d", "embedding")
-            ]
+            layers = [layer for layer in layers_of(self._whole, self._checkpoint) if layer.experts is None]
             self._observer = Observer(
                 self._model,
                 discover(self._model, layers, first),

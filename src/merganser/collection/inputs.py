@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from merganser.checkpoints.layers import Layer, kind_of
+from merganser.checkpoints.layers import Kind, Layer, kind_of
 from merganser.collection.masks import Batch, BatchMasks, batch_masks, model_inputs, widened, without_padding
 from merganser.collection.probes import other_tokens, probe, ragged
 from merganser.collection.rows import Call, guesses, token_ids, token_rows
@@ -35,6 +35,8 @@ Identity = tuple[int, tuple[int, ...], tuple[int, ...], int]
 
 SAME = 1e-3  # of a feature's root mean square: rounding is smaller, rows of padding are not
 MOST_WINDOWS = 3  # lengths that are tried as the window to which a model pads
+WIDEST_PATCH = 4096  # numbers under a convolution's kernel: a Gram matrix of more is larger than such a layer is worth
+_TRANSPOSED: dict[Kind, Kind] = {"linear": "conv1d", "conv1d": "linear"}
 _NUMBER = re.compile(r"\d+")
 
 
@@ -318,7 +320,7 @@ def discover(model: nn.Module, layers: Sequence[Layer], batch: Batch) -> Wiring:
 
     Args:
         model: of which the layers are.
-        layers: in module order. One that is no module itself is a parameter, and a linear map if it is used as one.
+        layers: in module order; of one that is no linear module, the weight must be seen to be used as one.
         batch: ready for ``model(**batch)``.
     """
     few = ragged(batch, model)
@@ -337,13 +339,15 @@ def discover(model: nn.Module, layers: Sequence[Layer], batch: Batch) -> Wiring:
         if other.failure is None and len(other.unclear) < len(study.unclear):
             study = other
             break
-    return _wire(subject, study)
+    wide = [layer.module for layer in layers if is_wide(model, layer)]
+    notes = [f"{name}: patches of more than {WIDEST_PATCH} numbers; no statistics" for name in wide]
+    return _wire(subject, study, notes)
 
 
 def shared_weights(layers: Sequence[Layer]) -> dict[str, str]:
     """For each linear layer that has its weight on disk from another one before it, the name of that one."""
     first: dict[str, str] = {}
-    linear = [layer for layer in layers if layer.kind != "embedding"]
+    linear = [layer for layer in layers if layer.kind != "embedding" and layer.tied]
     leaders = {layer.module: first.setdefault(layer.weight, layer.module) for layer in linear}
     return {name: leader for name, leader in leaders.items() if name != leader}
 
@@ -361,18 +365,25 @@ def _applied(model: nn.Module, layers: Sequence[Layer], few: Batch) -> tuple[lis
     modules = dict(model.named_modules())
     present, owners = [], {}
     for layer in layers:
+        if is_wide(model, layer):
+            continue
         is_module = layer.module in modules and kind_of(modules[layer.module]) is not None
         if layer.module in found and not (is_module and layer.module in called):
             owners[layer.module], transposed = found[layer.module]
-            present.append(replace(layer, kind="conv1d" if transposed else "linear"))
+            present.append(replace(layer, kind=_TRANSPOSED[layer.kind]) if transposed else layer)
         elif is_module:
             present.append(layer)
     return present, owners
 
 
-def _wire(subject: _Subject, study: _Study) -> Wiring:
+def is_wide(model: nn.Module, layer: Layer) -> bool:
+    """Whether a layer is a convolution whose patches have too many numbers."""
+    return kind_of(model.get_submodule(layer.module)) == "convolution" and input_width(model, layer) > WIDEST_PATCH
+
+
+def _wire(subject: _Subject, study: _Study, notes: list[str]) -> Wiring:
     """What the study says of each layer."""
-    notes, free = [], set()
+    free: set[str] = set()
     routed = {pattern_of(name) for name in study.unsteady} | {
         pattern_of(name) for name in study.absent if pattern_of(name) in map(pattern_of, study.seen)
     }
@@ -415,7 +426,7 @@ def _wire(subject: _Subject, study: _Study) -> Wiring:
             continue
         free.add(name)  # one of several experts, to which no token of the probe was sent
         calls[name], leaders[name] = (), name
-        widths[name] = input_width(weight_of(subject.model, layer), layer.kind)
+        widths[name] = input_width(subject.model, layer)
     if study.unclear:
         more = f" and {len(study.unclear) - 1} more" if len(study.unclear) > 1 else ""
         notes.append(f"batches had no padding, because masks do not tell the rows of {study.unclear[0]}{more}")

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from merganser.checkpoints.layers import Layer
+from merganser.checkpoints.layers import Layer, kind_of
 
 #: Told of each input: the layer's name, and the input (…, d) or the ids.
 See = Callable[[str, Tensor], None]
@@ -150,11 +150,11 @@ def input_hooks(
             if owner := owners.get(layer.module):
                 applied.setdefault(owner, {})[layer.module] = weight_of(model, layer)
                 continue
-            module = model.get_submodule(layer.module)
-            if layer.kind == "embedding" and type(module).forward is not nn.Embedding.forward:
+            module: Any = model.get_submodule(layer.module)
+            if isinstance(module, nn.Embedding) and type(module).forward is not nn.Embedding.forward:
                 hooks.enter_context(watched(module, partial(_lookups, layer.module, module, see)))
                 continue
-            cut = partial(patches, module) if layer.kind == "convolution" else None
+            cut = partial(patches, module) if kind_of(module) == "convolution" else None
             hook = partial(_hook, layer.module, see, cut)
             hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
         for owner, weights in applied.items():
@@ -163,10 +163,17 @@ def input_hooks(
 
 
 def weight_of(model: nn.Module, layer: Layer) -> Tensor:
-    """A layer's weight in the model: that of its module, or a parameter of the layer's own name."""
-    owner, _, name = layer.module.rpartition(".")
-    found = getattr(model.get_submodule(owner), name)
-    return found if isinstance(found, Tensor) else found.weight
+    """A layer's weight in the model."""
+    module: Any = model.get_submodule(layer.module)
+    weight: Tensor = module.weight
+    return weight
+
+
+def input_width(model: nn.Module, layer: Layer) -> int:
+    """The number of inputs of a linear layer of the model."""
+    weight = weight_of(model, layer)
+    transposed = kind_of(model.get_submodule(layer.module)) == "conv1d"
+    return weight.shape[0] if transposed else weight.numel() // weight.shape[0]
 
 
 @contextmanager
@@ -200,11 +207,6 @@ def applications(model: nn.Module, layers: Sequence[Layer], found: dict[str, tup
             hooks.callback(module.register_forward_hook(leave, always_call=True).remove)
         with FunctionTap(product=product):
             yield called
-
-
-def input_width(weight: Tensor, kind: str) -> int:
-    """The number of inputs of a weight of a layer of this kind."""
-    return weight.shape[0] if kind == "conv1d" else weight.numel() // weight.shape[0]
 
 
 def _hook(

@@ -74,7 +74,7 @@ class LayerStatistics(BaseModel):
             embedding, whose counts are ``count.<module>``.
         rows: how many token rows were counted.
         tied: another layer uses the same on-disk weight.
-        expert: which of the matrices (experts, …) of the on-disk weight it is, from protocol 4 on; None where the weight
+        expert: which matrix of a stack of them the on-disk weight has here, from protocol 4 on; None where the weight
             is one matrix, or the statistics hold for all of them.
     """
 
