@@ -1,8 +1,8 @@
 """Random token examples for tiny models, batches of them padded as a tokenizer would, and statistics without a model.
 
-As a script, it writes the small file of protocol 2 that the tests keep, so that every later version reads it:
+As a script, it writes the small file of protocol 4 that the tests keep, so that every later version reads it:
 
-    PYTHONPATH=tests python tests/statistics_examples.py tests/statistics/data/protocol-3.safetensors
+    PYTHONPATH=tests python tests/statistics_examples.py tests/statistics/data/protocol-4.safetensors
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from merganser.statistics import LayerStatistics, Statistics, StatisticsHeader, write_statistics
-from merganser.statistics.storage import compress
 from merganser.tensors import pack_upper
 
 Example = dict[str, Any]
@@ -109,7 +108,18 @@ def make_statistics(
     return Statistics.in_memory(header, tensors)
 
 
+def with_experts(statistics: Statistics) -> tuple[StatisticsHeader, dict[str, Tensor]]:
+    """The same as statistics of the second of three packed experts, and of a convolution; of protocol 4."""
+    embedding, first, second = statistics.header.layers
+    experts = first.model_copy(update={"expert": 1, "weight": "experts"})
+    convolution = second.model_copy(update={"kind": "convolution"})
+    hashes = {"emb.weight": "1" * 64, "experts": "1" * 64, convolution.weight: "1" * 64}
+    changes = {"protocol": 4, "hash_kind": "blake3", "tensor_hashes": hashes}
+    header = statistics.header.model_copy(update={"layers": (embedding, experts, convolution), **changes})
+    return header, {name: statistics.packed(name) for name in statistics.tensors}
+
+
 if __name__ == "__main__":
-    written = compress(make_statistics((24, 3), rows=200, label="kept for ever"), "lowrank:4")
-    header = written[0].model_copy(update={"protocol": 3, "hash_kind": "blake3"})
-    write_statistics(sys.argv[1], header, written[1])
+    write_statistics(
+        sys.argv[1], *with_experts(make_statistics((24, 3), rows=200, fisher=False, label="kept for ever"))
+    )

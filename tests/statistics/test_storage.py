@@ -402,3 +402,35 @@ def test_protocol_3_knows_weights_by_blake3(tmp_path: Path) -> None:
         add([kept, older])
     with pytest.raises(UserError, match="protocol 2 knows weights by sha256"):
         Statistics.open(rewritten(tmp_path / "s.safetensors", {}, protocol=2))
+
+
+def test_protocol_4_has_convolutions_and_experts(tmp_path: Path) -> None:
+    """One file is kept; what it brought is refused in older ones, and must fit the weights."""
+    from safetensors.torch import save_file
+
+    path = Path(__file__).parent / "data" / "protocol-4.safetensors"
+    kept = Statistics.open(path)
+    kept.validate()
+    assert (kept.header.protocol, kept.header.label) == (4, "kept for ever")
+    expert, convolution = kept.layer("experts", 1), kept.layer("layer.1.weight")
+    assert expert is not None and expert.expert == 1 and kept.layer("experts", 0) is kept.layer("experts") is None
+    assert convolution is not None and convolution.kind == "convolution"
+    again = Statistics.open(write_statistics(tmp_path / "s.safetensors", *compress(kept, "bfloat16")))
+    assert again.header.layers == kept.header.layers and again.header.protocol == 4
+    assert add([kept, again])[0].protocol == 4
+    with pytest.raises(UserError, match="protocol 3 knows no convolutions and no experts"):
+        Statistics.open(rewritten(tmp_path / "s.safetensors", {}, protocol=3))
+    assert all("expert" not in layer for layer in make_statistics().header.model_dump()["layers"])
+    (tmp_path / "config.json").write_text("{}")
+    for shape, kernel, problem in (
+        ((3, 5, 24), (4, 1, 3), None),
+        ((1, 5, 24), (4, 1, 3), "is of expert 1, which experts"),
+        ((5, 24), (4, 1, 3), "is of expert 1, which experts"),
+        ((3, 24, 5), (4, 1, 3), "gram.layer.0 is of width 24, which does not fit experts"),
+        ((3, 5, 24), (4, 3), "gram.layer.1 is of width 3, which does not fit layer.1.weight"),
+        ((3, 5, 24), (4, 3, 3), "gram.layer.1 is of width 3, which does not fit layer.1.weight"),
+    ):
+        weights = {"emb.weight": torch.ones(50, 2), "experts": torch.ones(shape), "layer.1.weight": torch.ones(kernel)}
+        save_file(weights, tmp_path / "model.safetensors")
+        found = [error.what for error in kept.check_names(open_checkpoint(tmp_path))]
+        assert [problem in what for what in found] == ([True] if problem else []), (shape, kernel, found)

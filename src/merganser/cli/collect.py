@@ -68,6 +68,13 @@ def _sample(_: click.Context, __: click.Parameter, value: str | None) -> float |
     metavar="float32|bfloat16|lowrank:R",
     help="Of Gram matrices; see merganser stats compress.",
 )
+@click.option(
+    "--experts",
+    type=click.Choice(["shared", "exact", "none"]),
+    default="shared",
+    show_default=True,
+    help="Experts of a layer share the Gram matrix of their inputs, or each has its own.",
+)
 @click.option("--engine", type=click.Choice(["serial", "ray"]), default="serial", show_default=True)
 @click.option("--ray-address", help="Of a running cluster.  [default: $RAY_ADDRESS or auto]")
 @click.option("--cpus", type=float, default=1, show_default=True, help="Of each shard's job, on a cluster.")

@@ -22,6 +22,7 @@ from merganser.collection.observer import Observer
 from merganser.collection.placement import empty_twin, inputs_device, is_offloaded
 from merganser.collection.sampling import Sampling
 from merganser.collection.scores import annotated_examples, describe_left_out
+from merganser.collection.stacks import Experts, eager_experts, stacked
 from merganser.errors import DataError, StatisticsError
 from merganser.statistics import FisherKind, StatisticsHeader
 from merganser.tasks.base import Problem
@@ -69,6 +70,8 @@ class Collector:
         fisher: collect per-example diagonal Fisher information of this kind.
         problem: how labels are distributed given logits, for ``fisher``; None: from configuration and shapes.
         sampling: of the tokens of wide inputs; None: all of them count.
+        experts: ``shared``: the experts of a layer share the Gram matrix of their inputs; ``exact``: each has its own;
+            ``none``: experts have no statistics.
         label: free text for the header.
     """
 
@@ -81,10 +84,12 @@ class Collector:
         fisher: FisherKind | None = None,
         problem: Problem | None = None,
         sampling: Sampling | None = None,
+        experts: Experts = "shared",
         label: str = "",
     ) -> None:
         self._model, self._checkpoint, self._label = model, checkpoint, label
         self._grams, self._fisher, self._problem, self._sampling = grams, fisher, problem, sampling
+        self._experts = experts
         self._device = inputs_device(model)
         self._stack = ExitStack()
         self._observer: Observer | None = None
@@ -92,6 +97,7 @@ class Collector:
 
     def __enter__(self) -> Collector:
         self._stack.enter_context(_evaluating(self._model))
+        self._stack.enter_context(eager_experts(self._model))
         self._workers = self._stack.enter_context(Workers(torch.get_num_threads()))
         return self
 
@@ -209,9 +215,10 @@ class Collector:
         """What gathers the layers' inputs, made with the first batch of all."""
         if self._grams and self._observer is None:
             layers = [layer for layer in layers_of(self._whole, self._checkpoint) if layer.experts is None]
+            stacks = [] if self._experts == "none" else stacked(self._whole, self._checkpoint)
             self._observer = Observer(
                 self._model,
-                discover(self._model, layers, first),
+                discover(self._model, layers, first, stacks, self._experts),
                 self._workers,
                 self._device,
                 self._sampling,

@@ -27,6 +27,7 @@ from merganser.checkpoints.layers import Kind, Layer, kind_of
 from merganser.collection.masks import Batch, BatchMasks, batch_masks, model_inputs, widened, without_padding
 from merganser.collection.probes import other_tokens, probe, ragged
 from merganser.collection.rows import Call, guesses, token_ids, token_rows
+from merganser.collection.stacks import Experts, Stack, experts_of, study_stacks
 from merganser.collection.taps import See, applications, input_hooks, input_width, weight_of
 from merganser.tasks.models import first_line
 
@@ -55,6 +56,7 @@ class Wiring:
         multiple: of which the number of tokens of each batch must be one.
         owners: modules that apply layers which are not called as modules, by layer.
         groups: the first layer that has a shared weight, for the others that have it: their inputs are one sequence.
+        stacks: of experts.
     """
 
     layers: tuple[Layer, ...]
@@ -67,6 +69,7 @@ class Wiring:
     multiple: int = 1
     owners: Mapping[str, str] = field(default_factory=dict)
     groups: Mapping[str, str] = field(default_factory=dict)
+    stacks: tuple[Stack, ...] = ()
 
 
 @dataclass
@@ -312,7 +315,9 @@ def _compare(one: _Seen, x: Tensor, _: int | None) -> None:
     one.constant = x.shape == one.x.shape and torch.equal(x, one.x)
 
 
-def discover(model: nn.Module, layers: Sequence[Layer], batch: Batch) -> Wiring:
+def discover(
+    model: nn.Module, layers: Sequence[Layer], batch: Batch, stacks: Sequence[Stack] = (), experts: Experts = "shared"
+) -> Wiring:
     """Run probes made of ``batch``, and find whose rows, and which same inputs, the layers see.
 
     The model should be in eval mode, inside ``torch.no_grad()`` (not ``inference_mode``: versions tell
@@ -322,6 +327,8 @@ def discover(model: nn.Module, layers: Sequence[Layer], batch: Batch) -> Wiring:
         model: of which the layers are.
         layers: in module order; of one that is no linear module, the weight must be seen to be used as one.
         batch: ready for ``model(**batch)``.
+        stacks: of experts.
+        experts: whether experts share Gram matrices.
     """
     few = ragged(batch, model)
     try:
@@ -341,7 +348,25 @@ def discover(model: nn.Module, layers: Sequence[Layer], batch: Batch) -> Wiring:
             break
     wide = [layer.module for layer in layers if is_wide(model, layer)]
     notes = [f"{name}: patches of more than {WIDEST_PATCH} numbers; no statistics" for name in wide]
-    return _wire(subject, study, notes)
+    wiring = _wire(subject, study, notes)
+    return _with_stacks(wiring, model, study_stacks(model, stacks, few, experts)) if stacks else wiring
+
+
+def _with_stacks(wiring: Wiring, model: nn.Module, stacks: Sequence[Stack]) -> Wiring:
+    """The same with the inputs of experts: free ones, as routing depends on the data."""
+    widths = {key: stack.width for stack in stacks for key in stack.inputs(experts_of(model, stack))}
+    shared, inner = sum(stack.shared for stack in stacks), sum(stack.inner for stack in stacks)
+    note = f"experts: {shared} stacks share the Gram matrix of their inputs, {inner} have one of each expert's inside"
+    return replace(
+        wiring,
+        calls=wiring.calls | dict.fromkeys(widths, ()),
+        leaders=wiring.leaders | {key: key for key in widths},
+        widths=wiring.widths | widths,
+        notes=(*wiring.notes, note) if stacks else wiring.notes,
+        free=wiring.free | widths.keys(),
+        padding_free=wiring.padding_free or bool(stacks),
+        stacks=tuple(stacks),
+    )
 
 
 def shared_weights(layers: Sequence[Layer]) -> dict[str, str]:

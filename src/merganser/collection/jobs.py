@@ -55,7 +55,7 @@ def make_jobs(
         cpus: of each job.
         grams, fisher, sampling: what to collect.
         settings: more of what ``collect`` was given: ``labelled`` (labels go into the examples), ``split``,
-            ``batch_size``, ``label``, ``allow_pickle``.
+            ``batch_size``, ``experts``, ``label``, ``allow_pickle``.
 
     Raises:
         UserError: data or a task that other machines cannot be told of.
@@ -164,7 +164,7 @@ def work(payload: Mapping[str, Any]) -> dict[str, Any]:
         raise _differs("the tokenised examples", payload["data"])
     shard = Shard(payload["number"], indices, payload["fisher_examples"])
     sampling = Sampling(**payload["sampling"]) if payload["sampling"] else None
-    wanted = {key: payload[key] for key in ("grams", "fisher", "label", "allow_pickle")}
+    wanted = {key: payload[key] for key in ("grams", "fisher", "experts", "label", "allow_pickle")}
     with shard_collector(examples, Placement(), payload["batch_size"], sampling=sampling, **wanted) as collect_shard:
         found, tally = collect_shard(shard)
     path = Path(payload["folder"]) / f"{shard.number:06}.safetensors"

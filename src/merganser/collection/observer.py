@@ -28,6 +28,7 @@ from merganser.collection.masks import (
 )
 from merganser.collection.rows import Call, token_ids, token_rows
 from merganser.collection.sampling import SPARE, Sampling, describe_sampling, shares
+from merganser.collection.stacks import experts_of, stack_hooks
 from merganser.collection.taps import input_hooks, weight_of
 from merganser.errors import StatisticsError
 from merganser.statistics import LayerStatistics
@@ -173,7 +174,10 @@ class Observer:
     def finish(self) -> None:
         """Run what waits, and multiply what the buffers hold; the largest first, so that threads end together."""
         waiting, self._waiting = self._waiting, []
-        with input_hooks(self._model, self._wiring.layers, self._see, self._wiring.owners):
+        with (
+            input_hooks(self._model, self._wiring.layers, self._see, self._wiring.owners),
+            stack_hooks(self._model, self._wiring.stacks, self._see),
+        ):
             if self._capacity and not self._one_at_a_time:
                 ordered = sorted(waiting, key=lambda waits: -waits.masks.tokens.mask.numel())
                 self._workers.run([partial(self._run, current) for current in ordered])
@@ -207,11 +211,14 @@ class Observer:
             if layer.module in self._wiring.groups:
                 continue  # its first layer stands for it
             leader = self._wiring.leaders.get(layer.module)
-            rows = int(self.counts[layer.module].sum()) if leader is None else self.grams[leader].seen
-            if rows:
-                layers.append(_published(layer, leader, rows, tied=self._is_tied(layer)))
+            seen = int(self.counts[layer.module].sum()) if leader is None else self.grams[leader].seen
+            if seen:
+                layers.append(_published(layer, leader, seen, tied=self._is_tied(layer)))
                 if leader is None:
                     tensors[f"count.{layer.module}"] = self.counts[layer.module].cpu().clone()
+        rows = {name: gram.seen for name, gram in self.grams.items()}
+        for stack in self._wiring.stacks:
+            layers += stack.layers(rows, experts_of(self._model, stack))
         return tuple(layers), tensors
 
     def _is_tied(self, layer: Layer) -> bool:

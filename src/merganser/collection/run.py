@@ -21,6 +21,7 @@ from merganser.collection.placement import choose_placement
 from merganser.collection.sampling import Sampling
 from merganser.collection.scores import describe_left_out
 from merganser.collection.shards import SHARD_EXAMPLES, fixed_shards, shard_collector, sum_shards
+from merganser.collection.stacks import INNER_RANK, Experts, is_inner
 from merganser.collection.stopping import StoppingRule
 from merganser.engines import Engine, make_engine
 from merganser.errors import ErrorCollector, StatisticsError, UserError, did_you_mean, raise_all
@@ -28,7 +29,7 @@ from merganser.files import parse_size
 from merganser.progress import bar
 from merganser.results import PathResult, html_table
 from merganser.statistics import FILE_NAME, FisherKind, Statistics, StatisticsHeader, write_statistics
-from merganser.statistics.storage import compress, parse_storage
+from merganser.statistics.storage import Storage, compress, parse_storage
 from merganser.tasks import task_for
 from merganser.tasks.base import Task
 from merganser.tasks.columns import Columns
@@ -76,6 +77,7 @@ def collect(
     shard_examples: int = SHARD_EXAMPLES,
     seed: int = 0,
     storage: str = "float32",
+    experts: str = "shared",
     engine: str | Engine = "serial",
     ray_address: str | None = None,
     cpus: float = 1,
@@ -116,6 +118,8 @@ def collect(
         shard_examples: examples whose sums are computed together, see :mod:`merganser.collection.shards`.
         seed: of the order of ``until_converged`` and the sample of ``sample_tokens``.
         storage: ``float32``, ``bfloat16`` or ``lowrank:r``, see :mod:`merganser.statistics.storage`.
+        experts: ``shared``: the experts of a layer share the Gram matrix of their inputs, and what is inside each is
+            written in low rank; ``exact``: each has its own, as ``storage`` says; ``none``: experts have no statistics.
         engine: ``serial``: one shard after the other, here; ``ray``: shards are jobs on a cluster, and the bytes
             are the same; or an engine itself.
         ray_address: of a running cluster; None: what ``RAY_ADDRESS`` says, or this machine's.
@@ -143,6 +147,9 @@ def collect(
     _check_options(grams, until_converged, sample_tokens)
     stop = None if until_converged is None else StoppingRule(until_converged, seed, shard_examples, fisher_examples)
     stored = parse_storage(storage)
+    if experts not in get_args(Experts):
+        mend = did_you_mean(experts, get_args(Experts))
+        raise UserError(f"unknown way {experts!r} with experts", where="--experts", mend=mend)
     elsewhere = _engine(engine, ray_address, cpus)
     if elsewhere is not None:
         _check_elsewhere(until_converged, device, max_memory)
@@ -168,7 +175,8 @@ def collect(
     if len(numbers) < len(rows):
         notes.append(describe_left_out(len(rows) - len(numbers)))
     wanted: dict[str, Any] = {
-        "grams": grams, "fisher": kind, "sampling": sampling, "label": label, "allow_pickle": allow_pickle
+        "grams": grams, "fisher": kind, "sampling": sampling, "experts": experts, "label": label,
+        "allow_pickle": allow_pickle,
     }  # fmt: skip
     shards = fixed_shards(len(examples), shard_examples, fisher_examples, grams=grams)
     if elsewhere is not None:
@@ -192,8 +200,15 @@ def collect(
     header, tensors = sums.result()
     notes = [*header.notes, f"task: {chosen.name}", *tally.notes(examples.encoded.max_length), *notes]
     whole = Statistics.in_memory(header.model_copy(update={"notes": tuple(notes)}), tensors)
-    compressed = compress(whole, stored)
+    inner = [layer.input for layer in header.layers if layer.input and is_inner(layer)] if experts == "shared" else []
+    compressed = compress(whole, stored, dict.fromkeys(inner, _inner_storage(stored)))
     return CollectResult(write_statistics(target, *compressed), compressed[0], time.monotonic() - started)
+
+
+def _inner_storage(stored: Storage) -> Storage:
+    """Of the inputs inside experts: low rank, and no higher one than of all others."""
+    rank = min(INNER_RANK, stored.rank) if stored.kind == "lowrank" else INNER_RANK
+    return Storage("lowrank", rank)
 
 
 def _rows(data: str | Path | Rows, split: str | None, limit: int | None) -> Rows:

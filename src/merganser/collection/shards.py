@@ -21,7 +21,7 @@ from merganser.collection.examples import Examples
 from merganser.collection.placement import Placement, placed_model
 from merganser.errors import StatisticsError
 from merganser.statistics import Statistics, StatisticsHeader
-from merganser.statistics.algebra import sum_headers, weights_of
+from merganser.statistics.algebra import same_layers, sum_headers, weights_of
 from merganser.tasks.models import prepare_padding
 
 SHARD_EXAMPLES = 2048
@@ -202,7 +202,7 @@ class ShardSums:
 
 
 def _together(one: StatisticsHeader, two: StatisticsHeader, where: Path | None) -> StatisticsHeader:
-    if _fixed(one) != _fixed(two):
+    if _fixed(one) != _fixed(two) or not same_layers(one, two):
         what = "the shards are of different weights, layers or versions of libraries"
         mend = "let every machine see the same model, and run the same versions of merganser, torch, transformers"
         raise StatisticsError(what, where=where, mend=mend)
@@ -212,5 +212,4 @@ def _together(one: StatisticsHeader, two: StatisticsHeader, where: Path | None) 
 
 def _fixed(header: StatisticsHeader) -> tuple[Any, ...]:
     """What no two shards of one collection differ in."""
-    layers = [layer.model_dump(exclude={"rows"}) for layer in header.layers]
-    return header.manifest_hash, header.versions, header.masking, layers
+    return header.manifest_hash, header.versions, header.masking

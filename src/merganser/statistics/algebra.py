@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from merganser.checkpoints.writer import TensorSpec
 from merganser.errors import StatisticsError
-from merganser.statistics.format import FISHER_OF_ANNOTATED, StatisticsHeader
+from merganser.statistics.format import FISHER_OF_ANNOTATED, LayerStatistics, StatisticsHeader
 from merganser.statistics.gram_encodings import gram_specs, spec_of
 from merganser.statistics.reading import Statistics
 from merganser.statistics.writing import LazyTensors, TensorGroup
@@ -39,22 +40,21 @@ def add(parts: Sequence[Statistics]) -> tuple[StatisticsHeader, Mapping[str, Ten
         _check_same(first, part)
     headers = [part.header for part in parts]
     specs = [spec_of(name, first.tensors[name].shape) for name in first.others]
-    specs += [spec for input in first.inputs for spec in gram_specs("gram", input, first.width(input))]
-    weights = [weights_of(header) for header in headers]
-    groups: list[TensorGroup] = [
-        ([spec], partial(_sum, parts, [each.get(spec.name, 0) for each in weights], spec.name)) for spec in specs
-    ]
+    widths = {input: part.width(input) for part in reversed(parts) for input in part.inputs}
+    specs += [spec for input, width in widths.items() for spec in gram_specs("gram", input, width)]
+    groups: list[TensorGroup] = [([spec], partial(_sum_of_those_with, parts, spec.name)) for spec in specs]
     labels = dict.fromkeys(header.label for header in headers if header.label)
     update = {"protocol": headers[0].protocol_with(1), "label": "; ".join(labels), "notes": _notes(headers)}
     return sum_headers(headers).model_copy(update=update), LazyTensors(groups)
 
 
 def sum_headers(headers: Sequence[StatisticsHeader]) -> StatisticsHeader:
-    """The first header with the rows, examples and tokens of all, which have the same layers."""
-    layers = tuple(
-        layer.model_copy(update={"rows": sum(header.layers[number].rows for header in headers)})
-        for number, layer in enumerate(headers[0].layers)
-    )
+    """The first header with the rows, examples and tokens of all, and the layers of any."""
+    found: dict[LayerStatistics, int] = {}
+    for layer in (layer for header in headers for layer in header.layers):
+        unweighted = layer.model_copy(update={"rows": 0})
+        found[unweighted] = found.get(unweighted, 0) + layer.rows
+    layers = tuple(layer.model_copy(update={"rows": rows}) for layer, rows in found.items())
     sums = {
         field: sum(getattr(header, field) for header in headers) for field in ("examples", "tokens", "fisher_examples")
     }
@@ -119,16 +119,36 @@ def _check_same(first: Statistics, other: Statistics) -> None:
         what = "statistics of different weights cannot be added: manifest "
         what += f"{a.hash_kind} {a.manifest_hash} and {b.hash_kind} {b.manifest_hash}"
         raise StatisticsError(what, where=where, mend="collect both from the same checkpoint")
-    if a.fisher != b.fisher or _contents(first) != _contents(other):
+    if a.fisher != b.fisher or not same_layers(a, b) or _shapes(first) != _shapes(other):
         what = "the files do not hold the same statistics (layers, or kind of Fisher information)"
         raise StatisticsError(what, where=where, mend="collect both with the same options")
+    for input in first.inputs.keys() & other.inputs.keys():
+        if first.width(input) != other.width(input):
+            what = f"the files do not hold the same statistics: {input} is of another width"
+            raise StatisticsError(what, where=where, mend="collect both with the same options")
 
 
-def _contents(statistics: Statistics) -> tuple[object, ...]:
-    """What a file has statistics of, whatever their storage and number of rows."""
-    layers = [layer.model_copy(update={"rows": 0}) for layer in statistics.header.layers]
-    widths = [statistics.width(input) for input in statistics.inputs]
-    return layers, widths, {name: statistics.tensors[name].shape for name in statistics.others}
+def same_layers(one: StatisticsHeader, two: StatisticsHeader) -> bool:
+    """Whether both have the same layers, but for some of several experts: no token may have been sent to them."""
+    ours, theirs = ({layer.model_copy(update={"rows": 0}) for layer in header.layers} for header in (one, two))
+    both = {_sort_of(layer) for layer in ours & theirs}
+    return all(_sort_of(layer) in both for layer in ours ^ theirs)
+
+
+def _sort_of(layer: LayerStatistics) -> str:
+    return re.sub(r"\d+", "#", str(layer.input or layer.module))
+
+
+def _shapes(statistics: Statistics) -> dict[str, tuple[int, ...]]:
+    """Of the tensors that belong to no input."""
+    return {name: statistics.tensors[name].shape for name in statistics.others}
+
+
+def _sum_of_those_with(parts: Sequence[Statistics], name: str) -> dict[str, Tensor]:
+    """One tensor of the parts that have it."""
+    key = name.partition(".")[2]
+    having = [part for part in parts if name in part.tensors or key in part.inputs]
+    return _sum(having, [weights_of(part.header).get(name, 0) for part in having], name)
 
 
 def _sum(parts: Sequence[Statistics], weights: Sequence[int], name: str) -> dict[str, Tensor]:

@@ -84,12 +84,15 @@ def parse_storage(text: str) -> Storage:
     raise UserError(f"unknown storage {text!r}", where="--storage", mend=mend)
 
 
-def compress(statistics: Statistics, storage: Storage | str) -> tuple[StatisticsHeader, Mapping[str, Tensor]]:
+def compress(
+    statistics: Statistics, storage: Storage | str, exceptions: Mapping[str, Storage] | None = None
+) -> tuple[StatisticsHeader, Mapping[str, Tensor]]:
     """The statistics in another storage; what a storage has lost, no other one brings back.
 
     Args:
         statistics: in any storage. What is in the wanted one already, or of a lower rank, stays as it is.
         storage: see :func:`parse_storage`. Where r eigenpairs take more room than a bfloat16 triangle, that is taken.
+        exceptions: inputs that are to have another storage, where that pays.
 
     Returns:
         Header and tensors for :func:`merganser.statistics.write_statistics`. The tensors are computed when they are
@@ -102,18 +105,23 @@ def compress(statistics: Statistics, storage: Storage | str) -> tuple[Statistics
     """
     storage = parse_storage(storage) if isinstance(storage, str) else storage
     inputs = statistics.inputs
-    dense = [input for input in inputs if not storage.pays(statistics.width(input))]
+    others = {i: other for i, other in (exceptions or {}).items() if i in inputs and other.pays(statistics.width(i))}
+    dense = [input for input in inputs if input not in others and not storage.pays(statistics.width(input))]
     if dense and len(dense) == len(inputs):
         widest = max(statistics.width(input) for input in inputs)
         what = f"{storage} takes more room than bfloat16 for every Gram matrix: the widest is {widest}"
         mend = f"use bfloat16, or a rank of at most {widest // 2}" if widest > 1 else "use bfloat16"
         raise StatisticsError(what, where=statistics.path, mend=mend)
-    groups = [_gram_group(statistics, input, Storage("bfloat16") if input in dense else storage) for input in inputs]
+    chosen = others | dict.fromkeys(dense, Storage("bfloat16"))
+    groups = [_gram_group(statistics, input, chosen.get(input, storage)) for input in inputs]
     groups += [_plain_group(statistics, name, storage) for name in statistics.others]
     tensors = LazyTensors(groups)
     notes = statistics.header.notes
     if storage.kind != "float32" or statistics.storage != "float32":
         notes = (*notes, _note(statistics, storage, len(dense)))
+    if others:
+        kinds = " and ".join(sorted({str(other) for other in others.values()}))
+        notes = (*notes, f"storage of {len(others)} inputs inside experts: {kinds}")
     protocol = statistics.header.protocol_with(protocol_of(tensors.infos))
     return statistics.header.model_copy(update={"protocol": protocol, "notes": notes}), tensors
 
