@@ -24,7 +24,7 @@ def _sample(_: click.Context, __: click.Parameter, value: str | None) -> float |
 
 @click.command("collect")
 @click.argument("model")
-@click.option("--data", required=True, metavar="FILE|DATASET", help="JSONL, CSV, TSV, Parquet or a dataset name.")
+@click.option("--data", required=True, metavar="FILE|DATASET", help="JSONL, CSV, TSV, Parquet, TXT or a dataset name.")
 @data_options
 @click.option(
     "--fisher",

@@ -13,7 +13,11 @@ _OPTIONS = [
     click.option("--task", default="auto", show_default=True, help="text-classification, multi-label, … or auto."),
     click.option("--split", help="Split of data that have several."),
     click.option("--limit", type=click.IntRange(1), help="Use at most this many rows."),
-    click.option("--max-length", type=click.IntRange(1), help="Tokens at which a text is cut.  [default: 128]"),
+    click.option(
+        "--max-length",
+        type=click.IntRange(1),
+        help="Tokens at which a text is cut.  [default: collect: the model's own, at most 512; else 128]",
+    ),
     click.option("--text-column", help="Column of the text; usual names are found."),
     click.option("--text-pair-column", help="Column of the second text of a pair."),
     click.option("--label-column", help="Column of the label."),

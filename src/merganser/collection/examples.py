@@ -18,7 +18,7 @@ from merganser.tasks.base import Task
 from merganser.tasks.batches import Batches, make_batches
 from merganser.tasks.columns import Columns
 from merganser.tasks.data import Rows, selected
-from merganser.tasks.models import Opened, choose_length
+from merganser.tasks.models import Opened, choose_length, usual_length
 from merganser.tasks.tokens import Encoded
 
 
@@ -44,6 +44,12 @@ class Examples:
 
     def __len__(self) -> int:
         return len(self.encoded.features)
+
+    @property
+    def columns_read(self) -> str:
+        """The columns that were read, for the header."""
+        named = [f"{role} {name!r}" for role, name in asdict(self.columns).items() if name is not None]
+        return f"columns: {', '.join(named)}"
 
     @property
     def tokens(self) -> int:
@@ -125,7 +131,8 @@ def encode(
         DataError: a text that is missing, malformed or without tokens, with file and line.
         UserError: a length that leaves no room for tokens.
     """
-    length = choose_length(max_length, opened.config, tokenizer, pairs=columns.text_pair is not None)
+    asked = max_length or usual_length(opened, tokenizer)
+    length = choose_length(asked, opened.config, tokenizer, pairs=columns.text_pair is not None)
     labels = None if references is None else [references[number] for number in numbers]
     encoded = task.encode(selected(rows, numbers), tokenizer, opened.config, columns, length, labels)
     return Examples(opened, task, columns, tokenizer, encoded, numbers)

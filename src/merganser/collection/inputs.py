@@ -441,17 +441,18 @@ def _wire(subject: _Subject, study: _Study, notes: list[str]) -> Wiring:
             used = tuple((one.identity, call) for one, call in zip(found, chosen, strict=True) if call)
             leaders[name] = by_inputs.setdefault((name in free, *used), name)
             widths.setdefault(leaders[name], found[0].x.shape[-1])
-    alike = {pattern_of(name) for name in free}
+    alike, uncalled = {pattern_of(name) for name in free}, list[str]()
     for layer in subject.layers:
         name = layer.module
         if name in study.seen or name in subject.groups:
             continue
         if layer.kind == "embedding" or pattern_of(name) not in alike:
-            notes.append(f"{name}: not called by the model; no statistics")
+            uncalled.append(name)
             continue
         free.add(name)  # one of several experts, to which no token of the probe was sent
         calls[name], leaders[name] = (), name
         widths[name] = input_width(subject.model, layer)
+    notes += _uncalled(uncalled)
     if study.unclear:
         more = f" and {len(study.unclear) - 1} more" if len(study.unclear) > 1 else ""
         notes.append(f"batches had no padding, because masks do not tell the rows of {study.unclear[0]}{more}")
@@ -460,6 +461,14 @@ def _wire(subject: _Subject, study: _Study, notes: list[str]) -> Wiring:
         layers, calls, leaders, widths, tuple(notes), frozenset(free), bool(study.unclear), study.window,
         subject.owners, subject.groups,
     )  # fmt: skip
+
+
+def _uncalled(names: list[str]) -> list[str]:
+    """Notes about layers that the model did not call, in one where they are many (a tower for images)."""
+    reason = "not called by the model; no statistics"
+    if len(names) < 4:
+        return [f"{name}: {reason}" for name in names]
+    return [f"{len(names)} layers from {names[0]} to {names[-1]}: {reason}"]
 
 
 def _choose(study: _Study, name: str) -> list[Call | None]:

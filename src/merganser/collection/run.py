@@ -107,7 +107,8 @@ def collect(
         split: of data that have several.
         limit: use at most this many rows, the first ones.
         batch_size: examples in a batch. It changes speed, and no number beyond rounding.
-        max_length: tokens at which a text is cut; by default 128, and never more than the model takes.
+        max_length: tokens at which a text is cut, never more than the model takes; by default sentence-transformers'
+            ``max_seq_length``, or else what the model takes, and at most 512.
         use_labels: read the labels where there are some. They are checked, and a row without any annotated one is
             left out of all statistics. Gram matrices need none.
         until_converged: stop when the estimated relative error of the Gram matrices is at most this, see
@@ -198,7 +199,13 @@ def collect(
             else:
                 sums, tally = sum_shards(map(collect_shard, shards))
     header, tensors = sums.result()
-    notes = [*header.notes, f"task: {chosen.name}", *tally.notes(examples.encoded.max_length), *notes]
+    notes = [
+        *header.notes,
+        f"task: {chosen.name}",
+        examples.columns_read,
+        *tally.notes(examples.encoded.max_length),
+        *notes,
+    ]
     whole = Statistics.in_memory(header.model_copy(update={"notes": tuple(notes)}), tensors)
     inner = [layer.input for layer in header.layers if layer.input and is_inner(layer)] if experts == "shared" else []
     compressed = compress(whole, stored, dict.fromkeys(inner, _inner_storage(stored)))

@@ -83,7 +83,7 @@ def stacked(model: nn.Module, checkpoint: Checkpoint) -> list[Stack]:
     stacks = []
     for module, layers in by_module.items():
         for name, parameter in model.get_submodule(module).named_parameters(recurse=False):
-            place = places.get(f"{module}.{name}")
+            place, found = places.get(f"{module}.{name}"), list[tuple[int | None, Layer]]()
             if place is None or parameter.dim() != 3:
                 continue
             if place.boxes is None or any(layers[n].experts is not None for n in place.stored if n in layers):

@@ -103,9 +103,9 @@ def read_rows(
     """Read rows of data.
 
     Args:
-        source: a ``.jsonl``, ``.json``, ``.csv``, ``.tsv`` or ``.parquet`` file; a folder of such files named
-            by split, or written by ``datasets``' ``save_to_disk``; or the name of a data set (``name`` or
-            ``name:config``) for ``datasets.load_dataset``. ``source[split]`` chooses a split, too.
+        source: a ``.jsonl``, ``.json``, ``.csv``, ``.tsv``, ``.parquet`` or ``.txt`` (a text a line) file; a folder of
+            such files named by split, or written by ``datasets``' ``save_to_disk``; or the name of a data set (``name``
+            or ``name:config``) for ``datasets.load_dataset``. ``source[split]`` chooses a split, too.
         split: which split of a source that has several.
         limit: read at most this many rows, the first ones.
         prefer: splits to take, the first that exists, when none was asked for.

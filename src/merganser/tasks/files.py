@@ -1,4 +1,4 @@
-"""Data files as numbered rows: JSON lines, JSON, CSV, TSV, Parquet, CoNLL; each error has file and line.
+"""Data files as numbered rows: JSON lines, JSON, CSV, TSV, Parquet, CoNLL, plain text; each error has file and line.
 
 A reader yields ``(number, row)``: the line on which the row begins (its number, for Parquet) and a
 dictionary.
@@ -49,6 +49,13 @@ def _text_lines(path: Path) -> Iterator[str]:
             except UnicodeDecodeError as error:
                 what = f"not UTF-8 text: {error.reason} at byte {error.start + 1} of the line"
                 raise DataError(what, where=f"{path}:{number}", mend="save the file as UTF-8") from None
+
+
+def _read_lines(path: Path) -> Numbered:
+    """A text a line."""
+    for number, line in enumerate(_text_lines(path), 1):
+        if not line.isspace():
+            yield number, {"text": line.rstrip("\r\n")}
 
 
 def _object(value: Any, path: Path, line: int) -> Row:
@@ -173,4 +180,5 @@ READERS: dict[str, Callable[[Path], Numbered]] = {
     ".tsv": _read_tsv,
     ".parquet": _read_parquet,
     ".conll": read_conll,
+    ".txt": _read_lines,
 }

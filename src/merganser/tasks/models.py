@@ -27,6 +27,7 @@ from merganser.errors import CheckpointError, UserError
 
 SEPARATOR = "::"
 _GENERATION = "generation_config.json"
+LONGEST = 512  # tokens of a text, where neither the user nor the model says anything
 #: Model types whose positions start behind the padding id: RoBERTa and its descendants.
 _SHIFTED_POSITIONS = {
     "camembert", "data2vec-text", "esm", "ibert", "layoutlmv3", "longformer", "luke", "markuplm", "mpnet",
@@ -243,11 +244,26 @@ def length_limit(config: Mapping[str, Any], tokenizer: Any) -> int | None:
     if tokenizer_limit and tokenizer_limit < 1_000_000:  # transformers' word for "no limit" is 1e30
         limits.append(int(tokenizer_limit))
     if config.get("model_type") not in ("t5", "mt5", "umt5", "longt5", "switch_transformers"):  # n_positions is unused
-        positions = config.get("max_position_embeddings") or config.get("n_positions")
+        inner = config.get("text_config")  # of a model that sees images, too
+        text = inner if isinstance(inner, Mapping) else {}
+        names = ("max_position_embeddings", "n_positions")
+        positions = next((found for name in names for part in (config, text) if (found := part.get(name))), None)
         if isinstance(positions, int) and positions > 0:
             shifted = config.get("model_type") in _SHIFTED_POSITIONS
             limits.append(positions - (int(config.get("pad_token_id") or 0) + 1 if shifted else 0))
     return min(limits) if limits else None
+
+
+def usual_length(opened: Opened, tokenizer: Any) -> int:
+    """The length at which a model's own texts are cut, where the user says none.
+
+    That is what sentence-transformers' file says, or else the model's own limit, and at most :data:`LONGEST`: a Gram
+    matrix needs many texts rather than the ends of a few long ones.
+    """
+    said = read_json(opened.root / opened.subfolder / "sentence_bert_config.json", missing={}).get("max_seq_length")
+    if isinstance(said, int) and said > 0:
+        return said
+    return min(LONGEST, length_limit(opened.config, tokenizer) or LONGEST)
 
 
 def choose_length(asked: int | None, config: Mapping[str, Any], tokenizer: Any, *, pairs: bool) -> int:

@@ -48,6 +48,7 @@ def encode_texts(
     max_length: int,
     *,
     target: bool = False,
+    special: bool = True,
 ) -> Encoded:
     """Tokenise texts or pairs of texts; of a pair that is too long, the longer text is cut.
 
@@ -59,12 +60,13 @@ def encode_texts(
         config: of the model.
         max_length: in tokens, special tokens included.
         target: the texts are what a decoder is to write (some tokenizers mark these differently).
+        special: add special tokens; False for texts that have theirs in them, as chats have.
 
     Raises:
         DataError: a text without a single token, with its file and line.
     """
     given = {"text_target": texts} if target else {"text": texts} | ({} if pairs is None else {"text_pair": pairs})
-    return _encode(rows, given, tokenizer, config, max_length)
+    return _encode(rows, given, tokenizer, config, max_length, special=special)
 
 
 def encode_words(
@@ -93,11 +95,13 @@ def _encode(
     max_length: int,
     *,
     words: bool = False,
+    special: bool = True,
 ) -> Encoded:
     """Tokenise what the tokenizer is ``given``, as a whole to see what is too long, and that once more, cut."""
     types = has_token_types(config)
     options = {
         "is_split_into_words": words,
+        "add_special_tokens": special,
         "padding": False,
         "return_attention_mask": False,
         "return_token_type_ids": types,
