@@ -25,7 +25,7 @@ from merganser.merging.plan import COPY, KEPT, Step
 from merganser.merging.recipe import Inputs, Parent
 from merganser.merging.running_sums import RunningSums
 from merganser.methods import Merged, Method, Unit, average_unit
-from merganser.methods.base import elements, wide
+from merganser.methods.base import elements, input_width, wide
 from merganser.progress import bar
 from merganser.statistics import LayerStatistics, Statistics
 from merganser.tensors import is_finite, one_thread
@@ -178,6 +178,7 @@ class ParentShare:
         self.sources, self._base_sources, self._base = step.sources[number], step.base, inputs.base
         self._ranges, self._device = ranges or {}, device
         self._rows = None if rows is None else torch.tensor(rows)
+        self._widths = {fact.name: input_width(fact) for fact in step.unit.facts if fact.layer}
         self._theirs = self._rows if base_rows is None else torch.tensor(base_rows)
 
     def stored(self, name: str) -> Tensor:
@@ -207,16 +208,21 @@ class ParentShare:
         return wide(self._placed(self._read_base(name, first + start, first + stop)))
 
     def gram(self, weight: str) -> Tensor:
-        """The Gram matrix of the inputs of the layer with this weight."""
-        return self._placed(self._statistics.gram(self._input(weight)))
+        """The Gram matrix of the inputs of the layer with this weight; zero for an expert that no token reached."""
+        input, width = self._input(weight), self._widths[weight]
+        return self._placed(torch.zeros(width, width) if input is None else self._statistics.gram(input))
 
     def mean(self, weight: str) -> Tensor:
-        """The mean input of that layer."""
-        return self._placed(self._statistics.mean(self._input(weight)))
+        """The mean input of that layer, likewise."""
+        input = self._input(weight)
+        return self._placed(torch.zeros(self._widths[weight]) if input is None else self._statistics.mean(input))
 
     def count(self, weight: str) -> Tensor:
         """The share of all tokens that each id has."""
-        counts = self._statistics.count(self._layer(weight).module).to(torch.float64)
+        layer = self._layer(weight)
+        if layer is None:
+            raise RuntimeError(f"the plan promised token counts of {weight}")
+        counts = self._statistics.count(layer.module).to(torch.float64)
         start, stop = self._range(weight)
         return self._picked((counts / counts.sum().clamp_min(1))[start:stop])
 
@@ -232,7 +238,7 @@ class ParentShare:
         statistics, sources = self.parent.statistics, self.sources
         checkpoint = self.parent.checkpoint
         weights = [[[checkpoint.hash(t, "blake3") for t in s.tensors()], astuple(s)] for s in sources.values()]
-        known = [statistics.layer(sources[f.name].leaf.tensor) for f in unit.facts if f.layer and statistics]
+        known = [self._layer(f.name) for f in unit.facts if f.layer and statistics]
         published = None if statistics is None or statistics.path is None else statistics.sha256()
         grams = [published, *(entry.input if entry else None for entry in known)]
         return [self.coefficient, weights, grams, None if self.own is None else list(self.own)]
@@ -251,14 +257,13 @@ class ParentShare:
             raise RuntimeError("the plan promised a base model")
         return read_finite(self._base, self._base_sources[name], start, stop)
 
-    def _layer(self, weight: str) -> LayerStatistics:
-        layer = self._statistics.layer(self.sources[weight].leaf.tensor)
-        if layer is None:
-            raise RuntimeError(f"the plan promised statistics of {weight}")
-        return layer
+    def _layer(self, weight: str) -> LayerStatistics | None:
+        leaf = self.sources[weight].leaf
+        return self._statistics.layer(leaf.tensor, leaf.index)
 
-    def _input(self, weight: str) -> str:
-        return str(self._layer(weight).input)
+    def _input(self, weight: str) -> str | None:
+        layer = self._layer(weight)
+        return layer.input if layer else None
 
     def _range(self, name: str) -> tuple[int, int | None]:
         return self._ranges.get(name, (0, None))

@@ -34,10 +34,11 @@ from merganser.merging.matching import (
 from merganser.merging.plan import AVERAGE, COPY, HEADS, KEPT, Plan, Step
 from merganser.merging.recipe import Inputs, Parent, Recipe, method_options, open_inputs
 from merganser.merging.vocabulary import match_vocabularies
-from merganser.methods import METHODS, Facts, Method, Unit, choose
+from merganser.methods import METHODS, UNSEEN, Facts, Method, Unit, choose
 from merganser.methods.simple import SIMPLE
 from merganser.tensors import DTYPE_NAMES, DTYPES, is_floating
 
+SUMMED_TIES = 4  # the protocol of statistics from which on layers that share a weight have the sum of their Grams
 _LITTLE = 0.9  # of the linear weights, below which a merge by a method is hardly one
 NO_LAYER = Layer("", "linear", "", None, False)
 _CONFIGURED_HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head")  # what configurations call it
@@ -224,7 +225,7 @@ def make_facts(
         shape = inputs.reference.checkpoint.tensors[name].shape
         layer, bias_of = layers.get(name), by_bias.get(name)
         stack = (layer or bias_of or NO_LAYER).experts
-        known = [_published(parent, name) for parent in inputs.parents]
+        known = [_published(parent, name, layer, stack) for parent in inputs.parents]
         base_info = inputs.base.info(name) if inputs.base else None
         in_base = base_info is not None and base_info.shape == shape
         if name in rows:
@@ -249,12 +250,22 @@ def make_facts(
     return facts
 
 
-def _published(parent: Parent, name: str) -> tuple[str | None, bool, bool]:
-    """What a contributor publishes of a tensor: the key of its Gram matrix, token counts, Fisher information."""
+def _published(parent: Parent, name: str, layer: Layer | None, stack: int | None) -> tuple[str | None, bool, bool]:
+    """What a contributor publishes of a tensor: the key of its Gram matrix, token counts, Fisher information.
+
+    An expert that no token of its data reached has no Gram matrix of its own while others of its module have: the key
+    is :data:`UNSEEN` then, and it has no vote.
+    """
     statistics, source = parent.statistics, parent.sources.get(name)
     if statistics is None or source is None:
         return None, False, False
-    entry = statistics.layer(source.leaf.tensor)
+    leaves = [source.leaf] if stack is None else [source.one_of(number).leaf for number in range(stack)]
+    entries = [statistics.layer(leaf.tensor, leaf.index) for leaf in leaves]
+    entry = next((one for one in entries if one is not None), None)
+    if entry is None and layer is not None and layer.module in statistics.expert_modules:
+        return UNSEEN, False, False
+    if entry is not None and entry.tied and entry.input and statistics.header.protocol < SUMMED_TIES:
+        return None, False, False  # of one of the layers that share it alone
     count = entry is not None and statistics.has_count(entry.module)
     fisher = source == Source(source.tensor) and statistics.has_fisher(source.tensor)
     return entry.input if entry else None, count, fisher

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from merganser.methods.actmat import ACTMAT
-from merganser.methods.base import Facts, Merged, Method, Needs, Options, Share, Unit, average, average_unit
+from merganser.methods.base import UNSEEN, Facts, Merged, Method, Needs, Options, Share, Unit, average, average_unit
 from merganser.methods.fisher import FISHER
 from merganser.methods.least_squares import Diagonal, Gram, Identity, LeastSquares
 from merganser.methods.optimal_transport import OPTIMAL_TRANSPORT
@@ -47,6 +47,7 @@ def choose(published: Collection[str], base: bool, missing: str) -> tuple[str, s
 __all__ = [
     "METHODS",
     "SUMMED",
+    "UNSEEN",
     "Facts",
     "GramSums",
     "Merged",

@@ -20,6 +20,7 @@ from torch import Tensor
 from merganser.checkpoints.layers import Layer
 from merganser.methods.sums import GramSums
 
+UNSEEN = ""
 _HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -38,7 +39,8 @@ class Facts:
         shape: its shape.
         layer: the plain linear map whose weight it is, if it is one.
         bias_of: the layer whose bias it is, if it is one.
-        grams: for each contributor, the key of the Gram matrix of this layer's input, or None.
+        grams: for each contributor, the key of the Gram matrix of this layer's input, or None; :data:`UNSEEN` for an
+            expert that no token of its data reached.
         counts: for each contributor, whether token counts of this embedding are published.
         fishers: for each contributor, whether its Fisher information is published.
         in_base: whether the base model holds the tensor, in the same shape.

@@ -8,12 +8,15 @@ inputs, whose Gram matrix is the diagonal of token frequencies.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import prod
 
 from pydantic import Field
 
-from merganser.methods.base import Facts, Needs, Options, Share, Unit
+from merganser.methods.base import UNSEEN, Facts, Needs, Options, Share, Unit
 from merganser.methods.least_squares import Diagonal, Gram, LeastSquares, Rule, layers_of
 from merganser.methods.sums import augment
+
+_MOST = 2**26  # numbers of weights that share a factorisation, unless a single one has more
 
 
 class RegMeanOptions(Options):
@@ -33,7 +36,9 @@ def _treat(fact: Facts, options: RegMeanOptions) -> str:
         if not options.embeddings:
             return "embeddings are switched off"
         return "token counts" if fact.counts and all(fact.counts) else "no token counts in the statistics"
-    return "gram" if fact.grams and all(fact.grams) else "no Gram matrix in the statistics"
+    if fact.grams and not any(fact.grams) and UNSEEN in fact.grams:
+        return "an expert that no contributor's data reached"
+    return "gram" if fact.grams and None not in fact.grams else "no Gram matrix in the statistics"
 
 
 def _join(units: Sequence[Unit], by_name: Mapping[str, Facts], options: RegMeanOptions) -> list[Unit]:
@@ -41,19 +46,37 @@ def _join(units: Sequence[Unit], by_name: Mapping[str, Facts], options: RegMeanO
     groups: dict[tuple[object, ...], list[tuple[Facts, Facts | None]]] = {}
     for fact in (unit.facts[0] for unit in units if unit.kind == "gram"):
         bias = by_name.get(fact.layer.bias or "") if fact.layer and options.augment_bias else None
-        key = (fact.grams, bias is not None, fact.name if fact.alone else None)
+        key = (fact.grams, bias is not None, fact.name if fact.alone or fact.stack else None)
         groups.setdefault(key, []).append((fact, bias))
     joined = [unit for unit in units if unit.kind != "gram"]
-    for members in groups.values():
+    for members in (part for group in groups.values() for part in _portions(group)):
         facts = [*(fact for fact, _ in members), *(bias for _, bias in members if bias)]
         joined.append(Unit(tuple(fact.name for fact in facts), "gram", tuple(facts)))
     return joined
 
 
+def _portions(group: Sequence[tuple[Facts, Facts | None]]) -> list[list[tuple[Facts, Facts | None]]]:
+    """A group in portions of about :data:`_MOST` numbers: all experts of a layer could be several gigabytes."""
+    portions: list[list[tuple[Facts, Facts | None]]] = []
+    room = 0
+    for member in group:
+        size = prod(member[0].shape)
+        if size > room:
+            portions.append([])
+            room = _MOST
+        portions[-1].append(member)
+        room -= size
+    return portions
+
+
 def _gram(unit: Unit, share: Share, options: RegMeanOptions) -> Gram:
     layers, with_bias = layers_of(unit)
     gram = share.gram(layers[0].weight)
-    return Gram(augment(gram, share.mean(layers[0].weight)) if with_bias else gram)
+    if not with_bias:
+        return Gram(gram)
+    if not bool(gram.diagonal().any()):  # an expert that nothing reached: its bias has no vote either
+        return Gram(gram.new_zeros(len(gram) + 1, len(gram) + 1))
+    return Gram(augment(gram, share.mean(layers[0].weight)))
 
 
 def _counts(unit: Unit, share: Share, options: RegMeanOptions) -> Diagonal:

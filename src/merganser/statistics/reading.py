@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -52,6 +53,8 @@ class Statistics:
         self._layers: dict[tuple[str, int | None], LayerStatistics] = {}
         for layer in header.layers:
             self._layers.setdefault((layer.weight, layer.expert), layer)
+        several = Counter(layer.module for layer in header.layers)
+        self.expert_modules = {module for module, count in several.items() if count > 1}
 
     @classmethod
     def open(cls, path: str | Path) -> Statistics:
