@@ -170,6 +170,24 @@ def test_nested_modules_are_there_from_the_start(hub: Hub, tmp_path: Path) -> No
     assert found.stdout.strip() == "True", found.stderr
 
 
+def test_pickled_modules_are_named_and_fetched_where_they_are_allowed(hub: Hub, tmp_path: Path) -> None:
+    (hub.folder / "modules.json").write_text('[{"path": ""}, {"path": "2_Dense"}]')
+    (hub.folder / "2_Dense").mkdir()
+    torch.save({"linear.weight": torch.eye(2)}, hub.folder / "2_Dense" / "pytorch_model.bin")
+    said = (
+        "from merganser.checkpoints import open_checkpoint\nfrom merganser.errors import CheckpointError\n"
+        "try:\n    open_checkpoint('org/model')\nexcept CheckpointError as error:\n    print(error)\n"
+    )
+    refused = run(said, hub, tmp_path / "cache")
+    assert "2_Dense" in refused.stdout and "--allow-pickle" in refused.stdout, refused.stderr
+    assert not any(entry[1].endswith(".bin") and entry[0] == "GET" for entry in hub.log)
+    allowed = said.replace("('org/model')", "('org/model', allow_pickle=True)").replace(
+        "\nexcept", "\n    print(open_checkpoint('org/model', allow_pickle=True).read('2_Dense/linear.weight'))\nexcept"
+    )
+    found = run(allowed, hub, tmp_path / "cache")
+    assert "tensor([[1., 0.]" in found.stdout, found.stderr
+
+
 def test_pickles_alone_are_named_and_fetched_where_they_are_allowed(hub: Hub, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 

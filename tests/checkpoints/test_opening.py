@@ -171,21 +171,9 @@ def test_a_file_that_changes_is_noticed(tmp_path: Path) -> None:
         checkpoint.read("b")
 
 
-def test_side_files_leave_out_weights_cards_and_training_state(save_model) -> None:
-    folder = save_model("full")
-    for name in ("tokenizer.json", "vocab.txt", "README.md", "training_args.bin", "merge_statistics.safetensors"):
-        (folder / name).write_text("x")
-    (folder / "1_Pooling").mkdir()
-    (folder / "1_Pooling" / "config.json").write_text("{}")
-    (folder / "checkpoint-12").mkdir()
-    (folder / "checkpoint-12" / "config.json").write_text("{}")
-    found = open_checkpoint(folder).side_files()
-    assert found == ["1_Pooling/config.json", "config.json", "tokenizer.json", "vocab.txt"]
-
-
 def test_nested_sentence_transformers_weights_are_tensors_too(save_model) -> None:
     folder = save_model("st")
-    modules = [{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}, {"path": "../outside"}]
+    modules = [{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}]
     (folder / "modules.json").write_text(json.dumps(modules))
     (folder / "2_Dense").mkdir()
     save_file({"linear.weight": torch.eye(4)}, folder / "2_Dense" / "model.safetensors")

@@ -7,10 +7,11 @@ headers first, weights only when a plan holds, by the Hub client's own conventio
 
 from __future__ import annotations
 
-import json
 import re
 import tempfile
 from contextlib import suppress
+from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,12 @@ from merganser.checkpoints import adapters
 from merganser.checkpoints.adapter_files import combine
 from merganser.checkpoints.adapter_settings import read_settings
 from merganser.checkpoints.header import TensorInfo, read_infos, tensor_infos
+from merganser.checkpoints.json_files import read_json
+from merganser.checkpoints.modules import MODULES, Module, has_weights, main_folder, read_modules
 from merganser.checkpoints.quantisation import QuantisedWeights
 from merganser.checkpoints.quantised import as_numbers
-from merganser.checkpoints.reader import Checkpoint, read_json
-from merganser.errors import CheckpointError, raise_all
+from merganser.checkpoints.reader import Checkpoint
+from merganser.errors import CheckpointError, ErrorCollector, raise_all
 
 _HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -152,31 +155,41 @@ class PickledWeights(CheckpointError):
 
 
 def local_tensors(folder: Path, *, allow_pickle: bool = False) -> dict[str, TensorInfo]:
-    """Every tensor of a model folder: the model's own, then those of nested sentence-transformers modules.
+    """Every tensor of a model folder: the model's own, then those of a sentence-transformers model's other modules.
+
+    The names of the latter begin with their folder, as in ``2_Dense/linear.weight``.
 
     Raises:
         CheckpointError: see :func:`open_checkpoint`.
     """
-    infos = _main_tensors(folder, allow_pickle)
-    for nested in nested_modules(folder):
-        infos += [
-            TensorInfo(f"{nested}/{info.name}", info.dtype, info.shape, info.file, info.offset, info.nbytes)
-            for info in read_infos(folder / nested / SINGLE, f"{nested}/{SINGLE}")
-        ]
+    main = main_folder(folder)
+    errors = ErrorCollector()
+    infos = errors.catch(_main_tensors, folder / main, allow_pickle) or []
+    infos = [_moved(info, main) for info in infos]
+    for module in dict.fromkeys(module for module in read_modules(folder) if module.path not in ("", main)):
+        found = errors.catch(_module_tensors, folder, module, allow_pickle) or []
+        infos += [replace(_moved(info, module.path), name=f"{module.path}/{info.name}") for info in found]
+    errors.raise_all()
     return {info.name: info for info in infos}
 
 
-def nested_modules(folder: Path) -> list[str]:
-    """Sub-folders of a sentence-transformers model that hold weights of their own (such as ``2_Dense``)."""
-    modules = folder / "modules.json"
-    if not modules.is_file():
-        return []
-    try:
-        paths = [str(module.get("path", "")) for module in json.loads(modules.read_text(encoding="utf-8"))]
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"unreadable JSON: {error}", where=modules, mend="restore the file") from None
-    inside = [p for p in paths if p and ".." not in Path(p).parts and not Path(p).is_absolute()]
-    return [p for p in inside if (folder / p / SINGLE).is_file()]
+def _moved(info: TensorInfo, place: str) -> TensorInfo:
+    """A tensor of a sub-folder's file, as seen from the whole folder; what was converted lies elsewhere."""
+    return replace(info, file=f"{place}/{info.file}") if place and not Path(info.file).is_absolute() else info
+
+
+def _module_tensors(folder: Path, module: Module, allow_pickle: bool) -> list[TensorInfo]:
+    """The tensors of one module, by their own names.
+
+    Raises:
+        CheckpointError: pickled weights that may not be read, damaged files, or no weights where there must be some.
+    """
+    if has_weights(folder / module.path):
+        return _main_tensors(folder / module.path, allow_pickle)
+    if module.weighted:
+        what = f"the module {module.path} has no weights ({SINGLE})"
+        raise CheckpointError(what, where=folder, mend="copy or download the folder again, whole")
+    return []
 
 
 def _main_tensors(folder: Path, allow_pickle: bool) -> list[TensorInfo]:
@@ -201,8 +214,7 @@ def _main_tensors(folder: Path, allow_pickle: bool) -> list[TensorInfo]:
             where=folder,
             mend="restore the file",
         )
-    nested = nested_modules(folder)
-    if nested:
+    if any(module.path and has_weights(folder / module.path) for module in read_modules(folder)):
         return []
     if gguf := sorted(folder.glob("*.gguf")):
         raise QuantisedWeights(
@@ -213,6 +225,13 @@ def _main_tensors(folder: Path, allow_pickle: bool) -> list[TensorInfo]:
     raise CheckpointError(
         f"no weights here: neither {SINGLE} nor {INDEX}", where=folder, mend="give a folder with safetensors weights"
     )
+
+
+def _pickled_modules(folder: Path, files: list[str]) -> list[str]:
+    """The pickles that a repository has for modules which it has no safetensors for."""
+    prefixes = {f"{module.path}/" if module.path else "" for module in read_modules(folder)}
+    lacking = [prefix for prefix in prefixes if not {prefix + SINGLE, prefix + INDEX} & set(files)]
+    return [file for file in files if any(fnmatchcase(file, prefix + _HUB_PICKLES) for prefix in lacking)]
 
 
 def _sharded(folder: Path) -> list[TensorInfo]:
@@ -305,9 +324,14 @@ def open_hub(name: str, repo: str, revision: str | None, *, allow_pickle: bool =
         # By the name that was given, so that the cache remembers what it stands for; from then on by its commit.
         folder = snapshot(revision, ignore_patterns=_HUB_WEIGHTS + _UNWANTED)
         commit = folder.name
-        if (folder / "modules.json").is_file():  # nested modules may hold weights that no index lists
-            folder = snapshot(commit, ignore_patterns=_UNWANTED)
-            return Checkpoint(name, folder, local_tensors(folder), revision=commit)
+        if (folder / MODULES).is_file():  # modules hold weights that no index lists, and some of them pickles
+            files = huggingface_hub.list_repo_files(repo, revision=commit)
+            pickles = _pickled_modules(folder, files)
+            if pickles and not allow_pickle:
+                raise pickled(f"{name}, {pickles[0].rpartition('/')[0]}", "pytorch_model")
+            snapshot(commit, ignore_patterns=_UNWANTED)
+            folder = snapshot(commit, allow_patterns=pickles) if pickles else folder
+            return Checkpoint(name, folder, local_tensors(folder, allow_pickle=allow_pickle), revision=commit)
         try:
             headers = huggingface_hub.get_safetensors_metadata(repo, revision=commit).files_metadata
         except NotASafetensorsRepoError:

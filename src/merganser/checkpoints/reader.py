@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import threading
@@ -17,7 +16,10 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
+from merganser.checkpoints import side_files
 from merganser.checkpoints.header import TensorInfo
+from merganser.checkpoints.json_files import read_json as read_json
+from merganser.checkpoints.modules import Module, main_folder, read_modules
 from merganser.checkpoints.quantisation import Quantisation
 from merganser.errors import CheckpointError
 from merganser.tensors import DTYPES, byte_view
@@ -33,21 +35,10 @@ class Digest(Protocol):
         """The hash, in hexadecimal."""
 
 
-#: What does not travel from a parent to a merge: weights in any format, how they were quantised (a result never is),
-#: statistics, cards, training state and data.
-_NOT_SIDE_FILES = (
-    "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt*",
-    "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.ot", "*.tflite", "*.pb", "*.gguf", "*.pkl", "*.pickle",
-    "hf_quant_config.json", "quant_config.json", "quantize_config.json",
-    "README.md", "provenance.json", "trainer_state.json", "all_results.json", "train_results.json",
-    "eval_results.json", "rng_state*", "*.jsonl", "*.csv", "*.tsv", "*.parquet", "*.arrow", "*.log", "*.npy", "*.npz",
-    "events.out.*", ".*",
-)  # fmt: skip
 #: Statistics and ledgers know weights by sha256. Provenance has blake3, of all that is read and written while merging:
 #: sha256 was half of an average's work.
 HASHES: dict[str, Callable[[bytes], Digest]] = {"sha256": hashlib.sha256, "blake3": blake3}
 PIECE = 16 * 2**20  # bytes that are read at once where a whole tensor is not needed
-_NOT_SIDE_FOLDERS = ("checkpoint-*", "runs", "onnx", "openvino", "heads", ".*", "__pycache__")
 
 
 class Checkpoint:
@@ -89,7 +80,29 @@ class Checkpoint:
     @cached_property
     def config(self) -> dict[str, Any]:
         """``config.json``, or an empty dictionary where the folder has none."""
-        return read_json(self.path / "config.json", missing={})
+        return read_json(self.model_path / "config.json", missing={})
+
+    @property
+    def main(self) -> str:
+        """The sub-folder in which the transformer lies; empty for the folder itself, as nearly always."""
+        return main_folder(self.path)
+
+    @property
+    def model_path(self) -> Path:
+        """The folder that transformers opens."""
+        return self.path / self.main
+
+    @property
+    def modules(self) -> tuple[Module, ...]:
+        """The modules of a sentence-transformers model."""
+        return read_modules(self.path)
+
+    @property
+    def nested(self) -> list[str]:
+        """The modules' folders with tensors of their own, whose names begin with the folder; inner ones first."""
+        folders = {module.path for module in self.modules} - {"", self.main}
+        inner_first = sorted(folders, key=lambda folder: (-folder.count("/"), folder))
+        return [folder for folder in inner_first if any(name.startswith(f"{folder}/") for name in self.tensors)]
 
     @property
     def home(self) -> Checkpoint:
@@ -191,15 +204,15 @@ class Checkpoint:
         return self.manifest_hash("sha256")
 
     def side_files(self) -> list[str]:
-        """Everything that is not weights: tokenizer, configuration, sentence-transformers modules; relative."""
-        found = []
-        for folder, folders, files in os.walk(self.path):
-            here = Path(folder)
-            folders[:] = sorted(f for f in folders if not any(Path(f).match(p) for p in _NOT_SIDE_FOLDERS))
-            for file in files:
-                if not any(Path(file).match(pattern) for pattern in _NOT_SIDE_FILES):
-                    found.append((here / file).relative_to(self.path).as_posix())
-        return sorted(found)
+        """The files beside the weights that belong to the model, see :mod:`merganser.checkpoints.side_files`.
+
+        Returns:
+            their paths, relative to the folder.
+
+        Raises:
+            CheckpointError: one of them is a link that leads out of the folder.
+        """
+        return side_files.belonging(self.path)
 
     def _read_into(self, view: memoryview, file: str, offset: int) -> None:
         """Fill ``view`` from a weight file."""
@@ -233,23 +246,6 @@ class Checkpoint:
                 self._stamps[file] = (status.st_size, status.st_mtime_ns, status.st_ino)
                 self._descriptors[file] = (descriptor, path)
             return self._descriptors[file]
-
-
-def read_json(path: Path, missing: Any = None) -> Any:
-    """A JSON file; ``missing`` where there is none.
-
-    Raises:
-        CheckpointError: it is not JSON, or not an object.
-    """
-    if not path.is_file():
-        return missing
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"unreadable JSON: {error}", where=path, mend="restore the file") from None
-    if not isinstance(value, dict):
-        raise CheckpointError("a JSON object is expected", where=path, mend="restore the file")
-    return value
 
 
 class TensorHash:

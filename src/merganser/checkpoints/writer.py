@@ -179,7 +179,7 @@ def check_output(folder: Path, overwrite: bool, inputs: Sequence[Path] = ()) -> 
         return CheckpointError(
             "the output exists", where=folder, mend="give another folder, or --overwrite to replace it"
         )
-    known = any((folder / file).is_file() for file in ("config.json", "adapter_config.json"))
+    known = any((folder / file).is_file() for file in ("config.json", "adapter_config.json", "modules.json"))
     looks_ours = folder.is_dir() and (not any(folder.iterdir()) or known)
     if not looks_ours:
         return CheckpointError(

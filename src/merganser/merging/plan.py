@@ -137,6 +137,7 @@ class Plan:
         steps: the work, in the order of the reference's files.
         outputs: the tensors of the result, in the order of its files.
         folders: the file of each folder of the result with weights of its own.
+        main: the folder of the model's own files; empty for the result's folder itself.
         base: the base model, where method or target need it; it may be that of the contributors' adapters.
         revisions: the commit of each contributor that is on the Hub.
         labels: the labels of the merged head, where they are not the reference's.
@@ -153,6 +154,7 @@ class Plan:
     steps: tuple[Step, ...]
     outputs: tuple[TensorSpec, ...]
     folders: Mapping[str, str] = field(default_factory=dict)
+    main: str = ""
     base: str | None = None
     revisions: tuple[str | None, ...] = ()
     labels: tuple[str, ...] | None = None
@@ -238,7 +240,7 @@ class Plan:
             place = ".".join(str(part) for part in first["loc"])
             raise RecipeError(f"no plan: {place}: {first['msg']}", where=where, mend="merge again") from None
         people, names = len(plan.recipe.contributors), [name for step in plan.steps for name in step.unit.names]
-        paths = [PurePosixPath(path) for pair in plan.folders.items() for path in pair]
+        paths = [PurePosixPath(path) for path in (plan.main, *plan.folders, *plan.folders.values())]
         inside = not any(path.is_absolute() or ".." in path.parts for path in paths)
         kept = {str(PurePosixPath(step.unit.names[0]).parent) for step in plan.steps if step.method == KEPT}
         whole = all(len(step.sources) == len(step.coefficients) == people for step in plan.steps)

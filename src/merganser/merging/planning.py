@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import PurePosixPath
 
 import torch
 
-from merganser.checkpoints import TensorInfo
+from merganser.checkpoints import Checkpoint, side_files
 from merganser.checkpoints.layers import Layer
+from merganser.checkpoints.opening import SINGLE
 from merganser.checkpoints.sources import Source
 from merganser.checkpoints.writer import TensorSpec
 from merganser.errors import ErrorCollector, RecipeError
@@ -31,6 +31,7 @@ from merganser.merging.matching import (
     matches,
     names_to_merge,
 )
+from merganser.merging.modules import check_modules
 from merganser.merging.plan import AVERAGE, COPY, HEADS, KEPT, Plan, Step
 from merganser.merging.recipe import Inputs, Parent, Recipe, method_options, open_inputs
 from merganser.merging.vocabulary import match_vocabularies
@@ -64,8 +65,13 @@ def plan_of(recipe: Recipe, inputs: Inputs, *, rank: int | None = None) -> Plan:
     parents, base, reference = inputs.parents, inputs.base, inputs.reference
     people = parents if reference in parents else (reference, *parents)
     check_architectures(people, base, problems)
+    notes = check_modules(recipe, people, problems)
+    problems.catch(reference.checkpoint.side_files)
+    if (left := side_files.left_behind(reference.checkpoint.path)) is not None:
+        notes.append(left)
     separate = find_separate(recipe, people, problems)
-    names, notes = names_to_merge(recipe, people, reference)
+    names, left_out = names_to_merge(recipe, people, reference)
+    notes += left_out
     labels = match_labels(recipe, people, names, problems)
     rows = dict(labels.rows) if labels else {}
     notes += labels.notes if labels else ()
@@ -100,7 +106,7 @@ def plan_of(recipe: Recipe, inputs: Inputs, *, rank: int | None = None) -> Plan:
         )
     notes += check_coverage(recipe, steps, chosen, reference.view.reason)
     outputs = [_spec(name, recipe, inputs, rows) for name in names]
-    folders = nested_folders(reference.checkpoint.tensors.values())
+    folders = nested_folders(reference.checkpoint)
     if reference in parents and any(separate):
         kept, specs = _kept(inputs, separate, folders)
         steps, outputs = [*steps, *kept], [*outputs, *specs]
@@ -115,6 +121,7 @@ def plan_of(recipe: Recipe, inputs: Inputs, *, rank: int | None = None) -> Plan:
         steps=tuple(steps),
         outputs=tuple(outputs),
         folders=folders,
+        main=reference.checkpoint.main,
         base=None if used is None else used.contributor.model,
         revisions=tuple(parent.checkpoint.revision for parent in parents),
         labels=labels.labels if labels and list(labels.labels) != reference.label_names else None,
@@ -284,10 +291,9 @@ def _spec(name: str, recipe: Recipe, inputs: Inputs, rows: Mapping[str, RowMap])
     return TensorSpec(name, dtype, shape)
 
 
-def nested_folders(infos: Iterable[TensorInfo]) -> dict[str, str]:
-    """The file of each nested sentence-transformers module that has weights of its own, by its folder."""
-    pairs = ((str(PurePosixPath(info.file).parent), info) for info in infos)
-    return {folder: info.file for folder, info in pairs if info.name.startswith(f"{folder}/")}
+def nested_folders(checkpoint: Checkpoint) -> dict[str, str]:
+    """The file of each further module of sentence-transformers that has weights of its own, by its folder."""
+    return {folder: f"{folder}/{SINGLE}" for folder in checkpoint.nested}
 
 
 def _kept(

@@ -182,7 +182,8 @@ def _plan(
         recipe=recipe,
         steps=(*record.steps(), *(Step(unit, COPY, (), (), reason=_BASES_OWN) for unit in rest)),
         outputs=tuple(specs if dtype else (_widest(spec, record) for spec in specs)),
-        folders=nested_folders(infos.values()),
+        folders=nested_folders(base.checkpoint),
+        main=base.checkpoint.main,
         base=record.base.model,
         bytes_read=sum(info.nbytes for info in infos.values()),
     )

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from merganser.checkpoints import Checkpoint, open_checkpoint
@@ -58,10 +58,11 @@ def make_layout(plan: Plan) -> Layout:
             folder, _, own = step.unit.names[0].rpartition("/")
             heads.setdefault(step.takers[0], (folder, []))[1].append(own)
     root = [spec for spec in plan.outputs if plan.file_of(spec.name)[0] is None]
-    files = shard(root, "model", parse_size(plan.recipe.max_shard_size)) if root else {}
+    stem = _inside(plan, "model")
+    files = shard(root, stem, parse_size(plan.recipe.max_shard_size)) if root else {}
     apart = any(folder.startswith(f"{HEADS}/") for folder in plan.folders)
     if apart and len(files) == 1:  # a lone model.safetensors would be taken for the whole model
-        files = {"model-00001-of-00001.safetensors": root}
+        files = {f"{stem}-00001-of-00001.safetensors": root}
     places = {spec.name: (file, spec.name) for file, specs in files.items() for spec in specs}
     for spec in plan.outputs:
         file, inside = plan.file_of(spec.name)
@@ -69,6 +70,11 @@ def make_layout(plan: Plan) -> Layout:
             files.setdefault(file, []).append(TensorSpec(inside, spec.dtype, spec.shape))
             places[spec.name] = (file, inside)
     return Layout(files, places, heads)
+
+
+def _inside(plan: Plan, file: str) -> str:
+    """A file of the model's own, as seen from the result's folder."""
+    return f"{plan.main}/{file}" if plan.main else file
 
 
 _MADE = """Made with merganser: {}. `provenance.json` holds the recipe, the plan, the hash of every parent and of every
@@ -143,7 +149,7 @@ def complete(
         made: what the card says of how it was made.
         more: what else provenance is to say.
     """
-    nested = "modules.json" in reference.checkpoint.side_files()
+    nested = bool(reference.checkpoint.modules)
     front = {
         "base_model": list(dict.fromkeys(public_name(one["model"], one["revision"]) for one in people)),
         "base_model_relation": "merge",
@@ -173,11 +179,16 @@ def write_small_files(plan: Plan, inputs: Inputs, layout: Layout, folder: Path) 
     if plan.vocabulary is not None and plan.vocabulary.added:
         others = [parent.checkpoint.path for parent in inputs.parents]
         add_tokens(tokens.checkpoint.path, plan.vocabulary.added, others).save_pretrained(folder)
-    _write_config(reference.checkpoint, folder, _config_of(plan, inputs, reference))
+    _write_config(reference.checkpoint, folder / plan.main, _config_of(plan, inputs, reference))
+    for inner in plan.folders:
+        if not inner.startswith(f"{HEADS}/"):
+            config = read_json(reference.checkpoint.path / inner / _CONFIG, missing={})
+            if changes := _stated_dtype(plan, config, inner):
+                _put_config({**config, **changes}, folder / inner)
     _write_indices(plan, layout, folder)
     for number, (head, _) in layout.heads.items():
         checkpoint = inputs.parents[number].checkpoint
-        config = checkpoint.path / _CONFIG
+        config = checkpoint.model_path / _CONFIG
         if not config.is_file():
             raise CheckpointError("has no config.json", where=checkpoint.name, mend="restore it")
         shutil.copyfile(config, folder / head / _CONFIG)
@@ -203,16 +214,21 @@ def _copy(checkpoint: Checkpoint, folder: Path, *, tokenizer: bool | None) -> No
 
 def _write_config(checkpoint: Checkpoint, folder: Path, config: Mapping[str, Any]) -> None:
     """``config.json`` anew where the merge changes what it says, or an adapter what its base says."""
-    if config != read_json(checkpoint.path / _CONFIG, missing={}):
-        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-        (folder / _CONFIG).write_text(text, encoding="utf-8")
+    if config != read_json(checkpoint.model_path / _CONFIG, missing={}):
+        _put_config(config, folder)
+
+
+def _put_config(config: Mapping[str, Any], folder: Path) -> None:
+    (folder / _CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _write_indices(plan: Plan, layout: Layout, folder: Path) -> None:
-    shared = {name: file for name, (file, _) in layout.places.items() if "/" not in file}
+    shared = {name: file for name, (file, _) in layout.places.items() if plan.file_of(name)[0] is None}
     size = sum(plan.specs[name].nbytes for name in shared)
+    beside = {name: PurePosixPath(file).name for name, file in shared.items()}
+    index, up = folder / plan.main / _INDEX, "../" * len(PurePosixPath(plan.main).parts)
     if layout.heads or len(set(shared.values())) > 1:
-        (folder / _INDEX).write_bytes(index_json(shared, size))
+        index.write_bytes(index_json(beside, size))
     for number, (head, names) in layout.heads.items():
         (folder / head).mkdir(parents=True, exist_ok=True)
         total = size + sum(plan.specs[f"{head}/{name}"].nbytes for name in names)
@@ -220,8 +236,8 @@ def _write_indices(plan: Plan, layout: Layout, folder: Path) -> None:
         inward = dict.fromkeys(names, "head.safetensors")
         (folder / head / _INDEX).write_bytes(index_json({**outward, **inward}, total))
         if number == 0:  # the root opens with the first contributor's head
-            inner = dict.fromkeys(names, f"{head}/head.safetensors")
-            (folder / _INDEX).write_bytes(index_json({**shared, **inner}, total))
+            inner = dict.fromkeys(names, f"{up}{head}/head.safetensors")
+            index.write_bytes(index_json({**beside, **inner}, total))
 
 
 def _config_of(plan: Plan, inputs: Inputs, own: Parent, *, head: bool = False) -> dict[str, Any]:
@@ -262,9 +278,16 @@ def check_opening(folder: Path, reference: Checkpoint) -> list[UserError]:
     return problems
 
 
-def _stated_dtype(plan: Plan, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a configuration should say of the dtype: from_pretrained opens a model in the one that is stated."""
-    stored = {DTYPES[s.dtype] for s in plan.outputs if is_floating(s.dtype) and plan.file_of(s.name)[0] is None}
+def _stated_dtype(plan: Plan, config: Mapping[str, Any], inner: str | None = None) -> dict[str, Any]:
+    """What a configuration should say of the dtype: from_pretrained opens a model in the one that is stated.
+
+    Args:
+        plan: of the merge.
+        config: as it is.
+        inner: the folder of a further module that it belongs to; None: the model itself.
+    """
+    file = None if inner is None else plan.folders[inner]
+    stored = {DTYPES[s.dtype] for s in plan.outputs if is_floating(s.dtype) and plan.file_of(s.name)[0] == file}
     name = str(stored.pop()).removeprefix("torch.") if len(stored) == 1 else None
     return _with_dtype(config, name) if name else {}
 
