@@ -10,7 +10,7 @@ import click
 F = TypeVar("F", bound=Callable[..., Any])
 
 _OPTIONS = [
-    click.option("--task", default="auto", show_default=True, help="text-classification, multi-label, … or auto."),
+    click.option("--task", default="auto", show_default=True, help="text-classification, multi-label, sts, … or auto."),
     click.option("--split", help="Split of data that have several."),
     click.option("--limit", type=click.IntRange(1), help="Use at most this many rows."),
     click.option(

@@ -29,6 +29,8 @@ def evaluate_command(
     \b
     merganser evaluate merged model-a model-b --data a.jsonl --data b.jsonl --ensemble
     merganser evaluate merged::heads/model-b --data b.jsonl
+    merganser evaluate merged encoder-a --data stsb.csv --task sts
+    merganser evaluate merged encoder-a --data pairs.jsonl --task retrieval
     """
     quiet_libraries()
     from merganser.evaluation import evaluate

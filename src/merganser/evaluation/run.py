@@ -6,23 +6,25 @@ merganser.evaluate(["merged", "specialist"], ["a.jsonl", "b.jsonl"], ensemble=Tr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import nn
 
 from merganser import progress
 from merganser.errors import CheckpointError, ErrorCollector, UserError, did_you_mean
 from merganser.evaluation.bootstrap import difference, resample, standard_error
+from merganser.evaluation.encoders import compare_embeddings, load_encoder
 from merganser.evaluation.result import Evaluation, Score
 from merganser.tasks import task_for
 from merganser.tasks.base import Task
 from merganser.tasks.columns import Columns
 from merganser.tasks.data import Rows, read_rows
+from merganser.tasks.embedding import Embedding
 from merganser.tasks.labels import LabelSpace, union
 from merganser.tasks.models import Opened, load_model, load_tokenizer, open_model, prepare_padding
 from merganser.tasks.predict import Prediction, predict
@@ -76,7 +78,8 @@ def evaluate(
         split: of data that have several.
         limit: use at most this many rows of each data set, the first ones.
         batch_size: examples in a batch.
-        max_length: tokens at which a text is cut; by default 128, and never more than the model takes.
+        max_length: tokens at which a text is cut; by default 128 (for embeddings what the model says), and never more
+            than the model takes.
         bootstrap: how many bootstrap samples give the standard error and the paired differences; 0 for none.
         device: to run on; by default the GPU where there is one.
         allow_pickle: accept pickled weights (read with ``weights_only``).
@@ -105,22 +108,24 @@ def evaluate(
         models_found = [replace(model, space=joint) for model in models_found]
     given = Columns.of(columns)
     truths = [_found(errors.catch(_truth, model, rows, given) for rows in rows_of) for model in models_found]
-    tokenizers = _found(errors.catch(load_tokenizer, model.opened) for model in models_found)
+    tokenizers = [  # an encoder of sentences has its own
+        None if isinstance(model.task, Embedding) else errors.catch(load_tokenizer, model.opened)
+        for model in models_found
+    ]
     errors.raise_all()
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     predictions: list[list[Prediction]] = []  # of each model, on each data set
     with progress.bar(len(models_found) * sum(map(len, rows_of)), "evaluating", "ex") as bar:
         for model, tokenizer, of_model in zip(models_found, tokenizers, truths, strict=True):
-            network = _load(model, tokenizer, place, allow_pickle)
             how: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length, "bar": bar}
-            config, chosen, space = model.opened.config, model.task, model.space
-            predictions.append(
-                [
-                    predict(network, tokenizer, config, chosen, rows, read, space, name=model.name, **how)
-                    for rows, (read, _) in zip(rows_of, of_model, strict=True)
-                ]
-            )
-            del network
+            if isinstance(model.task, Embedding):
+                encoder = load_encoder(model.opened, place, allow_pickle=allow_pickle)
+                say: Callable[..., Prediction] = partial(compare_embeddings, encoder, model.task, name=model.name)
+                del encoder
+            else:
+                say = _outputs(model, tokenizer, place, allow_pickle)
+            predictions.append([say(rows, read, **how) for rows, (read, _) in zip(rows_of, of_model, strict=True)])
+            del say
     if ensemble:
         first = models_found[0]
         predictions.append([_combined(first.task, alone) for alone in zip(*predictions, strict=True)])
@@ -187,12 +192,18 @@ def _truth(model: _EvaluatedModel, rows: Rows, given: Columns) -> tuple[Columns,
     return columns, model.task.references(rows, columns, model.space)
 
 
-def _load(model: _EvaluatedModel, tokenizer: Any, place: str, allow_pickle: bool) -> nn.Module:
+def _outputs(model: _EvaluatedModel, tokenizer: Any, place: str, allow_pickle: bool) -> Callable[..., Prediction]:
+    """What a model with a head says of rows, the model loaded as long as this is kept."""
     opened, task = model.opened, model.task
     class_name = task.model_class(opened.config)
     network = load_model(opened, class_name, complete=task.complete, allow_pickle=allow_pickle)
     prepare_padding(network, tokenizer)
-    return network.to(place)
+
+    def say(rows: Rows, read: Columns, **how: Any) -> Prediction:
+        return predict(network, tokenizer, opened.config, task, rows, read, model.space, name=model.name, **how)
+
+    network.to(place)
+    return say
 
 
 def _combined(task: Task, alone: Sequence[Prediction]) -> Prediction:

@@ -11,6 +11,7 @@ from merganser.tasks.causal_lm import CausalLM
 from merganser.tasks.classification import TextClassification
 from merganser.tasks.columns import Columns
 from merganser.tasks.data import Rows, read_rows
+from merganser.tasks.embedding import STS, Retrieval
 from merganser.tasks.feature_extraction import FeatureExtraction
 from merganser.tasks.multi_label import MultiLabel
 from merganser.tasks.regression import Regression
@@ -19,7 +20,10 @@ from merganser.tasks.token_classification import TokenClassification
 
 __all__ = ["TASKS", "Columns", "Rows", "Task", "read_rows", "task_for"]
 
-_ALL = (MultiLabel, Regression, TextClassification, TokenClassification, Seq2Seq, CausalLM, FeatureExtraction)
+_ALL = (
+    MultiLabel, Regression, TextClassification, TokenClassification, Seq2Seq, CausalLM, FeatureExtraction, STS,
+    Retrieval,
+)  # fmt: skip
 #: Every task by name. ``task_for("auto", …)`` asks them in this order.
 TASKS: dict[str, Task] = {task.name: task() for task in _ALL}
 

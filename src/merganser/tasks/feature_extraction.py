@@ -12,6 +12,8 @@ from merganser.errors import CheckpointError
 from merganser.tasks.base import Metric, Task, architecture
 from merganser.tasks.models import Opened
 
+_SCORED = "name what its embeddings are for: --task sts or --task retrieval; or evaluate a fine-tuned checkpoint"
+
 
 @dataclass(frozen=True)
 class FeatureExtraction(Task):
@@ -39,7 +41,7 @@ class FeatureExtraction(Task):
     def check_scoring(self, opened: Opened) -> None:
         """There is nothing to score."""
         what = "a model without a head makes no predictions that could be scored"
-        raise CheckpointError(what, where=opened.where, mend="evaluate a fine-tuned checkpoint, or name its --task")
+        raise CheckpointError(what, where=opened.where, mend=_SCORED)
 
     def model_class(self, config: Mapping[str, Any]) -> str:
         """The architecture itself where it reads text alone: the head of a masked language model counts."""

@@ -99,9 +99,9 @@ def open_model(reference: str | Path, *, allow_pickle: bool = False, codes: bool
         raise refusal(
             name, config, checkpoint.quantisation
         )  # transformers would load the codes as if they were numbers
-    if not config:
+    if not config and not checkpoint.modules:
         raise CheckpointError("no config.json here", where=name, mend="give a model folder in Hugging Face layout")
-    return Opened(name, checkpoint, root, subfolder, config)
+    return Opened(name, checkpoint, root, subfolder or checkpoint.main, config)
 
 
 def _loads(method: str | None) -> bool:
