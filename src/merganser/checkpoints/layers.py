@@ -170,7 +170,7 @@ def map_parameters(model: nn.Module, checkpoint: Checkpoint, *, values: bool = T
     A name counts only with the right shape and, with ``values`` and unless the model is on the meta device, the right
     values.
     """
-    places, _, _ = find_places(model, {name: info.shape for name, info in checkpoint.tensors.items()})
+    places = _places_of(model, checkpoint)
     twins = {name: group for group in ties(model) for name in group}
     found: dict[str, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -185,9 +185,19 @@ def map_parameters(model: nn.Module, checkpoint: Checkpoint, *, values: bool = T
 def layers_of(model: nn.Module, checkpoint: Checkpoint) -> list[Layer]:
     """The layers of a model whose weights are on disk, in module order."""
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
-    names = map_parameters(model, checkpoint)
-    places, _, _ = find_places(model, shapes)
+    names, places = map_parameters(model, checkpoint), _places_of(model, checkpoint)
     return find_layers(model, {name: place for name, place in places.items() if name in names}, shapes)
+
+
+def _places_of(model: nn.Module, checkpoint: Checkpoint) -> dict[str, Place]:
+    """Where a model's parameters lie, those of sentence-transformers modules under the names of their folders too."""
+    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+    places, _, _ = find_places(model, {name: shape for name, shape in shapes.items() if "/" not in name})
+    for name in model.state_dict() if checkpoint.nested else ():
+        for candidate in _of_modules(name, checkpoint.nested):
+            if candidate in shapes:
+                places[name] = Place.whole(candidate, shapes[candidate])
+    return places
 
 
 def describe_layers(checkpoint: Checkpoint) -> list[Layer]:
@@ -287,6 +297,11 @@ def make_config(values: Mapping[str, Any], folder: Path) -> Any:
     if isinstance(known, str) and known in CONFIG_MAPPING:
         return CONFIG_MAPPING[known].from_dict(deepcopy(dict(values)))
     return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+
+
+def _of_modules(name: str, modules: list[str]) -> list[str]:
+    """The parameter of a sentence-transformers module, which the model has under the name of the module's folder."""
+    return [f"{folder}/{name[len(folder) + 1 :]}" for folder in modules if name.startswith(f"{folder}.")]
 
 
 def _same(parameter: nn.Parameter, checkpoint: Checkpoint, name: str, values: bool) -> bool:

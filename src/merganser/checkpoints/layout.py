@@ -68,6 +68,12 @@ class Place:
     stored: tuple[str, ...]
     is_whole: bool = False
 
+    @classmethod
+    def whole(cls, name: str, shape: tuple[int, ...]) -> Place:
+        """A stored tensor as it is."""
+        ranges = tuple((0, size) for size in shape)
+        return cls((Box(ranges, name, ranges, tuple(range(len(shape)))),), (name,), is_whole=True)
+
 
 class Traced(Tensor):
     """A tensor without memory that knows where its numbers are stored.
@@ -308,7 +314,7 @@ def find_places(
         if renamed not in wanted:
             unused.add(name)
         elif pattern is None:
-            put(renamed, shapes[name], Place((_whole(name, shapes[name]),), (name,), is_whole=True))
+            put(renamed, shapes[name], Place.whole(name, shapes[name]))
         else:
             if renamed not in waiting:
                 waiting[renamed] = deepcopy(by_pattern[pattern])
@@ -325,11 +331,6 @@ def find_places(
             boxes = tensor.boxes if isinstance(tensor, Traced) else None
             put(target, tuple(tensor.shape), Place(boxes, tensor.stored if isinstance(tensor, Traced) else stored))
     return places, frozenset(unused), mismatched
-
-
-def _whole(name: str, shape: tuple[int, ...]) -> Box:
-    ranges = tuple((0, size) for size in shape)
-    return Box(ranges, name, ranges, tuple(range(len(shape))))
 
 
 def ties(model: nn.Module) -> list[list[str]]:

@@ -17,12 +17,13 @@ from merganser.files import human_bytes
 @click.command("inspect")
 @click.argument("path", metavar="PATH")
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@click.option("--allow-pickle", is_flag=True, help="Accept pytorch_model.bin (weights_only).")
 @click.option("--validate", is_flag=True, help="Read a whole statistics file: finite, positive semi-definite.")
-def inspect_command(path: str, as_json: bool, validate: bool) -> None:
+def inspect_command(path: str, as_json: bool, validate: bool, allow_pickle: bool) -> None:
     """Show what a model folder, a Hub reference or a statistics file holds."""
     quiet_libraries()
     is_statistics = Path(path).is_file() and Path(path).suffix == ".safetensors"
-    found = _statistics(Path(path), validate) if is_statistics else _checkpoint(path)
+    found = _statistics(Path(path), validate) if is_statistics else _checkpoint(path, allow_pickle)
     if as_json:
         click.echo(json.dumps(found, indent=1))
         return
@@ -34,12 +35,12 @@ def inspect_command(path: str, as_json: bool, validate: bool) -> None:
         print_table(title, columns, [[str(cell) for cell in row] for row in rows])
 
 
-def _checkpoint(reference: str) -> dict[str, Any]:
+def _checkpoint(reference: str, allow_pickle: bool) -> dict[str, Any]:
     from merganser.checkpoints import open_checkpoint
     from merganser.merging.provenance import FILE_NAME, manifest_of, read_provenance
     from merganser.statistics import FILE_NAME as STATISTICS
 
-    checkpoint = open_checkpoint(reference, codes=True)
+    checkpoint = open_checkpoint(reference, allow_pickle=allow_pickle, codes=True)
     infos = checkpoint.tensors.values()
     dtypes = Counter(info.dtype for info in infos)
     sizes = {dtype: sum(info.nbytes for info in infos if info.dtype == dtype) for dtype in dtypes}
@@ -53,6 +54,8 @@ def _checkpoint(reference: str) -> dict[str, Any]:
     if (quantisation := checkpoint.quantisation) is not None:
         read = "read as BF16" if quantisation.readable else "its codes cannot be read as weights, and are not merged"
         found["quantisation"] = f"{quantisation.name}, {read}"
+    if checkpoint.modules:
+        found["modules"] = [f"{module.path or '.'} ({module.kind})" for module in checkpoint.modules]
     labels = checkpoint.config.get("id2label")
     if labels:
         found["labels"] = list(labels.values())

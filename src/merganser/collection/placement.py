@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from merganser.checkpoints import AdapterCheckpoint
+from merganser.collection.pipeline import attach_modules
 from merganser.errors import UserError, require
 from merganser.tasks.base import Task
 from merganser.tasks.models import Opened, load_model
@@ -89,7 +90,9 @@ def placed_model(opened: Opened, task: Task, placement: Placement, *, allow_pick
         load_model, opened, task.model_class(opened.config), complete=task.complete, allow_pickle=allow_pickle
     )
     if placement.max_memory is None:
-        yield load().to(placement.device)
+        model = load()
+        attach_modules(model, opened, task)
+        yield model.to(placement.device)
         return
     with tempfile.TemporaryDirectory(prefix="merganser-offload-", dir=placement.offload_folder) as folder:
         settings = {"device_map": "auto", "max_memory": {"cpu": placement.max_memory}, "offload_folder": folder}

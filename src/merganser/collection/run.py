@@ -17,6 +17,7 @@ from typing import Any, get_args
 
 from merganser.collection.examples import Examples, annotated_rows, encode, find_columns
 from merganser.collection.jobs import make_jobs, run_jobs
+from merganser.collection.pipeline import reason_against
 from merganser.collection.placement import choose_placement
 from merganser.collection.sampling import Sampling
 from merganser.collection.scores import describe_left_out
@@ -173,6 +174,8 @@ def collect(
     labels = None if kind is None else references
     examples = encode(rows, chosen, opened, load_tokenizer(opened), found, labels, max_length, numbers)
     sampling, notes = _sampling(sample_tokens, examples, seed)
+    if grams and (left := reason_against(opened, chosen, offloaded=limit_bytes is not None)) is not None:
+        notes.append(left)
     if len(numbers) < len(rows):
         notes.append(describe_left_out(len(rows) - len(numbers)))
     wanted: dict[str, Any] = {
