@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 from merganser.errors import UserError
 from merganser.evaluation import evaluate
 from merganser.merging import merge
-from sentence_examples import TEXTS, opened, save_bert, save_encoder, sentence_transformers
+from sentence_examples import TEXTS, averaged, opened, save_bert, save_encoder, sentence_transformers
 
 scipy_stats = pytest.importorskip("scipy.stats")
 modules = pytest.importorskip("sentence_transformers.sentence_transformer.modules")
@@ -123,6 +124,43 @@ def test_an_adapter_is_scored_as_peft_opens_it(tmp_path: Path, sts: Path) -> Non
     found = evaluate([f"{base}+{tmp_path / 'adapter'}", str(base)], sts, task="sts", device="cpu")
     assert found.rows[0].scores["pearson"] == pytest.approx(correlations(whole)[1], abs=1e-4)
     assert abs(found.rows[0].scores["pearson"] - found.rows[1].scores["pearson"]) > 1e-3
+
+
+def test_what_a_contributor_keeps_to_itself(tmp_path: Path, sts: Path) -> None:
+    models = [save_encoder(tmp_path / "a", 1, dense), save_encoder(tmp_path / "b", 2, dense, base=tmp_path / "a-bert")]
+    out = merge(models, tmp_path / "out", method="simple", keep_separate=["embeddings.word_embeddings.weight"])
+    found = evaluate([str(out), f"{out}::heads/b"], sts, task="sts", device="cpu").rows
+    expected = averaged(models)
+    for row, model in zip(found, models, strict=True):
+        words = load_file(model / "model.safetensors")["embeddings.word_embeddings.weight"]
+        expected[0].model.embeddings.word_embeddings.weight.data = words
+        assert row.scores["pearson"] == pytest.approx(correlations(expected)[1], abs=1e-4)
+    assert abs(found[0].scores["pearson"] - found[1].scores["pearson"]) > 1e-3
+
+
+def test_adapters_that_sentence_transformers_saved_with_modules(tmp_path: Path, sts: Path) -> None:
+    peft = pytest.importorskip("peft")
+    bert = save_bert(tmp_path / "bert", 1)  # knows of no modules
+    adapters = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        chain = [modules.Transformer(str(bert)), modules.Pooling(16, pooling_mode="cls"), modules.Dense(16, 8)]
+        encoder = sentence_transformers.SentenceTransformer(modules=chain, device="cpu")
+        encoder.add_adapter(peft.LoraConfig(r=2, target_modules=["query"], task_type="FEATURE_EXTRACTION"))
+        for name, parameter in encoder.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter)
+        encoder.save(str(tmp_path / f"adapter-{seed}"), create_model_card=False)
+        adapters.append(tmp_path / f"adapter-{seed}")
+    found = evaluate(adapters, sts, task="sts", device="cpu")
+    for row, adapter in zip(found.rows, adapters, strict=True):
+        assert row.scores["pearson"] == pytest.approx(correlations(opened(adapter))[1], abs=1e-4)
+    alone = merge(adapters[:1], tmp_path / "alone", method="simple")
+    assert correlations(opened(Path(alone)))[1] == pytest.approx(found.rows[0].scores["pearson"], abs=1e-4)
+    both = merge(adapters, tmp_path / "both", method="simple")
+    weights = [load_file(folder / "2_Dense" / "model.safetensors")["linear.weight"] for folder in (both, *adapters)]
+    assert torch.allclose(weights[0], (weights[1] + weights[2]) / 2) and opened(Path(both))[1].pooling_mode == "cls"
+    assert not (both / "adapter_config.json").exists()
 
 
 def test_plain_models_and_older_layouts(tmp_path: Path, sts: Path) -> None:

@@ -54,12 +54,15 @@ def combine(name: str, base: Checkpoint, adapter: Checkpoint) -> AdapterCheckpoi
     twins = _twins(wanted, base)
     changes: dict[str, Change] = {}
     added: dict[str, Change] = {}
+    modules_added: dict[str, Change] = {}  # of sentence-transformers, beside the adapter and not in the base
 
     def take(module: str, found: _Found, kind: str) -> None:
         change = _change(adapter, settings, module, found, kind)
         name = f"{module}.{kind}"
         if name in twins:
             changes[twins[name]] = _fitted(base, adapter, settings, module, twins[name], change)
+        elif change.whole and "/" in module:
+            modules_added[name] = change
         elif change.whole and not change.a and settings.saves(module):
             added[name] = change
         else:
@@ -78,6 +81,7 @@ def combine(name: str, base: Checkpoint, adapter: Checkpoint) -> AdapterCheckpoi
     raw = read_json(adapter.path / CONFIG, missing={})
     if added:
         names = _without_old_heads(names, AdapterCheckpoint(name, base, adapter, changes, names, raw, config))
+    changes |= modules_added
     return _oriented(AdapterCheckpoint(name, base, adapter, changes, names, raw, config), settings)
 
 

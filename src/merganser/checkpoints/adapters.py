@@ -12,12 +12,14 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from merganser.checkpoints.header import TensorInfo
+from merganser.checkpoints.modules import MODULES
 from merganser.checkpoints.reader import HASHES, Checkpoint
 from merganser.tensors import DTYPES
 
@@ -93,6 +95,24 @@ class AdapterCheckpoint(Checkpoint):
     def home(self) -> Checkpoint:
         """The adapter's own files."""
         return self.adapter
+
+    @property
+    def modules_path(self) -> Path:
+        """The adapter's own folder where sentence-transformers saved its modules there, else the base's."""
+        own = self.adapter.path
+        return own if (own / MODULES).is_file() else self.base.modules_path
+
+    def side_paths(self) -> dict[str, Path]:
+        """The base's files, and over them those of an adapter that sentence-transformers saved with its modules."""
+        found = self.base.side_paths()
+        own = self.adapter.path
+        if self.modules_path == own:
+            found |= {file: own / file for file in self.adapter.side_files()}
+        return found
+
+    def side_files(self) -> list[str]:
+        """The names of these files."""
+        return sorted(self.side_paths())
 
     def fetch(self) -> None:
         """Download what is on the Hub of base and adapter."""

@@ -95,7 +95,12 @@ class Checkpoint:
     @property
     def modules(self) -> tuple[Module, ...]:
         """The modules of a sentence-transformers model."""
-        return read_modules(self.path)
+        return read_modules(self.modules_path)
+
+    @property
+    def modules_path(self) -> Path:
+        """The folder that lists them and holds their configurations."""
+        return self.path
 
     @property
     def nested(self) -> list[str]:
@@ -213,6 +218,14 @@ class Checkpoint:
             CheckpointError: one of them is a link that leads out of the folder.
         """
         return side_files.belonging(self.path)
+
+    def side_paths(self) -> dict[str, Path]:
+        """Where each of these files lies, by its path relative to the folder.
+
+        Raises:
+            CheckpointError: as of :meth:`side_files`.
+        """
+        return {file: self.path / file for file in self.side_files()}
 
     def _read_into(self, view: memoryview, file: str, offset: int) -> None:
         """Fill ``view`` from a weight file."""

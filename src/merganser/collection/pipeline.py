@@ -41,7 +41,9 @@ def attach_modules(model: nn.Module, opened: Opened, task: Task) -> None:
             with quiet():
                 package, _, name = module.type.rpartition(".")
                 kind: Any = getattr(importlib.import_module(package), name)
-                one: nn.Module = kind.load(str(opened.root), subfolder=module.path, local_files_only=True)
+                one: nn.Module = kind.load(
+                    str(opened.checkpoint.modules_path), subfolder=module.path, local_files_only=True
+                )
         except Exception as error:  # whatever damaged weights or a stranger's configuration provoke
             what = f"the module {module.path} cannot be loaded: {first_line(error)}"
             raise CheckpointError(what, where=opened.name, mend="check its configuration and weights") from None

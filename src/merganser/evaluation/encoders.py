@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from merganser.checkpoints import AdapterCheckpoint
-from merganser.checkpoints.modules import MODULES
 from merganser.errors import CheckpointError
 from merganser.tasks.columns import Columns, texts
 from merganser.tasks.data import Rows
@@ -39,11 +41,11 @@ def load_encoder(opened: Opened, place: str, *, allow_pickle: bool = False) -> A
     sparse = saved_type(opened) == "SparseEncoder"
     encoder_class = sentence_transformers.SparseEncoder if sparse else sentence_transformers.SentenceTransformer
     weights: dict[str, Any] = {"dtype": torch.float32}
-    if not allow_pickle and (opened.root / MODULES).is_file():
+    if not allow_pickle:
         weights["use_safetensors"] = True
     try:
-        with quiet():
-            encoder = encoder_class(str(opened.root), device=place, local_files_only=True, model_kwargs=weights)
+        with quiet(), _folder(opened) as folder:
+            encoder = encoder_class(str(folder), device=place, local_files_only=True, model_kwargs=weights)
     except Exception as error:  # whatever damaged weights or a stranger's configuration provoke
         what = f"sentence-transformers cannot open it: {first_line(error)}"
         raise CheckpointError(what, where=opened.name, mend="check that its modules and weights are whole") from None
@@ -52,6 +54,24 @@ def load_encoder(opened: Opened, place: str, *, allow_pickle: bool = False) -> A
         network = load_model(opened, type(inner).__name__, complete=False, allow_pickle=allow_pickle)
         inner.load_state_dict(network.state_dict())
     return encoder.float().eval()
+
+
+@contextmanager
+def _folder(opened: Opened) -> Iterator[Path]:
+    """The folder to open: the model's; where modules lie beside an adapter, one of links to these and to the base."""
+    places = [opened.root, opened.checkpoint.modules_path]
+    if places[1] == opened.root or not isinstance(opened.checkpoint, AdapterCheckpoint):
+        yield opened.root
+        return
+    with tempfile.TemporaryDirectory(prefix="merganser-") as scratch:
+        for place in places:
+            for path in sorted(place.rglob("*")):
+                link = Path(scratch) / path.relative_to(place)
+                if path.is_file() and not path.name.startswith("adapter_"):
+                    link.parent.mkdir(parents=True, exist_ok=True)
+                    link.unlink(missing_ok=True)
+                    link.symlink_to(path.resolve())
+        yield Path(scratch)
 
 
 def _is_head(opened: Opened) -> bool:

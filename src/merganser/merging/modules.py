@@ -111,7 +111,7 @@ def _settings(checkpoint: Checkpoint, module: Module) -> dict[str, Any]:
     """What a module's configuration says of what it computes, in the words of today."""
     wanted = _SETTINGS.get(module.kind, {})
     name = "router_config.json" if module.kind == "Router" else "config.json"
-    config = read_json(checkpoint.path / module.path / name, missing={})
+    config = read_json(checkpoint.modules_path / module.path / name, missing={})
     if module.kind == "Pooling" and _POOLING not in config:
         modes = [mode for flag, mode in _FLAGS.items() if config.get(flag)]
         config = {**config, _POOLING: modes[0] if len(modes) == 1 else modes or "mean"}

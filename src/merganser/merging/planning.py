@@ -66,7 +66,7 @@ def plan_of(recipe: Recipe, inputs: Inputs, *, rank: int | None = None) -> Plan:
     people = parents if reference in parents else (reference, *parents)
     check_architectures(people, base, problems)
     notes = check_modules(recipe, people, problems)
-    problems.catch(reference.checkpoint.side_files)
+    problems.catch(reference.checkpoint.side_paths)
     if (left := side_files.left_behind(reference.checkpoint.path)) is not None:
         notes.append(left)
     separate = find_separate(recipe, people, problems)

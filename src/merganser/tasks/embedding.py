@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from merganser.checkpoints import AdapterCheckpoint
 from merganser.checkpoints.json_files import read_json
 from merganser.errors import CheckpointError, DataError, UserError, require
 from merganser.tasks.base import Metric, Task
@@ -219,5 +220,6 @@ def _numbered(rows: Rows, columns: Columns) -> tuple[list[str], list[str], dict[
 
 def saved_type(opened: Opened) -> str | None:
     """The class of sentence-transformers that a model was saved by, such as ``SparseEncoder``, where it says one."""
-    found = read_json(opened.root / "config_sentence_transformers.json", missing={}).get("model_type")
+    place = opened.checkpoint.modules_path if isinstance(opened.checkpoint, AdapterCheckpoint) else opened.root
+    found = read_json(place / "config_sentence_transformers.json", missing={}).get("model_type")
     return found if isinstance(found, str) else None

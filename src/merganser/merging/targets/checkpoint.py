@@ -182,7 +182,7 @@ def write_small_files(plan: Plan, inputs: Inputs, layout: Layout, folder: Path) 
     _write_config(reference.checkpoint, folder / plan.main, _config_of(plan, inputs, reference))
     for inner in plan.folders:
         if not inner.startswith(f"{HEADS}/"):
-            config = read_json(reference.checkpoint.path / inner / _CONFIG, missing={})
+            config = read_json(folder / inner / _CONFIG, missing={})
             if changes := _stated_dtype(plan, config, inner):
                 _put_config({**config, **changes}, folder / inner)
     _write_indices(plan, layout, folder)
@@ -206,10 +206,10 @@ def _tokenizer_of(plan: Plan, inputs: Inputs) -> Parent:
 
 def _copy(checkpoint: Checkpoint, folder: Path, *, tokenizer: bool | None) -> None:
     """Copy the files beside the weights: those of the tokenizer, all others, or (None) both."""
-    for file in checkpoint.side_files():
+    for file, path in checkpoint.side_paths().items():
         if tokenizer is None or is_tokenizer_file(file) == tokenizer:
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(checkpoint.path / file, folder / file)
+            shutil.copyfile(path, folder / file)
 
 
 def _write_config(checkpoint: Checkpoint, folder: Path, config: Mapping[str, Any]) -> None:
