@@ -18,15 +18,12 @@ import torch
 from torch import nn
 
 from merganser.checkpoints.layout import Place, find_places, ties
-from merganser.checkpoints.modules import Module, is_model
 from merganser.checkpoints.reader import Checkpoint
 from merganser.errors import CheckpointError
 
 Kind = Literal["linear", "conv1d", "embedding", "convolution"]
 _STACK = re.compile(r"(weight|proj|w\d|v\d)$")  # names of parameters that can be a stack of experts' weights
 _NO_MAP = re.compile(r"Norm|Embedding|Scale")  # classes whose bare weight is no linear map
-#: What the matrices of sentence-transformers' own modules are.
-_MODULE_KINDS: dict[str, Kind] = {"Dense": "linear", "StaticEmbedding": "embedding", "WordEmbeddings": "embedding"}
 
 
 @dataclass(frozen=True)
@@ -206,43 +203,7 @@ def describe_layers(checkpoint: Checkpoint) -> list[Layer]:
     Raises:
         CheckpointError: the architecture is not one of transformers' own.
     """
-    modules = {module.path: module for module in checkpoint.modules}
-    found = layers_of(empty_model(checkpoint), checkpoint) if checkpoint.config or not modules else []
-    for folder in (*([] if checkpoint.config else [""]), *checkpoint.nested):
-        found += _module_layers(checkpoint, modules[folder]) if folder in modules else []
-    return found
-
-
-def _module_layers(checkpoint: Checkpoint, module: Module) -> list[Layer]:
-    """The layers of one of a sentence-transformers model's modules: a transformer of its own, or a known kind."""
-    prefix = f"{module.path}/" if module.path else ""
-    own = {name.removeprefix(prefix): info for name, info in checkpoint.tensors.items() if name.startswith(prefix)}
-    place = checkpoint.path / module.path
-    if is_model(place):
-        part = Checkpoint(f"{checkpoint.name}/{module.path}", place, own)
-        found = describe_layers(part)
-    elif module.kind == "LSTM":  # its weights have no module each
-        weights = [name for name, info in own.items() if len(info.shape) == 2]
-        found = [Layer(name, "linear", name, None, False) for name in weights]
-    else:
-        kind = _MODULE_KINDS.get(module.kind)
-        weights = [name for name, info in own.items() if kind and name.endswith(".weight") and len(info.shape) == 2]
-        stems = [name.removesuffix(".weight") for name in weights]
-        biases = [f"{stem}.bias" if f"{stem}.bias" in own else None for stem in stems]
-        found = [
-            Layer(stem, kind, weight, bias, False)
-            for stem, weight, bias in zip(stems, weights, biases, strict=True)
-            if kind is not None
-        ]
-    return [
-        replace(
-            layer,
-            module=f"{module.path}.{layer.module}" if module.path else layer.module,
-            weight=prefix + layer.weight,
-            bias=None if layer.bias is None else prefix + layer.bias,
-        )
-        for layer in found
-    ]
+    return layers_of(empty_model(checkpoint), checkpoint)
 
 
 def empty_model(checkpoint: Checkpoint) -> nn.Module:

@@ -86,7 +86,7 @@ class ModelView:
         layers: dict[str, Layer] = {}
         for layer in sorted(found, key=lambda layer: layer.kind != "embedding"):  # a tied head is an embedding
             layers.setdefault(layer.weight, layer)
-        return layers | _plain_layers([name for name in self.shapes if "/" in name], self.shapes)
+        return layers
 
     def source_in(self, other: ModelView, name: str) -> Source | None:
         """Where another view of this model has what this one stores as ``name``; None: it has no such thing."""

@@ -14,6 +14,7 @@ import torch
 
 from merganser.checkpoints import Checkpoint, side_files
 from merganser.checkpoints.layers import Layer
+from merganser.checkpoints.module_layers import module_layers
 from merganser.checkpoints.opening import SINGLE
 from merganser.checkpoints.sources import Source
 from merganser.checkpoints.writer import TensorSpec
@@ -211,7 +212,7 @@ def _layers(inputs: Inputs) -> Mapping[str, Layer]:
     """The layers by the reference's name of their weight: the model's, or what the first statistics say of another."""
     first, view = inputs.parents[0], inputs.reference.view
     if view.model is not None or first.statistics is None:
-        return view.layers
+        return {**view.layers, **module_layers(inputs.reference.checkpoint)}
     ours = {source.tensor: name for name, source in first.sources.items()}
     layers: dict[str, Layer] = {}
     for x in first.statistics.header.layers:
