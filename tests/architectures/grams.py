@@ -45,14 +45,21 @@ class Observed:
         self.rows[key] += len(x)
 
 
-def observe(model: PreTrainedModel, batch: dict[str, Tensor]) -> Observed:
-    """What a model's parameters see of a batch's examples, run one by one."""
-    seen = _Observer(model)
+def observe(model: PreTrainedModel, batch: dict[str, Tensor], *, together: bool = False) -> Observed:
+    """What a model's parameters see of a batch's examples, run one by one.
+
+    Args:
+        model: in eval mode.
+        batch: padded.
+        together: run the padded batch and leave out the rows of padding, for models in which padding changes what the
+            other tokens are.
+    """
+    seen = _Observer(model, batch["attention_mask"].bool() if together else None)
     implementation = getattr(model.config, "_experts_implementation", None)
     if implementation is not None:
         model.set_experts_implementation("eager")
     with torch.no_grad(), seen:
-        for example in alone(batch):
+        for example in [batch] if together else alone(batch):
             model(**example)
     return seen.found
 
@@ -69,9 +76,9 @@ def alone(batch: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
 
 
 class _Observer(TorchFunctionMode):
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, mask: Tensor | None) -> None:
         super().__init__()
-        self.found = Observed()
+        self.found, self._mask = Observed(), mask
         self._names = {p.untyped_storage().data_ptr(): name for name, p in model.named_parameters()}
 
     def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
@@ -83,6 +90,8 @@ class _Observer(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
     def _see(self, function: Any, key: Key, weight: Tensor, inputs: Tensor, given: dict[str, Any]) -> None:
+        if self._mask is not None and inputs.shape[:2] == self._mask.shape:
+            inputs = inputs[self._mask]
         if function is functional.embedding:
             counts = torch.bincount(inputs.reshape(-1), minlength=len(weight))
             self.found.counts[key[0]] = self.found.counts.get(key[0], 0) + counts

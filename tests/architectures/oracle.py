@@ -145,7 +145,9 @@ class Family:
             if kind in ("embedding", "tied"):
                 found["rows"] = self._weigh(places, self._row[places], coefficients)
             if kind == "bias":
-                found["bias"] = self._weigh(places, self._stack[places], coefficients)
+                found["bias"] = average[places]
+                for own in self._stacks(places):
+                    found["bias"][own] = self._weigh(places[own], self._stack[places[own]], coefficients)
             yield Alternatives(name, kind, places, found)
 
     def _trim(self, places: Tensor, coefficients: Sequence[float]) -> Tensor:
