@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import merganser
-from architectures.grams import Observed, observe
+from architectures.grams import Key, Observed, observe
 from architectures.oracle import TOLERANCE, Comparison, Family, compare, error, flat
 from architectures.tiny import Tiny
 from merganser.checkpoints import open_checkpoint
@@ -62,13 +62,15 @@ def merge(family: Family, output: Path, method: str, **more: Any) -> tuple[torch
     """The parameters of what opens, and what was said of the merge.
 
     Raises:
-        AssertionError: it opens with missing, unexpected or mismatched keys.
+        AssertionError: it opens with missing, unexpected or mismatched keys, or other buffers than all of them have.
     """
     result = merganser.merge(family.contributors, output, method=method, coefficients=COEFFICIENTS, threads=1, **more)
     opened = family.model_class.from_pretrained(output, dtype=torch.float32, output_loading_info=True)
     model, said = opened
     keys = {name: said[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys") if said[name]}
     assert not keys, keys
+    for name, buffer in family.model.named_buffers():
+        torch.testing.assert_close(model.get_buffer(name), buffer, msg=f"buffer {name} differs")
     return flat(model), result
 
 
@@ -109,7 +111,7 @@ def _check_statistics(family: Family, row: Row, output: Path) -> str:
     for number, path in enumerate(family.contributors):
         batch = family.tiny.batch(seed=number)
         try:
-            header, tensors = collect_statistics(family.open(path), open_checkpoint(path), [batch])
+            header, tensors = collect_statistics(family.open(path), open_checkpoint(path), [batch], experts="exact")
         except UserError as problem:
             row.refused = str(problem).splitlines()[0]
             return ""
@@ -131,27 +133,28 @@ def compare_statistics(statistics: Statistics, observed: Observed, family: Famil
         if layer.weight not in family.stored:
             wrong.append(f"{layer.weight} is not stored")
             continue
-        name, first = family.parameter_at(int(family.stored[layer.weight].min()))
+        places = family.stored[layer.weight]
+        if layer.expert is not None:
+            places = places[family.stacks(places)[layer.expert]]
+        name, first = family.parameter_at(int(places.min()))
         if layer.kind == "embedding":  # one table may serve several modules
             counts[name] = counts.get(name, 0) + statistics.count(layer.module)
-        elif family.roles[name].kind != "experts" and layer.input is not None:
-            wrong += _compare_gram(statistics, layer, observed, name, first)
+        elif layer.input is not None:
+            wrong += _compare_gram(statistics, layer, observed, observed.find(name, first))
     wrong += [f"counts of {name}" for name, count in counts.items() if not torch.equal(count, observed.counts[name])]
     return wrong
 
 
-def _compare_gram(
-    statistics: Statistics, layer: LayerStatistics, observed: Observed, name: str, first: int
-) -> Iterator[str]:
-    key = max((key for key in observed.grams if key[0] == name and key[1] <= first), default=None)
+def _compare_gram(statistics: Statistics, layer: LayerStatistics, observed: Observed, key: Key | None) -> Iterator[str]:
+    which = layer.module if layer.expert is None else f"{layer.weight} of expert {layer.expert}"
     if key is None:
-        yield f"{layer.module} was not called"
-    else:
-        rows = observed.rows[key]
-        gram, mean = statistics.gram(layer.input or ""), statistics.mean(layer.input or "")
-        distance = max(_relative(gram, observed.grams[key] / rows), _relative(mean, observed.sums[key] / rows))
-        if distance > ACCURACY:
-            yield f"{layer.module} off by {distance:.0e} ({layer.rows} rows, not {rows})"
+        yield from [] if layer.rows == 0 else [f"{which} was not called"]
+        return
+    rows = observed.rows[key]
+    gram, mean = statistics.gram(layer.input or ""), statistics.mean(layer.input or "")
+    distance = max(_relative(gram, observed.grams[key] / rows), _relative(mean, observed.sums[key] / rows))
+    if distance > ACCURACY:
+        yield f"{which} off by {distance:.0e} ({layer.rows} rows, not {rows})"
 
 
 def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:

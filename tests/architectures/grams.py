@@ -29,20 +29,28 @@ class Observed:
         grams: Σ x xᵀ in float64, (d, d).
         sums: Σ x, (d,).
         rows: how many x.
+        sizes: how many numbers the parameter, or the part of it that took part, has.
         counts: how often each row of an embedding was looked up.
     """
 
     grams: dict[Key, Tensor] = field(default_factory=dict)
     sums: dict[Key, Tensor] = field(default_factory=dict)
     rows: dict[Key, int] = field(default_factory=lambda: defaultdict(int))
+    sizes: dict[Key, int] = field(default_factory=dict)
     counts: dict[str, Tensor] = field(default_factory=dict)
 
-    def add(self, key: Key, inputs: Tensor) -> None:
-        """Count some inputs (…, d)."""
+    def find(self, name: str, place: int) -> Key | None:
+        """What was seen of the part of a parameter that a position is in."""
+        parts = (key for key in self.grams if key[0] == name and key[1] <= place < key[1] + self.sizes[key])
+        return next(parts, None)
+
+    def add(self, key: Key, inputs: Tensor, size: int) -> None:
+        """Count some inputs (…, d) of a weight of so many numbers."""
         x = inputs.detach().reshape(-1, inputs.shape[-1]).to(torch.float64)
         self.grams[key] = self.grams.get(key, 0) + x.T @ x
         self.sums[key] = self.sums.get(key, 0) + x.sum(0)
         self.rows[key] += len(x)
+        self.sizes[key] = size
 
 
 def observe(model: PreTrainedModel, batch: dict[str, Tensor], *, together: bool = False) -> Observed:
@@ -90,16 +98,18 @@ class _Observer(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
     def _see(self, function: Any, key: Key, weight: Tensor, inputs: Tensor, given: dict[str, Any]) -> None:
-        if self._mask is not None and inputs.shape[:2] == self._mask.shape:
-            inputs = inputs[self._mask]
+        if self._mask is not None:
+            if inputs.shape == (1, self._mask.shape[1]):  # one position for all examples
+                inputs = inputs.expand(self._mask.shape)
+            inputs = inputs[self._mask] if inputs.shape[:2] == self._mask.shape else inputs
         if function is functional.embedding:
             counts = torch.bincount(inputs.reshape(-1), minlength=len(weight))
             self.found.counts[key[0]] = self.found.counts.get(key[0], 0) + counts
         elif function in _CONVOLUTIONS:
             if given.get("groups", 1) == 1:
-                self.found.add(key, _patches(inputs, weight, given))
+                self.found.add(key, _patches(inputs, weight, given), weight.numel())
         else:
-            self.found.add(key, inputs)
+            self.found.add(key, inputs, weight.numel())
 
 
 _CONVOLUTIONS = (functional.conv1d, functional.conv2d, functional.conv3d)

@@ -126,7 +126,7 @@ class Family:
         """Trim each matrix, elect signs, average what agrees."""
         for name, kind, places in self.cut():
             found = {}
-            stacks = self._stacks(places)
+            stacks = self.stacks(places)
             if len(stacks) == 1 or kind != "experts":
                 found["whole"] = self.before[places] + self._trim(places, coefficients)
             if len(stacks) > 1:
@@ -146,7 +146,7 @@ class Family:
                 found["rows"] = self._weigh(places, self._row[places], coefficients)
             if kind == "bias":
                 found["bias"] = average[places]
-                for own in self._stacks(places):
+                for own in self.stacks(places):
                     found["bias"][own] = self._weigh(places[own], self._stack[places[own]], coefficients)
             yield Alternatives(name, kind, places, found)
 
@@ -163,7 +163,7 @@ class Family:
         if not bool(seen.all()):
             yield "what is not stored", "other", (~seen).nonzero()[:, 0]
 
-    def _stacks(self, places: Tensor) -> list[Tensor]:
+    def stacks(self, places: Tensor) -> list[Tensor]:
         """Which of a stored tensor's numbers belong to each expert."""
         stack = self._stack[places]
         return [(stack == one).nonzero()[:, 0] for one in stack.unique()]
@@ -171,7 +171,7 @@ class Family:
     def _solve(self, places: Tensor, coefficients: Sequence[float]) -> Tensor:
         """W̄ + Σcᵢ(Wᵢ − W̄)Gᵢ (ΣcᵢGᵢ + λI)⁻¹ with λ = ridge · tr(ΣcᵢGᵢ)/d, for each map of a stored tensor."""
         solved = torch.empty(len(places), dtype=torch.float64)
-        for own in self._stacks(places):
+        for own in self.stacks(places):
             at = places[own]
             rows, columns = self._row[at], self._column[at]
             order = (rows * (int(columns.max()) + 1) + columns).argsort()
@@ -289,11 +289,11 @@ def _stored(model: PreTrainedModel, folder: Path) -> dict[str, Tensor]:
             numbers = torch.arange(start, start + parameter.numel(), dtype=torch.float32)
             parameter.copy_(numbers.reshape(parameter.shape))
             start += parameter.numel()
-    if start > 2**24:
-        raise ValueError(f"{start} positions are not exact in float32")
         for buffer in model.buffers():
             if buffer.is_floating_point():
                 buffer.fill_(torch.nan)
+    if start > 2**24:
+        raise ValueError(f"{start} positions are not exact in float32")
     model.save_pretrained(folder)
     found = {}
     for path in sorted(folder.glob("*.safetensors")):
