@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-MODULES, FRAMES = 36, 11
+MODULES, FRAMES = 42, 11
 
 FOLLOW = """
 import json, sys, threading

@@ -92,8 +92,9 @@ class ModelView:
         """Where another view of this model has what this one stores as ``name``; None: it has no such thing."""
         if other is self:
             return Source(name)
+        by_name = Source(name) if name in other.shapes else None  # what one of the models has no parameter for
         if name not in self.uses:
-            return Source(name) if other.shapes.get(name) is not None and name not in other.uses else None
+            return by_name
         boxes: dict[tuple[tuple[int, int], ...], Box] = {}
         for parameter in self.uses[name]:
             ours, theirs = self.places[parameter], other.place_of(parameter)
@@ -103,14 +104,14 @@ class ModelView:
                 return Source(theirs.stored[0])
             if ours.boxes is None or theirs.boxes is None:
                 twin = _twin(ours, theirs, name)
-                return None if twin is None else Source(twin)
+                return by_name if twin is None else Source(twin)
             for mine in ours.boxes:
                 if mine.tensor == name:
                     boxes |= {box.at: box for its in theirs.boxes if (box := _seen_from(mine, its)) is not None}
         whole = self.shapes[name]
         single = boxes.get(tuple((0, size) for size in whole))
         found = source_of([single] if single else list(boxes.values()), whole)
-        return None if found is None else simplified(found, lambda stored: other.shapes[stored])
+        return by_name if found is None else simplified(found, lambda stored: other.shapes[stored])
 
 
 def view_of(checkpoint: Checkpoint) -> ModelView:

@@ -72,11 +72,7 @@ def _portions(group: Sequence[tuple[Facts, Facts | None]]) -> list[list[tuple[Fa
 def _gram(unit: Unit, share: Share, options: RegMeanOptions) -> Gram:
     layers, with_bias = layers_of(unit)
     gram = share.gram(layers[0].weight)
-    if not with_bias:
-        return Gram(gram)
-    if not bool(gram.diagonal().any()):  # an expert that nothing reached: its bias has no vote either
-        return Gram(gram.new_zeros(len(gram) + 1, len(gram) + 1))
-    return Gram(augment(gram, share.mean(layers[0].weight)))
+    return Gram(augment(gram, share.mean(layers[0].weight)) if with_bias else gram)
 
 
 def _counts(unit: Unit, share: Share, options: RegMeanOptions) -> Diagonal:

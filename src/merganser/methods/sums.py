@@ -276,6 +276,8 @@ def _lower_copy(system: Tensor, diagonal: Tensor) -> Tensor:
 def augment(gram: Tensor, mean: Tensor) -> Tensor:
     """The Gram matrix (d+1, d+1) of inputs with one more component that is always 1: it solves for the bias.
 
+    Of no inputs at all, as an expert has that no token reached, it is zero, too.
+
     Args:
         gram: (d, d), the mean of x xᵀ.
         mean: (d,), the mean of x.
@@ -284,5 +286,5 @@ def augment(gram: Tensor, mean: Tensor) -> Tensor:
     augmented = roomy_empty(width + 1, width + 1, gram)
     augmented[:width, :width] = gram
     augmented[:width, width] = augmented[width, :width] = mean
-    augmented[width, width] = 1.0
+    augmented[width, width] = gram.diagonal().any()
     return augmented
