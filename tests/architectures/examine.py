@@ -21,7 +21,9 @@ from merganser.statistics import LayerStatistics, Statistics, write_statistics
 COEFFICIENTS = (1.0, 3.0)
 STATISTICS = "merge_statistics.safetensors"
 #: Models whose own layers let padding change the other tokens: they have no mask, or convolve over padding.
-PADDING_MATTERS = {"ConvBertForMaskedLM", "FNetForMaskedLM", "NystromformerForMaskedLM"}
+PADDING_MATTERS = {
+    "ConvBertForMaskedLM", "FNetForMaskedLM", "MobileBertForMaskedLM", "NystromformerForMaskedLM", "YosoForMaskedLM",
+}  # fmt: skip
 #: Of Gram matrices, relative to their largest number: models run in float32.
 ACCURACY = 1e-4
 

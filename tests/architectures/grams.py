@@ -108,6 +108,9 @@ class _Observer(TorchFunctionMode):
         elif function in _CONVOLUTIONS:
             if given.get("groups", 1) == 1:
                 self.found.add(key, _patches(inputs, weight, given), weight.numel())
+        elif function is torch.bmm:  # all experts at once; those that a token is not sent to see zeros
+            for number, (one, x) in enumerate(zip(weight, inputs, strict=True)):
+                self.found.add((key[0], number * weight.stride(0)), x[x.any(-1)], one.numel())
         else:
             self.found.add(key, inputs, weight.numel())
 
@@ -122,6 +125,7 @@ _ARGUMENTS: dict[Any, tuple[str, ...]] = {
     Tensor.matmul: ("input", "weight"),
     Tensor.__matmul__: ("input", "weight"),
     torch.mm: ("input", "weight"),
+    torch.bmm: ("input", "weight"),
     torch.addmm: ("bias", "input", "weight"),
     **dict.fromkeys(_CONVOLUTIONS, _CONVOLUTION),
 }
