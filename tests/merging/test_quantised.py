@@ -25,7 +25,7 @@ from merganser.errors import CheckpointError, Problems, UserError
 from merganser.evaluation import evaluate
 from merganser.merging import ledger, make_plan, make_recipe, merge, reproduce, verify
 from merganser.tasks.models import load_model, open_model
-from quantised_examples import configure, dequantised, fp8, mxfp4, write_quantised, write_shards
+from quantised_examples import bfloat16, configure, dequantised, fp8, mxfp4, write_quantised, write_shards
 
 Save = Callable[..., Path]
 BLOCKS = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [16, 16]}
@@ -265,6 +265,16 @@ def test_the_model_that_is_scored_and_collected_from_is_the_one_that_is_merged(
     write_shards(folders["q"][0], scale)
     with pytest.raises(UserError, match="weights"):  # the statistics are of other scales
         merge(folders["q"], tmp_path / "again", method="regmean")
+
+
+def test_a_limit_of_memory_asks_for_a_plain_copy(save_ready: Save, tmp_path: Path, texts: Path) -> None:
+    meaning = make_fp8(tmp_path / "q", save_ready("s", "llama"))
+    with pytest.raises(UserError, match="dequantised in memory") as caught:
+        collect(tmp_path / "q", texts, max_memory="2GB")
+    assert f"merganser merge {tmp_path / 'q'} --method simple -o COPY" in str(caught.value.mend)
+    copy = Path(merge([tmp_path / "q"], tmp_path / "copy", method="simple"))
+    assert all(torch.equal(tensor, bfloat16(meaning[name])) for name, tensor in stored(copy).items())
+    assert collect(copy, texts, max_memory="2GB").path.is_file()
 
 
 def test_training_starts_from_what_the_codes_mean(save_ready: Save, tmp_path: Path) -> None:

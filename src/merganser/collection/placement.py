@@ -70,6 +70,10 @@ def choose_placement(
     elif isinstance(opened.checkpoint, AdapterCheckpoint):
         what = "an adapter's base is changed in memory, so it cannot stay on the disk"
         problem = what, "leave the limit out, or merge the adapter into its base first"
+    elif opened.checkpoint.quantisation is not None:
+        what = f"weights that are quantised ({opened.checkpoint.quantisation.name}) are dequantised in memory"
+        mend = f"leave the limit out, or make a BF16 copy first: merganser merge {opened.name} --method simple -o COPY"
+        problem = what, mend
     if problem is not None:
         raise UserError(problem[0], where="--max-memory", mend=problem[1])
     require("train", "a limit of memory", "accelerate", where="--max-memory")
