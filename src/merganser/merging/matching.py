@@ -13,7 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
-from itertools import groupby
+
+import numpy as np
 
 from merganser.errors import CheckpointError, ErrorCollector, RecipeError, StatisticsError, did_you_mean
 from merganser.merging.recipe import Inputs, Parent, Recipe
@@ -44,7 +45,7 @@ class RowMap:
     @classmethod
     def of(cls, own: Iterable[Sequence[int]], base: Sequence[int] | None = None) -> RowMap:
         """From the row of each contributor's own tensor that answers to each row of the result, or -1."""
-        listed = [list(rows) for rows in own]
+        listed = list(own)
         return cls(len(listed[0]), tuple(map(_runs, listed)), () if base is None else _runs(base))
 
     @cached_property
@@ -69,19 +70,27 @@ class RowMap:
         Raises:
             ValueError: a row that exists in no model.
         """
-        by_owners: dict[tuple[tuple[int, ...], bool], list[int]] = {}
-        for row in range(self.size):
-            owners = tuple(i for i, own in enumerate(self.own) if own[row] >= 0)
-            by_owners.setdefault((owners, self.own_base[row] >= 0), []).append(row)
-        if ((), False) in by_owners:
-            raise ValueError(f"row {by_owners[(), False][0]} exists in no contributor")
-        return [(tuple(rows), owners, based) for (owners, based), rows in by_owners.items()]
+        by_owners: dict[tuple[bool, ...], list[int]] = {}
+        for row, has in enumerate(zip(*(np.array([*self.own, self.own_base]) >= 0).tolist(), strict=True)):
+            by_owners.setdefault(has, []).append(row)
+        found = []
+        for (*voting, based), rows in by_owners.items():
+            owners = tuple(number for number, votes in enumerate(voting) if votes)
+            if not owners and not based:
+                raise ValueError(f"row {rows[0]} exists in no contributor")
+            found.append((tuple(rows), owners, based))
+        return found
 
 
 def _runs(rows: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    grouped = groupby(enumerate(rows), lambda pair: pair[1] - pair[0] if pair[1] >= 0 else None)
-    pieces = [[row for _, row in run] for _, run in grouped]
-    return tuple((piece[0], len(piece)) for piece in pieces)
+    """(first, length) of rows that follow each other, or that are all -1."""
+    numbers = np.asarray(rows, dtype=np.int64)
+    if not numbers.size:
+        return ()
+    shifts = np.where(numbers >= 0, numbers - np.arange(numbers.size), -numbers.size - 1)
+    starts = np.flatnonzero(np.diff(shifts, prepend=shifts[0] - 1))
+    lengths = np.diff(starts, append=numbers.size)
+    return tuple(zip(numbers[starts].tolist(), lengths.tolist(), strict=True))
 
 
 def _unrolled(runs: Iterable[tuple[int, int]]) -> tuple[int, ...]:

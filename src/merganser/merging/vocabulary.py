@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from merganser.checkpoints import Checkpoint
 from merganser.checkpoints.layers import map_parameters
 from merganser.checkpoints.model_view import view_of
@@ -321,32 +323,25 @@ def _rows(
         filler: see :func:`_filler`.
         needs_base: rows that the base lacks are missing, too.
     """
-    by_row: list[str | None] = [None] * size
-    for token, row in tokens.items():
-        if row < size:
-            by_row[row] = token
-    found = []
-    for table, height in zip(tables, heights, strict=True):
+    places = np.array([row for row in tokens.values() if row < size], dtype=np.int64)
+    names, own = [token for token, row in tokens.items() if row < size], np.empty((len(tables), size), dtype=np.int64)
+    for number, (table, height) in enumerate(zip(tables, heights, strict=True)):
         ids = table or {}
-        named = set(ids.values())
-        unnamed = (-1 if row in named else row for row in range(size))
-        own = [row if token is None else ids.get(token, -1) for row, token in zip(unnamed, by_row, strict=True)]
-        found.append([row if row < height else -1 for row in own])
-    if all(own == list(range(size)) for own in found) and all(height in (0, size) for height in heights):
+        own[number] = np.arange(size)
+        own[number, [row for row in ids.values() if row < size]] = -1  # no padding there
+        own[number, places] = [ids.get(token, -1) for token in names]
+        own[number, own[number] >= height] = -1
+    if (own == np.arange(size)).all() and all(height in (0, size) for height in heights):
         return None
-    owned, base = found[:count], found[count] if len(found) > count else None
-    for row in range(size):
-        if all(own[row] < 0 for own in owned) and (base is None or base[row] < 0):
-            for own, height in zip(owned, heights, strict=False):  # nobody's token: the rows of that place
-                own[row] = row if row < height else -1
-        if filler is None:
-            continue
-        lacking = any(own[row] < 0 for own in owned) or (needs_base and base is not None and base[row] < 0)
+    owned, base = own[:count], own[count] if len(own) > count else np.full(size, -1)
+    nobodys = np.flatnonzero((owned < 0).all(0) & (base < 0))
+    owned[:, nobodys] = np.where(nobodys < np.array(heights[:count])[:, None], nobodys, -1)
+    if filler is not None:
+        lacking = (owned < 0).any(0) | ((base < 0) if needs_base and len(own) > count else False)
         stands = base if filler < 0 else owned[filler]
-        if lacking and stands is not None and stands[row] >= 0:
-            for number, own in enumerate(owned):
-                own[row] = own[row] if number == filler else -1
-    return RowMap.of(owned, base)
+        others = np.arange(count) != filler
+        owned[others[:, None] & lacking & (stands >= 0)] = -1
+    return RowMap.of(owned.tolist(), base.tolist() if len(own) > count else None)
 
 
 def _differences(people: Sequence[Parent], tables: Sequence[Table]) -> str:
