@@ -28,6 +28,7 @@ from merganser.tasks import TASKS
 from merganser.tasks.columns import Columns
 from merganser.tasks.data import Rows, read_rows, selected
 from merganser.tasks.models import Opened, load_tokenizer, open_model
+from merganser.tasks.separate_texts import SeparateTexts
 
 FUNCTION = "merganser.collection.jobs:work"
 PROCESS_BYTES = 700 * 2**20  # of a Python process with torch and transformers and a batch's activations
@@ -55,6 +56,7 @@ def make_jobs(
         cpus: of each job.
         grams, fisher, sampling: what to collect.
         settings: more of what ``collect`` was given: ``labelled`` (labels go into the examples), ``split``,
+            ``separate`` (the prompts of texts that are read alone, by column),
             ``batch_size``, ``experts``, ``label``, ``allow_pickle``.
 
     Raises:
@@ -175,6 +177,8 @@ def work(payload: Mapping[str, Any]) -> dict[str, Any]:
 def _examples(payload: Mapping[str, Any], opened: Opened) -> Examples:
     """The shard's examples, tokenised as where the job comes from."""
     rows = read_rows(payload["data"], split=payload["split"], limit=payload["stop"], prefer=("train",))
+    if payload["separate"] is not None:
+        rows = SeparateTexts(payload["separate"]).apply(rows)
     left_out = set(payload["left_out"])
     numbers = range(payload["start"], min(payload["stop"], len(rows)))
     rows = selected(rows, [number for number in numbers if number not in left_out])

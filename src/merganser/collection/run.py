@@ -35,7 +35,9 @@ from merganser.tasks import task_for
 from merganser.tasks.base import Task
 from merganser.tasks.columns import Columns
 from merganser.tasks.data import Rows, read_rows, selected
+from merganser.tasks.feature_extraction import FeatureExtraction
 from merganser.tasks.models import Opened, load_tokenizer, open_model
+from merganser.tasks.separate_texts import separate_texts
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,7 +171,11 @@ def collect(
     errors.raise_all()
     if opened is None or rows is None or target is None or chosen is None or placement is None:
         raise RuntimeError("a step failed without an error")
-    found, references = find_columns(rows, chosen, opened, Columns.of(columns), kind, use_labels)
+    given = Columns.of(columns)
+    separate = separate_texts(rows, opened, given) if chosen.name == FeatureExtraction.name else None
+    if separate is not None:
+        rows, given = separate.apply(rows), Columns("text")
+    found, references = find_columns(rows, chosen, opened, given, kind, use_labels)
     numbers = annotated_rows(rows, chosen, references, kind)
     labels = None if kind is None else references
     examples = encode(rows, chosen, opened, load_tokenizer(opened), found, labels, max_length, numbers)
@@ -188,7 +194,8 @@ def collect(
         with staging as folder:
             jobs = make_jobs(
                 examples, shards, Path(folder),
-                data=data, split=split, labelled=labels is not None, batch_size=batch_size, cpus=cpus, **wanted,
+                data=data, split=split, separate=None if separate is None else dict(separate.prompts),
+                labelled=labels is not None, batch_size=batch_size, cpus=cpus, **wanted,
             )  # fmt: skip
             sums, tally = sum_shards(run_jobs(elsewhere, jobs))
     else:
@@ -205,7 +212,7 @@ def collect(
     notes = [
         *header.notes,
         f"task: {chosen.name}",
-        examples.columns_read,
+        examples.columns_read if separate is None else str(separate),
         *tally.notes(examples.encoded.max_length),
         *notes,
     ]
