@@ -212,7 +212,7 @@ def empty_model(checkpoint: Checkpoint) -> nn.Module:
     Raises:
         CheckpointError: the architecture is not one of transformers' own.
     """
-    return build_empty(checkpoint.config, checkpoint.path)
+    return build_empty(checkpoint.config, checkpoint.model_path)
 
 
 def build_empty(values: Mapping[str, Any], folder: Path) -> nn.Module:
@@ -247,7 +247,7 @@ def build_empty(values: Mapping[str, Any], folder: Path) -> nn.Module:
 
 def load_config(checkpoint: Checkpoint) -> Any:
     """transformers' configuration of a checkpoint, with what an adapter changes of its base's."""
-    return make_config(checkpoint.config, checkpoint.path)
+    return make_config(checkpoint.config, checkpoint.model_path)
 
 
 def make_config(values: Mapping[str, Any], folder: Path) -> Any:

@@ -42,6 +42,8 @@ class ModelView:
         missing: what the model needs and the files do not have.
         mismatched: parameters whose shape on disk is another, with both shapes.
         reason: why the view is that of the names on disk; None where there is a model.
+        config: the values of ``config.json``.
+        folder: that it belongs to.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -53,6 +55,28 @@ class ModelView:
     missing: tuple[str, ...] = ()
     mismatched: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
     reason: str | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+    folder: Path = Path()
+
+    @cached_property
+    def heads(self) -> dict[str, int]:
+        """The stored tensors with a row for each label, and how many they have beside: one more label shows them."""
+        if self.model is None:
+            return {}
+        count = int(getattr(self.model.config, "num_labels", 0))
+        names = {str(number): f"LABEL_{number}" for number in range(count + 1)}
+        values = {key: value for key, value in self.config.items() if key != "num_labels"}
+        ids = {label: int(number) for number, label in names.items()}
+        try:
+            larger = build_empty({**values, "id2label": names, "label2id": ids}, self.folder).state_dict()
+        except CheckpointError:
+            return {}
+        found: dict[str, int] = {}
+        for name, tensor in self.model.state_dict().items():
+            shape, grown, place = tuple(tensor.shape), larger.get(name), self.places.get(name)
+            if grown is not None and place and place.is_whole and tuple(grown.shape) == (*_taller(shape),) != shape:
+                found[place.stored[0]] = shape[0] - count
+        return found
 
     @cached_property
     def uses(self) -> dict[str, list[str]]:
@@ -117,7 +141,7 @@ class ModelView:
 def view_of(checkpoint: Checkpoint) -> ModelView:
     """The view of a checkpoint, from its configuration and headers alone."""
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
-    return make_view(checkpoint.config, shapes, checkpoint.path)
+    return make_view(checkpoint.config, shapes, checkpoint.model_path)
 
 
 def make_view(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], folder: Path) -> ModelView:
@@ -165,6 +189,8 @@ def _new_view(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], 
         ignored=unused - unexpected,
         missing=tuple(sorted(missing)),
         mismatched=mismatched,
+        config=config,
+        folder=folder,
     )
 
 
@@ -191,6 +217,10 @@ def _absent(model: nn.Module, places: Mapping[str, Place]) -> set[str]:
         if any(name in places for name in group):
             absent -= set(group)
     return absent
+
+
+def _taller(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (shape[0] + 1, *shape[1:]) if shape else ()
 
 
 def _twin(ours: Place, theirs: Place, name: str) -> str | None:

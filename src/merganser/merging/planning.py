@@ -20,6 +20,7 @@ from merganser.checkpoints.sources import Source
 from merganser.checkpoints.writer import TensorSpec
 from merganser.errors import ErrorCollector, RecipeError
 from merganser.merging.configuration import BASE, compare_tokenizers, match_configurations
+from merganser.merging.labels import match_labels
 from merganser.merging.matching import (
     RowMap,
     check_adapter,
@@ -27,7 +28,6 @@ from merganser.merging.matching import (
     check_needs,
     check_unmatched,
     find_separate,
-    match_labels,
     match_shapes,
     matches,
     names_to_merge,

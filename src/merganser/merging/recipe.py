@@ -6,6 +6,7 @@ A YAML file and the command line's flags mean the same.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,8 @@ from merganser.checkpoints.sources import Source
 from merganser.errors import ErrorCollector, RecipeError, did_you_mean, validated
 from merganser.methods import METHODS
 from merganser.statistics import FILE_NAME, Statistics
+
+_LABELLED = re.compile(r"Classification|Detection|Segmentation")  # in the names of classes whose heads have labels
 
 
 class Contributor(BaseModel):
@@ -197,7 +200,7 @@ class Parent:
         config = self.checkpoint.config
         table = config.get("id2label")
         if not isinstance(table, dict):
-            classifies = any("Classification" in str(name) for name in config.get("architectures") or [])
+            classifies = any(_LABELLED.search(str(name)) for name in config.get("architectures") or [])
             return ["LABEL_0", "LABEL_1"] if classifies else []  # transformers writes no default down
         return [str(table[key]) for key in sorted(table, key=lambda key: int(key))]
 

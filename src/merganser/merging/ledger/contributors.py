@@ -9,6 +9,7 @@ from pathlib import Path
 from merganser.checkpoints.model_view import aligned
 from merganser.errors import ErrorCollector, Problems, StatisticsError, UserError, raise_all
 from merganser.merging.execution import ParentShare
+from merganser.merging.labels import head_labels
 from merganser.merging.ledger.record import (
     RESTORE,
     LedgerError,
@@ -18,7 +19,7 @@ from merganser.merging.ledger.record import (
     StatisticsRecord,
 )
 from merganser.merging.ledger.terms import treatment
-from merganser.merging.matching import head_labels, matches
+from merganser.merging.matching import matches
 from merganser.merging.plan import Plan, Step
 from merganser.merging.planning import plan_of
 from merganser.merging.provenance import located
