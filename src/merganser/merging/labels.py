@@ -60,7 +60,7 @@ def match_labels(
                 f"--keep-separate '{next(iter(heads)).rsplit('.', 1)[0]}*' so that each contributor keeps its own",
             )
         )
-        return None
+        return LabelPlan((), dict.fromkeys(heads, RowMap(0, ())))  # one problem, not another for each shape
     union = list(dict.fromkeys(label for labels in known for label in labels))
     own, voted = [], []
     for parent, labels in zip(parents, known, strict=True):

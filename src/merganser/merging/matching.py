@@ -20,6 +20,8 @@ from merganser.merging.recipe import Inputs, Parent, Recipe
 from merganser.methods import Method
 from merganser.tensors import is_floating
 
+_FEW = 4  # modules that contributors may have to themselves, such as a head of two layers and a pooler
+
 
 @dataclass(frozen=True)
 class RowMap:
@@ -158,48 +160,58 @@ def match_shapes(
     parents: Sequence[Parent], names: Sequence[str], rows: Mapping[str, RowMap], problems: ErrorCollector
 ) -> None:
     """Check presence, dtype kind and shape of every tensor whose rows are not matched."""
+    first, lacking, differing = parents[0], dict[int, list[str]](), dict[str, str]()
     for name in names:
         infos = [parent.info(name) for parent in parents]
-        absent = [p for p, info in zip(parents, infos, strict=True) if info is None]
-        if absent:
-            if not is_floating(parents[0].checkpoint.tensors[name].dtype):
-                continue  # a buffer that some versions of the library store and some do not
-            for parent in absent:
-                problems.add(
-                    CheckpointError(
-                        f"tensor {name!r} is missing (it is in {parents[0].title})",
-                        where=parent.checkpoint.name,
-                        mend=f"--keep-separate '{name}' if only some contributors have it",
-                    )
-                )
+        if None in infos:
+            if is_floating(first.checkpoint.tensors[name].dtype):  # else a buffer that some versions do not store
+                for number, info in enumerate(infos):
+                    lacking.setdefault(number, []).extend([name] if info is None else [])
             continue
         shapes = [info.shape for info in infos if info is not None]
-        if all(shape == shapes[0] for shape in shapes) or name in rows:
-            continue
-        listing = ", ".join(f"{p.title} {list(s)}" for p, s in zip(parents, shapes, strict=True))
-        grows = all(len(s) == len(shapes[0]) and s[1:] == shapes[0][1:] for s in shapes)
-        vocabulary = [p.checkpoint.config.get("vocab_size") for p in parents]
-        if grows and [s[0] for s in shapes] == vocabulary:
-            mend = "--vocabulary largest if the longer ones only appended tokens to the shorter"
-        else:
-            mend = f"--keep-separate '{name}' so that each contributor keeps its own"
-        problems.add(CheckpointError(f"tensor {name!r} differs in shape: {listing}", mend=mend))
+        if name not in rows and any(shape != shapes[0] for shape in shapes):
+            differing[name] = ", ".join(f"{p.title} {list(s)}" for p, s in zip(parents, shapes, strict=True))
+    for number, absent in lacking.items():
+        if absent:
+            text = f"{_tensors(absent)} missing (in {first.title} there)"
+            mend = _separate(absent, f"so that only those who have it keep it; the result opens with {first.title}'s")
+            problems.add(CheckpointError(text, where=parents[number].checkpoint.name, mend=mend))
+    if differing:
+        name, listing = next(iter(differing.items()))
+        more = f", and {len(differing) - 1} more do" if len(differing) > 1 else ""
+        mend = _separate([*differing], "so that each contributor keeps its own")
+        problems.add(CheckpointError(f"tensor {name!r} differs in shape: {listing}{more}", mend=mend))
 
 
 def check_unmatched(parents: Sequence[Parent], separate: Sequence[Sequence[str]], problems: ErrorCollector) -> None:
-    """A tensor that another contributor has and the first lacks would be lost: say so."""
+    """Tensors that another contributor has and the first lacks would be lost: say so."""
+    first = parents[0]
     for parent, kept in zip(parents, separate, strict=True):
         used = {stored for source in parent.sources.values() for stored in source.tensors()}
-        for name, info in parent.checkpoint.tensors.items():
-            expected = name in used or name in kept or name in parent.view.duplicates or name in parent.view.ignored
-            if not expected and is_floating(info.dtype):
-                problems.add(
-                    CheckpointError(
-                        f"tensor {name!r} is not in {parents[0].title} and would be lost",
-                        where=parent.checkpoint.name,
-                        mend=f"--keep-separate '{name}' so that it is kept",
-                    )
-                )
+        used |= {*kept, *parent.view.duplicates, *parent.view.ignored}
+        lost = [name for name, i in parent.checkpoint.tensors.items() if name not in used and is_floating(i.dtype)]
+        if lost:
+            text = f"{_tensors(lost)} not in {first.title} and would be lost"
+            mend = f"name {parent.title} first"
+            if not any(first.view.place_of(name) for stored in lost for name in parent.view.uses.get(stored, ())):
+                mend = _separate(lost, "so that it is kept", mend)
+            problems.add(CheckpointError(text, where=parent.checkpoint.name, mend=mend))
+
+
+def _tensors(names: Sequence[str]) -> str:
+    """Some tensors, for the beginning of a sentence, with the verb."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    listed = ", ".join(map(repr, names[:3]))
+    return f"tensors {listed}{more} are" if len(names) > 1 else f"tensor {listed} is"
+
+
+def _separate(names: Sequence[str], why: str, before: str = "") -> str:
+    """The mend for a few modules that contributors do not share; of many there is another cause."""
+    stems = list(dict.fromkeys(name.rpartition(".")[0] or name for name in names))
+    if len(stems) > _FEW:
+        return "give models of one architecture and size: these differ in more than their heads"
+    patterns = " ".join(f"--keep-separate '{stem}*'" for stem in stems)
+    return f"{before}{', and ' if before else ''}{patterns} {why}"
 
 
 def check_ties(parent: Parent) -> list[CheckpointError]:
