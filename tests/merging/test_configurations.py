@@ -80,7 +80,11 @@ def test_what_does_not_change_the_function_is_ignored(save: Callable[..., Path])
         said |= {"rope_theta": theta, "transformers_version": "4.40.0", "torch_dtype": "float32", "use_cache": False}
         said |= {"_name_or_path": "elsewhere", "attention_dropout": 0.1, "initializer_range": 0.5, "head_dim": None}
         said |= {"output_attentions": True, "problem_type": "regression", "pruned_heads": {}, "num_beams": 4}
-        said |= {"router_aux_loss_coef": 0.5, "eos_token_id": [2, 3], "architectures": ["MistralModel"]}
+        said |= {
+            "router_aux_loss_coef": 0.5,
+            "eos_token_id": [2, 3],
+            "architectures": ["MistralForCausalLM", "MistralModel"],
+        }
         said |= {"label2id": {"x": 0}, "id2label": {"0": "x"}, "temperature": 0.7, "_attn_implementation": "eager"}
         del said["rms_norm_eps"]  # the default of its class
 

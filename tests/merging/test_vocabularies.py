@@ -18,7 +18,7 @@ from merganser.checkpoints import open_checkpoint
 from merganser.cli import cli
 from merganser.collection import collect_statistics
 from merganser.errors import UserError
-from merganser.merging import make_plan, make_recipe, merge, reproduce, verify
+from merganser.merging import make_plan, make_recipe, memory, merge, reproduce, verify
 from merganser.merging.vocabulary import vocabulary_tensors
 from merganser.statistics import FILE_NAME, write_statistics
 
@@ -421,3 +421,19 @@ def test_the_union_of_two_vocabularies(save: Callable[..., Path], tmp_path: Path
             rows = [own[place][table[token]] for own, table in zip(parents, known, strict=True) if token in table]
             torch.testing.assert_close(tensor[row], torch.stack(rows).mean(0))
     assert verify(out).files > 3 and reproduce(out) == []
+
+
+@pytest.mark.parametrize("method", ["simple", "task_arithmetic", "ties"])
+def test_matched_rows_are_merged_in_slices_to_the_same_bytes(
+    save: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """An embedding of a real model does not fit into memory several times over."""
+    base, a = save("base", 0), save("a", 1, 41, added=["<a>"])
+    b = save("b", 2, 42, tokens=[*TOKENS[:3], *reversed(TOKENS[3:])], added=["<b>", "<c>"])
+    settings: dict[str, Any] = {"method": method, "base": base, "vocabulary": "union", "missing_rows": "base"}
+    whole = merge([a, b], tmp_path / "whole", **settings)
+    monkeypatch.setattr(memory, "SLICE", 32 * 3)  # three rows at a time
+    sliced = merge([a, b], tmp_path / "sliced", **settings)
+    assert (whole / "model.safetensors").read_bytes() == (sliced / "model.safetensors").read_bytes()
+    step = next(s for s in sliced.plan.steps if s.unit.names == ("model.embed_tokens.weight",))
+    assert memory._cut(step, None)[0] == 3

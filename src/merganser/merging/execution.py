@@ -9,9 +9,11 @@ adapter, a ledger) are two objects; everything else is here, once.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import astuple, dataclass, field
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -25,13 +27,15 @@ from merganser.merging.plan import COPY, KEPT, Step
 from merganser.merging.recipe import Inputs, Parent
 from merganser.merging.running_sums import RunningSums
 from merganser.methods import Merged, Method, Unit, average_unit
-from merganser.methods.base import elements, input_width, wide
+from merganser.methods.base import Share, elements, input_width, wide
 from merganser.progress import bar
 from merganser.statistics import LayerStatistics, Statistics
 from merganser.tensors import is_finite, one_thread
 
 #: A step is large if the whole merge takes only this many times as long, on all threads.
 _PATIENCE = 20
+#: Rows of which so many lie between the first and the last are read with all of these.
+_SPREAD = 4
 #: A slice of a step: the first row of each tensor in it, and the tensors.
 Slice = tuple[Mapping[str, int], Merged]
 
@@ -183,7 +187,7 @@ class ParentShare:
 
     def stored(self, name: str) -> Tensor:
         """Its tensor as it is stored; checked to be finite."""
-        return self._picked(self._read(name, *self._range(name)))
+        return self._placed(_gathered(partial(self._read, name), self._rows, *self._range(name)))
 
     def tensor(self, name: str) -> Tensor:
         """Its tensor in float32 or wider, likewise."""
@@ -191,19 +195,19 @@ class ParentShare:
 
     def base(self, name: str) -> Tensor:
         """The base model's tensor, likewise."""
-        return wide(self._picked(self._read_base(name, *self._range(name)), self._theirs))
+        return wide(self._placed(_gathered(partial(self._read_base, name), self._theirs, *self._range(name))))
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Some of these rows, likewise."""
         if self._rows is not None:
-            return wide(self._placed(self._read(name)[self._rows[start:stop]]))
+            return wide(self._placed(_gathered(partial(self._read, name), self._rows[start:stop])))
         first, _ = self._range(name)
         return wide(self._placed(self._read(name, first + start, first + stop)))
 
     def base_rows(self, name: str, start: int, stop: int) -> Tensor:
         """The base model's rows, likewise."""
         if self._theirs is not None:
-            return wide(self._placed(self._read_base(name)[self._theirs[start:stop]]))
+            return wide(self._placed(_gathered(partial(self._read_base, name), self._theirs[start:stop])))
         first, _ = self._range(name)
         return wide(self._placed(self._read_base(name, first + start, first + stop)))
 
@@ -268,12 +272,28 @@ class ParentShare:
     def _range(self, name: str) -> tuple[int, int | None]:
         return self._ranges.get(name, (0, None))
 
-    def _picked(self, tensor: Tensor, rows: Tensor | None = None) -> Tensor:
-        rows = self._rows if rows is None else rows
-        return self._placed(tensor if rows is None else tensor[rows])
+    def _picked(self, tensor: Tensor) -> Tensor:
+        return self._placed(tensor if self._rows is None else tensor[self._rows])
 
     def _placed(self, tensor: Tensor) -> Tensor:
         return tensor if self._device is None else tensor.to(self._device)
+
+
+def _gathered(
+    read: Callable[[int, int | None], Tensor], rows: Tensor | None, start: int = 0, stop: int | None = None
+) -> Tensor:
+    """These rows, in their order, of what is read; of ``start:stop`` where none are given.
+
+    Rows that lie close together are read at once, with what is between them; others run by run.
+    """
+    if rows is None:
+        return read(start, stop)
+    first, last = (int(rows.min()), int(rows.max()) + 1) if rows.numel() else (0, 0)
+    if last - first <= _SPREAD * rows.numel():
+        return read(first, last)[rows - first]
+    breaks = (rows.diff() != 1).nonzero().flatten() + 1
+    runs = rows.tensor_split(breaks)
+    return torch.cat([read(int(run[0]), int(run[-1]) + 1) for run in runs])
 
 
 def read_finite(parent: Parent, source: Source, start: int = 0, stop: int | None = None) -> Tensor:
@@ -329,8 +349,7 @@ class Merging:
         if step.method in (COPY, KEPT):
             yield from self._copies(step, rows)
         elif step.rows is not None:
-            merged = self._by_rows(step, step.rows, method, sums if keeps else None)
-            yield dict.fromkeys(merged.tensors, 0), merged
+            yield from self._by_rows(step, step.rows, method, sums if keeps else None, rows)
         elif sums is not None and method is not None and keeps:
             merged = _with_sums(step, method, unit, self.shares(step), sums, None)
             yield dict.fromkeys(merged.tensors, 0), merged
@@ -348,45 +367,76 @@ class Merging:
         device = self.settings.torch_device
         return [ParentShare(self.inputs, step, number, ranges=ranges, device=device) for number in step.takers]
 
-    def _by_rows(self, step: Step, table: RowMap, method: Method | None, sums: RunningSums | None) -> Merged:
+    def _by_rows(
+        self, step: Step, table: RowMap, method: Method | None, sums: RunningSums | None, height: int | None
+    ) -> Iterator[Slice]:
         """Row by row, by those contributors that have the row; as the base has it where none does."""
-        pieces: dict[str, Tensor] = {}
-        notes: dict[str, None] = {}
-        device = self.settings.torch_device
+        groups = []
         for rows, owners, based in table.groups():
-            own = {i: [table.own[i][row] for row in rows] for i in owners}
-            theirs = [table.own_base[row] for row in rows] if based else None
-            shares = [ParentShare(self.inputs, step, i, rows=own[i], base_rows=theirs, device=device) for i in owners]
-            if owners and not sum(share.coefficient for share in shares):
-                owned = ", ".join(share.parent.title for share in shares)
-                raise RecipeError(
-                    f"rows of {step.unit.names[0]!r} belong to {owned} alone, whose coefficients sum to zero",
-                    mend="give at least one of them another coefficient",
-                )
-            part = step.unit.only(rows)
-            if not owners:
-                merged = self._of_base(step, theirs or [])
-            elif method is None or (method.needs.base and not based):
-                merged = average_unit(part, shares)
-            elif sums is not None:
-                merged = _with_sums(step, method, part, shares, sums, rows)
-            else:
-                merged = method.merge(part, shares)
-            notes |= {merged.note: None} if merged.note else {}
-            for name, tensor in merged.tensors.items():
-                whole = pieces.get(name, tensor.new_empty(table.size, *tensor.shape[1:]))
-                pieces[name] = whole = whole.to(torch.promote_types(whole.dtype, tensor.dtype))
-                whole[torch.tensor(rows)] = tensor.to(whole.dtype)
-        pieces = {name: piece.mT if table.columns else piece for name, piece in pieces.items()}
-        return Merged(pieces, "; ".join(notes) or None)
+            merge = self._merge_of_rows(step, table, method, sums, rows, owners, based, sliced=height is not None)
+            groups.append((rows, owners, based, merge))
+        height = height or table.size
+        for start in range(0, table.size, height):
+            size = min(height, table.size - start)
+            pieces: dict[str, Tensor] = {}
+            notes: dict[str, None] = {}
+            for rows, owners, based, merge in groups:
+                here = rows[bisect_left(rows, start) : bisect_left(rows, start + size)]
+                if not here:
+                    continue
+                merged = merge(step.unit.only(here), self._shares_of_rows(step, table, here, owners, based))
+                notes |= {merged.note: None} if merged.note else {}
+                for name, tensor in merged.tensors.items():
+                    whole = pieces.get(name, tensor.new_empty(size, *tensor.shape[1:]))
+                    pieces[name] = whole = whole.to(torch.promote_types(whole.dtype, tensor.dtype))
+                    whole[torch.tensor(here) - start] = tensor.to(whole.dtype)
+            pieces = {name: piece.mT if table.columns else piece for name, piece in pieces.items()}
+            yield dict.fromkeys(pieces, start), Merged(pieces, "; ".join(notes) or None)
 
-    def _of_base(self, step: Step, rows: Sequence[int]) -> Merged:
-        """Rows of the base's tensors."""
-        base = self.inputs.base
-        if base is None:
-            raise RuntimeError("the plan promised a base model")
-        found = {name: wide(read_finite(base, source))[torch.tensor(rows)] for name, source in step.base.items()}
-        return Merged(found)
+    def _merge_of_rows(
+        self,
+        step: Step,
+        table: RowMap,
+        method: Method | None,
+        sums: RunningSums | None,
+        rows: Sequence[int],
+        owners: Sequence[int],
+        based: bool,
+        *,
+        sliced: bool,
+    ) -> Callable[[Unit, Sequence[Share]], Merged]:
+        """What merges some of these rows, which the same contributors own, after whatever has to be known of all."""
+        shares = self._shares_of_rows(step, table, rows, owners, based)
+        if not owners:
+            return lambda part, restricted: Merged({name: restricted[0].base(name) for name in part.names})
+        if not sum(share.coefficient for share in shares):
+            owned = ", ".join(share.parent.title for share in shares)
+            raise RecipeError(
+                f"rows of {step.unit.names[0]!r} belong to {owned} alone, whose coefficients sum to zero",
+                mend="give at least one of them another coefficient",
+            )
+        if method is None or (method.needs.base and not based):
+            return average_unit
+        if sums is not None:
+            return lambda part, restricted: _with_sums(step, method, part, shares, sums, rows)
+        return method.prepare(step.unit.only(rows), shares) if sliced else method.merge
+
+    def _shares_of_rows(
+        self, step: Step, table: RowMap, rows: Sequence[int], owners: Sequence[int], based: bool
+    ) -> list[ParentShare]:
+        """Of the contributors that own these rows of the result; of any one where none does, for the base's sake."""
+        theirs = [table.own_base[row] for row in rows] if based else None
+        return [
+            ParentShare(
+                self.inputs,
+                step,
+                number,
+                rows=[table.own[number][row] for row in rows],
+                base_rows=theirs,
+                device=self.settings.torch_device,
+            )
+            for number in owners or step.takers[:1]
+        ]
 
     def _copies(self, step: Step, rows: int | None) -> Iterator[Slice]:
         """A tensor as the first contributor has it; the others that have it are to agree."""

@@ -178,10 +178,12 @@ def _cut(step: Step, room: int | None) -> tuple[int | None, int]:
 
 def min_slice_rows(step: Step) -> int | None:
     """The fewest rows that can be merged apart; None where only the whole can."""
-    if step.rows is not None or step.method == COPY or not step.unit.height():
+    if step.method == COPY or not step.unit.height():
         return None
     method = step.treatment
-    return 1 if method is None else method.min_slice_rows(step.unit)
+    least = 1 if method is None else method.min_slice_rows(step.unit)
+    matched = step.rows is not None  # then only what needs no more than the rows themselves is cut
+    return None if matched and (least != 1 or (step.rows is not None and step.rows.columns)) else least
 
 
 def step_bytes(step: Step, rows: int | None = None) -> int:
