@@ -92,10 +92,15 @@ class _Observer(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         given = dict(zip(_ARGUMENTS.get(function, ()), args, strict=False)) | (kwargs or {})
         weight, inputs = given.get("weight"), given.get("input")
-        name = self._names.get(weight.untyped_storage().data_ptr()) if isinstance(weight, Tensor) else None
+        name = self._name_of(weight)
+        if name is None and function in _PRODUCTS and self._name_of(inputs):  # W x and not x Wᵀ
+            name, weight, inputs = self._name_of(inputs), inputs, weight.transpose(-1, -2)
         if name is not None and weight.dim() >= 2:
             self._see(function, (name, weight.storage_offset()), weight, inputs, given)
         return function(*args, **(kwargs or {}))
+
+    def _name_of(self, weight: Any) -> str | None:
+        return self._names.get(weight.untyped_storage().data_ptr()) if isinstance(weight, Tensor) else None
 
     def _see(self, function: Any, key: Key, weight: Tensor, inputs: Tensor, given: dict[str, Any]) -> None:
         if self._mask is not None:
@@ -115,15 +120,14 @@ class _Observer(TorchFunctionMode):
             self.found.add(key, inputs, weight.numel())
 
 
+_PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
 _CONVOLUTIONS = (functional.conv1d, functional.conv2d, functional.conv3d)
 _CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 #: Functions that multiply by a weight, and the names of their arguments.
 _ARGUMENTS: dict[Any, tuple[str, ...]] = {
     functional.linear: ("input", "weight"),
     functional.embedding: ("input", "weight"),
-    torch.matmul: ("input", "weight"),
-    Tensor.matmul: ("input", "weight"),
-    Tensor.__matmul__: ("input", "weight"),
+    **dict.fromkeys(_PRODUCTS, ("input", "weight")),
     torch.mm: ("input", "weight"),
     torch.bmm: ("input", "weight"),
     torch.addmm: ("bias", "input", "weight"),

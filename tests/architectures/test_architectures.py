@@ -22,7 +22,25 @@ FAST = {
     "T5ForConditionalGeneration", "ViTForImageClassification", "Zamba2ForCausalLM",
 }  # fmt: skip
 #: Models that the named method does not reach wholly, with the reason.
-PARTLY_COVERED: dict[str, str] = {}
+PARTLY_COVERED: dict[str, str] = {
+    **dict.fromkeys(
+        ("XLNetLMHeadModel", "XLNetForSequenceClassification"),
+        "its projections are parameters (width, heads, head) that no layer holds",
+    ),
+    **dict.fromkeys(
+        ("FunnelForMaskedLM", "FunnelForSequenceClassification"), "r_kernel is a parameter (width, heads, head)"
+    ),
+    **dict.fromkeys(
+        (
+            "AyaVisionForConditionalGeneration", "Gemma3ForConditionalGeneration", "PaliGemmaForConditionalGeneration",
+            "SiglipModel", "SiglipVisionModel",
+        ),
+        "the pooling head is PyTorch's attention, whose three projections are one parameter that no layer holds",
+    ),
+    "DbrxForCausalLM": "its experts lie behind each other in the rows of one matrix",
+    "RecurrentGemmaForCausalLM": "its gates are one matrix for each head",
+    "ZambaForCausalLM": "a part of its mixers is one matrix for each head",
+}  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -36,5 +54,5 @@ def test_it_is_merged_as_in_memory(name: str, tmp_path: Path) -> None:
         (Path(rows) / f"{name}.json").write_text(json.dumps(asdict(row)))
     faults = {asked: fault for asked, fault in row.faults.items() if fault}
     assert not faults
-    if name not in PARTLY_COVERED:
-        assert row.actmat is not None and row.own is not None and min(row.actmat, row.own) >= 0.98
+    assert row.actmat is not None and row.own is not None
+    assert min(row.actmat, row.own) >= 0.98 or name in PARTLY_COVERED
