@@ -171,7 +171,7 @@ def test_every_way_round_is_read(tmp_path: Path) -> None:
 
 
 def test_a_tied_and_an_untied_contributor(tmp_path: Path) -> None:
-    """The untied one first: its head is averaged with the other's embedding. The tied one first: the head would be lost."""
+    """The untied one first: its head is averaged with the other's embedding; else it would be lost."""
     tied = vary(make("LlamaForCausalLM", tie_word_embeddings=True), 1)
     untied = vary(make("LlamaForCausalLM", tie_word_embeddings=False), 2)
     a, b = store(tied, tmp_path / "tied"), store(untied, tmp_path / "untied")
