@@ -213,7 +213,7 @@ class Family:
         found, start = [], 0
         for name, shape in self.shapes.items():
             role = self.roles[name]
-            zero = torch.zeros(shape, dtype=torch.int64).reshape(role.shape)
+            zero = torch.zeros(shape, dtype=torch.int64).reshape(role.shape or (1,))  # a scalar is a row
             axes = torch.meshgrid(*(torch.arange(size) for size in zero.shape), indexing="ij")
             outputs = [axis for axis in range(zero.dim()) if axis != role.stack and axis not in role.inputs]
             row, column = (_combined(axes, zero.shape, which, zero) for which in (outputs, role.inputs))

@@ -21,8 +21,17 @@ from merganser.checkpoints.layout import Place, find_places, ties
 from merganser.checkpoints.reader import Checkpoint
 from merganser.errors import CheckpointError
 
-Kind = Literal["linear", "conv1d", "embedding", "convolution"]
+Kind = Literal["linear", "conv1d", "embedding", "convolution", "unknown"]
 _STACK = re.compile(r"(weight|proj|w\d|v\d)$")  # names of parameters that can be a stack of experts' weights
+#: Parameters (width, heads, head size) of attention that is written as an einsum: into the heads, and out of them.
+_EINSUM: dict[str, Kind] = {
+    "q": "conv1d",
+    "k": "conv1d",
+    "v": "conv1d",
+    "r": "conv1d",
+    "r_kernel": "conv1d",
+    "o": "linear",
+}
 _NO_MAP = re.compile(r"Norm|Embedding|Scale")  # classes whose bare weight is no linear map
 
 
@@ -33,7 +42,9 @@ class Layer:
     Attributes:
         module: its name in the model.
         kind: how the weight lies on disk: ``linear`` (out × in), ``conv1d`` (GPT-2's: in × out), ``embedding``
-            (vocabulary × width) or ``convolution`` (out × in × kernel, a map of patches).
+            (vocabulary × width), ``convolution`` (out × in × kernel, a map of patches), or ``unknown`` for a matrix
+            that the model multiplies by in a way that is not known. Some linear maps have their heads in a dimension
+            of their own: (out × heads × size) and (in × heads × size).
         weight: on-disk name of its weight.
         bias: on-disk name of its bias, if it has one.
         tied: another layer uses the same on-disk weight.
@@ -77,17 +88,26 @@ def _weights_of(module: nn.Module) -> list[_Weight]:
     kind = kind_of(module)
     if kind is not None:
         return [_Weight("weight", kind, bias="bias" if "bias" in own else None)] if "weight" in own else []
-    kind_name = type(module).__name__
+    kind_name, found = type(module).__name__, list[_Weight]()
+    if _NO_MAP.search(kind_name):
+        return []
     stacks = [name for name, value in own.items() if value.dim() == 3 and _STACK.search(name)]
-    if stacks and (hasattr(module, "is_transposed") or "Expert" in kind_name or "Linear" in kind_name):
-        stacked: Kind = "conv1d" if _is_transposed(module, own, stacks) else "linear"
-        biases = [next((b for b in (f"{name}_bias", "bias") if b in own), None) for name in stacks]
-        return [_Weight(name, stacked, True, bias) for name, bias in zip(stacks, biases, strict=True)]
-    bare = own.get("weight")
-    if bare is not None and bare.dim() == 2 and not list(module.children()) and not _NO_MAP.search(kind_name):
-        bias = own.get("bias")
-        return [_Weight("weight", "linear", bias="bias" if bias is not None and bias.dim() == 1 else None)]
-    return []
+    if hasattr(module, "is_transposed") or "Expert" in kind_name or "Linear" in kind_name:
+        stacked: Kind = "conv1d" if stacks and _is_transposed(module, own, stacks) else "linear"
+    else:
+        stacked, stacks = "linear", [name for name in stacks if name.endswith("proj_weight")]
+    for name, value in own.items():
+        if name in stacks:
+            bias = next((b for b in (f"{name}_bias", "bias") if b in own), None)
+            found.append(_Weight(name, stacked, stacked=True, bias=bias))
+        elif value.dim() == 2 and (name == "weight" or name.endswith("_weight")):
+            bias = f"{name.removesuffix('weight')}bias"
+            found.append(_Weight(name, "linear", bias=bias if bias in own and own[bias].dim() == 1 else None))
+        elif value.dim() == 3 and "Attention" in kind_name and name in _EINSUM:
+            found.append(_Weight(name, _EINSUM[name]))
+        elif value.dim() > 1 and min(value.shape) > 1 and ("Expert" in kind_name or name.endswith("weight")):
+            found.append(_Weight(name, "unknown"))
+    return found
 
 
 def _is_transposed(module: nn.Module, own: Mapping[str, nn.Parameter], stacks: Sequence[str]) -> bool:
@@ -132,6 +152,10 @@ def _layers_at(
     module: str, weight: _Weight, place: Place, bias: Place | None, shapes: Mapping[str, Sequence[int]]
 ) -> Iterator[tuple[Layer, object]]:
     """The stored tensors of a weight as layers, each with the part of it that the weight is."""
+    if weight.kind == "unknown" or (weight.name in _EINSUM and place.is_whole):
+        for stored in place.stored:
+            yield Layer(module, weight.kind, stored, None, False), None
+        return
     first = int(weight.stacked)
     out, inner = (first + 1, first) if weight.kind == "conv1d" else (first, first + 1)
     biases: list[str | None] = [None] * len(place.boxes or place.stored)
@@ -256,7 +280,9 @@ def make_config(values: Mapping[str, Any], folder: Path) -> Any:
 
     known = values.get("model_type")
     if isinstance(known, str) and known in CONFIG_MAPPING:
-        return CONFIG_MAPPING[known].from_dict(deepcopy(dict(values)))
+        config_class = CONFIG_MAPPING[known]
+        decoded = config_class._decode_special_floats(dict(values))  # JSON has no infinity
+        return config_class.from_dict(deepcopy(decoded))
     return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 

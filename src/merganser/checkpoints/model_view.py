@@ -79,6 +79,14 @@ class ModelView:
         return found
 
     @cached_property
+    def buffers(self) -> frozenset[str]:
+        """Stored tensors that are no parameters: nothing trains them."""
+        if self.model is None:
+            return frozenset()
+        named = (self.places.get(name) for name, _ in self.model.named_buffers())
+        return frozenset(stored for place in named if place is not None for stored in place.stored)
+
+    @cached_property
     def uses(self) -> dict[str, list[str]]:
         """The parameters that each stored tensor is a part of."""
         found: dict[str, list[str]] = {}

@@ -214,7 +214,14 @@ class Collector:
     def _observe(self, first: Batch) -> Observer | None:
         """What gathers the layers' inputs, made with the first batch of all."""
         if self._grams and self._observer is None:
-            layers = [layer for layer in layers_of(self._whole, self._checkpoint) if layer.experts is None]
+            layers = [
+                layer
+                for layer in layers_of(self._whole, self._checkpoint)
+                if layer.experts is None
+                and (layer.kind == "convolution" or len(self._checkpoint.tensors[layer.weight].shape) == 2)
+                and layer.kind != "unknown"
+                and hasattr(self._whole.get_submodule(layer.module), "weight")
+            ]
             stacks = [] if self._experts == "none" else stacked(self._whole, self._checkpoint)
             self._observer = Observer(
                 self._model,

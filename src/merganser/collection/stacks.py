@@ -64,6 +64,8 @@ class Stack:
         """Its layers on disk that have statistics, told how many rows each input has."""
         for expert, layer in self.stored:
             packed = expert is None
+            if layer.kind == "unknown":  # no stack is made of such a layer
+                continue
             for number in range(1 if self.shared else experts) if expert is None else (expert,):
                 key = self.input(number)
                 if rows.get(key):
@@ -79,6 +81,8 @@ def stacked(model: nn.Module, checkpoint: Checkpoint) -> list[Stack]:
     places, _, _ = find_places(model, shapes)
     by_module: dict[str, dict[str, Layer]] = {}
     for layer in find_layers(model, places, shapes):
+        if layer.kind == "unknown":
+            continue
         by_module.setdefault(layer.module, {})[layer.weight] = layer
     stacks = []
     for module, layers in by_module.items():

@@ -23,7 +23,7 @@ from merganser.checkpoints.sources import Source, read_source
 from merganser.errors import CheckpointError, RecipeError
 from merganser.merging.matching import RowMap
 from merganser.merging.memory import Budget, RunSettings, Schedule
-from merganser.merging.plan import COPY, KEPT, Step
+from merganser.merging.plan import BUFFER, COPY, KEPT, Step
 from merganser.merging.recipe import Inputs, Parent
 from merganser.merging.running_sums import RunningSums
 from merganser.methods import Merged, Method, Unit, average_unit
@@ -346,7 +346,9 @@ class Merging:
         unit, method = step.unit, step.treatment
         sums = None if self.settings.sums is None or method is None else RunningSums(self.settings.sums)
         keeps = sums is not None and method is not None and method.additive(unit)
-        if step.method in (COPY, KEPT):
+        if step.reason == BUFFER and self._is_one(step):
+            yield from self._copies(step, None)
+        elif step.method in (COPY, KEPT):
             yield from self._copies(step, rows)
         elif step.rows is not None:
             yield from self._by_rows(step, step.rows, method, sums if keeps else None, rows)
@@ -438,6 +440,12 @@ class Merging:
             for number in owners or step.takers[:1]
         ]
 
+    def _is_one(self, step: Step) -> bool:
+        """Whether every contributor has the same numbers, which may be infinite in a buffer."""
+        (name,) = step.unit.names
+        stored = [read_source(self.inputs.parents[n].checkpoint, step.sources[n][name]) for n in step.takers]
+        return all(torch.equal(stored[0], one) for one in stored[1:])
+
     def _copies(self, step: Step, rows: int | None) -> Iterator[Slice]:
         """A tensor as the first contributor has it; the others that have it are to agree."""
         (name,), (first, *others) = step.unit.names, step.takers
@@ -453,7 +461,9 @@ class Merging:
                 )
         height = step.unit.height()
         for start in range(0, max(height, 1), rows or max(height, 1)):
-            yield {name: start}, Merged({name: read_finite(parent, source, start, rows and start + rows)})
+            stop = rows and start + rows
+            read = read_source(parent.checkpoint, source, start, stop) if step.reason == BUFFER else None
+            yield {name: start}, Merged({name: read_finite(parent, source, start, stop) if read is None else read})
 
 
 def _with_sums(

@@ -25,6 +25,7 @@ from merganser.merging.vocabulary import VocabularyChange
 from merganser.methods import METHODS, Method, Unit
 
 AVERAGE, COPY, KEPT = "average", "copy", "kept separate"
+BUFFER = "a buffer, which nothing trains"  # the reason why a tensor is averaged
 HEADS = "heads"
 
 

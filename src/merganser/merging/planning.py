@@ -33,7 +33,7 @@ from merganser.merging.matching import (
     names_to_merge,
 )
 from merganser.merging.modules import check_modules
-from merganser.merging.plan import AVERAGE, COPY, HEADS, KEPT, Plan, Step
+from merganser.merging.plan import AVERAGE, BUFFER, COPY, HEADS, KEPT, Plan, Step
 from merganser.merging.recipe import Inputs, Parent, Recipe, method_options, open_inputs
 from merganser.merging.vocabulary import match_vocabularies
 from merganser.methods import METHODS, UNSEEN, Facts, Method, Unit, choose
@@ -195,6 +195,7 @@ def _steps(
     reasons = {f.name: f"excluded by {p!r}" for f in facts if (p := matches(f.name, recipe.exclude))}
     if inputs.reference not in inputs.parents:
         reasons |= {f.name: "packed experts, of which a ledger keeps no sums" for f in facts if f.stack is not None}
+    reasons |= {f.name: BUFFER for f in facts if f.name in inputs.reference.view.buffers}
     copied = {f.name for f in facts if not is_floating(tensors[f.name].dtype)}
     units, others = method.units([f for f in facts if f.name not in reasons and f.name not in copied])
     reasons |= others

@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from merganser.methods.base import Facts, Needs, Options, Share, Unit, input_width, transposed
+from merganser.methods.base import UNKNOWN, Facts, Needs, Options, Share, Unit, input_width, transposed
 from merganser.methods.least_squares import Diagonal, Gram, LeastSquares, Rule
 from merganser.methods.sums import BLOCK
 
@@ -28,6 +28,8 @@ def _treat(fact: Facts, options: ACTMatOptions) -> str:
     layer = fact.layer or fact.bias_of
     if layer is None:
         return "not a linear map"
+    if layer.kind == "unknown":
+        return UNKNOWN
     if not fact.in_base:
         return "not in the base model"
     if fact.layer is None:

@@ -21,6 +21,7 @@ from merganser.checkpoints.layers import Layer
 from merganser.methods.sums import GramSums
 
 UNSEEN = ""
+UNKNOWN = "a matrix that the model multiplies by in a way that is not known"  # why a method leaves it to the average
 _HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -306,14 +307,21 @@ def input_width(fact: Facts) -> int:
     return fact.shape[0] if transposed(fact) else prod(fact.shape[1:])
 
 
+def output_height(fact: Facts) -> int:
+    """The number of outputs of a layer, by the shape of its weight."""
+    return prod(fact.shape[1:]) if transposed(fact) else fact.shape[0]
+
+
 def as_matrix(tensor: Tensor, fact: Facts) -> Tensor:
     """A weight, or some rows of it, as (out, in), from how it lies on disk."""
-    return tensor.T if transposed(fact) else tensor.flatten(1) if tensor.dim() > 2 else tensor
+    flat = tensor.flatten(1) if tensor.dim() > 2 else tensor
+    return flat.T if transposed(fact) else flat
 
 
 def as_stored(matrix: Tensor, fact: Facts) -> Tensor:
     """A weight as it lies on disk, from (out, in)."""
-    return matrix.T if transposed(fact) else matrix.reshape(matrix.shape[0], *fact.shape[1:])
+    flat = matrix.T if transposed(fact) else matrix
+    return flat if len(fact.shape) == 2 else flat.reshape(flat.shape[0], *fact.shape[1:])
 
 
 def average(name: str, shares: Sequence[Share]) -> Tensor:

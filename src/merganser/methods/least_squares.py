@@ -26,6 +26,7 @@ from merganser.methods.base import (
     average_unit,
     elements,
     input_width,
+    output_height,
     separately,
     transposed,
 )  # fmt: skip
@@ -288,7 +289,7 @@ def _unstacked(weights: Tensor, unit: Unit) -> dict[str, Tensor]:
     """The inverse of :func:`stacked`, by on-disk name and in on-disk orientation."""
     _, with_bias = layers_of(unit)
     facts = [fact for fact in unit.facts if fact.layer]
-    heights = [fact.shape[1 if transposed(fact) else 0] for fact in facts]
+    heights = [output_height(fact) for fact in facts]
     tensors = {}
     for weight, fact in zip(weights.split(heights), facts, strict=True):
         if with_bias and fact.layer and fact.layer.bias:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from merganser.methods.base import (
+    UNKNOWN,
     Facts,
     Merged,
     Method,
@@ -39,6 +40,8 @@ class Matrix(Method):
         def treat(fact: Facts) -> str:
             if fact.layer is None or fact.layer.kind == "embedding":
                 return "not the weight of a linear layer"
+            if fact.layer.kind == "unknown":
+                return UNKNOWN
             return self.name if fact.in_base or not self.needs.base else "not in the base model"
 
         return separately(facts, treat, (self.name,))

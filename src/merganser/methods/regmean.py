@@ -12,7 +12,7 @@ from math import prod
 
 from pydantic import Field
 
-from merganser.methods.base import UNSEEN, Facts, Needs, Options, Share, Unit
+from merganser.methods.base import UNKNOWN, UNSEEN, Facts, Needs, Options, Share, Unit
 from merganser.methods.least_squares import Diagonal, Gram, LeastSquares, Rule, layers_of
 from merganser.methods.sums import augment
 
@@ -32,6 +32,8 @@ class RegMeanOptions(Options):
 def _treat(fact: Facts, options: RegMeanOptions) -> str:
     if fact.layer is None:
         return "bias" if fact.bias_of else "not a linear map"
+    if fact.layer.kind == "unknown":
+        return UNKNOWN
     if fact.layer.kind == "embedding":
         if not options.embeddings:
             return "embeddings are switched off"

@@ -60,7 +60,7 @@ def _thresholds(
     read: Reader, shape: tuple[int, ...], coefficients: Sequence[float], options: TIESOptions
 ) -> list[float]:
     """Each contributor's threshold: the smallest magnitude that is kept."""
-    height, keep = shape[0] if shape else 1, max(1, floor(options.density * prod(shape)))
+    height, keep = shape[0] if shape else 1, min(prod(shape), max(1, floor(options.density * prod(shape))))
 
     def magnitudes(start: int, stop: int) -> list[Tensor]:
         return [delta.abs_().to(torch.float32) for delta in read(start, stop)]

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from merganser.checkpoints.layers import Layer
+from merganser.checkpoints.layers import Kind, Layer
 from merganser.checkpoints.reader import read_json
 from merganser.errors import CheckpointError
 from merganser.merging.plan import AVERAGE, COPY, Step
@@ -43,7 +43,7 @@ class _Frozen(BaseModel):
 class LayerRecord(_Frozen):
     """A layer by the base's on-disk names, see :class:`merganser.checkpoints.layers.Layer`."""
 
-    kind: Literal["linear", "conv1d", "embedding"]
+    kind: Kind
     weight: str
     bias: str | None = None
 

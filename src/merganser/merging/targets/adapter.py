@@ -38,6 +38,7 @@ from merganser.methods.base import elements, input_width
 from merganser.tensors import DTYPES, byte_view
 
 PREFIX = "base_model.model."
+_FACTORED = ("linear", "conv1d", "embedding")  # layers of which PEFT's plain factors are a change
 _HEAD_CLASSES = {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"}
 
 
@@ -141,7 +142,7 @@ class AdapterTarget:
         module, _, kind = parameter.rpartition(".")
         if before is None or self._is_head(module):
             self._keep(parameter, merged, step, note)
-        elif layer is not None and min(merged.shape) >= self.rank:
+        elif layer is not None and layer.kind in _FACTORED and merged.dim() == 2 and min(merged.shape) >= self.rank:
             delta = merged.to(torch.float64) - before.to(torch.float64)
             self._add_factors(layer, delta, step, note)
         elif name in self._linear_biases and kind == "bias":

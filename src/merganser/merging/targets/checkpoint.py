@@ -25,7 +25,7 @@ from merganser.files import is_url, new_folder, parse_size, space_error
 from merganser.merging.configuration import merged_config, resize
 from merganser.merging.execution import TensorRecord, storable
 from merganser.merging.outputs import RemoteOutput, new_remote_output
-from merganser.merging.plan import HEADS, KEPT, Plan, Step
+from merganser.merging.plan import BUFFER, HEADS, KEPT, Plan, Step
 from merganser.merging.provenance import model_card, public_name, write_provenance
 from merganser.merging.recipe import Inputs, Parent
 from merganser.methods import Merged
@@ -112,7 +112,9 @@ class CheckpointTarget:
         done = 0
         for name, tensor in merged.tensors.items():
             if (spec := self._specs.get(name)) is not None:
-                stored = storable(tensor, DTYPES[spec.dtype], name, step.method)
+                dtype = DTYPES[spec.dtype]
+                free = step.reason == BUFFER  # whose numbers may be infinite
+                stored = tensor.to(dtype).contiguous() if free else storable(tensor, dtype, name, step.method)
                 self._writer.write(*self._places[name], stored, firsts[name])
                 self._hashes.setdefault(name, TensorHash(spec.dtype, spec.shape, "blake3")).update(stored)
                 done += stored.nbytes
