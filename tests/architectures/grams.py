@@ -139,7 +139,6 @@ def _patches(inputs: Tensor, weight: Tensor, given: dict[str, Any]) -> Tensor:
     """What a convolution multiplies, (…, in · kernel), in the order of ``weight.flatten(1)``."""
     size = weight.shape[2:]
     stride, padding, dilation = (_each(given.get(name, one), len(size)) for name, one in _DEFAULTS.items())
-    padding = (0,) * len(size) if "valid" in padding else padding
     padded = functional.pad(inputs, [width for one in reversed(padding) for width in (one, one)])
     for axis, (kernel, step, gap) in enumerate(zip(size, stride, dilation, strict=True)):
         spread = gap * (kernel - 1) + 1
@@ -153,5 +152,6 @@ _DEFAULTS = {"stride": 1, "padding": 0, "dilation": 1}
 
 
 def _each(value: Any, count: int) -> tuple[int, ...]:
+    value = 0 if value == "valid" else value
     values = (value,) if isinstance(value, int) else tuple(value)
     return values * count if len(values) == 1 else values

@@ -244,7 +244,7 @@ def test_a_configuration_that_does_not_fit_its_weights_is_found(tmp_path: Path) 
     places = [store(vary(make("BertForSequenceClassification"), seed), tmp_path / str(seed)) for seed in (1, 2)]
     for place in places:
         change_config(place, intermediate_size=99)
-    with pytest.raises((CheckpointError, Problems), match="intermediate|99"):
+    with pytest.raises((CheckpointError, Problems), match=r"intermediate|99"):
         merganser.merge([*map(str, places)], tmp_path / "out", method="simple")
     assert not (tmp_path / "out").exists()
 

@@ -153,6 +153,7 @@ def test_texts_at_the_limit_run(save_ready: Save) -> None:
         ({"architectures": ["T5ForConditionalGeneration"], "model_type": "t5"}, "seq2seq"),
         ({"architectures": ["GPT2LMHeadModel"]}, "causal-lm"),
         ({"architectures": ["LlamaForCausalLM"]}, "causal-lm"),
+        ({"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava"}, "causal-lm"),
         ({"architectures": ["BertModel"]}, "feature-extraction"),
         ({"architectures": ["RobertaForMaskedLM"]}, "feature-extraction"),
     ],
@@ -168,8 +169,6 @@ def test_unknown_tasks_and_architectures() -> None:
     assert "did you mean 'text-classification'" in str(caught.value)
     with pytest.raises(UserError, match="no task is known for the architecture WhisperForAudioClassification"):
         task_for("auto", {"architectures": ["WhisperForAudioClassification"]})
-    with pytest.raises(UserError, match="no task is known for the architecture Llava"):
-        task_for("auto", {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava"})
 
 
 def test_models_load_in_float32_and_eval_mode(save_ready: Save) -> None:
