@@ -29,7 +29,7 @@ PARTLY_COVERED: dict[str, str] = {
 #: Classes whose statistics are not compared as a whole, with the reason.
 NOT_COMPARED: dict[str, str] = {
     "PegasusXForConditionalGeneration": "it fills its windows itself, and the oracle counts what it fills them with",
-    "ProphetNetForConditionalGeneration": "position embeddings are looked up a second time past their module"
+    "ProphetNetForConditionalGeneration": "position embeddings are looked up a second time past their module",
 }
 
 

@@ -183,18 +183,26 @@ def test_a_tied_and_an_untied_contributor(tmp_path: Path) -> None:
         merganser.merge([str(a), str(b)], tmp_path / "other", method="simple", config_from="tied")
 
 
-def test_copies_of_tied_tensors_that_differ_are_refused_with_a_mend_that_works(tmp_path: Path) -> None:
-    model = vary(make("LlamaForCausalLM", tie_word_embeddings=True), 1)
+def test_copies_of_tied_tensors_that_differ_are_tensors_of_their_own(tmp_path: Path) -> None:
+    """As transformers opens them; where only one contributor's differ, the result is tied no more and says so."""
     edit = with_copy("lm_head.weight", "model.embed_tokens.weight", 2.0)
-    places = [store(model, tmp_path / key, edit) for key in "ab"]
-    with pytest.raises(UserError, match="ties them") as caught:
-        merganser.merge([*map(str, places)], tmp_path / "out", method="simple")
-    assert '"tie_word_embeddings": false' in str(caught.value)
-    for place in places:
-        change_config(place, tie_word_embeddings=False)
-    merganser.merge([*map(str, places)], tmp_path / "out", method="simple")
-    merged = open_whole(tmp_path / "out", "LlamaForCausalLM")
-    assert torch.equal(merged.lm_head.weight, 2 * merged.model.embed_tokens.weight)
+    same = with_copy("lm_head.weight", "model.embed_tokens.weight")
+    a, b = (vary(make("LlamaForCausalLM", tie_word_embeddings=True), seed) for seed in (1, 2))
+    for edits, stated in (((edit, edit), True), ((same, edit), False)):
+        places = [
+            store(model, tmp_path / f"{stated}-{key}", one) for model, key, one in zip((a, b), "ab", edits, strict=True)
+        ]
+        out = tmp_path / f"out-{stated}"
+        result = merganser.merge([*map(str, places)], out, method="simple")
+        merged = open_whole(out, "LlamaForCausalLM")
+        heads = [open_whole(place, "LlamaForCausalLM").lm_head.weight.detach() for place in places]
+        torch.testing.assert_close(merged.lm_head.weight.detach(), torch.stack(heads).mean(0))
+        assert_average(merged.model, a.model, b.model)
+        assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is stated
+        assert any("tied to model.embed_tokens.weight no more" in note for note in result.notes) is not stated
+    with pytest.raises(UserError, match="lm_head.*would be lost"):  # the first stores no head of its own
+        first = store(a, tmp_path / "first")
+        merganser.merge([str(first), str(tmp_path / "False-b")], tmp_path / "none", method="simple")
 
 
 @pytest.mark.parametrize("name", ["FlaubertForSequenceClassification", "ResNetForImageClassification"])

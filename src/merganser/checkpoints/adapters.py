@@ -114,6 +114,11 @@ class AdapterCheckpoint(Checkpoint):
         """The names of these files."""
         return sorted(self.side_paths())
 
+    @property
+    def is_here(self) -> bool:
+        """Whether the weights can be read without a download."""
+        return self.base.is_here and self.adapter.is_here
+
     def fetch(self) -> None:
         """Download what is on the Hub of base and adapter."""
         self.base.fetch()

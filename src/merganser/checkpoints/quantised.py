@@ -48,6 +48,11 @@ class QuantisedCheckpoint(Checkpoint):
         found: dict[str, Any] = without_quantisation(self.stored.config)
         return found
 
+    @property
+    def is_here(self) -> bool:
+        """Whether the weights can be read without a download."""
+        return self.stored.is_here
+
     def fetch(self) -> None:
         """Download what is on the Hub."""
         self.stored.fetch()

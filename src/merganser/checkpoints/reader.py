@@ -114,6 +114,11 @@ class Checkpoint:
         """The files that its statistics are kept with: of an adapter, its own."""
         return self
 
+    @property
+    def is_here(self) -> bool:
+        """Whether the weights can be read without a download."""
+        return self._fetch is None
+
     def fetch(self) -> None:
         """Download the weights of a Hub reference; nothing to do for a folder."""
         with self._lock:

@@ -115,22 +115,36 @@ def check_architectures(parents: Sequence[Parent], base: Parent | None, problems
             )
 
 
-def names_to_merge(recipe: Recipe, people: Sequence[Parent], reference: Parent) -> tuple[list[str], list[str]]:
-    """The tensors of the result, by the reference's names, and notes on what is left out.
+def names_to_merge(
+    recipe: Recipe, people: Sequence[Parent], reference: Parent
+) -> tuple[list[str], tuple[str, ...], list[str]]:
+    """The tensors of the result, by the reference's names, those that it ties no more, and notes on what is left out.
 
     Left out are second copies of tied tensors, which open from the first, and buffers that the model does not read
-    any more and some contributor does not store.
+    any more and some contributor does not store. Copies that differ in some contributor are tensors of their own.
     """
     view, notes = reference.view, []
     names = [name for name in reference.checkpoint.tensors if not matches(name, recipe.keep_separate)]
-    copies = [name for name in names if name in view.duplicates]
+    differing = {name: [p.title for p in people if _differs(p, name)] for name in names if name in view.duplicates}
+    copies = [name for name, titles in differing.items() if not titles]
+    untied = tuple(name for name, titles in differing.items() if titles and name in reference.copies)
     if copies:
         notes.append(f"stored once, since the model ties them: {_listed(copies)} (as {view.duplicates[copies[0]]})")
+    notes += [
+        f"{name} is tied to {view.duplicates[name]} no more: they differ in {', '.join(differing[name])}"
+        for name in untied
+    ]
     old = [name for name in names if name in view.ignored and any(name not in p.sources for p in people)]
     if old:
         notes.append(f"left out, since the model does not read them: {_listed(old)}")
     left_out = {*copies, *old}
-    return [name for name in names if name not in left_out], notes
+    return [name for name in names if name not in left_out], untied, notes
+
+
+def _differs(parent: Parent, name: str) -> bool:
+    """Whether a contributor's copy of a tied tensor is another one than the first."""
+    source = parent.sources.get(name)
+    return source is not None and source.tensor in parent.view.duplicates and source.tensor not in parent.copies
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -188,7 +202,7 @@ def check_unmatched(parents: Sequence[Parent], separate: Sequence[Sequence[str]]
     first = parents[0]
     for parent, kept in zip(parents, separate, strict=True):
         used = {stored for source in parent.sources.values() for stored in source.tensors()}
-        used |= {*kept, *parent.view.duplicates, *parent.view.ignored}
+        used |= {*kept, *parent.copies, *parent.view.ignored}
         lost = [name for name, i in parent.checkpoint.tensors.items() if name not in used and is_floating(i.dtype)]
         if lost:
             text = f"{_tensors(lost)} not in {first.title} and would be lost"
@@ -212,20 +226,6 @@ def _separate(names: Sequence[str], why: str, before: str = "") -> str:
         return "give models of one architecture and size: these differ in more than their heads"
     patterns = " ".join(f"--keep-separate '{stem}*'" for stem in stems)
     return f"{before}{', and ' if before else ''}{patterns} {why}"
-
-
-def check_ties(parent: Parent) -> list[CheckpointError]:
-    """Second copies of tied tensors that differ from the first, by their bytes: such a model does not open tied."""
-    checkpoint = parent.checkpoint
-    return [
-        CheckpointError(
-            f"{name!r} and {first!r} differ, though the configuration ties them (tie_word_embeddings)",
-            where=checkpoint.name,
-            mend='write "tie_word_embeddings": false into its config.json and the other contributors\'',
-        )
-        for name, first in parent.view.duplicates.items()
-        if name in parent.checkpoint.tensors and checkpoint.hash(name, "blake3") != checkpoint.hash(first, "blake3")
-    ]
 
 
 def check_needs(

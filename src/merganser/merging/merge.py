@@ -16,7 +16,6 @@ from merganser.errors import CheckpointError, ErrorCollector, RecipeError, raise
 from merganser.files import is_url
 from merganser.merging.distributed import run_on
 from merganser.merging.execution import Merging, execute
-from merganser.merging.matching import check_ties
 from merganser.merging.memory import RunSettings, Schedule, available_bytes, fit
 from merganser.merging.outputs import output_of
 from merganser.merging.plan import Coverage, Plan, Treatment, inputs_of
@@ -233,14 +232,16 @@ def prepare(
         if settings.sums is not None and not is_url(output):
             problems.add(*check_sums(settings.sums, plan.steps, models, Path(output)))
     problems.raise_all()
+    waiting = any(s.view.duplicates and not s.checkpoint.is_here for s in inputs.sources)
     for source in inputs.sources:
         source.checkpoint.fetch()
+    if waiting and isinstance(recipe, Recipe):  # whether copies of tied tensors are equal is known only now
+        plan = plan_of(recipe, inputs, rank=rank)
+        schedule = fit(plan.steps, settings, extra=None if plan.rank is None else AdapterTarget.extra_bytes)
     if plan.method.needs.statistics or plan.rank is not None:
         _hash(inputs, settings.threads)
         for parent in inputs.parents:
             problems.add(*(parent.statistics.check_binding(parent.checkpoint) if parent.statistics else []))
-    for source in inputs.sources:
-        problems.add(*check_ties(source))
     problems.raise_all()
     return PreparedMerge(plan, inputs, settings, schedule)
 

@@ -145,6 +145,7 @@ class Plan:
         vocabulary_from: the contributor whose tokenizer the result takes; -1: the base.
         vocabulary: what becomes of the contributors' vocabularies, where rows are matched by token.
         own_vocabularies: each contributor keeps an embedding, and so a tokenizer, of its own.
+        untied: tensors that the reference ties to another one and the result does not.
         rank: of the LoRA adapter that is written; None: a full checkpoint.
         choice: why this method, where the recipe said ``auto``.
         notes: what the user should know.
@@ -162,6 +163,7 @@ class Plan:
     vocabulary_from: int = 0
     vocabulary: VocabularyChange | None = None
     own_vocabularies: bool = False
+    untied: tuple[str, ...] = ()
     rank: int | None = None
     choice: str | None = None
     notes: tuple[str, ...] = ()

@@ -71,7 +71,7 @@ def plan_of(recipe: Recipe, inputs: Inputs, *, rank: int | None = None) -> Plan:
     if (left := side_files.left_behind(reference.checkpoint.path)) is not None:
         notes.append(left)
     separate = find_separate(recipe, people, problems)
-    names, left_out = names_to_merge(recipe, people, reference)
+    names, untied, left_out = names_to_merge(recipe, people, reference)
     notes += left_out
     labels = match_labels(recipe, people, names, problems)
     rows = dict(labels.rows) if labels else {}
@@ -128,6 +128,7 @@ def plan_of(recipe: Recipe, inputs: Inputs, *, rank: int | None = None) -> Plan:
         labels=labels.labels if labels and list(labels.labels) != reference.label_names else None,
         vocabulary_from=vocabulary.tokenizer,
         vocabulary=vocabulary.change,
+        untied=untied,
         own_vocabularies=vocabulary.separate,
         rank=rank,
         choice=choice,

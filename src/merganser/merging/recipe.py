@@ -195,6 +195,19 @@ class Parent:
         return view_of(self.checkpoint)
 
     @property
+    def copies(self) -> frozenset[str]:
+        """Second copies of tied tensors, by their bytes; of files that are not here yet, what could be copies.
+
+        transformers ties two tensors that are both stored only where they are equal.
+        """
+        checkpoint = self.checkpoint
+        return frozenset(
+            name
+            for name, first in self.view.duplicates.items()
+            if not checkpoint.is_here or checkpoint.hash(name, "blake3") == checkpoint.hash(first, "blake3")
+        )
+
+    @property
     def label_names(self) -> list[str]:
         """The labels of its head, in order; empty where its configuration names none."""
         config = self.checkpoint.config

@@ -120,7 +120,7 @@ def match_vocabularies(
         table = _rows(tokens, length, filled, own, len(people), filler, needs_base=needs_base)
         if table is not None:
             rows[name] = table if not tensors[name] else RowMap(table.size, table.runs, table.base, columns=True)
-    kept = [name for name in tensors if name not in names and name not in people[0].view.duplicates]
+    kept = [name for name in tensors if name not in names and name not in people[0].copies]
     if rows and kept:
         text = f"{', '.join(kept)} is kept separate, but the rows of {', '.join(merged)} are matched by token"
         mend = " ".join(f"--keep-separate '{name}'" for name in merged)
