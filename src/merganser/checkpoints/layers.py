@@ -84,7 +84,9 @@ class _Weight:
 
 def _weights_of(module: nn.Module) -> list[_Weight]:
     """The weights of linear maps that a module itself holds."""
-    own = dict(module.named_parameters(recurse=False, remove_duplicate=False))
+    own = {name: value for name, value in module._parameters.items() if value is not None}
+    if not own:
+        return []
     kind = kind_of(module)
     if kind is not None:
         return [_Weight("weight", kind, bias="bias" if "bias" in own else None)] if "weight" in own else []
@@ -145,7 +147,7 @@ def find_layers(model: nn.Module, places: Mapping[str, Place], shapes: Mapping[s
                 found.setdefault((parameter, layer.weight), layer)
                 users.setdefault((layer.weight, part), set()).add(parameter)
     shared = {stored for (stored, _), names in users.items() if len(names) > 1}
-    return [replace(layer, tied=layer.weight in shared) for layer in found.values()]
+    return [replace(layer, tied=True) if layer.weight in shared else layer for layer in found.values()]
 
 
 def _layers_at(

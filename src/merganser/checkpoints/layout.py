@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 from merganser.checkpoints.sources import Source
 
 Range = tuple[int, int]
+_ties: WeakKeyDictionary[nn.Module, list[list[str]]] = WeakKeyDictionary()
+_states: WeakKeyDictionary[nn.Module, dict[str, tuple[int, ...]]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -289,7 +292,7 @@ def find_places(
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    wanted = state_shapes(model)
     prefix = str(getattr(model, "base_model_prefix", ""))
     transforms = get_model_conversion_mapping(model)
     renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
@@ -333,8 +336,21 @@ def find_places(
     return places, frozenset(unused), mismatched
 
 
+def state_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shapes of what a model stores; worked out once a model."""
+    if model not in _states:
+        _states[model] = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    return _states[model]
+
+
 def ties(model: nn.Module) -> list[list[str]]:
-    """Groups of parameters that are one tensor, that which the others are tied to first."""
+    """Groups of parameters that are one tensor, that which the others are tied to first; worked out once a model."""
+    if model not in _ties:
+        _ties[model] = _find_ties(model)
+    return _ties[model]
+
+
+def _find_ties(model: nn.Module) -> list[list[str]]:
     groups: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         groups.setdefault(id(parameter), []).append(name)

@@ -19,7 +19,7 @@ from typing import Any
 from torch import nn
 
 from merganser.checkpoints.layers import Kind, Layer, build_empty, find_layers
-from merganser.checkpoints.layout import Box, Place, find_places, simplified, source_of, ties
+from merganser.checkpoints.layout import Box, Place, find_places, simplified, source_of, state_shapes, ties
 from merganser.checkpoints.reader import Checkpoint, align
 from merganser.checkpoints.sources import Source
 from merganser.errors import CheckpointError
@@ -220,7 +220,7 @@ def _without_ignored(model: Any, missing: Iterable[str], unused: Iterable[str]) 
 
 def _absent(model: nn.Module, places: Mapping[str, Place]) -> set[str]:
     """Parameters that are neither stored nor tied to one that is."""
-    absent = {name for name in model.state_dict() if name not in places}
+    absent = {name for name in state_shapes(model) if name not in places}
     for group in ties(model):
         if any(name in places for name in group):
             absent -= set(group)

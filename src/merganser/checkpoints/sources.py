@@ -33,6 +33,12 @@ class Source:
     parts: tuple[Source, ...] = ()
     stacked: bool = False
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is a stored tensor as it is."""
+        parts = self.parts or self.transposed or self.index is not None
+        return not parts and self.rows is None and self.columns is None
+
     def tensors(self) -> Iterator[str]:
         """The names of the stored tensors."""
         if not self.parts:

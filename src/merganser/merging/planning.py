@@ -34,7 +34,7 @@ from merganser.merging.matching import (
 )
 from merganser.merging.modules import check_modules
 from merganser.merging.plan import AVERAGE, BUFFER, COPY, HEADS, KEPT, Plan, Step
-from merganser.merging.recipe import Inputs, Parent, Recipe, method_options, open_inputs
+from merganser.merging.recipe import Inputs, Parent, Recipe, method_options, open_inputs, without_collection
 from merganser.merging.vocabulary import match_vocabularies
 from merganser.methods import METHODS, UNSEEN, Facts, Method, Unit, choose
 from merganser.methods.simple import SIMPLE
@@ -60,6 +60,7 @@ def make_plan(recipe: Recipe, *, rank: int | None = None) -> Plan:
     return plan_of(recipe, open_inputs(recipe), rank=rank)
 
 
+@without_collection()
 def plan_of(recipe: Recipe, inputs: Inputs, *, rank: int | None = None) -> Plan:
     """The same of files that are open."""
     problems = ErrorCollector()
@@ -277,7 +278,7 @@ def _published(parent: Parent, name: str, layer: Layer | None, stack: int | None
     if entry is not None and entry.tied and entry.input and statistics.header.protocol < SUMMED_TIES:
         return None, False, False  # of one of the layers that share it alone
     count = entry is not None and statistics.has_count(entry.module)
-    fisher = source == Source(source.tensor) and statistics.has_fisher(source.tensor)
+    fisher = source.is_whole and statistics.has_fisher(source.tensor)
     return entry.input if entry else None, count, fisher
 
 

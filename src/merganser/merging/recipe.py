@@ -5,10 +5,13 @@ A YAML file and the command line's flags mean the same.
 
 from __future__ import annotations
 
+import gc
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -180,16 +183,21 @@ class Parent:
         return self.contributor.title
 
     def info(self, name: str) -> TensorInfo | None:
-        """Its header entry of a tensor, by the first contributor's name."""
-        source = self.sources.get(name)
-        if source is None:
-            return None
-        if source == Source(source.tensor):
-            return self.checkpoint.tensors[source.tensor]
-        first = self.checkpoint.tensors[source.leaf.tensor]
-        return replace(first, name=name, shape=source.shape(self.checkpoint))
+        """Its header entry of a tensor, by the first contributor's name; of one made of parts, as if it lay so."""
+        return self._infos.get(name)
 
-    @property
+    @cached_property
+    def _infos(self) -> dict[str, TensorInfo]:
+        found, stored = {}, self.checkpoint.tensors
+        for name, source in self.sources.items():
+            if source.is_whole:
+                found[name] = stored[source.tensor]
+            else:
+                shape = source.shape(self.checkpoint)
+                found[name] = replace(stored[source.leaf.tensor], name=name, shape=shape)
+        return found
+
+    @cached_property
     def view(self) -> ModelView:
         """It as the model that opens from it."""
         return view_of(self.checkpoint)
@@ -238,6 +246,19 @@ class Inputs:
         return [*self.parents, *([self.base] if self.base else [])]
 
 
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """No garbage collection for a while: tens of thousands of small values are made that all stay alive."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@without_collection()
 def open_inputs(recipe: Recipe) -> Inputs:
     """Open the files that a recipe names, reading headers only.
 
