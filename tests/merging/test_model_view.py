@@ -155,6 +155,25 @@ def test_contributors_whose_files_differ_meet(case: str, first: bool, tmp_path: 
     open_whole(tmp_path / "actmat", name)
 
 
+def test_canonical_names_are_those_that_transformers_would_save(tmp_path: Path) -> None:
+    """Whatever the contributors' files say; a method with a base and each expert's statistics reads what lies there."""
+    a, b = vary(make("MixtralForCausalLM"), 1), vary(make("MixtralForCausalLM"), 2)
+    places = [store(a, tmp_path / "a", pack), store(b, tmp_path / "b", pack)]
+    base = store(make("MixtralForCausalLM"), tmp_path / "base")
+    for method in ("simple", "actmat"):
+        out = tmp_path / method
+        result = merganser.merge([*map(str, places)], out, method=method, base=str(base), names="canonical")
+        assert result.coverage.share == 1
+        assert load_file(out / WEIGHTS).keys() == load_file(base / WEIGHTS).keys()
+        merged = open_whole(out, "MixtralForCausalLM")
+        if method == "simple":
+            assert_average(merged, a, b)
+        merganser.verify(out)
+        assert merganser.reproduce(out) == []
+    with pytest.raises(RecipeError, match="keep_separate"):
+        merganser.merge([*map(str, places)], tmp_path / "x", names="canonical", keep_separate=["lm_head*"])
+
+
 def test_every_way_round_is_read(tmp_path: Path) -> None:
     """Sources of packed experts in separate ones and of separate ones in packed, to the bit."""
     model = vary(make("MixtralForCausalLM"), 1)

@@ -168,6 +168,18 @@ def make_view(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], 
     return _views[key]
 
 
+def canonical_shapes(view: ModelView) -> dict[str, tuple[int, ...]]:
+    """Names and shapes as ``save_pretrained`` of this version of transformers would write them; tied tensors once."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    if view.model is None:
+        return {}
+    tied = getattr(view.model, "all_tied_weights_keys", {})
+    kept = {name: value.detach() for name, value in view.model.state_dict().items() if name not in tied}
+    found: dict[str, Any] = revert_weight_conversion(view.model, kept)
+    return {name: tuple(value.shape) for name, value in found.items()}
+
+
 def aligned(reference: ModelView, other: ModelView) -> dict[str, Source]:
     """Where another checkpoint has each tensor that the reference stores; what it does not have is absent."""
     if reference is other:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from merganser.checkpoints.header import TensorInfo
 from merganser.checkpoints.reader import Checkpoint
+from merganser.tensors import DTYPES
 
 
 @dataclass(frozen=True)
@@ -110,3 +114,29 @@ def _read_parts(checkpoint: Checkpoint, source: Source, start: int, stop: int | 
             found.append(read_source(checkpoint, part, low, high))
         first += height
     return found[0] if len(found) == 1 else torch.cat(found)
+
+
+class RenamedCheckpoint(Checkpoint):
+    """A checkpoint as it would be if its files had other names: for what is to be written.
+
+    Args:
+        stored: the files as they are.
+        sources: where each tensor lies in them, by its name here.
+    """
+
+    def __init__(self, stored: Checkpoint, sources: Mapping[str, Source]) -> None:
+        infos = {}
+        for name, source in sources.items():
+            dtype, shape = source.dtype(stored), source.shape(stored)
+            infos[name] = TensorInfo(name, dtype, shape, "", 0, DTYPES[dtype].itemsize * prod(shape))
+        super().__init__(stored.name, stored.path, infos, revision=stored.revision)
+        self._stored, self._sources = stored, dict(sources)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """As the files have it."""
+        return self._stored.config
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Tensor ``name``, or its rows ``start:stop``."""
+        return read_source(self._stored, self._sources[name], start, stop)

@@ -41,6 +41,11 @@ if TYPE_CHECKING:
 @click.option("--tokenizer-from", metavar="NAME|base", help="Whose tokenizer, chat template and generation settings.")
 @click.option("--dtype", type=click.Choice(["F64", "F32", "F16", "BF16"]), help="Storage dtype of the result.")
 @click.option(
+    "--names",
+    type=click.Choice(["first", "canonical"]),
+    help="Of the result's tensors: the first model's, or those that transformers would save.",
+)
+@click.option(
     "--require-coverage",
     type=click.FloatRange(0, 1),
     metavar="SHARE",

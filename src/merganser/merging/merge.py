@@ -125,7 +125,7 @@ def merge(
         engine: where the work is done (see :mod:`merganser.engines`); by default in this process.
         as_adapter: write the nearest LoRA adapter of this rank instead of a full checkpoint.
         settings: the other keys of :class:`Recipe`: ``exclude``, ``keep_separate``, ``labels``, ``vocabulary``,
-            ``missing_rows``, ``config_from``, ``tokenizer_from``, ``dtype``, ``max_shard_size``,
+            ``missing_rows``, ``names``, ``config_from``, ``tokenizer_from``, ``dtype``, ``max_shard_size``,
             ``require_coverage``, ``allow_pickle``.
 
     Returns:

@@ -65,7 +65,7 @@ def plan_of(recipe: Recipe, inputs: Inputs, *, rank: int | None = None) -> Plan:
     """The same of files that are open."""
     problems = ErrorCollector()
     parents, base, reference = inputs.parents, inputs.base, inputs.reference
-    people = parents if reference in parents else (reference, *parents)
+    people = inputs.people
     check_architectures(people, base, problems)
     notes = check_modules(recipe, people, problems)
     problems.catch(reference.checkpoint.side_paths)
@@ -93,6 +93,8 @@ def plan_of(recipe: Recipe, inputs: Inputs, *, rank: int | None = None) -> Plan:
     rows |= vocabulary.rows
     match_shapes(people, names, rows, problems)
     check_unmatched(people, separate, problems)
+    if people[0] is not parents[0] and not inputs.of_ledger:  # what has no canonical name
+        check_unmatched([people[0], parents[0]], ((), ()), problems)
     check_needs(method, recipe, parents, base, problems)
     if rank is not None:
         check_adapter(recipe, inputs, rank, method, problems)
@@ -109,7 +111,7 @@ def plan_of(recipe: Recipe, inputs: Inputs, *, rank: int | None = None) -> Plan:
     notes += check_coverage(recipe, steps, chosen, reference.view.reason)
     outputs = [_spec(name, recipe, inputs, rows) for name in names]
     folders = nested_folders(reference.checkpoint)
-    if reference in parents and any(separate):
+    if not inputs.of_ledger and any(separate):
         kept, specs = _kept(inputs, separate, folders)
         steps, outputs = [*steps, *kept], [*outputs, *specs]
     reads_base = method.needs.base or rank is not None or vocabulary.uses_base or recipe.config_from == BASE
@@ -195,7 +197,7 @@ def _steps(
 
     facts = make_facts(names, inputs, _layers(inputs), rows)
     reasons = {f.name: f"excluded by {p!r}" for f in facts if (p := matches(f.name, recipe.exclude))}
-    if inputs.reference not in inputs.parents:
+    if inputs.of_ledger:
         reasons |= {f.name: "packed experts, of which a ledger keeps no sums" for f in facts if f.stack is not None}
     reasons |= {f.name: BUFFER for f in facts if f.name in inputs.reference.view.buffers}
     copied = {f.name for f in facts if not is_floating(tensors[f.name].dtype)}

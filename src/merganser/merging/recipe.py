@@ -19,8 +19,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from merganser.checkpoints import AdapterCheckpoint, Checkpoint, TensorInfo, open_checkpoint
-from merganser.checkpoints.model_view import ModelView, aligned, view_of
-from merganser.checkpoints.sources import Source
+from merganser.checkpoints.model_view import ModelView, aligned, canonical_shapes, make_view, view_of
+from merganser.checkpoints.sources import RenamedCheckpoint, Source
 from merganser.errors import ErrorCollector, RecipeError, did_you_mean, validated
 from merganser.methods import METHODS
 from merganser.statistics import FILE_NAME, Statistics
@@ -67,6 +67,9 @@ class Recipe(BaseModel):
     tokenizer_from: str | None = Field(None, description="whose tokenizer, chat template and generation settings")
     dtype: Literal["F64", "F32", "F16", "BF16"] | None = Field(
         None, description="storage dtype of the result; by default the widest of the contributors'"
+    )
+    names: Literal["first", "canonical"] = Field(
+        "first", description="of the result's tensors: the first contributor's, or those that transformers would save"
     )
     require_coverage: float | None = Field(
         None, ge=0, le=1, description="the share of the linear weights that the method has to reach"
@@ -241,6 +244,18 @@ class Inputs:
     reference: Parent
 
     @property
+    def people(self) -> tuple[Parent, ...]:
+        """Who has to fit together: the contributors, the first as the reference; of a ledger, its base before them."""
+        if isinstance(self.reference.checkpoint, RenamedCheckpoint):
+            return (self.reference, *self.parents[1:])
+        return self.parents if self.reference in self.parents else (self.reference, *self.parents)
+
+    @property
+    def of_ledger(self) -> bool:
+        """Whether the names are those of a ledger's base."""
+        return len(self.people) > len(self.parents)
+
+    @property
     def sources(self) -> list[Parent]:
         """Everything that tensors are read from."""
         return [*self.parents, *([self.base] if self.base else [])]
@@ -268,9 +283,31 @@ def open_inputs(recipe: Recipe) -> Inputs:
     problems = ErrorCollector()
     parents = open_parents(recipe, problems)
     problems.raise_all()
-    base = open_base(recipe, parents[0], problems, parents)
+    reference = parents[0]
+    if recipe.names == "canonical":
+        reference = _canonical(recipe, reference)
+        parents = [replace(parent, sources=aligned(reference.view, parent.view)) for parent in parents]
+    base = open_base(recipe, reference, problems, parents)
     problems.raise_all()
-    return Inputs(tuple(parents), base, parents[0])
+    return Inputs(tuple(parents), base, reference)
+
+
+def _canonical(recipe: Recipe, first: Parent) -> Parent:
+    """The first contributor as if its files had the names that transformers would write.
+
+    Raises:
+        RecipeError: there are no such names, or patterns of the recipe mean the names of the files.
+    """
+    where, view = "names", first.view
+    if view.model is None:
+        mend = "leave it out: the result has the first contributor's names"
+        raise RecipeError(f"{first.title} has no canonical names: {view.reason}", where=where, mend=mend)
+    if recipe.keep_separate:
+        what = "keep_separate means the names in the files, which canonical names replace"
+        raise RecipeError(what, where=where, mend="leave one of them out")
+    wanted = make_view(first.checkpoint.config, canonical_shapes(view), first.checkpoint.model_path)
+    checkpoint = RenamedCheckpoint(first.checkpoint, aligned(wanted, view))
+    return Parent(first.contributor, checkpoint, None, {name: Source(name) for name in checkpoint.tensors})
 
 
 def open_parents(recipe: Recipe, problems: ErrorCollector) -> list[Parent]:
