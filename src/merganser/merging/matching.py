@@ -116,15 +116,18 @@ def check_architectures(parents: Sequence[Parent], base: Parent | None, problems
 
 
 def names_to_merge(
-    recipe: Recipe, people: Sequence[Parent], reference: Parent
+    recipe: Recipe, people: Sequence[Parent], reference: Parent, *, plain: bool = False
 ) -> tuple[list[str], tuple[str, ...], list[str]]:
     """The tensors of the result, by the reference's names, those that it ties no more, and notes on what is left out.
 
     Left out are second copies of tied tensors, which open from the first, and buffers that the model does not read
-    any more and some contributor does not store. Copies that differ in some contributor are tensors of their own.
+    any more and some contributor does not store. Copies that differ in some contributor are tensors of their own. With
+    ``plain`` nothing is left out.
     """
-    view, notes = reference.view, []
     names = [name for name in reference.checkpoint.tensors if not matches(name, recipe.keep_separate)]
+    if plain:
+        return names, (), []
+    view, notes = reference.view, list[str]()
     differing = {name: [p.title for p in people if _differs(p, name)] for name in names if name in view.duplicates}
     copies = [name for name, titles in differing.items() if not titles]
     untied = tuple(name for name, titles in differing.items() if titles and name in reference.copies)
@@ -202,8 +205,9 @@ def check_unmatched(parents: Sequence[Parent], separate: Sequence[Sequence[str]]
     first = parents[0]
     for parent, kept in zip(parents, separate, strict=True):
         used = {stored for source in parent.sources.values() for stored in source.tensors()}
-        used |= {*kept, *parent.copies, *parent.view.ignored}
+        used |= set(kept)
         lost = [name for name, i in parent.checkpoint.tensors.items() if name not in used and is_floating(i.dtype)]
+        lost = [name for name in lost if name not in parent.copies and name not in parent.view.ignored]
         if lost:
             text = f"{_tensors(lost)} not in {first.title} and would be lost"
             mend = f"name {parent.title} first"

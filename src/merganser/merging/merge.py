@@ -232,7 +232,7 @@ def prepare(
         if settings.sums is not None and not is_url(output):
             problems.add(*check_sums(settings.sums, plan.steps, models, Path(output)))
     problems.raise_all()
-    waiting = any(s.view.duplicates and not s.checkpoint.is_here for s in inputs.sources)
+    waiting = any(not s.checkpoint.is_here and s.view.duplicates for s in inputs.sources)
     for source in inputs.sources:
         source.checkpoint.fetch()
     if waiting and isinstance(recipe, Recipe):  # whether copies of tied tensors are equal is known only now

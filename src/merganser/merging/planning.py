@@ -72,7 +72,11 @@ def plan_of(recipe: Recipe, inputs: Inputs, *, rank: int | None = None) -> Plan:
     if (left := side_files.left_behind(reference.checkpoint.path)) is not None:
         notes.append(left)
     separate = find_separate(recipe, people, problems)
-    names, untied, left_out = names_to_merge(recipe, people, reference)
+    chosen, choice = choose_method(recipe, inputs)
+    method = METHODS[chosen].configured(method_options(recipe, chosen))
+    # The average of files that are alike asks nothing of the model: transformers takes longer to import than it takes.
+    plain = chosen == SIMPLE.name and inputs.alike
+    names, untied, left_out = names_to_merge(recipe, people, reference, plain=plain)
     notes += left_out
     labels = match_labels(recipe, people, names, problems)
     rows = dict(labels.rows) if labels else {}
@@ -82,8 +86,6 @@ def plan_of(recipe: Recipe, inputs: Inputs, *, rank: int | None = None) -> Plan:
         for person in (*people, *([base] if base else []))
         if (found := person.checkpoint.quantisation) is not None and found.codes
     ]
-    chosen, choice = choose_method(recipe, inputs)
-    method = METHODS[chosen].configured(method_options(recipe, chosen))
     adapter = rank is not None
     notes += match_configurations(recipe, people, base, problems, adapter=adapter)
     vocabulary = match_vocabularies(
@@ -100,7 +102,7 @@ def plan_of(recipe: Recipe, inputs: Inputs, *, rank: int | None = None) -> Plan:
         check_adapter(recipe, inputs, rank, method, problems)
     problems.raise_all()
 
-    steps = _steps(method, recipe, names, rows, inputs)
+    steps = _steps(method, recipe, names, rows, inputs, {} if plain else _layers(inputs))
     if not any(step.method == chosen for step in steps):
         reasons = Counter(step.reason for step in steps)
         raise RecipeError(
@@ -108,7 +110,7 @@ def plan_of(recipe: Recipe, inputs: Inputs, *, rank: int | None = None) -> Plan:
             where="recipe",
             mend=f"publish the statistics it needs, or choose --method {SIMPLE.name}",
         )
-    notes += check_coverage(recipe, steps, chosen, reference.view.reason)
+    notes += check_coverage(recipe, steps, chosen, None if plain else reference.view.reason)
     outputs = [_spec(name, recipe, inputs, rows) for name in names]
     folders = nested_folders(reference.checkpoint)
     if not inputs.of_ledger and any(separate):
@@ -170,7 +172,12 @@ def choose_method(recipe: Recipe, inputs: Inputs) -> tuple[str, str | None]:
 
 
 def _steps(
-    method: Method, recipe: Recipe, names: Sequence[str], rows: Mapping[str, RowMap], inputs: Inputs
+    method: Method,
+    recipe: Recipe,
+    names: Sequence[str],
+    rows: Mapping[str, RowMap],
+    inputs: Inputs,
+    layers: Mapping[str, Layer],
 ) -> list[Step]:
     """Every tensor in exactly one step: the method's units, and the average (or a copy) for what it cannot treat."""
     tensors, parents, base = inputs.reference.checkpoint.tensors, inputs.parents, inputs.base
@@ -195,11 +202,12 @@ def _steps(
         whole = fact if fact.stack is None else replace(fact, shape=(fact.stack, *fact.shape), stack=None)
         return step(Unit((fact.name,), used, (whole,)), used, reason)
 
-    facts = make_facts(names, inputs, _layers(inputs), rows)
+    facts = make_facts(names, inputs, layers, rows)
     reasons = {f.name: f"excluded by {p!r}" for f in facts if (p := matches(f.name, recipe.exclude))}
     if inputs.of_ledger:
         reasons |= {f.name: "packed experts, of which a ledger keeps no sums" for f in facts if f.stack is not None}
-    reasons |= {f.name: BUFFER for f in facts if f.name in inputs.reference.view.buffers}
+    buffers = inputs.reference.view.buffers if layers else ()
+    reasons |= {f.name: BUFFER for f in facts if f.name in buffers}
     copied = {f.name for f in facts if not is_floating(tensors[f.name].dtype)}
     units, others = method.units([f for f in facts if f.name not in reasons and f.name not in copied])
     reasons |= others

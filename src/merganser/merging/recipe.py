@@ -250,6 +250,11 @@ class Inputs:
             return (self.reference, *self.parents[1:])
         return self.parents if self.reference in self.parents else (self.reference, *self.parents)
 
+    @cached_property
+    def alike(self) -> bool:
+        """Whether all have tensors of the same names and shapes in one class, so that nothing has to be found."""
+        return all(_same_files(self.reference.checkpoint, parent.checkpoint) for parent in self.people)
+
     @property
     def of_ledger(self) -> bool:
         """Whether the names are those of a ledger's base."""
@@ -324,7 +329,23 @@ def open_parents(recipe: Recipe, problems: ErrorCollector) -> list[Parent]:
         parents.append(Parent(contributor, checkpoint, _statistics(contributor, checkpoint, problems), {}))
     if not parents:
         return []
-    return [replace(parent, sources=aligned(parents[0].view, parent.view)) for parent in parents]
+    return [replace(parent, sources=_sources(parents[0], parent)) for parent in parents]
+
+
+def _sources(reference: Parent, parent: Parent) -> dict[str, Source]:
+    """Where a model has each tensor of the reference; what is alike is not asked for in the model view."""
+    if _same_files(reference.checkpoint, parent.checkpoint):
+        return {name: Source(name) for name in parent.checkpoint.tensors}
+    return aligned(reference.view, parent.view)
+
+
+def _same_files(one: Checkpoint, other: Checkpoint) -> bool:
+    """Whether tensors and class have the same names, and tensors the same shapes."""
+    classes = [[checkpoint.config.get(key) for key in ("model_type", "architectures")] for checkpoint in (one, other)]
+    names = one is other or {n: i.shape for n, i in one.tensors.items()} == {
+        n: i.shape for n, i in other.tensors.items()
+    }
+    return classes[0] == classes[1] and names
 
 
 def open_base(
@@ -345,8 +366,8 @@ def open_base(
     if checkpoint is None:
         return None
     contributor = Contributor.model_validate({"model": recipe.base or checkpoint.name})
-    view = view_of(checkpoint)
-    return Parent(contributor, checkpoint, None, aligned(reference.view if reference else view, view))
+    parent = Parent(contributor, checkpoint, None, {})
+    return replace(parent, sources=_sources(reference or parent, parent))
 
 
 def shared_base(parents: Sequence[Parent]) -> Checkpoint | None:
