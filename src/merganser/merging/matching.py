@@ -154,6 +154,16 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
+def check_fitting(people: Sequence[Parent], base: Parent | None, problems: ErrorCollector) -> None:
+    """Every configuration describes the tensors beside it: what does not fit would open with random numbers."""
+    for parent in (*people, *([base] if base else [])):
+        if wrong := parent.view.mismatched:
+            name, (has, wanted) = next(iter(wrong.items()))
+            more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+            text = f"its configuration does not fit its tensors: {name} is {list(has)}, not {list(wanted)}{more}"
+            problems.add(CheckpointError(text, where=parent.checkpoint.name, mend="restore its config.json"))
+
+
 def find_separate(recipe: Recipe, parents: Sequence[Parent], problems: ErrorCollector) -> tuple[tuple[str, ...], ...]:
     """Each contributor's own tensors that the recipe keeps separate; patterns that match nothing are mistakes."""
     everything = [
@@ -197,6 +207,8 @@ def match_shapes(
         name, listing = next(iter(differing.items()))
         more = f", and {len(differing) - 1} more do" if len(differing) > 1 else ""
         mend = _separate([*differing], "so that each contributor keeps its own")
+        if all(info.shape[:1] == (p.checkpoint.config.get("vocab_size"),) for p in parents if (info := p.info(name))):
+            mend = "--vocabulary largest if the longer ones only appended tokens to the shorter"
         problems.add(CheckpointError(f"tensor {name!r} differs in shape: {listing}{more}", mend=mend))
 
 

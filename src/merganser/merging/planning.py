@@ -25,6 +25,7 @@ from merganser.merging.matching import (
     RowMap,
     check_adapter,
     check_architectures,
+    check_fitting,
     check_needs,
     check_unmatched,
     find_separate,
@@ -78,6 +79,8 @@ def plan_of(recipe: Recipe, inputs: Inputs, *, rank: int | None = None) -> Plan:
     plain = chosen == SIMPLE.name and inputs.alike
     names, untied, left_out = names_to_merge(recipe, people, reference, plain=plain)
     notes += left_out
+    if not plain:
+        check_fitting(people, base, problems)
     labels = match_labels(recipe, people, names, problems)
     rows = dict(labels.rows) if labels else {}
     notes += labels.notes if labels else ()

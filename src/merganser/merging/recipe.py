@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -253,7 +254,9 @@ class Inputs:
     @cached_property
     def alike(self) -> bool:
         """Whether all have tensors of the same names and shapes in one class, so that nothing has to be found."""
-        return all(_same_files(self.reference.checkpoint, parent.checkpoint) for parent in self.people)
+        return not _may_hold_copies(self.reference.checkpoint) and all(
+            _same_files(self.reference.checkpoint, parent.checkpoint) for parent in self.people
+        )
 
     @property
     def of_ledger(self) -> bool:
@@ -342,10 +345,17 @@ def _sources(reference: Parent, parent: Parent) -> dict[str, Source]:
 def _same_files(one: Checkpoint, other: Checkpoint) -> bool:
     """Whether tensors and class have the same names, and tensors the same shapes."""
     classes = [[checkpoint.config.get(key) for key in ("model_type", "architectures")] for checkpoint in (one, other)]
-    names = one is other or {n: i.shape for n, i in one.tensors.items()} == {
-        n: i.shape for n, i in other.tensors.items()
-    }
-    return classes[0] == classes[1] and names
+    shapes = [{name: info.shape for name, info in checkpoint.tensors.items()} for checkpoint in (one, other)]
+    return classes[0] == classes[1] and shapes[0] == shapes[1]
+
+
+def _may_hold_copies(checkpoint: Checkpoint) -> bool:
+    """Whether there could be second copies of tied tensors: several tables of one height, not said to be untied."""
+    parts = [checkpoint.config, *(part for part in checkpoint.config.values() if isinstance(part, dict))]
+    if any(part.get("tie_word_embeddings") is False for part in parts):
+        return False
+    heights = Counter(info.shape[0] for info in checkpoint.tensors.values() if len(info.shape) == 2)
+    return any(heights.get(int(part.get("vocab_size") or 0), 0) > 1 for part in parts)
 
 
 def open_base(
