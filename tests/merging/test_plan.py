@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import merganser
 from merganser.checkpoints import open_checkpoint
+from merganser.checkpoints.sources import read_source
 from merganser.checkpoints.writer import TensorSpec
 from merganser.engines import SerialEngine
 from merganser.errors import RecipeError, UserError
@@ -32,7 +33,7 @@ from merganser.merging import (
     reproduce,
     verify,
 )
-from merganser.merging.execution import Merging, read_source
+from merganser.merging.execution import Merging
 from merganser.merging.plan import inputs_of
 from merganser.methods import Facts, Unit
 

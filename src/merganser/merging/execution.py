@@ -12,30 +12,27 @@ import threading
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import astuple, dataclass, field
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from merganser.checkpoints.sources import Source, read_source
+from merganser.checkpoints.sources import read_source
 from merganser.errors import CheckpointError, RecipeError
 from merganser.merging.matching import RowMap
 from merganser.merging.memory import Budget, RunSettings, Schedule
 from merganser.merging.plan import BUFFER, COPY, KEPT, Step
-from merganser.merging.recipe import Inputs, Parent
+from merganser.merging.recipe import Inputs
 from merganser.merging.running_sums import RunningSums
+from merganser.merging.shares import ParentShare, Ranges, read_finite
 from merganser.methods import Merged, Method, Unit, average_unit
-from merganser.methods.base import Share, elements, input_width, wide
+from merganser.methods.base import Share, elements
 from merganser.progress import bar
-from merganser.statistics import LayerStatistics, Statistics
 from merganser.tensors import is_finite, one_thread
 
 #: A step is large if the whole merge takes only this many times as long, on all threads.
 _PATIENCE = 20
-#: Rows of which so many lie between the first and the last are read with all of these.
-_SPREAD = 4
 #: A slice of a step: the first row of each tensor in it, and the tensors.
 Slice = tuple[Mapping[str, int], Merged]
 
@@ -146,168 +143,6 @@ def storable(tensor: Tensor, dtype: torch.dtype, name: str, method: str) -> Tens
         raise RecipeError(
             f"{method} produced NaN or Inf in {name!r} (stored as {str(dtype).removeprefix('torch.')})",
             mend="use a wider --dtype, a larger ridge, or exclude this tensor (--exclude)",
-        )
-    return stored
-
-
-Ranges = Mapping[str, tuple[int, int]]
-
-
-class ParentShare:
-    """A contributor's :class:`~merganser.methods.Share` of one step.
-
-    Args:
-        inputs: the open files.
-        step: what is merged.
-        number: which contributor it is, from 0.
-        rows: the rows of its own tensors that are meant, all by default.
-        base_rows: those of the base's tensors, where they are others.
-        ranges: by target, the range of rows that is meant; all by default.
-        device: where tensors are put.
-    """
-
-    def __init__(
-        self,
-        inputs: Inputs,
-        step: Step,
-        number: int,
-        *,
-        rows: Sequence[int] | None = None,
-        base_rows: Sequence[int] | None = None,
-        ranges: Ranges | None = None,
-        device: torch.device | None = None,
-    ) -> None:
-        self.parent, self.number, self.own = inputs.parents[number], number, rows
-        self.coefficient = step.coefficients[number]
-        self.sources, self._base_sources, self._base = step.sources[number], step.base, inputs.base
-        self._ranges, self._device = ranges or {}, device
-        self._rows = None if rows is None else torch.tensor(rows)
-        self._widths = {fact.name: input_width(fact) for fact in step.unit.facts if fact.layer}
-        self._theirs = self._rows if base_rows is None else torch.tensor(base_rows)
-
-    def stored(self, name: str) -> Tensor:
-        """Its tensor as it is stored; checked to be finite."""
-        return self._placed(_gathered(partial(self._read, name), self._rows, *self._range(name)))
-
-    def tensor(self, name: str) -> Tensor:
-        """Its tensor in float32 or wider, likewise."""
-        return wide(self.stored(name))
-
-    def base(self, name: str) -> Tensor:
-        """The base model's tensor, likewise."""
-        return wide(self._placed(_gathered(partial(self._read_base, name), self._theirs, *self._range(name))))
-
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Some of these rows, likewise."""
-        if self._rows is not None:
-            return wide(self._placed(_gathered(partial(self._read, name), self._rows[start:stop])))
-        first, _ = self._range(name)
-        return wide(self._placed(self._read(name, first + start, first + stop)))
-
-    def base_rows(self, name: str, start: int, stop: int) -> Tensor:
-        """The base model's rows, likewise."""
-        if self._theirs is not None:
-            return wide(self._placed(_gathered(partial(self._read_base, name), self._theirs[start:stop])))
-        first, _ = self._range(name)
-        return wide(self._placed(self._read_base(name, first + start, first + stop)))
-
-    def gram(self, weight: str) -> Tensor:
-        """The Gram matrix of the inputs of the layer with this weight; zero for an expert that no token reached."""
-        input, width = self._input(weight), self._widths[weight]
-        return self._placed(torch.zeros(width, width) if input is None else self._statistics.gram(input))
-
-    def mean(self, weight: str) -> Tensor:
-        """The mean input of that layer, likewise."""
-        input = self._input(weight)
-        return self._placed(torch.zeros(self._widths[weight]) if input is None else self._statistics.mean(input))
-
-    def count(self, weight: str) -> Tensor:
-        """The share of all tokens that each id has."""
-        layer = self._layer(weight)
-        if layer is None:
-            raise RuntimeError(f"the plan promised token counts of {weight}")
-        counts = self._statistics.count(layer.module).to(torch.float64)
-        start, stop = self._range(weight)
-        return self._picked((counts / counts.sum().clamp_min(1))[start:stop])
-
-    def fisher(self, name: str) -> Tensor:
-        """Its diagonal Fisher information of a parameter."""
-        start, stop = self._range(name)
-        source = self.sources[name]
-        whole = self._statistics.fisher(source.tensor)
-        return self._picked((whole if source.index is None else whole[source.index])[start:stop])
-
-    def identity(self, unit: Unit) -> list[object]:
-        """Everything that what it brings to a unit depends on, as plain values."""
-        statistics, sources = self.parent.statistics, self.sources
-        checkpoint = self.parent.checkpoint
-        weights = [[[checkpoint.hash(t, "blake3") for t in s.tensors()], astuple(s)] for s in sources.values()]
-        known = [self._layer(f.name) for f in unit.facts if f.layer and statistics]
-        published = None if statistics is None or statistics.path is None else statistics.sha256()
-        grams = [published, *(entry.input if entry else None for entry in known)]
-        return [self.coefficient, weights, grams, None if self.own is None else list(self.own)]
-
-    @property
-    def _statistics(self) -> Statistics:
-        if self.parent.statistics is None:
-            raise RuntimeError("the plan promised statistics")
-        return self.parent.statistics
-
-    def _read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        return read_finite(self.parent, self.sources[name], start, stop)
-
-    def _read_base(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        if self._base is None:
-            raise RuntimeError("the plan promised a base model")
-        return read_finite(self._base, self._base_sources[name], start, stop)
-
-    def _layer(self, weight: str) -> LayerStatistics | None:
-        leaf = self.sources[weight].leaf
-        return self._statistics.layer(leaf.tensor, leaf.index)
-
-    def _input(self, weight: str) -> str | None:
-        layer = self._layer(weight)
-        return layer.input if layer else None
-
-    def _range(self, name: str) -> tuple[int, int | None]:
-        return self._ranges.get(name, (0, None))
-
-    def _picked(self, tensor: Tensor) -> Tensor:
-        return self._placed(tensor if self._rows is None else tensor[self._rows])
-
-    def _placed(self, tensor: Tensor) -> Tensor:
-        return tensor if self._device is None else tensor.to(self._device)
-
-
-def _gathered(
-    read: Callable[[int, int | None], Tensor], rows: Tensor | None, start: int = 0, stop: int | None = None
-) -> Tensor:
-    """These rows, in their order, of what is read; of ``start:stop`` where none are given.
-
-    Rows that lie close together are read at once, with what is between them; others run by run.
-    """
-    if rows is None:
-        return read(start, stop)
-    first, last = (int(rows.min()), int(rows.max()) + 1) if rows.numel() else (0, 0)
-    if last - first <= _SPREAD * rows.numel():
-        return read(first, last)[rows - first]
-    breaks = (rows.diff() != 1).nonzero().flatten() + 1
-    runs = rows.tensor_split(breaks)
-    return torch.cat([read(int(run[0]), int(run[-1]) + 1) for run in runs])
-
-
-def read_finite(parent: Parent, source: Source, start: int = 0, stop: int | None = None) -> Tensor:
-    """Rows of what a source names, as stored, hashed on the way.
-
-    Raises:
-        CheckpointError: NaN or Inf in it.
-    """
-    stored = read_source(parent.checkpoint, source, start, stop)
-    if stored.is_floating_point() and not is_finite(stored):
-        raise CheckpointError(
-            f"tensor {source.leaf.tensor!r} holds NaN or Inf",
-            where=parent.checkpoint.name,
-            mend="this checkpoint is damaged or its training diverged; use another",
         )
     return stored
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from merganser.checkpoints.model_view import aligned
 from merganser.errors import ErrorCollector, Problems, StatisticsError, UserError, raise_all
-from merganser.merging.execution import ParentShare
 from merganser.merging.labels import head_labels
 from merganser.merging.ledger.record import (
     RESTORE,
@@ -24,6 +23,7 @@ from merganser.merging.plan import Plan, Step
 from merganser.merging.planning import plan_of
 from merganser.merging.provenance import located
 from merganser.merging.recipe import Inputs, Parent, make_recipe, open_base, open_parents, pin
+from merganser.merging.shares import ParentShare
 from merganser.methods.least_squares import LeastSquares
 from merganser.tensors import is_floating
 
