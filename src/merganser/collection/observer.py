@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from merganser.checkpoints.layers import Layer
 from merganser.collection.gram import Gram, Workers, buffer_rows, fill
-from merganser.collection.inputs import Identity, Wiring, identity_of
+from merganser.collection.inputs import Wiring
 from merganser.collection.masks import (
     Batch,
     BatchMasks,
@@ -29,6 +29,7 @@ from merganser.collection.masks import (
 from merganser.collection.rows import Call, token_ids, token_rows
 from merganser.collection.sampling import SPARE, Sampling, describe_sampling, shares
 from merganser.collection.stacks import experts_of, stack_hooks
+from merganser.collection.study import Identity, identity_of
 from merganser.collection.taps import input_hooks, weight_of
 from merganser.errors import StatisticsError
 from merganser.statistics import LayerStatistics
