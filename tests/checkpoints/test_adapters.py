@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from adapter_examples import PREFIX, adapt_linears, factors, oracle, write_adapter
 from conftest import ARCHITECTURES, VOCABULARY, make_model
-from merganser.checkpoints import AdapterCheckpoint, Checkpoint, open_checkpoint
+from merganser.checkpoints import AdapterCheckpoint, Checkpoint, adapters, open_checkpoint
 from merganser.errors import Problems, UserError
 from merganser.tensors import one_thread
 
@@ -56,7 +56,7 @@ def test_storage_dtype_stays_the_base_s_and_values_are_float32(tmp_path: Path) -
     adapter = adapt_linears(tmp_path / "adapter", tmp_path / "base", ("q_proj",))
     checkpoint = open_checkpoint(adapter)
     expected = oracle(tmp_path / "base", adapter)
-    for name, change in checkpoint.changes.items():
+    for name, (change,) in checkpoint.changes.items():
         assert checkpoint.tensors[name].dtype == "BF16" and change.scale == 2.0
         assert checkpoint.read(name).dtype == torch.float32
         close(checkpoint.read(name), expected[name])
@@ -89,8 +89,8 @@ def test_patterns_of_rank_and_alpha(save_model: Save, tmp_path: Path) -> None:
         rank_pattern={"layers.1.self_attn.q_proj": 4}, alpha_pattern={r".*\.1\..*q_proj": 10},
     )  # fmt: skip
     checkpoint = open_checkpoint(adapter)
-    assert checkpoint.changes[f"{first}.weight"].scale == 3.0
-    assert checkpoint.changes[f"{second}.weight"].scale == 2.5
+    assert checkpoint.changes[f"{first}.weight"][0].scale == 3.0
+    assert checkpoint.changes[f"{second}.weight"][0].scale == 2.5
     scaled = 2.5 * tensors[f"{second}.lora_B.weight"] @ tensors[f"{second}.lora_A.weight"]
     close(checkpoint.read(f"{second}.weight") - checkpoint.base.read(f"{second}.weight"), scaled.numpy())
 
@@ -139,7 +139,7 @@ def test_square_conv1d_weights_are_turned_whatever_the_flag_says(save_model: Sav
     module = "transformer.h.1.attn.c_proj"  # 16 × 16: its shape does not tell
     adapter = write_adapter(tmp_path / "a", factors(module, 16, 16), base, fan_in_fan_out=flag)
     checkpoint = open_checkpoint(adapter)
-    assert checkpoint.changes[f"{module}.weight"].transposed
+    assert checkpoint.changes[f"{module}.weight"][0].transposed
     a, b = (load_file(adapter / "adapter_model.safetensors")[f"{PREFIX}{module}.lora_{x}.weight"] for x in "AB")
     before = load_file(base / "model.safetensors")[f"{module}.weight"]
     close(checkpoint.read(f"{module}.weight"), (before + 2 * (b @ a).T).numpy())
@@ -191,7 +191,7 @@ def test_hashes_are_of_the_parts_and_known_without_the_sum(
 ) -> None:
     base = save_model("base", "llama")
     adapter = adapt_linears(tmp_path / "a", base, ("q_proj",), seed=1)
-    monkeypatch.setattr(AdapterCheckpoint, "_add_product", lambda *_: pytest.fail("a sum was made"))
+    monkeypatch.setattr(adapters, "apply", lambda *_: pytest.fail("a sum was made"))
     first = open_checkpoint(adapter).manifest_sha256()
     assert first == open_checkpoint(adapter).manifest_sha256()
     other = adapt_linears(tmp_path / "b", base, ("q_proj",), seed=2)
@@ -270,7 +270,9 @@ def refused(*arguments: Any) -> str:
         ({"peft_type": "IA3"}, "peft_type is 'IA3': only LoRA"),
         ({"use_dora": True}, "DoRA"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa', which changes the base"),
-        ({"trainable_token_indices": [1]}, "trained single tokens"),
+        ({"trainable_token_indices": [1]}, "names trained tokens (trainable_token_indices), and the weights have none"),
+        ({"trainable_token_indices": {"embed_tokens": [-1]}}, "trainable_token_indices is"),
+        ({"target_parameters": "experts"}, "target_parameters is 'experts'"),
         ({"r": 0}, "the rank r is 0"),
         ({"r": "8"}, "the rank r is '8'"),
         ({"lora_alpha": float("nan")}, "lora_alpha is nan"),

@@ -7,32 +7,45 @@ effect is not a sum of low-rank products.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from merganser.checkpoints.adapter_configuration import find_changes, grown, resize, untied
+from merganser.checkpoints.adapter_places import (
+    OTHER_BASE,
+    Changed,
+    Names,
+    Target,
+    check_shape,
+    convert,
+    no_place,
+    on_disk,
+    stays_tied,
+    stored_twins,
+)
 from merganser.checkpoints.adapter_settings import MERGE_FIRST, AdapterSettings, read_settings
-from merganser.checkpoints.adapters import CONFIG, WEIGHTS, AdapterCheckpoint, Change
-from merganser.checkpoints.reader import Checkpoint, align, read_json, renamed
+from merganser.checkpoints.adapters import CONFIG, WEIGHTS, AdapterCheckpoint
+from merganser.checkpoints.changes import Change
+from merganser.checkpoints.layout import Place, ties
+from merganser.checkpoints.model_view import make_view
+from merganser.checkpoints.reader import Checkpoint, read_json
 from merganser.errors import CheckpointError, ErrorCollector, UserError, raise_all
 from merganser.tensors import is_floating
 
 _FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
-_OTHER_PARTS = ("lora_magnitude_vector", "token_adapter", "trainable_tokens_delta", "lora_E", "ranknum")
-_CONV1D = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "gpt-sw3"}  # model types with Conv1D layers
-_HEAD = re.compile(r"(^|\.)(classifier|score|out_proj|logits_proj)\.(weight|bias)$")
-_LABELLED = ("SEQ_CLS", "TOKEN_CLS")
-_OTHER_BASE = "give the base that the adapter was trained on, as base+adapter"
+_OTHER_PARTS = ("lora_magnitude_vector", "lora_E", "ranknum")
+_WRAPPERS = ("modules_to_save", "base_layer", "token_adapter")
 _MOST_NAMED = 8  # problems of one sort that are spelt out
 
 
 @dataclass
-class _Found:
+class Found:
     """The adapter's tensors of one module: names in the file, by what they are."""
 
     factors: dict[str, str] = field(default_factory=dict)
     vector: str | None = None
+    rows: str | None = None
     whole: dict[str, str] = field(default_factory=dict)
 
 
@@ -50,44 +63,247 @@ def combine(name: str, base: Checkpoint, adapter: Checkpoint) -> AdapterCheckpoi
     settings = read_settings(adapter)
     errors = ErrorCollector()
     modules = _modules(adapter, errors)
-    wanted = [f"{module}.{kind}" for module, found in modules.items() for kind in _kinds(found)]
-    twins = _twins(wanted, base)
-    changes: dict[str, Change] = {}
-    added: dict[str, Change] = {}
-    modules_added: dict[str, Change] = {}  # of sentence-transformers, beside the adapter and not in the base
-
-    def take(module: str, found: _Found, kind: str) -> None:
-        change = _change(adapter, settings, module, found, kind)
-        name = f"{module}.{kind}"
-        if name in twins:
-            changes[twins[name]] = _fitted(base, adapter, settings, module, twins[name], change)
-        elif change.whole and "/" in module:
-            modules_added[name] = change
-        elif change.whole and not change.a and settings.saves(module):
-            added[name] = change
-        else:
-            raise _absent(base, module, kind)
-
-    for module, found in modules.items():
-        for kind in _kinds(found):
-            errors.catch(take, module, found, kind)
+    if settings.tokens and not any(found.rows for found in modules.values()):
+        what = f"{CONFIG} names trained tokens (trainable_token_indices), and the weights have none"
+        errors.add(CheckpointError(what, mend="save the adapter again, whole"))
+    fitting = _Fitting(base, adapter, settings, modules, errors)
+    fitting.place()
     raise_all(_shortened(errors.found, adapter))
-    names = {own: own for own in base.tensors}
-    if added:
-        prefix = _missing_prefix(twins)
-        names = {own if "/" in own else prefix + own: own for own in base.tensors}
-        changes = {prefix + own: change for own, change in changes.items()} | added
-    config = _config(base, adapter, settings, changes, bool(added))
     raw = read_json(adapter.path / CONFIG, missing={})
-    if added:
-        names = _without_old_heads(names, AdapterCheckpoint(name, base, adapter, changes, names, raw, config))
-    changes |= modules_added
-    return _oriented(AdapterCheckpoint(name, base, adapter, changes, names, raw, config), settings)
+    return AdapterCheckpoint(name, base, adapter, fitting.changes, fitting.names, raw, fitting.config)
 
 
-def _modules(adapter: Checkpoint, errors: ErrorCollector) -> dict[str, _Found]:
+class _Fitting:
+    """The way of an adapter's changes to the tensors of its base.
+
+    Args:
+        base: a full checkpoint.
+        adapter: the files of a PEFT folder.
+        settings: of the adapter.
+        modules: what its file has of each module.
+        errors: receives what does not fit.
+
+    Attributes:
+        changes: what the adapter does, by tensor of the result.
+        names: the base's name of each of the result's tensors; those that the adapter brings are not among them.
+        config: what ``config.json`` says differently.
+    """
+
+    def __init__(
+        self,
+        base: Checkpoint,
+        adapter: Checkpoint,
+        settings: AdapterSettings,
+        modules: Mapping[str, Found],
+        errors: ErrorCollector,
+    ) -> None:
+        self._base, self._adapter, self._settings, self._errors = base, adapter, settings, errors
+        self._modules = modules
+        self._shapes = {own: info.shape for own, info in base.tensors.items()}
+        self.changes: dict[str, list[Change]] = {}
+        self.names = {own: own for own in base.tensors}
+        self.config: dict[str, Any] = {}
+        spelled = [f"{module}.{kind}" for module, found in modules.items() for kind in _kinds(found)]
+        self._twins = stored_twins(spelled, base)
+        self._changed: dict[str, Changed] = {}  # by parameter
+        self._absent: list[str] = []
+
+    def place(self) -> None:
+        """Find everything, and what is wrong."""
+        brought = self._choose_class()
+        older = self._read_changes()
+        self._convert(older)
+        self._grow()
+        self._tie()
+        added = [problem for one in self._changed.values() if (problem := self._errors.catch(self._put, one))]
+        if brought or added:
+            self._follow_class()
+        if self._absent:
+            self._errors.add(_absent(self._base, self._absent))
+
+    def _view(self) -> Names:
+        """The base as a model of the class and configuration that are known by now."""
+        view = make_view({**self._base.config, **self.config}, self._shapes, self._base.path)
+        return Names(view, self._settings)
+
+    def _choose_class(self) -> bool:
+        """Find the class of model, and the labels of its head; whether the adapter brings a head that the base lacks."""
+        names = self._names = self._disk = self._view()
+        wholes = {f"{m}.{kind}": key for m, found in self._modules.items() for kind, key in found.whole.items()}
+
+        def lacking(name: str) -> bool:
+            parameter = names.parameter(name)
+            stored = name in self._twins if parameter is None else names.view.place_of(parameter) is not None
+            return "/" not in name and not stored and self._settings.saves(name)
+
+        brought = any(lacking(name) for name in wholes)
+        found = self._errors.catch(find_changes, self._base, self._adapter, self._settings, wholes, brought)
+        if found:
+            self.config |= found
+            self._names = self._disk = self._view()
+        return brought
+
+    def _read_changes(self) -> dict[str, Change]:
+        """The change of each parameter; returns those of tensors that other versions had, by their names."""
+        older: dict[str, Change] = {}
+
+        def read(module: str, found: Found, kind: str) -> None:
+            target = self._names.target(module, kind, factors=bool(found.factors))
+            change = _change(self._adapter, self._settings, target, found, kind)
+            if "/" in target.name and target.name not in self._base.tensors and change.whole:
+                self.changes[target.name] = [change]  # of sentence-transformers, beside the adapter and not in the base
+            elif target.parameter is not None:
+                place = Place.whole(target.name, self._names.wanted[target.parameter])
+                self._changed[target.parameter] = Changed(target.parameter, place, {target.name: change})
+            elif (stored := self._twins.get(target.name)) is not None:
+                self._put_by_name(target, stored, change)
+            else:
+                older[target.name] = change
+
+        for module, found in self._modules.items():
+            for kind in _kinds(found):
+                self._errors.catch(read, module, found, kind)
+        return older
+
+    def _put_by_name(self, target: Target, stored: str, change: Change) -> None:
+        """A change of a stored tensor that no parameter of the model is called like.
+
+        Raises:
+            CheckpointError: it does not fit.
+        """
+        shape = self._shapes[stored]
+        if change.a and change.b and change.transposed is False:
+            out, wide = self._adapter.tensors[change.b].shape[0], self._adapter.tensors[change.a].shape[1]
+            turned = (wide, out) == shape and ((out, wide) != shape or self._settings.transposed)
+            change = replace(change, transposed=turned)
+        changed = Changed(stored, Place.whole(target.name, shape), {target.name: change})
+        check_shape(changed, shape, stored, self._base, self._adapter)
+        self.changes[stored] = [change]
+
+    def _convert(self, older: Mapping[str, Change]) -> None:
+        """Put together what other versions had in parts."""
+        found = convert(self._names, older, self._adapter)
+        self._changed |= {one.name: one for one in found}
+        used = {name for one in found for name in one.changes}
+        self._absent += [name for name in older if name not in used]
+
+    def _grow(self) -> None:
+        """Follow a vocabulary that was resized before training."""
+        sizes = grown(self._names, self._changed, self._adapter)
+        if sizes is not None:
+            whole = resize({**self._base.config, **self.config}, *sizes)
+            self.config |= {key: value for key, value in whole.items() if self._base.config.get(key) != value}
+            self._names = self._view()
+
+    def _tie(self) -> None:
+        """Keep tied what PEFT keeps tied, and give each of the others a tensor of its own."""
+        model = self._names.view.model
+        parted: list[list[str]] = []
+        for group in ties(model) if model is not None else ():
+            ours = [name for name in group if name in self._changed]
+            if not ours:
+                continue
+            if stays_tied(self._names, group, self._changed, self._settings):
+                for other in ours[1:]:
+                    del self._changed[other]
+            else:
+                parted.append(group)
+                self._give_base(group)
+        if not parted:
+            return
+        whole = untied({**self._base.config, **self.config})
+        self.config |= {key: value for key, value in whole.items() if self._base.config.get(key) != value}
+        self._names = self._view()
+        together = ties(self._names.view.model) if self._names.view.model is not None else []
+        for group in parted:
+            self._errors.catch(self._part, group, [[n for n in new if n in group] for new in together])
+
+    def _give_base(self, group: Sequence[str]) -> None:
+        """A tied tensor that was saved as it is, because the vocabulary grew, is everybody's before the adapter."""
+        wholes = (change for name in group if name in self._changed and (change := self._changed[name].whole))
+        plain = next((c.whole for c in wholes if c.whole and not self._settings.saves(c.whole)), None)
+        for name in group if plain else ():
+            place = Place.whole(name, self._names.wanted[name])
+            mine = self._changed.get(name, Changed(name, place, {name: Change()}))
+            if (change := mine.whole) is not None and change.whole is None:
+                changes = {mine.place.stored[0]: replace(change, whole=plain)}
+                self._changed[name] = replace(mine, changes=changes)
+
+    def _part(self, group: Sequence[str], together: Sequence[Sequence[str]]) -> None:
+        """Give parameters that are no longer tied a tensor each.
+
+        Raises:
+            CheckpointError: the model ties them whatever its configuration says.
+        """
+        sets = [new for new in together if new]
+        sets += [[name] for name in group if not any(name in new for new in sets)]
+        first = next((name for name in group if name in self._disk.view.places), None)
+        for members in sets:
+            mine = [[*one.changes.values()] if (one := self._changed.get(name)) else [] for name in members]
+            if any(changes != mine[0] for changes in mine):
+                what = f"{' and '.join(group)} are one tensor in this model, and the adapter changes a part of them"
+                raise CheckpointError(what, mend="train with ensure_weight_tying, or adapt other modules")
+            for other in members[1:]:
+                self._changed.pop(other, None)
+            if first is not None and first not in members and not any(n in self._disk.view.places for n in members):
+                place = self._disk.view.places[first]
+                if not place.is_whole:
+                    raise no_place(Changed(first, place, {}))
+                self.names[members[0]] = self.names[place.stored[0]]
+                if members[0] in self._changed:
+                    changed = self._changed.pop(members[0])
+                    check_shape(changed, self._wanted(changed, place), place.stored[0], self._base, self._adapter)
+                    self.changes[members[0]] = [*changed.changes.values()]
+
+    def _wanted(self, changed: Changed, place: Place) -> Sequence[int]:
+        """The shape that a change should have: the model's, and the stored tensor's where that is added to."""
+        change = changed.whole
+        if place.is_whole and (change is None or not change.replaces):
+            return self._shapes[place.stored[0]]
+        return self._names.wanted[changed.name]
+
+    def _put(self, changed: Changed) -> bool:
+        """Put a parameter's changes on the tensors that it is made of; whether it is new.
+
+        Raises:
+            CheckpointError: it does not fit.
+        """
+        place, change = self._disk.view.place_of(changed.name), changed.whole
+        if place is None:
+            if change is not None and change.whole and self._settings.saves(changed.place.stored[0]):
+                check_shape(changed, self._names.wanted[changed.name], changed.name, self._base, self._adapter)
+                self.changes[changed.name] = [change]
+                return True
+            self._absent.append(changed.place.stored[0])
+            return False
+        stored = place.stored[0] if place.is_whole else changed.name
+        check_shape(changed, self._wanted(changed, place), stored, self._base, self._adapter)
+        found = on_disk(changed, place, self._shapes)
+        if found is None:
+            raise no_place(changed)
+        for own, changes in found.items():
+            self.changes.setdefault(own, []).extend(changes)
+        return False
+
+    def _follow_class(self) -> None:
+        """Call the base's tensors as its class with a head does, without the heads that this class has not."""
+        view = self._disk.view
+        if view.model is None:
+            return
+        gone = view.unused | view.ignored
+        called = {own: self._called(own) for own in self.names if own not in gone}
+        self.names = {called[own]: stored for own, stored in self.names.items() if own in called}
+        self.changes = {called.get(own, own): changes for own, changes in self.changes.items()}
+
+    def _called(self, own: str) -> str:
+        """The name of a stored tensor with the prefix that the model has before it."""
+        uses = self._disk.view.uses.get(own, [])
+        return next((name for name in uses if name.endswith(f".{own}") and self._disk.view.places[name].is_whole), own)
+
+
+def _modules(adapter: Checkpoint, errors: ErrorCollector) -> dict[str, Found]:
     """The adapter's tensors by module, in the model's own names."""
-    modules: dict[str, _Found] = {}
+    modules: dict[str, Found] = {}
     for key, info in adapter.tensors.items():
         parts = key.removeprefix("base_model.model.").split(".")
         if "original_module" in parts:  # the head before training, which some versions also save
@@ -97,10 +313,13 @@ def _modules(adapter: Checkpoint, errors: ErrorCollector) -> dict[str, _Found]:
     return modules
 
 
-def _place(key: str, parts: list[str], modules: dict[str, _Found]) -> bool:
+def _place(key: str, parts: list[str], modules: dict[str, Found]) -> bool:
     """Note one tensor under its module; False where its name means nothing here."""
     if any(part in _OTHER_PARTS for part in parts) or len(parts) < 2:
         return False
+    if parts[-1] == "trainable_tokens_delta":
+        modules.setdefault(".".join(part for part in parts[:-1] if part not in _WRAPPERS), Found()).rows = key
+        return True
     role = next((part for part in parts if part in _FACTORS), None)
     if role is not None:
         at = parts.index(role)
@@ -108,46 +327,52 @@ def _place(key: str, parts: list[str], modules: dict[str, _Found]) -> bool:
         kind = rest.pop() if rest and rest[-1] in ("weight", "bias") else "weight"
         if not module or len(rest) > 1:  # one component may be the adapter's name
             return False
-        found = modules.setdefault(module, _Found())
+        found = modules.setdefault(module, Found())
         if kind == "bias":
             found.vector = key
             return role == "lora_B"
         found.factors[role] = key
         return True
-    rest = [part for part in parts if part not in ("modules_to_save", "base_layer")]
+    rest = [part for part in parts if part not in _WRAPPERS]
     if "modules_to_save" in parts and parts[parts.index("modules_to_save") + 1] == "default":
         rest.pop(parts.index("modules_to_save"))
-    modules.setdefault(".".join(rest[:-1]), _Found()).whole[rest[-1]] = key
+    modules.setdefault(".".join(rest[:-1]), Found()).whole[rest[-1]] = key
     return True
 
 
-def _kinds(found: _Found) -> list[str]:
+def _kinds(found: Found) -> list[str]:
     kinds = dict.fromkeys(found.whole)
-    if found.factors:
+    if found.factors or found.rows:
         kinds["weight"] = None
     if found.vector:
         kinds["bias"] = None
     return list(kinds)
 
 
-def _change(adapter: Checkpoint, settings: AdapterSettings, module: str, found: _Found, kind: str) -> Change:
+def _change(adapter: Checkpoint, settings: AdapterSettings, target: Target, found: Found, kind: str) -> Change:
     """What happens to one parameter of a module.
 
     Raises:
         CheckpointError: the adapter contradicts itself.
     """
+    module = target.module
     change = Change(whole=found.whole.get(kind))
-    if kind == "bias" and found.vector:
-        rank = settings.rank_of(module)
-        return replace(change, vector=found.vector, scale=settings.scale_of(module, rank))
-    if kind != "weight" or not found.factors:
-        return change
-    embedding = any(role.startswith("lora_embedding") for role in found.factors)
-    roles = _FACTORS[2:] if embedding else _FACTORS[:2]
 
     def wrong(what: str, mend: str = "save the adapter again, whole") -> CheckpointError:
         return CheckpointError(f"{module}: {what}", mend=mend)
 
+    if kind == "bias" and found.vector:
+        rank = settings.rank_of(module)
+        return replace(change, vector=found.vector, scale=settings.scale_of(module, rank))
+    if kind == "weight" and found.rows:
+        tokens = settings.tokens_of(module)
+        if found.factors or len(set(tokens)) != len(tokens):
+            raise wrong("trained tokens beside factors, or one token twice", MERGE_FIRST)
+        return replace(change, rows=found.rows, tokens=tokens)
+    if kind != "weight" or not found.factors:
+        return change
+    embedding = any(role.startswith("lora_embedding") for role in found.factors)
+    roles = _FACTORS[2:] if embedding else _FACTORS[:2]
     if set(found.factors) != set(roles):
         raise wrong(f"{', '.join(sorted(found.factors))} without {', '.join(sorted(set(roles) - set(found.factors)))}")
     a, b = (found.factors[role] for role in roles)
@@ -158,161 +383,29 @@ def _change(adapter: Checkpoint, settings: AdapterSettings, module: str, found: 
             "only linear, Conv1D and embedding layers can be adapted",
             MERGE_FIRST,
         )
-    rank = shape_a[0]
-    if rank != shape_b[1]:
-        raise wrong(f"A {list(shape_a)} is of rank {rank}, B {list(shape_b)} of rank {shape_b[1]}")
+    experts = target.experts or 1
+    rank, several = shape_a[0] // experts, f" for each of {experts} experts" if target.experts else ""
+    if shape_a[0] != shape_b[1] or shape_a[0] % experts:
+        raise wrong(f"A {list(shape_a)} is of rank {shape_a[0]}, B {list(shape_b)} of rank {shape_b[1]}{several}")
     if rank == 0:
         raise wrong(f"rank 0: {a} is {list(shape_a)}", "gather the shards of a sharded training before saving")
     if rank != settings.rank_of(module):
         raise wrong(
-            f"A {list(shape_a)} is of rank {rank}, {CONFIG} says {settings.rank_of(module)}",
+            f"A {list(shape_a)} is of rank {rank}{several}, {CONFIG} says {settings.rank_of(module)}",
             "give the configuration that belongs to these weights (r, rank_pattern)",
         )
-    scale = settings.scale_of(module, rank)
-    return replace(change, a=a, b=b, scale=scale, transposed=embedding)
+    scale, transposed = settings.scale_of(module, rank), embedding or bool(target.transposed)
+    return replace(change, a=a, b=b, scale=scale, transposed=transposed, experts=target.experts)
 
 
-def _fitted(
-    base: Checkpoint, adapter: Checkpoint, settings: AdapterSettings, module: str, own: str, change: Change
-) -> Change:
-    """A change that fits the shape of the base's tensor, transposed where that says so.
-
-    Raises:
-        CheckpointError: it does not fit.
-    """
-    shape = base.tensors[own].shape
-
-    def wrong(what: str) -> CheckpointError:
-        return CheckpointError(f"{module}: {what}, tensor {own!r} of {base.name} is {list(shape)}", mend=_OTHER_BASE)
-
-    if not is_floating(base.tensors[own].dtype):
-        raise CheckpointError(
-            f"{module}: tensor {own!r} of {base.name} is {base.tensors[own].dtype}, a quantised weight",
-            mend="give the base in full precision, as base+adapter",
-        )
-    for part in (change.whole, change.vector):
-        if part and (theirs := adapter.tensors[part].shape) != shape:
-            head = settings.saves(module) and _HEAD.search(own) and theirs[1:] == shape[1:]
-            if part != change.whole or not head:
-                raise wrong(f"{part} is {list(theirs)}")
-    if change.a and change.b:
-        wide = (adapter.tensors[change.b].shape[0], adapter.tensors[change.a].shape[1])
-        if shape == wide and shape != wide[::-1]:
-            return replace(change, transposed=False)
-        if shape == wide[::-1] and shape != wide:
-            return replace(change, transposed=True)
-        if shape != wide:
-            raise wrong(f"B·A is {list(wide)}")
-    return change
+def _absent(base: Checkpoint, names: Sequence[str]) -> UserError:
+    """One problem for all that the base lacks."""
+    more = f" and {len(names) - _MOST_NAMED} more tensors like these" if len(names) > _MOST_NAMED else ""
+    listing = ", ".join(map(repr, names[:_MOST_NAMED]))
+    return CheckpointError(f"the adapter changes {listing}{more}, which {base.name} lacks", mend=OTHER_BASE)
 
 
-def _oriented(found: AdapterCheckpoint, settings: AdapterSettings) -> AdapterCheckpoint:
-    """Square weights do not tell by their shape whether they are (in, out): ask the architecture."""
-    square = {
-        name: change
-        for name, change in found.changes.items()
-        if change.a and len(set(found.tensors[name].shape)) == 1 and not change.transposed
-    }
-    if not square or not (settings.transposed or found.config.get("model_type") in _CONV1D):
-        return found
-    from merganser.checkpoints.layers import describe_layers
-
-    try:
-        kinds = {layer.weight: layer.kind for layer in describe_layers(found)}
-    except CheckpointError:
-        kinds = {}
-    for name, change in square.items():
-        transposed = kinds[name] == "conv1d" if name in kinds else settings.transposed
-        found.changes[name] = replace(change, transposed=transposed)
-    return found
-
-
-def _twins(wanted: list[str], base: Checkpoint) -> dict[str, str]:
-    """The base's on-disk name of each parameter that the adapter names; old spellings count."""
-    twins = align(wanted, base.tensors)
-    for name in wanted:
-        if name not in twins:
-            old = align(renamed(name), base.tensors)
-            twins.update(zip([name], old.values(), strict=False))
-    return twins
-
-
-def _missing_prefix(twins: Mapping[str, str]) -> str:
-    """What the model's names have before the base's on-disk names."""
-    for name, own in twins.items():
-        if name != own and name.endswith(own):
-            return name.removesuffix(own)
-    return ""
-
-
-def _absent(base: Checkpoint, module: str, kind: str) -> UserError:
-    tied = base.config.get("tie_word_embeddings") and module.endswith("lm_head")
-    return CheckpointError(
-        f"the adapter changes {f'{module}.{kind}'!r}, which {base.name} lacks"
-        + (" (it is tied to the input embeddings)" if tied else ""),
-        mend=MERGE_FIRST if tied else _OTHER_BASE,
-    )
-
-
-def _config(
-    base: Checkpoint, adapter: Checkpoint, settings: AdapterSettings, changes: Mapping[str, Change], added: bool
-) -> dict[str, Any]:
-    """What ``config.json`` says differently: the labels of a trained head, and the class where the base had none.
-
-    Raises:
-        CheckpointError: the adapter is of another type of model, or brings a head of an unknown class.
-    """
-    heads = {name: change.whole for name, change in changes.items() if change.whole and _HEAD.search(name)}
-    own = read_json(adapter.path / "config.json", missing={}) if heads or added else {}
-    if own and own.get("model_type") != base.config.get("model_type"):
-        raise CheckpointError(
-            f"model_type {own.get('model_type')!r}, the base is {base.config.get('model_type')!r}",
-            where=adapter.path / "config.json",
-            mend=_OTHER_BASE,
-        )
-    found = {key: own[key] for key in ("architectures", "id2label", "label2id", "problem_type") if key in own}
-    if added and "architectures" not in found:
-        name = settings.model_class or _class_for(settings.task, base.config.get("model_type"))
-        if name is None:
-            raise CheckpointError(
-                f"the adapter brings a head that {base.name} lacks, and nothing says of which class",
-                where=adapter.path / CONFIG,
-                mend="put the config.json of the adapted model beside it",
-            )
-        found["architectures"] = [name]
-    sizes = {adapter.tensors[whole].shape[0] for whole in heads.values() if whole}
-    labels = {**base.config, **found}.get("id2label")
-    known = len(labels) if isinstance(labels, dict) else 2  # transformers writes no default down
-    if settings.task in _LABELLED and len(sizes) == 1 and (size := sizes.pop()) != known:
-        names = [f"LABEL_{i}" for i in range(size)]
-        found["id2label"] = {str(i): name for i, name in enumerate(names)}
-        found["label2id"] = {name: i for i, name in enumerate(names)}
-    return {key: value for key, value in found.items() if base.config.get(key) != value}
-
-
-def _class_for(task: str | None, model_type: object) -> str | None:
-    from transformers.models.auto import modeling_auto
-
-    tables = {
-        "SEQ_CLS": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-        "TOKEN_CLS": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
-        "QUESTION_ANS": modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
-        "CAUSAL_LM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        "SEQ_2_SEQ_LM": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-    }
-    name = tables.get(task or "", {}).get(str(model_type))
-    return name if isinstance(name, str) else None
-
-
-def _without_old_heads(names: dict[str, str], checkpoint: AdapterCheckpoint) -> dict[str, str]:
-    """The base's tensors but for heads that the adapter's class of model has not (a language model's, say)."""
-    from merganser.checkpoints.layers import empty_model
-
-    roots = {name.split(".", 1)[0] for name in empty_model(checkpoint).state_dict()}
-    return {name: own for name, own in names.items() if "/" in name or name.split(".", 1)[0] in roots}
-
-
-def _shortened(problems: list[UserError], adapter: Checkpoint) -> list[UserError]:
+def _shortened(problems: Sequence[UserError], adapter: Checkpoint) -> list[UserError]:
     """The first problems, each with its file; the number of the others."""
     where = adapter.path / WEIGHTS
     found: list[UserError] = [CheckpointError(one.what, where=where, mend=one.mend) for one in problems[:_MOST_NAMED]]

@@ -20,8 +20,7 @@ _OTHER_KINDS = {
     "alora_invocation_tokens": "an activated LoRA, which is off until certain tokens have been seen",
     "arrow_config": "a router between several adapters",
     "kasa_config": "KaSA, which changes the base's weights too",
-    "trainable_token_indices": "trained single tokens beside LoRA",
-    "target_parameters": "LoRA on bare parameters (packed experts)",
+    "monteclora_config": "MonteCLoRA, which samples its factors",
     "layer_replication": "LoRA on layers that are repeated",
 }
 MERGE_FIRST = "merge it into its base with peft (model.merge_and_unload().save_pretrained(...)) and give that"
@@ -38,6 +37,9 @@ class AdapterSettings:
         stabilised: scale is α/√r.
         transposed: the adapted layers are stored (in, out).
         saved: modules that are replaced as a whole.
+        parameters: ends of the names of bare parameters that are adapted, such as packed experts.
+        tokens: the tokens that are trained by themselves, by the end of an embedding's name; of the name "", any.
+        tied: what the model ties stays tied (``ensure_weight_tying``).
         task: PEFT's word for the task, such as ``SEQ_CLS``.
         model_class: of the model that the adapter was trained in, where it says so.
     """
@@ -49,6 +51,9 @@ class AdapterSettings:
     stabilised: bool
     transposed: bool
     saved: tuple[str, ...]
+    parameters: tuple[str, ...]
+    tokens: Mapping[str, tuple[int, ...]]
+    tied: bool
     task: str | None
     model_class: str | None
 
@@ -65,6 +70,11 @@ class AdapterSettings:
         """Whether a module, or one that holds it, is among those replaced as a whole."""
         parents = [module[: i.start()] for i in re.finditer(r"\.", module)]
         return any(name.endswith(one) for name in [*parents, module] for one in self.saved)
+
+    def tokens_of(self, module: str) -> tuple[int, ...]:
+        """The tokens of an embedding that are trained; one that is tied to another has that one's."""
+        named = [rows for name, rows in self.tokens.items() if not name or f".{module}".endswith(f".{name}")]
+        return next(iter([*named, *self.tokens.values()]), ())
 
 
 def read_settings(adapter: Checkpoint) -> AdapterSettings:
@@ -107,8 +117,12 @@ def read_settings(adapter: Checkpoint) -> AdapterSettings:
             for pattern in table if isinstance(table, dict) else ():
                 check(_is_pattern(pattern), f"{key}: {pattern!r} is no pattern that can be used")
         saved = raw.get("modules_to_save") or []
-        named = isinstance(saved, list) and all(isinstance(one, str) for one in saved)
-        check(named, f"modules_to_save is {saved!r}")
+        check(_are_names(saved), f"modules_to_save is {saved!r}")
+        parameters = raw.get("target_parameters") or []
+        check(_are_names(parameters), f"target_parameters is {parameters!r}")
+        trained = raw.get("trainable_token_indices") or {}
+        trained = trained if isinstance(trained, dict) else {"": trained}
+        check(all(_are_rows(rows) for rows in trained.values()), f"trainable_token_indices is {trained!r}")
     errors.raise_all()
     mapping = raw.get("auto_mapping")
     model_class = mapping.get("base_model_class") if isinstance(mapping, dict) else None
@@ -120,6 +134,9 @@ def read_settings(adapter: Checkpoint) -> AdapterSettings:
         stabilised=bool(raw.get("use_rslora")),
         transposed=bool(raw.get("fan_in_fan_out")),
         saved=tuple(saved),
+        parameters=tuple(parameters),
+        tokens={name: tuple(rows) for name, rows in trained.items()},
+        tied=bool(raw.get("ensure_weight_tying")),
         task=raw.get("task_type") if isinstance(raw.get("task_type"), str) else None,
         model_class=model_class if isinstance(model_class, str) else None,
     )
@@ -140,6 +157,14 @@ def _is_pattern(text: object) -> bool:
     except (re.error, OverflowError, RecursionError):
         return False
     return True
+
+
+def _are_names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(one, str) and one for one in value)
+
+
+def _are_rows(value: object) -> bool:
+    return isinstance(value, list) and all(type(row) is int and row >= 0 for row in value)
 
 
 def _is_rank(value: object) -> bool:

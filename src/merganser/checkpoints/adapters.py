@@ -4,13 +4,16 @@ A PEFT folder holds ``adapter_config.json`` and ``adapter_model.safetensors`` wi
 A (r, in) and B (out, r) of a change ΔW = s·BA, and whole tensors (heads, biases) that take the place of the base's.
 Layout: https://huggingface.co/docs/peft. Whoever reads the result sees one more checkpoint; the product exists only for
 the rows that are asked for, and a tensor's hash is made of the hashes of its parts.
+
+The layer that is adapted and the tensor that is stored may differ (experts are packed here and separate there), so a
+change says which box of a stored tensor it changes.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,41 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from merganser.checkpoints.changes import Change, apply
 from merganser.checkpoints.header import TensorInfo
 from merganser.checkpoints.modules import MODULES
 from merganser.checkpoints.reader import HASHES, Checkpoint
 from merganser.tensors import DTYPES
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-#: Products are made in blocks of rows that start at multiples of this: the same bits however a tensor is cut.
-_BLOCK = 128
-
-
-@dataclass(frozen=True)
-class Change:
-    """What an adapter does to one tensor: W' = (its own whole tensor, else the base's) + scale · (BA or a vector).
-
-    Attributes:
-        whole: the adapter's tensor that takes the place of the base's.
-        a: the adapter's factor (r, in).
-        b: the adapter's factor (out, r).
-        vector: the adapter's vector that is added to a bias (``lora_bias``).
-        scale: α/r, or α/√r for rank-stabilised LoRA.
-        transposed: the tensor is (in, out), as in Conv1D layers and embeddings.
-    """
-
-    whole: str | None = None
-    a: str | None = None
-    b: str | None = None
-    vector: str | None = None
-    scale: float = 1.0
-    transposed: bool = False
-
-    @property
-    def parts(self) -> list[str]:
-        """The adapter's tensors that are used."""
-        return [part for part in (self.whole, self.a, self.b, self.vector) if part]
-
 
 class AdapterCheckpoint(Checkpoint):
     """A base with a LoRA adapter on it. Made by :func:`merganser.checkpoints.open_checkpoint`.
@@ -64,7 +39,7 @@ class AdapterCheckpoint(Checkpoint):
         name: as the user gave it.
         base: the model that the adapter was trained on.
         adapter: the adapter's own files.
-        changes: what the adapter does, by tensor.
+        changes: what the adapter does, by tensor; several changes are of different boxes of it.
         names: the base's name of each of its tensors, by the name that it has here.
         settings: ``adapter_config.json``.
         config: what ``config.json`` says differently with the adapter on (labels of a head, say).
@@ -75,12 +50,13 @@ class AdapterCheckpoint(Checkpoint):
         name: str,
         base: Checkpoint,
         adapter: Checkpoint,
-        changes: Mapping[str, Change],
+        changes: Mapping[str, Sequence[Change]],
         names: Mapping[str, str],
         settings: Mapping[str, Any],
         config: Mapping[str, Any],
     ) -> None:
-        self.base, self.adapter, self.changes, self.settings = base, adapter, dict(changes), dict(settings)
+        self.base, self.adapter, self.settings = base, adapter, dict(settings)
+        self.changes = {name: tuple(found) for name, found in changes.items()}
         self._own, self._config, self.quantisation = dict(names), dict(config), base.quantisation
         pinned = f"{pinned_name(base)}+{pinned_name(adapter)}"
         revision = pinned if base.revision or adapter.revision else None
@@ -127,23 +103,20 @@ class AdapterCheckpoint(Checkpoint):
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Tensor ``name``, or its rows ``start:stop``: the base's as it is stored, or as the adapter changes it."""
-        change = self.changes.get(name)
-        if change is None:
+        changes = self.changes.get(name)
+        if changes is None:
             return self.base.read(self._own[name], start, stop)
-        if change.whole is not None:
-            tensor = self.adapter.read(change.whole, start, stop)
+        whole = next((change.whole for change in changes if change.replaces), None)
+        if whole is not None:
+            tensor = self.adapter.read(whole, start, stop)
         else:
             tensor = self.base.read(self._own[name], start, stop)
             self.base.observe(self._own[name], tensor, start)  # its bytes are here: no need to read them again
-        if change.a is None and change.vector is None:
-            return tensor
-        wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-        if change.vector is not None:
-            vector = self.adapter.read(change.vector, start, stop)
-            wide += vector.to(wide.dtype).mul_(change.scale)
-        if change.a is not None:
-            self._add_product(wide, change, start)
-        return wide
+        if any(change.widens for change in changes) or any(change.rows for change in changes):
+            tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+        for change in changes:
+            apply(change, self.adapter, tensor, start)
+        return tensor
 
     def prefetch(self, name: str) -> None:
         """Tell the system that the base's tensor will be read soon."""
@@ -171,31 +144,35 @@ class AdapterCheckpoint(Checkpoint):
         """
         known = self._hashes[kind]
         if name not in known:
-            change = self.changes.get(name)
-            if change is None:
+            changes = self.changes.get(name)
+            if changes is None:
                 known[name] = self.base.hash(self._own[name], kind, tensor)
             else:
-                known[name] = self._hash_of_parts(name, change, kind)
+                known[name] = self._hash_of_parts(name, changes, kind)
         return known[name]
 
-    def _hash_of_parts(self, name: str, change: Change, kind: str) -> str:
-        parts: dict[str, object] = {
-            role: self.adapter.hash(part, kind)
-            for role in ("whole", "a", "b", "vector")
-            if (part := getattr(change, role))
-        }
-        if change.whole is None:
-            parts["base"] = self.base.hash(self._own[name], kind)
-        parts |= {"scale": change.scale, "transposed": change.transposed}
-        text = json.dumps(parts, sort_keys=True)
+    def _hash_of_parts(self, name: str, changes: Sequence[Change], kind: str) -> str:
+        found = [self._parts(change, kind) for change in changes]
+        if not any(change.replaces for change in changes):
+            found[0]["base"] = self.base.hash(self._own[name], kind)
+        text = json.dumps(found[0] if len(found) == 1 else found, sort_keys=True)
         return HASHES[kind](f"low-rank change\n{text}\n".encode()).hexdigest()
+
+    def _parts(self, change: Change, kind: str) -> dict[str, object]:
+        """What a change is made of, with the hashes of its tensors; what is usual is not said."""
+        parts: dict[str, object] = {role: self.adapter.hash(part, kind) for role, part in change.parts.items()}
+        parts |= {"scale": change.scale, "transposed": change.transposed}
+        special = {"experts": change.experts, "tokens": change.tokens}
+        box = change.box and (change.box.at, change.box.part, change.box.dims)
+        return parts | {key: value for key, value in {**special, "box": box}.items() if value}
 
     def _infos(self) -> dict[str, TensorInfo]:
         infos = {name: replace(self.base.tensors[own], name=name) for name, own in self._own.items()}
-        for name, change in self.changes.items():
-            if change.whole is None:
+        for name, changes in self.changes.items():
+            whole = next((change.whole for change in changes if change.replaces), None)
+            if whole is None:
                 continue
-            theirs = self.adapter.tensors[change.whole]
+            theirs = self.adapter.tensors[whole]
             mine = infos.get(name)
             if mine is None:  # a head that the base lacks: as if it lay in the base's last file
                 infos[name] = replace(theirs, name=name, file="model.safetensors")
@@ -203,27 +180,6 @@ class AdapterCheckpoint(Checkpoint):
                 size = torch.Size(theirs.shape).numel() * DTYPES[mine.dtype].itemsize
                 infos[name] = replace(mine, shape=theirs.shape, nbytes=size)
         return infos
-
-    def _add_product(self, wide: Tensor, change: Change, start: int) -> None:
-        """Add rows ``start:`` of scale · BA (or of its transpose) to ``wide``, in place."""
-        if change.a is None or change.b is None:
-            raise RuntimeError("one factor without the other")
-        rows = self.adapter.tensors[change.a].shape[1] if change.transposed else None
-        rows = self.adapter.tensors[change.b].shape[0] if rows is None else rows
-        stop = start + wide.shape[0]
-        first = start - start % _BLOCK
-        a = self.adapter.read(change.a).to(wide.dtype)
-        if change.transposed:
-            left, right = a.T, self.adapter.read(change.b).to(wide.dtype).T
-        else:
-            last = min(stop + -stop % _BLOCK, rows)
-            left, right = self.adapter.read(change.b, first, last).to(wide.dtype), a
-        shift = 0 if change.transposed else first
-        for begin in range(first, stop, _BLOCK):
-            end = min(begin + _BLOCK, rows)
-            product = (left[begin - shift : end - shift] @ right).mul_(change.scale)
-            low, high = max(begin, start), min(end, stop)
-            wide[low - start : high - start] += product[low - begin : high - begin]
 
 
 def pinned_name(checkpoint: Checkpoint) -> str:

@@ -40,6 +40,12 @@ class Box:
     part: tuple[Range, ...]
     dims: tuple[int | None, ...]
 
+    @classmethod
+    def whole(cls, tensor: str, shape: Sequence[int]) -> Box:
+        """All of a stored tensor."""
+        ranges = tuple((0, size) for size in shape)
+        return cls(ranges, tensor, ranges, tuple(range(len(shape))))
+
     def within(self, dim: int, start: int, stop: int) -> Box | None:
         """The part of it that lies at ``start:stop`` along a dimension, as seen from there."""
         low, high = max(self.at[dim][0], start), min(self.at[dim][1], stop)
@@ -74,8 +80,7 @@ class Place:
     @classmethod
     def whole(cls, name: str, shape: tuple[int, ...]) -> Place:
         """A stored tensor as it is."""
-        ranges = tuple((0, size) for size in shape)
-        return cls((Box(ranges, name, ranges, tuple(range(len(shape)))),), (name,), is_whole=True)
+        return cls((Box.whole(name, shape),), (name,), is_whole=True)
 
 
 class Traced(Tensor):
@@ -92,8 +97,7 @@ class Traced(Tensor):
     @staticmethod
     def of(name: str, shape: tuple[int, ...]) -> Traced:
         """A stored tensor."""
-        whole = tuple((0, size) for size in shape)
-        return _traced(torch.empty(shape, device="meta"), (Box(whole, name, whole, tuple(range(len(shape)))),), (name,))
+        return _traced(torch.empty(shape, device="meta"), (Box.whole(name, shape),), (name,))
 
     @classmethod
     def __torch_function__(
@@ -217,6 +221,22 @@ _FOLLOWED: dict[str, Callable[..., Any]] = {
 }
 
 
+def seen_from(mine: Box, its: Box) -> Box | None:
+    """What two boxes of one parameter have in common: where it lies in the tensor of the first, from the second's."""
+    common: Box | None = its
+    for dim, (start, stop) in enumerate(mine.at):
+        common = common and common.within(dim, start, stop)
+    if common is None:
+        return None
+    at = list(mine.part)
+    dims: list[int | None] = [None] * len(mine.part)
+    for dim, stored in enumerate(mine.dims):
+        if stored is not None:
+            first, (start, stop) = mine.part[stored][0], common.at[dim]
+            at[stored], dims[stored] = (first + start, first + stop), common.dims[dim]
+    return Box(tuple(at), common.tensor, common.part, tuple(dims))
+
+
 def source_of(boxes: Sequence[Box], shape: Sequence[int]) -> Source | None:
     """The boxes that make up a tensor of this shape, as a source; None where a source cannot say it.
 
@@ -282,6 +302,42 @@ def simplified(source: Source, shapes: Callable[[str], tuple[int, ...]]) -> Sour
     return replace(source, rows=rows, columns=columns)
 
 
+class Renaming:
+    """From names on disk to names of parameters, by transformers' own tables.
+
+    Args:
+        model: which may be on the meta device.
+
+    Attributes:
+        wanted: the shape of each parameter and stored buffer.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+        transforms = get_model_conversion_mapping(model)
+        self.wanted = state_shapes(model)
+        self._prefix = str(getattr(model, "base_model_prefix", ""))
+        self._renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
+        self._converters = [one for one in transforms if isinstance(one, WeightConverter)]
+        self._by_pattern = {pattern: one for one in self._converters for pattern in one.source_patterns}
+
+    def __call__(self, name: str) -> tuple[str, str | None]:
+        """The parameter that a name on disk means, and the pattern of the converter that it goes through, if any.
+
+        A name that means nothing here is returned as something that is not wanted.
+        """
+        from transformers.core_model_loading import rename_source_key
+
+        renamed, pattern = rename_source_key(name, self._renamings, self._converters, self._prefix, self.wanted)
+        return (name, None) if renamed not in self.wanted and name in self.wanted else (renamed, pattern)
+
+    def converter(self, pattern: str) -> Any:
+        """A fresh converter, by one of its patterns."""
+        return deepcopy(self._by_pattern[pattern])
+
+
 def find_places(
     model: nn.Module, shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[dict[str, Place], frozenset[str], dict[str, tuple[tuple[int, ...], tuple[int, ...]]]]:
@@ -289,15 +345,10 @@ def find_places(
 
     This is transformers' own way of loading, with its renamings and converters, on tensors without memory.
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+    from transformers.core_model_loading import dot_natural_key
 
-    wanted = state_shapes(model)
-    prefix = str(getattr(model, "base_model_prefix", ""))
-    transforms = get_model_conversion_mapping(model)
-    renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
-    converters = [one for one in transforms if isinstance(one, WeightConverter)]
-    by_pattern = {pattern: one for one in converters for pattern in one.source_patterns}
+    rename = Renaming(model)
+    wanted = rename.wanted
     places: dict[str, Place] = {}
     unused, mismatched = set[str](), dict[str, tuple[tuple[int, ...], tuple[int, ...]]]()
     waiting: dict[str, Any] = {}
@@ -311,16 +362,14 @@ def find_places(
         places.setdefault(parameter, place)
 
     for name in sorted(shapes, key=dot_natural_key):
-        renamed, pattern = rename_source_key(name, renamings, converters, prefix, wanted)
-        if renamed not in wanted and name in wanted:
-            renamed, pattern = name, None
+        renamed, pattern = rename(name)
         if renamed not in wanted:
             unused.add(name)
         elif pattern is None:
             put(renamed, shapes[name], Place.whole(name, shapes[name]))
         else:
             if renamed not in waiting:
-                waiting[renamed] = deepcopy(by_pattern[pattern])
+                waiting[renamed] = rename.converter(pattern)
             waiting[renamed].add_tensor(renamed, name, pattern, Traced.of(name, shapes[name]))
     for parameter, converter in waiting.items():
         stored = tuple(t.stored[0] for tensors in converter.collected_tensors.values() for t in tensors)

@@ -19,7 +19,7 @@ from typing import Any
 from torch import nn
 
 from merganser.checkpoints.layers import Kind, Layer, build_empty, find_layers
-from merganser.checkpoints.layout import Box, Place, find_places, simplified, source_of, state_shapes, ties
+from merganser.checkpoints.layout import Box, Place, find_places, seen_from, simplified, source_of, state_shapes, ties
 from merganser.checkpoints.reader import Checkpoint, align
 from merganser.checkpoints.sources import Source
 from merganser.errors import CheckpointError
@@ -139,7 +139,7 @@ class ModelView:
                 return by_name if twin is None else Source(twin)
             for mine in ours.boxes:
                 if mine.tensor == name:
-                    boxes |= {box.at: box for its in theirs.boxes if (box := _seen_from(mine, its)) is not None}
+                    boxes |= {box.at: box for its in theirs.boxes if (box := seen_from(mine, its)) is not None}
         whole = self.shapes[name]
         single = boxes.get(tuple((0, size) for size in whole))
         found = source_of([single] if single else list(boxes.values()), whole)
@@ -248,22 +248,6 @@ def _twin(ours: Place, theirs: Place, name: str) -> str | None:
     if len(ours.stored) != len(theirs.stored) or (ours.boxes is None) != (theirs.boxes is None):
         return None
     return theirs.stored[ours.stored.index(name)]
-
-
-def _seen_from(mine: Box, its: Box) -> Box | None:
-    """What two boxes of one parameter have in common: where it lies in the tensor of the first, from the second's."""
-    common: Box | None = its
-    for dim, (start, stop) in enumerate(mine.at):
-        common = common and common.within(dim, start, stop)
-    if common is None:
-        return None
-    at = list(mine.part)
-    dims: list[int | None] = [None] * len(mine.part)
-    for dim, stored in enumerate(mine.dims):
-        if stored is not None:
-            first, (start, stop) = mine.part[stored][0], common.at[dim]
-            at[stored], dims[stored] = (first + start, first + stop), common.dims[dim]
-    return Box(tuple(at), common.tensor, common.part, tuple(dims))
 
 
 def _plain_layers(names: Iterable[str], shapes: Mapping[str, Sequence[int]]) -> dict[str, Layer]:

@@ -37,7 +37,6 @@ _SILENT = re.compile(
 _OWN = re.compile(
     r"architectures|auto_map|id2label|label2id|num_labels|problem_type|(torch_)?dtype|(decoder_)?vocab_size\w*"
 )
-_SIZES = re.compile(r"(decoder_)?vocab_size\w*")
 _TOKEN_IDS = re.compile(r"\w+_token_ids?|\w+_token_index")
 
 
@@ -155,22 +154,6 @@ def merged_config(recipe: Recipe, inputs: Inputs, own: Parent, tokens: Parent | 
     if tokens is not None and tokens is not own:
         config = _overlaid(config, tokens.checkpoint.config, _TOKEN_IDS)
     return config
-
-
-def resize(config: Mapping[str, Any], old: int, new: int) -> dict[str, Any]:
-    """A configuration whose vocabulary has ``new`` rows instead of ``old``, wherever it says so."""
-    changed = _resized(config, old, new)
-    return changed if changed != dict(config) or old == new else {**changed, "vocab_size": new}
-
-
-def _resized(config: Mapping[str, Any], old: int, new: int) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, dict):
-            found[key] = _resized(value, old, new)
-        else:
-            found[key] = new if _SIZES.fullmatch(key) and value == old else value
-    return found
 
 
 def _chosen(name: str | None, option: str, parents: Sequence[Parent], base: Parent | None) -> Parent | None:

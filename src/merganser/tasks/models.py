@@ -2,7 +2,7 @@
 
 A reference is a folder or a Hub name as :func:`merganser.checkpoints.open_checkpoint` takes it;
 ``folder::heads/name`` means the model in a sub-folder, which transformers opens as ``from_pretrained(folder,
-subfolder="heads/name")``. A LoRA adapter is its base, whose weights are changed in place, one after the other.
+subfolder="heads/name")``. A LoRA adapter is its base, whose weights are changed where they are read.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from transformers.models.auto.auto_factory import _get_model_class
 from transformers.utils import logging as transformers_logging
 
 from merganser.checkpoints import AdapterCheckpoint, Checkpoint, CodedCheckpoint, QuantisedCheckpoint, open_checkpoint
-from merganser.checkpoints.layers import load_config, map_parameters
+from merganser.checkpoints.layers import load_config
 from merganser.checkpoints.quantisation import refusal
 from merganser.checkpoints.reader import read_json
 from merganser.errors import CheckpointError, UserError
@@ -168,14 +168,10 @@ def load_model(
     """
     checkpoint = opened.checkpoint
     checkpoint.fetch()
-    adapted = checkpoint if isinstance(checkpoint, AdapterCheckpoint) else None
-    settings: dict[str, Any] = (
-        {} if adapted is None else {"config": load_config(adapted), "ignore_mismatched_sizes": True}
-    )
     try:
         with quiet():
             model, info = from_pretrained(
-                opened, class_name, allow_pickle, output_loading_info=True, **settings, **(placement or {})
+                opened, class_name, allow_pickle, output_loading_info=True, **(placement or {})
             )
     except Exception as error:  # whatever damaged weights or a stranger's configuration provoke
         what = f"cannot be loaded as {class_name}: {first_line(error)}"
@@ -184,12 +180,7 @@ def load_model(
             what += f" (its weights are quantised: {checkpoint.quantisation.name})"
             mend = "install what transformers asks for, or give the model in full precision that was quantised"
         raise CheckpointError(what, where=opened.name, mend=mend) from None
-    absent = set(info.get("missing_keys") or ())
-    if adapted is not None:
-        # what the base has in another shape is random until the adapter brings it
-        absent |= {one if isinstance(one, str) else one[0] for one in info.get("mismatched_keys") or ()}
-        absent -= _adapt(model, adapted)
-    missing = sorted(absent)
+    missing = sorted(info.get("missing_keys") or ())
     if complete and missing:
         what = f"the checkpoint has no weights for {', '.join(missing[:5])}{', …' if len(missing) > 5 else ''}"
         raise CheckpointError(what, where=opened.name, mend="choose a task that the checkpoint was trained for")
@@ -197,10 +188,11 @@ def load_model(
 
 
 def from_pretrained(opened: Opened, class_name: str, allow_pickle: bool = False, **settings: Any) -> Any:
-    """transformers' own loading, in float32, of a model's files; of tensors where we dequantise them.
+    """transformers' own loading, in float32, of a model's files; of tensors where these are computed.
 
-    transformers would keep FP8 or MXFP4 codes where the device computes with them, and needs other packages to read
-    some of them. What is scored, trained and collected from are the weights that would be merged.
+    So an adapter on its base, and quantised weights, go through transformers' own conversions, which pack experts and
+    fuse projections. It would keep FP8 or MXFP4 codes where the device computes with them, and needs other packages to
+    read some of them. What is scored, trained and collected from are the weights that would be merged.
 
     Args:
         opened: what :func:`open_model` returned, its weights downloaded.
@@ -211,30 +203,29 @@ def from_pretrained(opened: Opened, class_name: str, allow_pickle: bool = False,
     loader: Any = getattr(transformers, class_name)
     settings |= {"dtype": torch.float32, "local_files_only": True, "trust_remote_code": False}
     checkpoint = opened.checkpoint
-    files = checkpoint.base if isinstance(checkpoint, AdapterCheckpoint) else checkpoint
-    if not isinstance(files, QuantisedCheckpoint):
+    if not isinstance(checkpoint, AdapterCheckpoint | QuantisedCheckpoint):
         place, safe = str(opened.root), None if allow_pickle else True
         return loader.from_pretrained(place, subfolder=opened.subfolder, use_safetensors=safe, **settings)
-    settings.setdefault("config", load_config(files))
+    settings.setdefault("config", load_config(checkpoint))
     if hasattr(loader, "_model_mapping"):  # the automatic classes load from folders only
         loader = _get_model_class(settings["config"], loader._model_mapping)
-    state = {name: files.read(name) for name in files.tensors if "/" not in name}
+    state = {name: _Unread(checkpoint, name) for name in checkpoint.tensors if "/" not in name}
     found = loader.from_pretrained(None, state_dict=state, **settings)
     model = found[0] if isinstance(found, tuple) else found
-    if (files.path / _GENERATION).is_file():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(files.path)
+    if (checkpoint.path / _GENERATION).is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(checkpoint.path)
     return found
 
 
-def _adapt(model: nn.Module, adapted: AdapterCheckpoint) -> set[str]:
-    """Put an adapter's tensors in the place of its base's, in the loaded model; returns their names there."""
-    names = map_parameters(model, adapted, values=False)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    changed = {name for name, own in names.items() if own in adapted.changes}
-    with torch.no_grad():
-        for name in changed:
-            parameters[name].copy_(adapted.read(names[name]))
-    return changed
+@dataclass(frozen=True)
+class _Unread:
+    """A tensor that is read when transformers asks for it, as it asks for a slice of a safetensors file."""
+
+    checkpoint: Checkpoint
+    name: str
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self.checkpoint.read(self.name)[index]
 
 
 def length_limit(config: Mapping[str, Any], tokenizer: Any) -> int | None:

@@ -16,13 +16,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from merganser.checkpoints import Checkpoint, open_checkpoint
+from merganser.checkpoints.adapter_configuration import resize
 from merganser.checkpoints.model_view import view_of
 from merganser.checkpoints.reader import TensorHash, read_json
 from merganser.checkpoints.tokenizer_files import add_tokens, is_tokenizer_file
 from merganser.checkpoints.writer import SafetensorsWriter, TensorSpec, check_output, index_json, shard
 from merganser.errors import CheckpointError, UserError
 from merganser.files import is_url, new_folder, parse_size, space_error
-from merganser.merging.configuration import merged_config, resize
+from merganser.merging.configuration import merged_config
 from merganser.merging.execution import TensorRecord, storable
 from merganser.merging.outputs import RemoteOutput, new_remote_output
 from merganser.merging.plan import BUFFER, HEADS, KEPT, Plan, Step

@@ -1,0 +1,129 @@
+"""Adapters as PEFT saves them, against PEFT itself: the model that is scored, and the merge, are what PEFT computes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from architectures.tiny import SETTINGS, Tiny
+from merganser.checkpoints import open_checkpoint
+from merganser.errors import UserError
+from merganser.merging import merge
+from merganser.tasks.models import load_model, open_model
+
+peft = pytest.importorskip("peft", reason="peft is not installed: pip install 'merganser[test]'")
+
+IDS = torch.tensor([[11, 12, 13, 20, 30, 47, 12, 2]])
+TIED = {"tie_word_embeddings": True}
+
+
+@dataclass(frozen=True)
+class Case:
+    """An adapter: of which model, and PEFT's settings."""
+
+    model_class: str
+    settings: Mapping[str, Any]
+    model: Mapping[str, Any] = field(default_factory=dict)
+    rows: int | None = None  # to which the vocabulary is resized before training
+
+
+def linear(*names: str, **more: Any) -> dict[str, Any]:
+    return {"target_modules": [*names], **more}
+
+
+PACKED = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+CASES = {
+    "packed experts": Case(
+        "MixtralForCausalLM",
+        linear("q_proj", target_parameters=PACKED, rank_pattern={"layers.0.mlp.experts.down_proj": 2}, use_rslora=True),
+    ),
+    "one packed parameter": Case("Qwen3MoeForCausalLM", linear(target_parameters=["experts.down_proj"])),
+    "all of a router's": Case("MixtralForCausalLM", linear("v_proj", target_parameters=["gate.weight"])),
+    "experts stored packed": Case("GptOssForCausalLM", linear("k_proj", target_parameters=PACKED)),
+    "modules of experts": Case("MixtralForCausalLM", linear("w1", "w2", "w3")),
+    "a whole stack": Case("Qwen3MoeForCausalLM", linear("q_proj", modules_to_save=["mlp.experts"])),
+    "pictures": Case("Gemma3ForConditionalGeneration", linear("q_proj", "fc1")),
+    "pictures, older": Case("LlavaForConditionalGeneration", linear("v_proj", "linear_1")),
+    "fused": Case("Phi3ForCausalLM", linear("qkv_proj", "gate_up_proj")),
+    "a head of its own": Case("LlamaForCausalLM", linear("q_proj", modules_to_save=["lm_head"]), TIED),
+    "an embedding of its own": Case("LlamaForCausalLM", linear("q_proj", modules_to_save=["embed_tokens"]), TIED),
+    "still tied": Case(
+        "LlamaForCausalLM", linear("q_proj", modules_to_save=["embed_tokens"], ensure_weight_tying=True), TIED
+    ),
+    "factors of an embedding": Case("LlamaForCausalLM", linear("embed_tokens"), TIED),
+    "factors, still tied": Case("LlamaForCausalLM", linear("embed_tokens", ensure_weight_tying=True), TIED),
+    "factors of a head": Case("LlamaForCausalLM", linear("lm_head"), TIED),
+    "both": Case("Qwen2ForCausalLM", linear("lm_head", "embed_tokens"), TIED),
+    "a head of pictures": Case("Gemma3ForConditionalGeneration", linear("k_proj", modules_to_save=["lm_head"])),
+    "tokens": Case("LlamaForCausalLM", linear("q_proj", trainable_token_indices=[12, 30])),
+    "tied tokens": Case("LlamaForCausalLM", linear("q_proj", trainable_token_indices=[12, 30]), TIED),
+    "other tokens of a head": Case(
+        "LlamaForCausalLM", linear("q_proj", trainable_token_indices={"embed_tokens": [12], "lm_head": [30, 11]}), TIED
+    ),
+    "resized": Case("LlamaForCausalLM", linear("q_proj"), rows=52),
+    "resized and tied": Case("LlamaForCausalLM", linear("q_proj"), TIED, rows=52),
+    "resized with factors": Case("LlamaForCausalLM", linear("q_proj", "embed_tokens", "lm_head"), rows=52),
+    "resized with a tied head": Case("LlamaForCausalLM", linear("q_proj", modules_to_save=["lm_head"]), TIED, rows=52),
+    "resized for tokens": Case("LlamaForCausalLM", linear("q_proj", trainable_token_indices=[48, 49]), TIED, rows=52),
+    "a seq2seq model": Case("T5ForConditionalGeneration", linear("q", "wo", modules_to_save=["lm_head"])),
+}
+
+
+def make(case: Case, folder: Path, numbers: tuple[int, ...] = (1,)) -> tuple[Path, list[Path]]:
+    """A base, and adapters of it that PEFT saved after every part of them was changed."""
+    tiny = Tiny(case.model_class, "text", {**SETTINGS.get(case.model_class, {}), **case.model})
+    base = tiny.save(folder / "base")
+    adapters = []
+    for number in numbers:
+        model = peft.get_peft_model(opened(case, base), peft.LoraConfig(r=3, lora_alpha=7, **dict(case.settings)))
+        torch.manual_seed(number)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.2 * torch.randn_like(parameter))
+            if case.rows:
+                weight = model.get_input_embeddings().weight
+                weight[48:] = 0.1 * torch.randn_like(weight[48:])
+        adapters.append(folder / f"adapter-{number}")
+        model.save_pretrained(adapters[-1])
+    return base, adapters
+
+
+def opened(case: Case, base: Path) -> Any:
+    """The base as a user of PEFT opens it."""
+    model = getattr(transformers, case.model_class).from_pretrained(base)
+    if case.rows:
+        model.resize_token_embeddings(case.rows)
+    return model.eval()
+
+
+def in_peft(case: Case, base: Path, adapter: Path) -> Any:
+    return peft.PeftModel.from_pretrained(opened(case, base), adapter).eval()
+
+
+def logits(model: Any) -> torch.Tensor:
+    more = {"decoder_input_ids": IDS} if model.config.is_encoder_decoder else {}
+    with torch.no_grad():
+        return model(input_ids=IDS, **more).logits
+
+
+def same(found: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(found.double(), expected.double(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_scored_is_what_peft_computes(name: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    base, (adapter,) = make(case, tmp_path)
+    expected = logits(in_peft(case, base, adapter))
+    found = logits(load_model(open_model(f"{base}+{adapter}"), case.model_class))
+    same(found, expected)
+    assert not torch.allclose(logits(opened(case, base)), expected, rtol=1e-3, atol=1e-3)  # the test can fail
