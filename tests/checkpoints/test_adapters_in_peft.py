@@ -127,3 +127,111 @@ def test_what_is_scored_is_what_peft_computes(name: str, tmp_path: Path) -> None
     found = logits(load_model(open_model(f"{base}+{adapter}"), case.model_class))
     same(found, expected)
     assert not torch.allclose(logits(opened(case, base)), expected, rtol=1e-3, atol=1e-3)  # the test can fail
+
+
+def renamed(folder: Path, adapter: Path, names: Callable[[str], str], **config: Any) -> Path:
+    """The same adapter under the names that another version of transformers gave."""
+    folder.mkdir()
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    assert all(names(name) != name for name in tensors)
+    save_file({names(name): tensor for name, tensor in tensors.items()}, folder / "adapter_model.safetensors")
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**settings, **config}))
+    return folder
+
+
+@pytest.mark.parametrize("model_class", ["Gemma3ForConditionalGeneration", "LlavaForConditionalGeneration"])
+@pytest.mark.parametrize("stored_newly", [False, True])
+def test_models_of_pictures_by_older_names(model_class: str, stored_newly: bool, tmp_path: Path) -> None:
+    case = Case(model_class, linear("q_proj", "fc1", "fc2"))
+    base, (adapter,) = make(case, tmp_path)
+    if stored_newly:
+        store_as_in_memory(case, base)
+    older = renamed(
+        tmp_path / "older",
+        adapter,
+        lambda name: name.replace("model.model.language_model.", "model.language_model.model.").replace(
+            "model.model.vision_tower.", "model.vision_tower.vision_model."
+        ),
+    )
+    expected = logits(in_peft(case, base, adapter))
+    for one in (adapter, older):
+        same(logits(load_model(open_model(f"{base}+{one}"), model_class)), expected)
+
+
+def store_as_in_memory(case: Case, base: Path) -> None:
+    """Write a base's weights by the names and in the shapes that this version of transformers has in memory."""
+    model = opened(case, base)
+    tied = set(model.all_tied_weights_keys)
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name not in tied}
+    save_file(state, base / "model.safetensors", {"format": "pt"})
+    assert set(load_file(base / "model.safetensors")) == set(state)
+
+
+def separate_experts(folder: Path, base: Path, names: Mapping[str, tuple[int, int]], stem: str, rank: int = 3) -> Path:
+    """An adapter of every expert, as older versions saved them."""
+    generator, tensors = torch.Generator().manual_seed(5), {}
+    for layer in range(2):
+        for expert in range(4):
+            for name, (out, width) in names.items():
+                module = f"base_model.model.model.layers.{layer}.{stem}.experts.{expert}.{name}"
+                tensors[f"{module}.lora_A.weight"] = 0.3 * torch.randn(rank, width, generator=generator)
+                tensors[f"{module}.lora_B.weight"] = 0.3 * torch.randn(out, rank, generator=generator)
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": 7, "target_modules": [*names], "task_type": "CAUSAL_LM"}
+    (folder / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": str(base)}))
+    return folder
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("model_class", "names", "stem"),
+    [
+        ("MixtralForCausalLM", {"w1": (40, 32), "w2": (32, 40), "w3": (40, 32)}, "block_sparse_moe"),
+        ("Qwen3MoeForCausalLM", {"gate_proj": (24, 32), "down_proj": (32, 24), "up_proj": (24, 32)}, "mlp"),
+    ],
+)
+def test_separate_experts_as_older_versions_saved_them(
+    model_class: str, names: dict[str, tuple[int, int]], stem: str, packed: bool, tmp_path: Path
+) -> None:
+    case = Case(model_class, {})
+    base = Tiny(model_class, "text", SETTINGS.get(model_class, {})).save(tmp_path / "base")
+    if packed:
+        store_as_in_memory(case, base)
+    adapter = separate_experts(tmp_path / "adapter", base, names, stem)
+    expected = logits(in_peft(case, base, adapter))
+    same(logits(load_model(open_model(adapter), model_class)), expected)
+    assert not torch.allclose(logits(opened(case, base)), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_tied_tensors_that_are_both_stored_change_together(tmp_path: Path) -> None:
+    case = CASES["factors, still tied"]
+    base, (adapter,) = make(case, tmp_path)
+    state = load_file(base / "model.safetensors")
+    state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+    save_file(state, base / "model.safetensors", {"format": "pt"})
+    same(
+        logits(load_model(open_model(f"{base}+{adapter}"), case.model_class)), logits(in_peft(case, base, adapter))
+    )
+    checkpoint = open_checkpoint(f"{base}+{adapter}")
+    assert torch.equal(checkpoint.read("lm_head.weight"), checkpoint.read("model.embed_tokens.weight"))
+
+
+#: Whose parameters PEFT merges wrongly in memory: it adds an embedding's change to the head that is tied to it.
+_WRONG_IN_PEFT = {"factors of an embedding", "factors of a head", "both", "factors, still tied"}
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if name not in _WRONG_IN_PEFT])
+def test_the_average_is_that_of_the_parameters_that_peft_merges(name: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    base, adapters = make(case, tmp_path, (1, 2))
+    states = [in_peft(case, base, adapter).merge_and_unload().state_dict() for adapter in adapters]
+    out = merge([f"{base}+{adapter}" for adapter in adapters], tmp_path / "out", method="simple", coefficients=[1, 3])
+    model, info = getattr(transformers, case.model_class).from_pretrained(out, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    found = model.state_dict()
+    assert set(found) == set(states[0])
+    for parameter, tensor in found.items():
+        expected = (states[0][parameter].double() + 3 * states[1][parameter].double()) / 4
+        torch.testing.assert_close(tensor.double(), expected, rtol=1e-5, atol=1e-6, msg=parameter)

@@ -198,25 +198,19 @@ class _Fitting:
     def _tie(self) -> None:
         """Keep tied what PEFT keeps tied, and give each of the others a tensor of its own."""
         model = self._names.view.model
-        parted: list[list[str]] = []
-        for group in ties(model) if model is not None else ():
-            ours = [name for name in group if name in self._changed]
-            if not ours:
-                continue
-            if stays_tied(self._names, group, self._changed, self._settings):
-                for other in ours[1:]:
-                    del self._changed[other]
-            else:
-                parted.append(group)
-                self._give_base(group)
-        if not parted:
-            return
-        whole = untied({**self._base.config, **self.config})
-        self.config |= {key: value for key, value in whole.items() if self._base.config.get(key) != value}
-        self._names = self._view()
-        together = ties(self._names.view.model) if self._names.view.model is not None else []
-        for group in parted:
-            self._errors.catch(self._part, group, [[n for n in new if n in group] for new in together])
+        groups = [] if model is None else ties(model)
+        parted = [group for group in groups if not stays_tied(self._names, group, self._changed, self._settings)]
+        for group in groups:
+            self._give_base(group) if group in parted else self._share(group)
+        together = self._untie(parted) if parted else groups
+        for group in groups:
+            self._errors.catch(self._part, group, together)
+
+    def _share(self, group: Sequence[str]) -> None:
+        """What is done to one parameter that stays tied is done to all that it is tied to."""
+        ours = next((self._changed[name] for name in group if name in self._changed), None)
+        if ours is not None:
+            self._changed |= {name: replace(ours, name=name) for name in group}
 
     def _give_base(self, group: Sequence[str]) -> None:
         """A tied tensor that was saved as it is, because the vocabulary grew, is everybody's before the adapter."""
@@ -229,31 +223,59 @@ class _Fitting:
                 changes = {mine.place.stored[0]: replace(change, whole=plain)}
                 self._changed[name] = replace(mine, changes=changes)
 
+    def _untie(self, parted: Sequence[Sequence[str]]) -> list[list[str]]:
+        """Say in the configuration that embeddings are not tied, unless the class does not listen; returns its ties.
+
+        A class that ties whatever its configuration says lets those be that are stored with other values.
+        """
+        whole = untied({**self._base.config, **self.config})
+        view = make_view(whole, self._shapes, self._base.path)
+        together = [] if view.model is None else ties(view.model)
+        for group in parted:
+            for new in together:
+                if len({self._doing(name) for name in group if name in new}) > 1:
+                    return [*map(list, parted)] if self._names.view.model is None else ties(self._names.view.model)
+        self.config |= {key: value for key, value in whole.items() if self._base.config.get(key) != value}
+        self._names = self._view()
+        return together
+
+    def _doing(self, name: str) -> tuple[Change, ...]:
+        """What is done to a parameter."""
+        return tuple(self._changed[name].changes.values()) if name in self._changed else ()
+
     def _part(self, group: Sequence[str], together: Sequence[Sequence[str]]) -> None:
-        """Give parameters that are no longer tied a tensor each.
+        """Give a tensor to each of the parameters that were tied and are no longer.
 
         Raises:
-            CheckpointError: the model ties them whatever its configuration says.
+            CheckpointError: they are not one stored tensor.
         """
-        sets = [new for new in together if new]
-        sets += [[name] for name in group if not any(name in new for new in sets)]
-        first = next((name for name in group if name in self._disk.view.places), None)
-        for members in sets:
-            mine = [[*one.changes.values()] if (one := self._changed.get(name)) else [] for name in members]
-            if any(changes != mine[0] for changes in mine):
-                what = f"{' and '.join(group)} are one tensor in this model, and the adapter changes a part of them"
-                raise CheckpointError(what, mend="train with ensure_weight_tying, or adapt other modules")
-            for other in members[1:]:
-                self._changed.pop(other, None)
-            if first is not None and first not in members and not any(n in self._disk.view.places for n in members):
-                place = self._disk.view.places[first]
-                if not place.is_whole:
-                    raise no_place(Changed(first, place, {}))
-                self.names[members[0]] = self.names[place.stored[0]]
-                if members[0] in self._changed:
-                    changed = self._changed.pop(members[0])
-                    check_shape(changed, self._wanted(changed, place), place.stored[0], self._base, self._adapter)
-                    self.changes[members[0]] = [*changed.changes.values()]
+        places = self._disk.view.places
+        first = next((name for name in group if name in places), None)
+        for name in group if first is not None else ():
+            tied = next((new for new in together if name in new), [name])
+            leader = first if first in tied and self._doing(first) == self._doing(name) else name
+            if leader == name and first not in tied:
+                leader = next(twin for twin in [*(n for n in tied if n in places), *tied] if twin in group)
+            if name in places:
+                continue
+            if leader == name:
+                self._add(name, places[first])
+            else:
+                self._changed.pop(name, None)
+
+    def _add(self, name: str, place: Place) -> None:
+        """Store a parameter that was tied to another one.
+
+        Raises:
+            CheckpointError: the other is no stored tensor as it is.
+        """
+        changed = self._changed.pop(name, None)
+        if not place.is_whole:
+            raise no_place(changed or Changed(name, Place.whole(name, ()), {}))
+        self.names[name] = self.names[place.stored[0]]
+        if changed is not None:
+            check_shape(changed, self._wanted(changed, place), place.stored[0], self._base, self._adapter)
+            self.changes[name] = [*changed.changes.values()]
 
     def _wanted(self, changed: Changed, place: Place) -> Sequence[int]:
         """The shape that a change should have: the model's, and the stored tensor's where that is added to."""
