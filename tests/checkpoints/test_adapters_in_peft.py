@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 
 from architectures.tiny import SETTINGS, Tiny
 from merganser.checkpoints import open_checkpoint
-from merganser.errors import UserError
 from merganser.merging import merge
 from merganser.tasks.models import load_model, open_model
 
@@ -211,18 +210,20 @@ def test_tied_tensors_that_are_both_stored_change_together(tmp_path: Path) -> No
     state = load_file(base / "model.safetensors")
     state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
     save_file(state, base / "model.safetensors", {"format": "pt"})
-    same(
-        logits(load_model(open_model(f"{base}+{adapter}"), case.model_class)), logits(in_peft(case, base, adapter))
-    )
+    same(logits(load_model(open_model(f"{base}+{adapter}"), case.model_class)), logits(in_peft(case, base, adapter)))
     checkpoint = open_checkpoint(f"{base}+{adapter}")
     assert torch.equal(checkpoint.read("lm_head.weight"), checkpoint.read("model.embed_tokens.weight"))
 
 
-#: Whose parameters PEFT merges wrongly in memory: it adds an embedding's change to the head that is tied to it.
-_WRONG_IN_PEFT = {"factors of an embedding", "factors of a head", "both", "factors, still tied"}
+#: Whose parameters PEFT merges wrongly in memory: it puts an embedding's change on the head that is tied to it, too.
+_WRONG_IN_PEFT = {
+    "factors of an embedding", "factors of a head", "both", "factors, still tied", "other tokens of a head",
+}  # fmt: skip
+#: T5 ties whatever its configuration says, so that its copies are not merged.
+_ALWAYS_TIED = {"a seq2seq model"}
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if name not in _WRONG_IN_PEFT])
+@pytest.mark.parametrize("name", [name for name in CASES if name not in _WRONG_IN_PEFT | _ALWAYS_TIED])
 def test_the_average_is_that_of_the_parameters_that_peft_merges(name: str, tmp_path: Path) -> None:
     case = CASES[name]
     base, adapters = make(case, tmp_path, (1, 2))

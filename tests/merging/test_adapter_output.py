@@ -134,7 +134,7 @@ def test_below_the_true_rank_it_is_the_best_in_the_gram_norm(family, tmp_path: P
     checked = 0
     for layer in parents[0].statistics.header.layers:
         name = layer.weight
-        if layer.tied or layer.input is None or not checkpoint.changes[name].a:
+        if layer.tied or layer.input is None or not checkpoint.changes[name][0].a:
             continue
         delta = (full[name] - before[name]).double().numpy()
         error = (full[name] - checkpoint.read(name)).double().numpy()
@@ -204,6 +204,9 @@ def test_peft_reads_what_we_write(family, tmp_path: Path, architecture: str) -> 
     state = loaded.merge_and_unload().state_dict()
     checkpoint = open_checkpoint(out)
     for name in checkpoint.tensors:
+        if name not in checkpoint.base.tensors:  # a tied head, which PEFT changes only where it merges in memory
+            torch.testing.assert_close(checkpoint.read(name), checkpoint.base.read("transformer.wte.weight"))
+            continue
         torch.testing.assert_close(state[name], checkpoint.read(name), rtol=1e-5, atol=1e-5, msg=name)
 
 

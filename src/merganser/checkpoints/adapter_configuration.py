@@ -56,7 +56,9 @@ def find_changes(
     labels = {**base.config, **found}.get("id2label")
     known = len(labels) if isinstance(labels, dict) else 2  # transformers writes no default down
     class_name = settings.model_class or ""
-    labelled = settings.task in _LABELLED or class_name.endswith(("ForSequenceClassification", "ForTokenClassification"))
+    labelled = settings.task in _LABELLED or class_name.endswith(
+        ("ForSequenceClassification", "ForTokenClassification")
+    )
     if labelled and len(sizes) == 1 and (size := sizes.pop()) != known:
         names = [f"LABEL_{i}" for i in range(size)]
         found["id2label"] = {str(i): name for i, name in enumerate(names)}
@@ -98,8 +100,8 @@ def grown(names: Names, changed: Mapping[str, Changed], adapter: Checkpoint) -> 
     found = set(sizes.values())
     if not whole or len(found) != 1:
         return None
-    before, after = found.pop()
-    return None if before == after else (before, after)
+    old, new = found.pop()
+    return None if old == new else (old, new)
 
 
 def resize(config: Mapping[str, Any], old: int, new: int) -> dict[str, Any]:

@@ -127,7 +127,7 @@ class _Fitting:
         return Names(view, self._settings)
 
     def _choose_class(self) -> bool:
-        """Find the class of model, and the labels of its head; whether the adapter brings a head that the base lacks."""
+        """Find the class of model, and the labels of its head; whether the adapter brings one that the base lacks."""
         names = self._names = self._disk = self._view()
         wholes = {f"{m}.{kind}": key for m, found in self._modules.items() for kind, key in found.whole.items()}
 
@@ -251,13 +251,13 @@ class _Fitting:
         """
         places = self._disk.view.places
         first = next((name for name in group if name in places), None)
-        for name in group if first is not None else ():
+        for name in group:
+            if first is None or name in places:
+                continue
             tied = next((new for new in together if name in new), [name])
             leader = first if first in tied and self._doing(first) == self._doing(name) else name
             if leader == name and first not in tied:
                 leader = next(twin for twin in [*(n for n in tied if n in places), *tied] if twin in group)
-            if name in places:
-                continue
             if leader == name:
                 self._add(name, places[first])
             else:

@@ -305,7 +305,9 @@ def stays_tied(names: Names, group: Sequence[str], changed: Mapping[str, Changed
         return False
     if all(change.rows for change in ours.values()):
         return names.input_embedding in ours and len({change.tokens for change in ours.values()}) == 1
-    wrapped = (change.a or change.rows or settings.saves(changed[name].place.stored[0]) for name, change in ours.items())
+    wrapped = (
+        change.a or change.rows or settings.saves(changed[name].place.stored[0]) for name, change in ours.items()
+    )
     return not any(wrapped)
 
 

@@ -29,6 +29,7 @@ from merganser.tensors import DTYPES
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
+
 class AdapterCheckpoint(Checkpoint):
     """A base with a LoRA adapter on it. Made by :func:`merganser.checkpoints.open_checkpoint`.
 
