@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from architectures.tiny import SETTINGS, Tiny
 from merganser.checkpoints import open_checkpoint
+from merganser.errors import Problems, UserError
 from merganser.merging import merge
-from merganser.tasks.models import load_model, open_model
+from merganser.tasks.models import load_model, load_tokenizer, open_model
 
 peft = pytest.importorskip("peft", reason="peft is not installed: pip install 'merganser[test]'")
 
@@ -236,3 +237,77 @@ def test_the_average_is_that_of_the_parameters_that_peft_merges(name: str, tmp_p
     for parameter, tensor in found.items():
         expected = (states[0][parameter].double() + 3 * states[1][parameter].double()) / 4
         torch.testing.assert_close(tensor.double(), expected, rtol=1e-5, atol=1e-6, msg=parameter)
+
+
+def save_words(folder: Path, count: int) -> None:
+    """A tokenizer of so many words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    inner = Tokenizer(models.WordLevel({f"w{number}": number for number in range(count)}, unk_token="w0"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="w0").save_pretrained(folder)
+
+
+def test_the_tokenizer_is_that_of_the_adapter_s_training(tmp_path: Path) -> None:
+    case = CASES["resized and tied"]
+    base, adapters = make(case, tmp_path, (1, 2))
+    save_words(base, 48)
+    for adapter in adapters:
+        save_words(adapter, 52)
+    opened_model = open_model(f"{base}+{adapters[0]}")
+    assert load_tokenizer(opened_model)("w50 w51 w3")["input_ids"] == [50, 51, 3]
+    assert opened_model.config["vocab_size"] == 52 and opened_model.config["tie_word_embeddings"]
+    out = merge([f"{base}+{adapter}" for adapter in adapters], tmp_path / "out", method="simple")
+    assert len(transformers.AutoTokenizer.from_pretrained(out)) == 52
+    assert transformers.AutoModelForCausalLM.from_pretrained(out).get_input_embeddings().weight.shape == (52, 32)
+    assert json.loads((out / "config.json").read_text())["vocab_size"] == 52
+
+
+def test_the_tied_one_of_two_is_its_own_head(tmp_path: Path) -> None:
+    """An adapter with a head of its own and one without are merged as two tensors, if the first has two."""
+    own, tied = CASES["a head of its own"], Case("LlamaForCausalLM", linear("v_proj"), TIED)
+    base, (first,) = make(own, tmp_path)
+    _, (second,) = make(tied, tmp_path, (2,))
+    out = merge([f"{base}+{first}", f"{base}+{second}"], tmp_path / "out", method="simple")
+    states = [in_peft(own, base, one).merge_and_unload().state_dict() for one in (first, second)]
+    found = transformers.AutoModelForCausalLM.from_pretrained(out).state_dict()
+    for name, tensor in found.items():
+        expected = (states[0][name].double() + states[1][name].double()) / 2
+        torch.testing.assert_close(tensor.double(), expected, rtol=1e-5, atol=1e-6, msg=name)
+    assert any("not every model ties its embeddings" in note for note in out.notes)
+    with pytest.raises(UserError, match="give adapter-1 first, whose input and output embeddings are two tensors"):
+        merge([f"{base}+{second}", f"{base}+{first}"], tmp_path / "other", method="simple")
+
+
+def test_problems_of_one_cause_are_one(tmp_path: Path) -> None:
+    base = Tiny("MixtralForCausalLM", "text", SETTINGS.get("MixtralForCausalLM", {})).save(tmp_path / "base")
+    names = {"w1": (40, 32), "w2": (32, 40), "w3": (40, 32)}
+    adapter = separate_experts(tmp_path / "adapter", base, names, "no_such_place")
+    with pytest.raises(UserError) as caught:
+        open_checkpoint(adapter)
+    assert not isinstance(caught.value, Problems)
+    assert "no_such_place.experts.0.w1.weight" in str(caught.value) and "and 16 more" in str(caught.value)
+
+
+def test_ranks_and_rows_that_do_not_fit(tmp_path: Path) -> None:
+    base, (adapter,) = make(CASES["packed experts"], tmp_path)
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**settings, "r": 4, "rank_pattern": {}}))
+    with pytest.raises(UserError, match="is of rank 3 for each of 4 experts, adapter_config.json says 4"):
+        open_checkpoint(f"{base}+{adapter}")
+    base, (adapter,) = make(CASES["tokens"], tmp_path / "tokens")
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    for rows, says in (([12, 99], "token 99 is trained"), ([12], "for 1 tokens"), ([12, 12], "one token twice")):
+        (adapter / "adapter_config.json").write_text(json.dumps({**settings, "trainable_token_indices": rows}))
+        with pytest.raises(UserError, match=says):
+            open_checkpoint(f"{base}+{adapter}")
+
+
+@pytest.mark.parametrize("name", ["packed experts", "experts stored packed", "tokens", "a whole stack"])
+def test_the_same_bits_however_a_tensor_is_cut(name: str, tmp_path: Path) -> None:
+    base, (adapter,) = make(CASES[name], tmp_path)
+    checkpoint = open_checkpoint(f"{base}+{adapter}")
+    for tensor in checkpoint.changes:
+        whole, rows = checkpoint.read(tensor), checkpoint.tensors[tensor].shape[0]
+        for start, stop in ((0, 1), (1, rows), (rows // 2, rows // 2 + 1)):
+            assert torch.equal(checkpoint.read(tensor, start, stop), whole[start:stop])

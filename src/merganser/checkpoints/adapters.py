@@ -25,8 +25,10 @@ from merganser.checkpoints.changes import Change, apply
 from merganser.checkpoints.header import TensorInfo
 from merganser.checkpoints.modules import MODULES
 from merganser.checkpoints.reader import HASHES, Checkpoint
+from merganser.checkpoints.tokenizer_files import is_tokenizer_file, lists_tokens
 from merganser.tensors import DTYPES
 
+_OF_MODELS = ("generation_config.json",)  # beside a tokenizer, and not of it
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
 
@@ -79,10 +81,23 @@ class AdapterCheckpoint(Checkpoint):
         own = self.adapter.path
         return own if (own / MODULES).is_file() else self.base.modules_path
 
+    @property
+    def tokenizer_path(self) -> Path:
+        """The adapter's own folder where it was saved with the tokenizer that it was trained with, else the base's."""
+        own = self.adapter.path
+        return own if lists_tokens(own) else self.base.tokenizer_path
+
     def side_paths(self) -> dict[str, Path]:
-        """The base's files, and over them those of an adapter that sentence-transformers saved with its modules."""
+        """The base's files, and in their place the adapter's own tokenizer.
+
+        Over both go the files of an adapter that sentence-transformers saved with its modules.
+        """
         found = self.base.side_paths()
         own = self.adapter.path
+        if self.tokenizer_path == own:
+            kept = {file: path for file, path in found.items() if not is_tokenizer_file(file) or file in _OF_MODELS}
+            theirs = [file for file in self.adapter.side_files() if is_tokenizer_file(file)]
+            found = kept | {file: own / file for file in theirs}
         if self.modules_path == own:
             found |= {file: own / file for file in self.adapter.side_files()}
         return found

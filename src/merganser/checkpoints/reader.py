@@ -103,6 +103,11 @@ class Checkpoint:
         return self.path
 
     @property
+    def tokenizer_path(self) -> Path:
+        """The folder with its tokenizer."""
+        return self.path
+
+    @property
     def nested(self) -> list[str]:
         """The modules' folders with tensors of their own, whose names begin with the folder; inner ones first."""
         folders = {module.path for module in self.modules} - {"", self.main}

@@ -27,9 +27,16 @@ def is_tokenizer_file(path: str) -> bool:
     return any(fnmatchcase(name, pattern) for name in spellings for pattern in _TOKENIZER_FILES)
 
 
+def lists_tokens(folder: Path) -> bool:
+    """Whether a folder has the tokens of a tokenizer, and not only what a configuration says of one."""
+    files = ("tokenizer.json", "vocab.txt", "vocab.json", "tekken.json")
+    return any((folder / file).is_file() for file in files) or any(folder.glob("*.model"))
+
+
 def has_tokenizer(checkpoint: Checkpoint) -> bool:
     """Whether there is a tokenizer beside the weights."""
-    return any((checkpoint.path / file).is_file() for file in _LISTS) or any(checkpoint.path.glob("*.model"))
+    folder = checkpoint.tokenizer_path
+    return any((folder / file).is_file() for file in _LISTS) or any(folder.glob("*.model"))
 
 
 def read_vocabulary(checkpoint: Checkpoint) -> Table | None:
@@ -38,7 +45,7 @@ def read_vocabulary(checkpoint: Checkpoint) -> Table | None:
     Raises:
         CheckpointError: a file that is damaged.
     """
-    folder = checkpoint.path
+    folder = checkpoint.tokenizer_path
     found: dict[str, int] = {}
     if whole := read_json(folder / "tokenizer.json"):
         tokens = (whole.get("model") or {}).get("vocab") or {}
@@ -72,9 +79,9 @@ def read_once(checkpoint: Checkpoint, known: dict[str, Table | None]) -> Table |
         checkpoint: the model.
         known: the vocabularies that were read before; receives this one.
     """
-    digest = hashlib.sha256()
-    for file in sorted({*_LISTS, *(path.name for path in checkpoint.path.glob("*.model"))}):
-        place = checkpoint.path / file
+    digest, folder = hashlib.sha256(), checkpoint.tokenizer_path
+    for file in sorted({*_LISTS, *(path.name for path in folder.glob("*.model"))}):
+        place = folder / file
         digest.update(f"{file} ".encode() + (hashlib.sha256(place.read_bytes()).digest() if place.is_file() else b""))
     key = digest.hexdigest()
     if key not in known:

@@ -299,14 +299,15 @@ def _overlaid(config: Mapping[str, Any], other: Mapping[str, Any], taken: re.Pat
 
 def _read(checkpoint: Checkpoint, file: str) -> dict[str, Any]:
     try:
-        found = read_json(checkpoint.path / file, missing={})
+        own = checkpoint.tokenizer_path / file
+        found = read_json(own if own.is_file() else checkpoint.path / file, missing={})
     except UserError:  # a damaged file is its tokenizer's affair: nothing is compared
         return {}
     return dict(found)
 
 
 def _chat_template(checkpoint: Checkpoint) -> Any:
-    place = checkpoint.path / "chat_template.jinja"
+    place = checkpoint.tokenizer_path / "chat_template.jinja"
     if place.is_file():
         return place.read_text(encoding="utf-8", errors="replace").rstrip("\n")
     found = _read(checkpoint, "tokenizer_config.json").get("chat_template")

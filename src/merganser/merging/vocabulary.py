@@ -282,8 +282,8 @@ def _united(
     """The tokens of one model, and those of the others where its tokenizer puts them."""
     in_order = (sorted(table, key=table.__getitem__) for table in tables[: len(people)])
     more = list(dict.fromkeys(token for tokens in in_order for token in tokens if token not in tables[first]))
-    folders = [one.checkpoint.path for one in people]
-    source = people[first].checkpoint.path if first < len(people) else None
+    folders = [one.checkpoint.tokenizer_path for one in people]
+    source = people[first].checkpoint.tokenizer_path if first < len(people) else None
     tokenizer = None if source is None else problems.catch(add_tokens, source, more, folders)
     if source is None:
         text, mend = "the base's tokenizer lacks tokens of the contributors", "name a contributor with --tokenizer-from"

@@ -124,7 +124,8 @@ def load_tokenizer(opened: Opened) -> Any:
         CheckpointError: there is none, or it cannot be loaded.
     """
     own = opened.root / opened.subfolder
-    places = [own, opened.root, *([own.parent.parent] if own.parent.name == "heads" else [])]
+    trained = [opened.checkpoint.tokenizer_path] if isinstance(opened.checkpoint, AdapterCheckpoint) else []
+    places = [*trained, own, opened.root, *([own.parent.parent] if own.parent.name == "heads" else [])]
     place = next((p for p in places if any((p / file).is_file() for file in _TOKENIZER_FILES)), None)
     if place is None:
         raise _no_tokenizer(own, "there is none")

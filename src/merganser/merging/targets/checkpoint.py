@@ -181,8 +181,8 @@ def write_small_files(plan: Plan, inputs: Inputs, layout: Layout, folder: Path) 
     if tokens is not reference:
         _copy(tokens.checkpoint, folder, tokenizer=True)
     if plan.vocabulary is not None and plan.vocabulary.added:
-        others = [parent.checkpoint.path for parent in inputs.parents]
-        add_tokens(tokens.checkpoint.path, plan.vocabulary.added, others).save_pretrained(folder)
+        others = [parent.checkpoint.tokenizer_path for parent in inputs.parents]
+        add_tokens(tokens.checkpoint.tokenizer_path, plan.vocabulary.added, others).save_pretrained(folder)
     _write_config(reference.checkpoint, folder / plan.main, _config_of(plan, inputs, reference))
     for inner in plan.folders:
         if not inner.startswith(f"{HEADS}/"):
