@@ -15,8 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from architectures.tiny import SETTINGS, Tiny
 from merganser.checkpoints import open_checkpoint
+from merganser.collection import collect
 from merganser.errors import Problems, UserError
+from merganser.evaluation import evaluate
 from merganser.merging import merge
+from merganser.statistics import Statistics
 from merganser.tasks.models import load_model, load_tokenizer, open_model
 
 peft = pytest.importorskip("peft", reason="peft is not installed: pip install 'merganser[test]'")
@@ -293,7 +296,7 @@ def test_ranks_and_rows_that_do_not_fit(tmp_path: Path) -> None:
     base, (adapter,) = make(CASES["packed experts"], tmp_path)
     settings = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps({**settings, "r": 4, "rank_pattern": {}}))
-    with pytest.raises(UserError, match="is of rank 3 for each of 4 experts, adapter_config.json says 4"):
+    with pytest.raises(UserError, match=r"is of rank 3 for each of 4 experts, adapter_config\.json says 4"):
         open_checkpoint(f"{base}+{adapter}")
     base, (adapter,) = make(CASES["tokens"], tmp_path / "tokens")
     settings = json.loads((adapter / "adapter_config.json").read_text())
@@ -311,3 +314,44 @@ def test_the_same_bits_however_a_tensor_is_cut(name: str, tmp_path: Path) -> Non
         whole, rows = checkpoint.read(tensor), checkpoint.tensors[tensor].shape[0]
         for start, stop in ((0, 1), (1, rows), (rows // 2, rows // 2 + 1)):
             assert torch.equal(checkpoint.read(tensor, start, stop), whole[start:stop])
+
+
+@pytest.mark.parametrize("name", ["packed experts", "a head of its own"])
+def test_collecting_and_scoring_see_the_model_that_peft_merges(name: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    base, (adapter,) = make(case, tmp_path)
+    save_words(base, 48)
+    full = tmp_path / "full"
+    in_peft(case, base, adapter).merge_and_unload().save_pretrained(full)
+    save_words(full, 48)
+    texts = tmp_path / "texts.jsonl"
+    rows = (" ".join(f"w{(7 * row + 3 * n) % 48}" for n in range(12)) for row in range(6))
+    texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in rows))
+    reference = f"{base}+{adapter}"
+    losses = [evaluate(model, texts, task="causal-lm").rows[0].key for model in (reference, full, base)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and losses[0] != pytest.approx(losses[2], rel=1e-3)
+    mine, theirs = (Statistics.open(collect(model, texts, task="causal-lm")) for model in (reference, full))
+    assert {layer.weight for layer in mine.header.layers} == {layer.weight for layer in theirs.header.layers}
+    assert mine.check_binding(open_checkpoint(reference)) == []
+    for layer in mine.header.layers:
+        other = theirs.layer(layer.weight)
+        if layer.input is not None and other is not None:
+            torch.testing.assert_close(mine.gram(layer.input), theirs.gram(other.input), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["packed experts", "modules of experts", "experts stored packed", "a head of its own"])
+def test_methods_treat_adapters_as_the_full_models(name: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    base, adapters = make(case, tmp_path, (1, 2))
+    full = [tmp_path / "full-1", tmp_path / "full-2"]
+    for folder, adapter in zip(full, adapters, strict=True):
+        in_peft(case, base, adapter).merge_and_unload().save_pretrained(folder)
+    for method in ("actmat", "task_arithmetic", "ties"):
+        found = merge([f"{base}+{adapter}" for adapter in adapters], tmp_path / f"a-{method}", method=method)
+        expected = merge(full, tmp_path / f"f-{method}", method=method, base=base)
+        assert found.coverage.share == expected.coverage.share
+        states = [
+            getattr(transformers, case.model_class).from_pretrained(one).state_dict() for one in (found, expected)
+        ]
+        for parameter, tensor in states[0].items():
+            torch.testing.assert_close(tensor, states[1][parameter], rtol=1e-3, atol=1e-4, msg=f"{method} {parameter}")
