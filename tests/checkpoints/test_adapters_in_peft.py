@@ -223,11 +223,9 @@ def test_tied_tensors_that_are_both_stored_change_together(tmp_path: Path) -> No
 _WRONG_IN_PEFT = {
     "factors of an embedding", "factors of a head", "both", "factors, still tied", "other tokens of a head",
 }  # fmt: skip
-#: T5 ties whatever its configuration says, so that its copies are not merged.
-_ALWAYS_TIED = {"a seq2seq model"}
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name not in _WRONG_IN_PEFT | _ALWAYS_TIED])
+@pytest.mark.parametrize("name", [name for name in CASES if name not in _WRONG_IN_PEFT])
 def test_the_average_is_that_of_the_parameters_that_peft_merges(name: str, tmp_path: Path) -> None:
     case = CASES[name]
     base, adapters = make(case, tmp_path, (1, 2))

@@ -123,7 +123,7 @@ class _Fitting:
 
     def _view(self) -> Names:
         """The base as a model of the class and configuration that are known by now."""
-        view = make_view({**self._base.config, **self.config}, self._shapes, self._base.path)
+        view = make_view({**self._base.config, **self.config}, self._shapes, self._base.model_path)
         return Names(view, self._settings)
 
     def _choose_class(self) -> bool:
@@ -229,7 +229,7 @@ class _Fitting:
         A class that ties whatever its configuration says lets those be that are stored with other values.
         """
         whole = untied({**self._base.config, **self.config})
-        view = make_view(whole, self._shapes, self._base.path)
+        view = make_view(whole, self._shapes, self._base.model_path)
         together = [] if view.model is None else ties(view.model)
         for group in parted:
             for new in together:
