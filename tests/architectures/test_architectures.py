@@ -23,8 +23,7 @@ FAST = {
 }  # fmt: skip
 #: Models that the named method does not reach wholly, with the reason.
 PARTLY_COVERED: dict[str, str] = {
-    "DbrxForCausalLM": "its experts lie behind each other in the rows of one matrix",
-    "RecurrentGemmaForCausalLM": "its gates are one matrix for each head, multiplied from a side that is not known",
+    "RecurrentGemmaForCausalLM": "its gates are one matrix for each head, multiplied from a side that is not known"
 }
 #: Classes whose statistics are not compared as a whole, with the reason.
 NOT_COMPARED: dict[str, str] = {

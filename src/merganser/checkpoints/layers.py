@@ -80,6 +80,7 @@ class _Weight:
     kind: Kind
     stacked: bool = False
     bias: str | None = None
+    experts: int | None = None
 
 
 def _weights_of(module: nn.Module) -> list[_Weight]:
@@ -98,8 +99,15 @@ def _weights_of(module: nn.Module) -> list[_Weight]:
         stacked: Kind = "conv1d" if stacks and _is_transposed(module, own, stacks) else "linear"
     else:
         stacked, stacks = "linear", [name for name in stacks if name.endswith("proj_weight")]
+    count = next((v for k, v in vars(module).items() if k.endswith("num_experts") and isinstance(v, int)), 0)
     for name, value in own.items():
-        if name in stacks:
+        if name.endswith("bias"):
+            continue
+        packed = count > 1 and "Expert" in kind_name and value.dim() == 2
+        if packed and value.shape[0] > count and value.shape[0] % count == 0:
+            # experts behind each other in the rows, all (inner, outer): the last goes from the inner width to the outer
+            found.append(_Weight(name, "conv1d" if name == [*own][-1] else "linear", experts=count))
+        elif name in stacks:
             bias = next((b for b in (f"{name}_bias", "bias") if b in own), None)
             found.append(_Weight(name, stacked, stacked=True, bias=bias))
         elif value.dim() == 2 and (name == "weight" or name.endswith("_weight")):
@@ -154,9 +162,9 @@ def _layers_at(
     module: str, weight: _Weight, place: Place, bias: Place | None, shapes: Mapping[str, Sequence[int]]
 ) -> Iterator[tuple[Layer, object]]:
     """The stored tensors of a weight as layers, each with the part of it that the weight is."""
-    if weight.kind == "unknown" or (weight.name in _EINSUM and place.is_whole):
+    if weight.kind == "unknown" or (place.is_whole and (weight.experts or weight.name in _EINSUM)):
         for stored in place.stored:
-            yield Layer(module, weight.kind, stored, None, False), None
+            yield Layer(module, weight.kind, stored, None, False, weight.experts), None
         return
     first = int(weight.stacked)
     out, inner = (first + 1, first) if weight.kind == "conv1d" else (first, first + 1)

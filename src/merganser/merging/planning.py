@@ -193,6 +193,8 @@ def _steps(
 
         def own(parent: Parent) -> dict[str, Source]:
             found = {name: parent.sources[name] for name in unit.names if name in parent.sources}
+            if used == method.name and unit.facts[0].stack is not None:
+                found = {n: _apart(s, unit.facts[0].stack, len(tensors[n].shape), parent) for n, s in found.items()}
             return {name: replace(source, transposed=True) for name, source in found.items()} if turned else found
 
         needed = (used == method.name and method.needs.base) or (table is not None and table.base)
@@ -202,7 +204,7 @@ def _steps(
         return Step(bare, used, sources, coefficients, settings, theirs, reason, table, stack)
 
     def untreated(fact: Facts, used: str, reason: str) -> Step:
-        whole = fact if fact.stack is None else replace(fact, shape=(fact.stack, *fact.shape), stack=None)
+        whole = fact if fact.stack is None else replace(fact, shape=tensors[fact.name].shape, stack=None)
         return step(Unit((fact.name,), used, (whole,)), used, reason)
 
     facts = make_facts(names, inputs, layers, rows)
@@ -222,6 +224,15 @@ def _steps(
             steps.append(untreated(fact, AVERAGE, reasons[fact.name]))
     first = {name: number for number, name in enumerate(names)}
     return sorted(steps, key=lambda one: min(first[name] for name in one.unit.names))
+
+
+def _apart(source: Source, stack: int, dims: int, parent: Parent) -> Source:
+    """A stack whose matrices lie behind each other in the rows of one, as a stack of parts; any other as it is."""
+    if dims > 2 or not source.is_whole or (shape := parent.checkpoint.tensors[source.tensor].shape)[0] == stack:
+        return source
+    height = shape[0] // stack
+    parts = (replace(source, rows=(number * height, (number + 1) * height)) for number in range(stack))
+    return Source(parts=tuple(parts), stacked=True)
 
 
 def _layers(inputs: Inputs) -> Mapping[str, Layer]:
@@ -259,7 +270,7 @@ def make_facts(
         facts.append(
             Facts(
                 name,
-                shape if stack is None else shape[1:],
+                shape if stack is None else shape[1:] if len(shape) > 2 or bias_of else (shape[0] // stack, *shape[1:]),
                 layer,
                 bias_of,
                 grams=tuple(gram for gram, _, _ in known),

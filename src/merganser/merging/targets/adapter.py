@@ -38,7 +38,6 @@ from merganser.methods.base import elements, input_width
 from merganser.tensors import DTYPES, byte_view
 
 PREFIX = "base_model.model."
-_FACTORED = ("linear", "conv1d", "embedding")  # layers of which PEFT's plain factors are a change
 _HEAD_CLASSES = {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"}
 
 
@@ -142,7 +141,7 @@ class AdapterTarget:
         module, _, kind = parameter.rpartition(".")
         if before is None or self._is_head(module):
             self._keep(parameter, merged, step, note)
-        elif layer is not None and layer.kind in _FACTORED and merged.dim() == 2 and min(merged.shape) >= self.rank:
+        elif layer is not None and self._has_factors(layer) and min(merged.shape) >= self.rank:
             delta = merged.to(torch.float64) - before.to(torch.float64)
             self._add_factors(layer, delta, step, note)
         elif name in self._linear_biases and kind == "bias":
@@ -150,6 +149,11 @@ class AdapterTarget:
             self._put(parameter, merged, step, note)
         else:  # norms, and heads whose factors would be no smaller
             self._keep(parameter, merged, step, note)
+
+    def _has_factors(self, layer: Layer) -> bool:
+        """Whether PEFT's plain factors are a change of it: a single matrix."""
+        matrix = len(self.inputs.reference.checkpoint.tensors[layer.weight].shape) == 2
+        return matrix and layer.experts is None and layer.kind in ("linear", "conv1d", "embedding")
 
     def _before(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
         """The base's tensor, if it has one of this shape."""
