@@ -75,7 +75,7 @@ class Step:
         base = {name: source.one_of(number) for name, source in self.base.items()}
         return replace(self, unit=unit, sources=sources, base=base, stack=None)
 
-    @property
+    @cached_property
     def treatment(self) -> Method | None:
         """The method with its options; None where no method is used."""
         method = METHODS.get(self.method)
