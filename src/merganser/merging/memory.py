@@ -22,6 +22,7 @@ from merganser.engines import Engine
 from merganser.errors import ErrorCollector, RecipeError
 from merganser.files import parse_size
 from merganser.merging.plan import COPY, Step
+from merganser.merging.recipe import without_collection
 from merganser.methods.base import elements
 
 _STATUS, _INFO = Path("/proc/self/status"), Path("/proc/meminfo")
@@ -118,6 +119,7 @@ class Schedule:
         return sorted(whole, key=lambda entry: -entry[1])
 
 
+@without_collection()
 def fit(
     steps: Sequence[Step], settings: RunSettings, *, extra: Callable[[Step], int] | None = None, whole: bool = False
 ) -> Schedule:
