@@ -83,7 +83,6 @@ def match_configurations(
         what to tell the user.
     """
     chosen = problems.catch(_chosen, recipe.config_from, "config_from", parents, base)
-    writer = chosen or parents[0]
     below = [] if base is None or any(base is one for one in parents) else [base]
     people = [one for one in [*parents, *below] if one.checkpoint.config]
     audible = [_audible(one.checkpoint.config) for one in people]
@@ -95,14 +94,10 @@ def match_configurations(
     paths = list(dict.fromkeys(path for values in flat for path in values))
     differing = [path for path in paths if any(v.get(path) != flat[0].get(path) for v in flat)]
     harmless = [path for path in differing if path in unknown or _unused(path, flat)]
-    parted = [
-        path for path in differing if path not in harmless and _is_parted(path, people, flat, writer, len(parents))
-    ]
-    serious = [path for path in differing if path not in harmless and path not in parted]
+    ours = flat[: len(people) - len([one for one in below if one.checkpoint.config])]
+    serious = [path for path in differing if path not in harmless and not _is_the_base_s_tie(path, ours)]
+    writer = chosen or parents[0]
     notes = []
-    if parted:
-        listing = "; ".join(_listing(path, people, flat) for path in parted)
-        notes.append(f"not every model ties its embeddings ({listing}): they are merged as {writer.title} has them")
     if harmless:
         listing = "; ".join(_listing(path, people, flat) for path in harmless)
         what = f"the configurations differ in what these weights do not depend on ({listing})"
@@ -115,8 +110,6 @@ def match_configurations(
         mend = f"merge models of one configuration, or take one's on purpose: {names}"
         if not _same_shapes(people):
             mend = "merge models of one configuration"
-        elif all(path.endswith(_TIES) for path in serious) and (first := _untied(people, flat, serious)) is not None:
-            mend = f"give {first.title} first, whose input and output embeddings are two tensors"
         problems.add(CheckpointError(f"the configurations compute different functions: {listing}", mend=mend))
     elif adapter and chosen is not None and base is not None:
         ours, theirs = (flat[people.index(one)] if one in people else {} for one in (chosen, base))
@@ -165,28 +158,14 @@ def merged_config(recipe: Recipe, inputs: Inputs, own: Parent, tokens: Parent | 
     return config
 
 
-def _is_parted(
-    path: str, people: Sequence[Parent], flat: Sequence[Mapping[str, Any]], writer: Parent, contributors: int
-) -> bool:
-    """Whether models tie their embeddings differently, in a way that loses nothing: a tied one is its own head.
+def _is_the_base_s_tie(path: str, flat: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether all contributors agree on their ties, and only the base differs: its head is its embedding, as it opens.
 
-    The base counts as it opens. A contributor's head would be lost where the first model, whose names are written, has
-    none; and one that is said to be tied, but stores a head, is not to be trusted.
+    Args:
+        path: of a key that differs.
+        flat: the contributors' configurations.
     """
-    if not path.endswith(_TIES):
-        return False
-    if all(values.get(path) == flat[0].get(path) for values in flat[:contributors]):
-        return True
-    safe = all(values.get(path) is False or not one.view.duplicates for one, values in zip(people, flat, strict=True))
-    return safe and flat[0].get(path) is False and writer is people[0]
-
-
-def _untied(people: Sequence[Parent], flat: Sequence[Mapping[str, Any]], paths: Sequence[str]) -> Parent | None:
-    """The first contributor with two embeddings, where the very first model has one and none stores a second copy."""
-    if any(one.view.duplicates for one in people) or all(flat[0].get(path) is False for path in paths):
-        return None
-    found = (one for one, said in zip(people, flat, strict=True) if all(said.get(path) is False for path in paths))
-    return next(found, None)
+    return path.endswith(_TIES) and all(values.get(path) == flat[0].get(path) for values in flat)
 
 
 def _chosen(name: str | None, option: str, parents: Sequence[Parent], base: Parent | None) -> Parent | None:
