@@ -94,8 +94,8 @@ def match_configurations(
     paths = list(dict.fromkeys(path for values in flat for path in values))
     differing = [path for path in paths if any(v.get(path) != flat[0].get(path) for v in flat)]
     harmless = [path for path in differing if path in unknown or _unused(path, flat)]
-    ours = flat[: len(people) - len([one for one in below if one.checkpoint.config])]
-    serious = [path for path in differing if path not in harmless and not _is_the_base_s_tie(path, ours)]
+    said = flat[: len(people) - len([one for one in below if one.checkpoint.config])]
+    serious = [path for path in differing if path not in harmless and not _is_the_base_s_tie(path, said)]
     writer = chosen or parents[0]
     notes = []
     if harmless:
