@@ -1,4 +1,4 @@
-"""Processor time of planning a merge of 10,000 tensors, beside what is paid once: imports, and transformers' empty model.
+"""Processor time of planning 10,000 tensors, beside what is paid once: imports, and transformers' empty model.
 
     python benchmarks/planning.py SCRATCH
 
