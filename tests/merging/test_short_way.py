@@ -8,7 +8,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-MODULES, FRAMES = 42, 11
+#: Before a tensor is read: folders, quantisation, modules, the model view, configurations, tokenizers, labels.
+MODULES, FRAMES = 44, 11
 
 FOLLOW = """
 import json, sys, threading
