@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from merganser.checkpoints.layout import Place, find_places, ties
 from merganser.checkpoints.reader import Checkpoint
@@ -32,6 +33,8 @@ _EINSUM: dict[str, Kind] = {
     "r_kernel": "conv1d",
     "o": "linear",
 }
+#: Matrices that modules hold themselves: routers, PyTorch's attention, and what is multiplied from the right.
+_BARE: dict[str, Kind] = {"weight": "linear", "in_proj_weight": "linear", "mm_input_projection_weight": "conv1d"}
 _NO_MAP = re.compile(r"Norm|Embedding|Scale")  # classes whose bare weight is no linear map
 
 
@@ -92,7 +95,7 @@ def _weights_of(module: nn.Module) -> list[_Weight]:
     if kind is not None:
         return [_Weight("weight", kind, bias="bias" if "bias" in own else None)] if "weight" in own else []
     kind_name, found = type(module).__name__, list[_Weight]()
-    if _NO_MAP.search(kind_name):
+    if _NO_MAP.search(kind_name) or isinstance(module, _ConvNd):  # of several groups, or transposed
         return []
     stacks = [name for name, value in own.items() if value.dim() == 3 and _STACK.search(name)]
     if hasattr(module, "is_transposed") or "Expert" in kind_name or "Linear" in kind_name:
@@ -110,9 +113,9 @@ def _weights_of(module: nn.Module) -> list[_Weight]:
         elif name in stacks:
             bias = next((b for b in (f"{name}_bias", "bias") if b in own), None)
             found.append(_Weight(name, stacked, stacked=True, bias=bias))
-        elif value.dim() == 2 and (name == "weight" or name.endswith("_weight")):
+        elif value.dim() == 2 and name in _BARE:
             bias = f"{name.removesuffix('weight')}bias"
-            found.append(_Weight(name, "linear", bias=bias if bias in own and own[bias].dim() == 1 else None))
+            found.append(_Weight(name, _BARE[name], bias=bias if bias in own and own[bias].dim() == 1 else None))
         elif value.dim() == 3 and "Attention" in kind_name and name in _EINSUM:
             found.append(_Weight(name, _EINSUM[name]))
         elif value.dim() > 1 and min(value.shape) > 1 and ("Expert" in kind_name or name.endswith("weight")):
