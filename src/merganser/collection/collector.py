@@ -17,7 +17,7 @@ from merganser.checkpoints.layers import layers_of, map_parameters
 from merganser.collection.fisher import FisherCollector
 from merganser.collection.gram import Workers
 from merganser.collection.inputs import discover
-from merganser.collection.masks import Batch, batch_masks, describe_masking, take_rows
+from merganser.collection.masks import Batch, batch_masks, check_signals, describe_masking, take_rows
 from merganser.collection.observer import Observer
 from merganser.collection.placement import empty_twin, inputs_device, is_offloaded
 from merganser.collection.sampling import Sampling
@@ -191,6 +191,7 @@ class Collector:
             batch = {
                 key: value.to(self._device) if isinstance(value, Tensor) else value for key, value in given.items()
             }
+            check_signals(batch)
             kept = annotated_examples(batch, self._model, self._problem)
             if kept is not None and not bool(kept.all()):
                 absent = int((~kept).sum())

@@ -7,6 +7,9 @@ without any padding, and the rows that a guess picks from the padded batch must 
 mean square. Where all guesses hold, batches may be padded. Where one does not (pooled or routed tokens, a layer that
 mixes padding into real tokens), every batch is run in pieces without padding, in which each row counts.
 
+Images and sounds have rows that no mask tells, beside text as well as alone: such batches are always run in pieces
+without padding.
+
 A model that pads its input to a multiple of a window itself is given such batches, whose padding is known.
 """
 
@@ -16,10 +19,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from merganser.checkpoints.layers import Kind, Layer, kind_of
-from merganser.collection.masks import Batch, model_inputs
+from merganser.collection.masks import (
+    SIGNALS,
+    Batch,
+    batch_masks,
+    has_rows,
+    has_signals,
+    model_inputs,
+    take_rows,
+    without_padding,
+)
 from merganser.collection.probes import probe, ragged
 from merganser.collection.rows import Call
 from merganser.collection.stacks import Experts, Stack, experts_of, study_stacks
@@ -46,6 +59,7 @@ class Wiring:
         owners: modules that apply layers which are not called as modules, by layer.
         groups: the first layer that has a shared weight, for the others that have it: their inputs are one sequence.
         stacks: of experts.
+        rows_per_token: the most that an input of ``free`` has, where the probe tells.
     """
 
     layers: tuple[Layer, ...]
@@ -59,6 +73,7 @@ class Wiring:
     owners: Mapping[str, str] = field(default_factory=dict)
     groups: Mapping[str, str] = field(default_factory=dict)
     stacks: tuple[Stack, ...] = ()
+    rows_per_token: int = 1
 
 
 def discover(
@@ -76,6 +91,9 @@ def discover(
         stacks: of experts.
         experts: whether experts share Gram matrices.
     """
+    if has_signals(batch):
+        subject = _signals(model, layers, batch)
+        return _finished(subject, subject.see_all(), layers, stacks, experts)
     few = ragged(batch, model)
     try:
         present, owners = _applied(model, layers, few)
@@ -92,10 +110,28 @@ def discover(
         if other.failure is None and len(other.unclear) < len(study.unclear):
             study = other
             break
+    return _finished(subject, study, layers, stacks, experts)
+
+
+def _signals(model: nn.Module, layers: Sequence[Layer], batch: Batch) -> Subject:
+    """Two examples without padding, where images and sounds can be told apart by example; else the one that there is."""
+    piece = without_padding(batch, model)[0]
+    size = batch_masks(piece, model).examples
+    if all(has_rows(piece[key], size) for key in SIGNALS if piece.get(key) is not None):
+        piece = take_rows(piece, size, torch.arange(2, device=batch_masks(piece, model).tokens.mask.device) % size)
+    present, owners = _applied(model, layers, piece)
+    return Subject(model, present, owners, shared_weights(present), piece)
+
+
+def _finished(
+    subject: Subject, study: Study, layers: Sequence[Layer], stacks: Sequence[Stack], experts: Experts
+) -> Wiring:
+    """The wiring of all layers and stacks."""
+    model = subject.model
     wide = [layer.module for layer in layers if is_wide(model, layer)]
     notes = [f"{name}: patches of more than {WIDEST_PATCH} numbers; no statistics" for name in wide]
     wiring = _wire(subject, study, notes)
-    return _with_stacks(wiring, model, study_stacks(model, stacks, few, experts)) if stacks else wiring
+    return _with_stacks(wiring, model, study_stacks(model, stacks, subject.few, experts)) if stacks else wiring
 
 
 def _with_stacks(wiring: Wiring, model: nn.Module, stacks: Sequence[Stack]) -> Wiring:
@@ -194,13 +230,17 @@ def _wire(subject: Subject, study: Study, notes: list[str]) -> Wiring:
         calls[name], leaders[name] = (), name
         widths[name] = input_width(subject.model, layer)
     notes += _uncalled(uncalled)
-    if study.unclear:
+    if study.whole:
+        notes.append("batches had no padding, because masks do not tell the rows of images and sounds")
+    elif study.unclear:
         more = f" and {len(study.unclear) - 1} more" if len(study.unclear) > 1 else ""
         notes.append(f"batches had no padding, because masks do not tell the rows of {study.unclear[0]}{more}")
     layers = tuple(layer for layer in subject.layers if subject.groups.get(layer.module, layer.module) in calls)
+    tokens = batch_masks(subject.few, subject.model).real
+    rows = [one.x[..., 0].numel() for name in free & leaders.keys() for one in study.seen.get(name, [])]
     return Wiring(
-        layers, calls, leaders, widths, tuple(notes), frozenset(free), bool(study.unclear), study.window,
-        subject.owners, subject.groups,
+        layers, calls, leaders, widths, tuple(notes), frozenset(free), study.whole or bool(study.unclear), study.window,
+        subject.owners, subject.groups, rows_per_token=max(1, -(-max(rows, default=0) // max(1, tokens))),
     )  # fmt: skip
 
 

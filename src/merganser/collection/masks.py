@@ -1,5 +1,8 @@
 """Which tokens of a batch are real, and batches in parts without the padding that a part does not need.
 
+Images and sounds are signals: of a batch without text each example counts as one token, unless a mask tells samples of
+a sound from padding.
+
 A decoder has a mask of its own: ``decoder_attention_mask`` where the batch has one; otherwise position t of
 the decoder is real if t is at most the position of the last label that is not -100, because labels are
 shifted right to become decoder inputs (input t+1 is label t, and the loss reads positions up to the last
@@ -21,6 +24,10 @@ from merganser.tasks.batches import IGNORED
 
 PIECE_COST = 64  # padded tokens that one more forward pass is worth (measured with a 22M encoder on 2 cores)
 DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds")
+TOKENS = ("input_ids", "inputs_embeds")
+SIGNALS = ("pixel_values", "pixel_values_videos", "input_values", "input_features")
+#: Masks of padding inside images, which no layer's rows can be told by.
+_PIXEL_MASKS = ("pixel_mask", "pixel_attention_mask")
 MASK = "attention_mask"  # how the names of masks end, that of a decoder too
 
 Batch = dict[str, Any]
@@ -70,17 +77,63 @@ def batch_masks(batch: Mapping[str, Any], model: nn.Module) -> BatchMasks:
     """The masks of a batch that is ready for ``model(**batch)``.
 
     Raises:
-        DataError: no ``input_ids``, or a mask that is not (batch, tokens).
+        DataError: neither tokens nor signals, or a mask that is not (batch, tokens).
     """
-    tokens = _given(batch, "attention_mask", _first(batch, "input_ids", "inputs_embeds"))
+    positions = _positions(batch)
+    tokens = _given(batch, MASK, positions) if _is_masked(batch) else _given({}, MASK, positions)
     return BatchMasks(_side(tokens), _decoder(batch, model))
+
+
+def has_signals(batch: Mapping[str, Any]) -> bool:
+    """Whether a batch holds images or sounds."""
+    return any(isinstance(batch.get(key), Tensor) for key in SIGNALS)
+
+
+def check_signals(batch: Mapping[str, Any]) -> None:
+    """Refuse images and sounds of which padding, or the example that they belong to, cannot be told.
+
+    Raises:
+        DataError: such a batch.
+    """
+    for key in _PIXEL_MASKS:
+        mask = batch.get(key)
+        if isinstance(mask, Tensor) and not bool(mask.all()):
+            what = f"{key} marks padding inside images, which cannot be told from their rows in the layers"
+            raise DataError(what, mend="give images of one size in each batch, so that none is padded")
+    first = _first(batch, *TOKENS, *SIGNALS)
+    for key in SIGNALS:
+        signal = batch.get(key)
+        if isinstance(signal, Tensor) and signal.shape[0] != first.shape[0] != 1:
+            what = f"{key} has {signal.shape[0]} rows for {first.shape[0]} examples, so that it is not told whose they are"
+            raise DataError(what, mend="give batches of one example each")
+    mask = batch.get(MASK)
+    if isinstance(mask, Tensor) and not _is_masked(batch) and not bool(mask.all()):
+        what = f"attention_mask has the shape {list(mask.shape)}, which does not tell rows of {list(first.shape)}"
+        raise DataError(what, mend="leave the mask out where the model takes all of its input as real")
+
+
+def _is_masked(batch: Mapping[str, Any]) -> bool:
+    """Whether the attention mask is one of tokens, or of the samples of a sound."""
+    if any(isinstance(batch.get(key), Tensor) for key in TOKENS):
+        return True
+    mask, first = batch.get(MASK), _first(batch, *TOKENS, *SIGNALS)
+    return isinstance(mask, Tensor) and mask.shape == first.shape[:2] and first.ndim < 4
+
+
+def _positions(batch: Mapping[str, Any]) -> Tensor:
+    """Anything whose first two axes are examples and tokens; (B, 1) for signals that have no mask of their own."""
+    first = _first(batch, *TOKENS, *SIGNALS)
+    return first if _is_masked(batch) else first.reshape(first.shape[0], -1)[:, :1]
 
 
 def describe_masking(batch: Mapping[str, Any], model: nn.Module) -> tuple[str, list[str]]:
     """The masking rule in words, for the header, and notes where the batch leaves something to assume."""
     notes = []
     rule = "attention_mask"
-    if batch.get("attention_mask") is None:
+    if not _is_masked(batch):
+        rule = "none"
+        notes.append("the batches have no text: every row of the layers' inputs was counted, an example is one token")
+    elif batch.get("attention_mask") is None:
         rule = "none"
         notes.append("the batches have no attention_mask: every token was counted as real")
     if _decoder(batch, model) is not None:
@@ -128,7 +181,7 @@ def _decoder(batch: Mapping[str, Any], model: nn.Module) -> Side | None:
     if batch.get("decoder_attention_mask") is None and labels is not None and labels.ndim == 2:
         real = (labels != IGNORED).long()
         return _side(real.flip(1).cummax(1).values.flip(1).bool())  # up to the last label
-    inputs = _first(batch, "input_ids", "inputs_embeds")
+    inputs = _positions(batch)
     return _side(_given(batch, "decoder_attention_mask", inputs.new_empty(inputs.shape[0], length)))
 
 
@@ -185,7 +238,7 @@ def trimmed(batch: Batch, model: nn.Module) -> Batch:
 
     def narrow(key: str, value: Any) -> Any:
         stays = decoder and of_decoder(key)
-        return value if stays or not isinstance(value, Tensor) or value.shape[:2] != mask.shape else value[:, :width]
+        return value if stays or not _has_columns(key, value, mask) else value[:, :width]
 
     return {key: narrow(key, value) for key, value in batch.items()}
 
@@ -238,13 +291,18 @@ def widened(batch: Batch, model: nn.Module, multiple: int) -> Batch:
 def change_columns(batch: Batch, model: nn.Module, change: Callable[[Tensor, int], Tensor]) -> Batch:
     """A batch whose tensors of a value a token are changed: ``change(value, side)``, the side 1 for a decoder's own."""
     masks = batch_masks(batch, model)
-    lengths = [masks.tokens.mask.shape, masks.decoder.mask.shape if masks.decoder else None]
+    sides = [masks.tokens, masks.decoder or masks.tokens]
 
     def changed(key: str, value: Any) -> Any:
         side = int(masks.decoder is not None and of_decoder(key))
-        return change(value, side) if isinstance(value, Tensor) and value.shape[:2] == lengths[side] else value
+        return change(value, side) if _has_columns(key, value, sides[side].mask) else value
 
     return {key: changed(key, value) for key, value in batch.items()}
+
+
+def _has_columns(key: str, value: Any, mask: Tensor) -> bool:
+    """Whether a value of a batch is a tensor with a column for each token; channels or sizes of images may be as many."""
+    return isinstance(value, Tensor) and value.shape[:2] == mask.shape and not key.startswith(("pixel_", "image_"))
 
 
 def split_by_length(batch: Batch, model: nn.Module, most_tokens: int | None = None) -> list[Batch]:

@@ -109,7 +109,11 @@ class Observer:
             for layer in wiring.layers
             if layer.kind == "embedding"
         }
-        self.notes = [*wiring.notes, *([describe_sampling(wiring.widths, sampling)] if sampling else [])]
+        self.notes = list(wiring.notes)
+        if sampling is not None:
+            drawn = wiring.widths.keys() - wiring.free
+            none = "no sample was taken, since how many rows an example has is not known beforehand"
+            self.notes.append(describe_sampling(wiring.widths, sampling) if drawn else none)
         self._shard = self._passes = 0
         self._drawn = dict.fromkeys(self.grams, 0)
         self._waiting: list[_ForwardPass] = []
@@ -130,9 +134,10 @@ class Observer:
         return [widened(piece, self._model, self._wiring.multiple) for piece in pieces]
 
     def _small(self, piece: Batch, most: int) -> list[Batch]:
-        """Examples of one length in pieces of at most so many tokens."""
+        """Examples of one length in pieces of at most so many rows."""
         masks = batch_masks(piece, self._model)
-        return split_by_count(piece, self._model, max(1, most * masks.examples // masks.tokens.mask.numel()))
+        rows = masks.tokens.mask.numel() * self._wiring.rows_per_token
+        return split_by_count(piece, self._model, max(1, most * masks.examples // rows))
 
     def start(self, shard: int) -> None:
         """Begin anew, for the shard of this number; what was drawn depends on it."""
@@ -161,7 +166,7 @@ class Observer:
         for (name, _), count in counts.items():
             rows[name] += count
         waiting = sum(waits.masks.real for waits in self._waiting) if self._wiring.free else 0
-        if waiting > self._capacity or not all(self.grams[name].fits(count) for name, count in rows.items()):
+        if waiting * self._wiring.rows_per_token > self._capacity or not all(self.grams[name].fits(count) for name, count in rows.items()):
             self.finish()
         places = {
             (name, number): self.grams[name].reserve(count) if rows[name] <= self.grams[name].capacity else None

@@ -13,7 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from merganser.checkpoints.layers import Layer
-from merganser.collection.masks import Batch, BatchMasks, batch_masks, model_inputs, widened, without_padding
+from merganser.collection.masks import (
+    Batch,
+    BatchMasks,
+    batch_masks,
+    model_inputs,
+    take_rows,
+    widened,
+    without_padding,
+)
 from merganser.collection.probes import other_tokens
 from merganser.collection.rows import Call, guesses, token_ids, token_rows
 from merganser.collection.taps import See, input_hooks, weight_of
@@ -135,6 +143,7 @@ class Study:
         absent: linear layers that were not called.
         unsteady: layers that were called another number of times in another probe.
         failure: why the examples could not be run without padding.
+        whole: nothing was studied, as examples will be run without padding and all of their rows count.
     """
 
     window: int
@@ -142,6 +151,7 @@ class Study:
     absent: set[str] = field(default_factory=set)
     unsteady: set[str] = field(default_factory=set)
     failure: str | None = None
+    whole: bool = False
 
     @cached_property
     def unclear(self) -> list[str]:
@@ -209,6 +219,27 @@ class Subject:
                 self._alone(study, widened(piece, self.model, window))
         except Exception as error:  # whatever a model says to batches that are not its own
             study.failure = first_line(error)
+        return study
+
+    def see_all(self) -> Study:
+        """What layers see of examples without padding. Ids that are the same for all examples are marked as constant."""
+        study, ids = Study(1, whole=True), dict[str, list[int]]()
+
+        def look(name: str, x: Tensor) -> None:
+            study.seen.setdefault(name, []).append(Seen(x, identity_of(x), []))
+
+        def look_again(name: str, x: Tensor) -> None:
+            ids.setdefault(name, []).append(x.numel())
+
+        self.run(self.few, look)
+        linear = {layer.module for layer in self.layers if layer.kind != "embedding"}
+        study.absent = linear - self.groups.keys() - study.seen.keys()
+        size = batch_masks(self.few, self.model).examples
+        if size > 1:
+            self.run(take_rows(self.few, size, slice(1)), look_again)
+            for name in self.tables.keys() & study.seen.keys():
+                for one, alone in zip(study.seen[name], ids.get(name, []), strict=False):
+                    one.constant = one.x.numel() == alone
         return study
 
     def grows(self, name: str, one: Seen) -> bool:
