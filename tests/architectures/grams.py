@@ -95,6 +95,8 @@ class _Observer(TorchFunctionMode):
         name = self._name_of(weight)
         if name is None and function in _PRODUCTS and self._name_of(inputs):  # W x and not x Wᵀ
             name, weight, inputs = self._name_of(inputs), inputs, weight.transpose(-1, -2)
+        if function is Tensor.__getitem__ and not _is_ids(inputs):
+            name = None
         if name is not None and weight.dim() >= 2:
             self._see(function, (name, weight.storage_offset()), weight, inputs, given)
         return function(*args, **(kwargs or {}))
@@ -107,7 +109,7 @@ class _Observer(TorchFunctionMode):
             if inputs.shape == (1, self._mask.shape[1]):  # one position for all examples
                 inputs = inputs.expand(self._mask.shape)
             inputs = inputs[self._mask] if inputs.shape[:2] == self._mask.shape else inputs
-        if function is functional.embedding:
+        if function is functional.embedding or function is Tensor.__getitem__:
             counts = torch.bincount(inputs.reshape(-1), minlength=len(weight))
             self.found.counts[key[0]] = self.found.counts.get(key[0], 0) + counts
         elif function in _CONVOLUTIONS:
@@ -120,6 +122,11 @@ class _Observer(TorchFunctionMode):
             self.found.add(key, inputs, weight.numel())
 
 
+def _is_ids(value: Any) -> bool:
+    """Whether rows of a table are looked up by it."""
+    return isinstance(value, Tensor) and value.dtype == torch.int64
+
+
 _PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
 _CONVOLUTIONS = (functional.conv1d, functional.conv2d, functional.conv3d)
 _CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
@@ -130,6 +137,7 @@ _ARGUMENTS: dict[Any, tuple[str, ...]] = {
     **dict.fromkeys(_PRODUCTS, ("input", "weight")),
     torch.mm: ("input", "weight"),
     torch.bmm: ("input", "weight"),
+    Tensor.__getitem__: ("weight", "input"),
     torch.addmm: ("bias", "input", "weight"),
     **dict.fromkeys(_CONVOLUTIONS, _CONVOLUTION),
 }

@@ -23,6 +23,7 @@ _OPTIONS = [
     click.option("--label-column", help="Column of the label."),
     click.option("--tokens-column", help="Column of the words, for token classification."),
     click.option("--target-column", help="Column of the target text, for generation."),
+    click.option("--image-column", help="Column of the image, or of its path beside the data file."),
     click.option("--allow-pickle", is_flag=True, help="Accept pytorch_model.bin (weights_only)."),
 ]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -66,7 +65,7 @@ class Examples:
         """The hash of some tokenised examples: what tells that another machine sees the same."""
         digest = hashlib.sha256()
         for index in indices:
-            digest.update(json.dumps(asdict(self.encoded.features[index])).encode())
+            digest.update(repr(self.encoded.features[index]).encode())
         return digest.hexdigest()
 
 

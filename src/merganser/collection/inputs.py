@@ -114,7 +114,7 @@ def discover(
 
 
 def _signals(model: nn.Module, layers: Sequence[Layer], batch: Batch) -> Subject:
-    """Two examples without padding, where images and sounds can be told apart by example; else the one that there is."""
+    """Two examples without padding where each has an image or sound of its own, else the one that there is."""
     piece = without_padding(batch, model)[0]
     size = batch_masks(piece, model).examples
     if all(has_rows(piece[key], size) for key in SIGNALS if piece.get(key) is not None):

@@ -27,7 +27,7 @@ from merganser.statistics import FisherKind, Statistics, write_statistics
 from merganser.tasks import TASKS
 from merganser.tasks.columns import Columns
 from merganser.tasks.data import Rows, read_rows, selected
-from merganser.tasks.models import Opened, load_tokenizer, open_model
+from merganser.tasks.models import Opened, open_model
 from merganser.tasks.separate_texts import SeparateTexts
 
 FUNCTION = "merganser.collection.jobs:work"
@@ -185,7 +185,7 @@ def _examples(payload: Mapping[str, Any], opened: Opened) -> Examples:
     task, columns = TASKS[payload["task"]], Columns(**payload["columns"])
     labelled = payload["labelled"] and len(rows) > 0
     references = task.references(rows, columns, task.space(opened.config)) if labelled else None
-    tokenizer = load_tokenizer(opened)
+    tokenizer = task.load_reader(opened)
     return encode(rows, task, opened, tokenizer, columns, references, payload["max_length"], range(len(rows)))
 
 

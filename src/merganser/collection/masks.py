@@ -104,7 +104,9 @@ def check_signals(batch: Mapping[str, Any]) -> None:
     for key in SIGNALS:
         signal = batch.get(key)
         if isinstance(signal, Tensor) and signal.shape[0] != first.shape[0] != 1:
-            what = f"{key} has {signal.shape[0]} rows for {first.shape[0]} examples, so that it is not told whose they are"
+            what = (
+                f"{key} has {signal.shape[0]} rows for {first.shape[0]} examples, so that it is not told whose they are"
+            )
             raise DataError(what, mend="give batches of one example each")
     mask = batch.get(MASK)
     if isinstance(mask, Tensor) and not _is_masked(batch) and not bool(mask.all()):
@@ -301,7 +303,7 @@ def change_columns(batch: Batch, model: nn.Module, change: Callable[[Tensor, int
 
 
 def _has_columns(key: str, value: Any, mask: Tensor) -> bool:
-    """Whether a value of a batch is a tensor with a column for each token; channels or sizes of images may be as many."""
+    """Whether a value of a batch is a tensor with a column for each token: not one whose channels are as many."""
     return isinstance(value, Tensor) and value.shape[:2] == mask.shape and not key.startswith(("pixel_", "image_"))
 
 

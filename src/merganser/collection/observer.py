@@ -166,7 +166,8 @@ class Observer:
         for (name, _), count in counts.items():
             rows[name] += count
         waiting = sum(waits.masks.real for waits in self._waiting) if self._wiring.free else 0
-        if waiting * self._wiring.rows_per_token > self._capacity or not all(self.grams[name].fits(count) for name, count in rows.items()):
+        full = waiting * self._wiring.rows_per_token > self._capacity
+        if full or not all(self.grams[name].fits(count) for name, count in rows.items()):
             self.finish()
         places = {
             (name, number): self.grams[name].reserve(count) if rows[name] <= self.grams[name].capacity else None

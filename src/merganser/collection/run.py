@@ -36,7 +36,7 @@ from merganser.tasks.base import Task
 from merganser.tasks.columns import Columns
 from merganser.tasks.data import Rows, read_rows, selected
 from merganser.tasks.feature_extraction import FeatureExtraction
-from merganser.tasks.models import Opened, load_tokenizer, open_model
+from merganser.tasks.models import Opened, open_model
 from merganser.tasks.separate_texts import separate_texts
 
 
@@ -178,7 +178,7 @@ def collect(
     found, references = find_columns(rows, chosen, opened, given, kind, use_labels)
     numbers = annotated_rows(rows, chosen, references, kind)
     labels = None if kind is None else references
-    examples = encode(rows, chosen, opened, load_tokenizer(opened), found, labels, max_length, numbers)
+    examples = encode(rows, chosen, opened, chosen.load_reader(opened), found, labels, max_length, numbers)
     sampling, notes = _sampling(sample_tokens, examples, seed)
     if grams and (left := reason_against(opened, chosen, offloaded=limit_bytes is not None)) is not None:
         notes.append(left)

@@ -61,11 +61,11 @@ class Tally:
         return Tally(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     def notes(self, max_length: int) -> tuple[str, ...]:
-        """The tally in words, for the header."""
+        """The tally in words, for the header; nothing was cut at a length of 0."""
         cut = f"; {self.cut} of {self.examples} texts were longer and cut" if self.cut else ""
         padding = 1 - self.real / self.wide if self.wide else 0.0
         return (
-            f"texts cut at {max_length} tokens{cut}",
+            *([f"texts cut at {max_length} tokens{cut}"] if max_length else []),
             f"{padding:.1%} of the positions were padding, and were left out",
         )
 

@@ -13,15 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from merganser.checkpoints.layers import Layer
-from merganser.collection.masks import (
-    Batch,
-    BatchMasks,
-    batch_masks,
-    model_inputs,
-    take_rows,
-    widened,
-    without_padding,
-)
+from merganser.collection.masks import Batch, BatchMasks, batch_masks, model_inputs, take_rows, widened, without_padding
 from merganser.collection.probes import other_tokens
 from merganser.collection.rows import Call, guesses, token_ids, token_rows
 from merganser.collection.taps import See, input_hooks, weight_of
@@ -222,7 +214,7 @@ class Subject:
         return study
 
     def see_all(self) -> Study:
-        """What layers see of examples without padding. Ids that are the same for all examples are marked as constant."""
+        """What layers see of examples without padding. Ids that are looked up once for all examples are constant."""
         study, ids = Study(1, whole=True), dict[str, list[int]]()
 
         def look(name: str, x: Tensor) -> None:

@@ -13,6 +13,7 @@ from merganser.tasks.columns import Columns
 from merganser.tasks.data import Rows, read_rows
 from merganser.tasks.embedding import STS, Retrieval
 from merganser.tasks.feature_extraction import FeatureExtraction
+from merganser.tasks.images import ImageFeatures, ImageTextFeatures
 from merganser.tasks.multi_label import MultiLabel
 from merganser.tasks.regression import Regression
 from merganser.tasks.seq2seq import Seq2Seq
@@ -21,8 +22,8 @@ from merganser.tasks.token_classification import TokenClassification
 __all__ = ["TASKS", "Columns", "Rows", "Task", "read_rows", "task_for"]
 
 _ALL = (
-    MultiLabel, Regression, TextClassification, TokenClassification, Seq2Seq, CausalLM, FeatureExtraction, STS,
-    Retrieval,
+    MultiLabel, Regression, TextClassification, TokenClassification, Seq2Seq, CausalLM, ImageFeatures,
+    ImageTextFeatures, FeatureExtraction, STS, Retrieval,
 )  # fmt: skip
 #: Every task by name. ``task_for("auto", …)`` asks them in this order.
 TASKS: dict[str, Task] = {task.name: task() for task in _ALL}

@@ -20,7 +20,7 @@ from merganser.tasks.batches import Collation, Feature, Label
 from merganser.tasks.columns import Columns, resolve, texts
 from merganser.tasks.data import Rows
 from merganser.tasks.labels import LabelSpace, spread
-from merganser.tasks.models import Opened, padding_id
+from merganser.tasks.models import Opened, load_tokenizer, padding_id
 from merganser.tasks.tokens import Encoded, encode_texts
 
 Metric = Callable[[np.ndarray], float]
@@ -116,6 +116,14 @@ class Task:
             CheckpointError: such a reason.
         """
         return
+
+    def load_reader(self, opened: Opened) -> Any:
+        """What makes a model's inputs of rows, from its own files: its tokenizer.
+
+        Raises:
+            CheckpointError: there is none, or it cannot be loaded.
+        """
+        return load_tokenizer(opened)
 
     def model_class(self, config: Mapping[str, Any]) -> str:
         """The transformers class to load a model with."""

@@ -41,10 +41,12 @@ class Collation:
         decoder_mask: add the mask of the decoder's tokens. ``"labels"``: they are the labels'; ``"inputs"``:
             the decoder reads the inputs once more, as in encoder-decoder classifiers; None: there is no
             decoder.
+        most: examples in a batch; None: as many as are asked for.
     """
 
     pad_id: int
     decoder_mask: str | None = None
+    most: int | None = None
 
     def __call__(self, features: Sequence[Feature]) -> dict[str, Tensor]:
         """Tensors (batch, longest) of int64, ready for ``model(**batch)``; padded on the right.
@@ -120,6 +122,7 @@ def make_batches(features: Sequence[Feature], collate: Collation, batch_size: in
             then sees the first of the data, and not the longest.
     """
     lengths = [len(feature.input_ids) for feature in features]
+    batch_size = min(batch_size, collate.most or batch_size)
     plan: list[tuple[int, ...]] = []
     for group in (range(len(lengths))[:leading], range(len(lengths))[leading:]):
         order = sorted(group, key=lambda index: -lengths[index])

@@ -19,6 +19,7 @@ class Columns:
     label: str | None = None
     tokens: str | None = None
     target: str | None = None
+    image: str | None = None
 
     @classmethod
     def of(cls, given: Columns | Mapping[str, str | None] | None) -> Columns:
@@ -47,6 +48,7 @@ USUAL: dict[str, tuple[str, ...]] = {
     "label": ("label", "labels", "class", "category"),
     "tokens": ("tokens", "words"),
     "target": ("target", "output", "summary", "answer", "highlights"),
+    "image": ("image", "image_path", "img"),
 }
 
 #: Usual names of two texts that belong together. They are tried before single texts.

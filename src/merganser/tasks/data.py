@@ -266,6 +266,8 @@ def _from_loaded(asked: _Request, loaded: Any) -> Rows:
         inner = getattr(feature, "feature", feature)  # of a list of classes
         if isinstance(inner, datasets.ClassLabel):
             class_names[column] = tuple(inner.names)
+        if isinstance(feature, datasets.Image):  # files' own bytes take less memory than pixels
+            loaded = loaded.cast_column(column, datasets.Image(decode=False))
     if limit is not None:
         loaded = loaded.select(range(min(limit, len(loaded))))
     rows = tuple(dict(row) for row in loaded.with_format(None))
