@@ -157,7 +157,10 @@ def _compare_gram(statistics: Statistics, layer: LayerStatistics, observed: Obse
     gram, mean = statistics.gram(layer.input or ""), statistics.mean(layer.input or "")
     if layer.rows < rows:  # rows of zeros, with which a model fills its windows, add nothing to the sums
         gram, mean = gram * (layer.rows / rows), mean * (layer.rows / rows)
-    distance = max(_relative(gram, observed.grams[key] / rows), _relative(mean, observed.sums[key] / rows))
+    truth, total = observed.grams[key] / rows, observed.sums[key] / rows
+    size = truth.diagonal().max().sqrt().clamp_min(1e-30)  # a mean may be zero
+    off = float((mean - total).abs().max() / size) if mean.shape == total.shape else float("inf")
+    distance = max(_relative(gram, truth), off)
     if distance > ACCURACY:
         yield f"{which} off by {distance:.0e} ({layer.rows} rows, not {rows})"
 

@@ -347,6 +347,8 @@ def batch(config: PreTrainedConfig, inputs: Inputs, seed: int = 0) -> dict[str, 
         vision = getattr(config, "vision_config", config)
         side = getattr(vision, "image_size", IMAGE)
         found["pixel_values"] = torch.randn(EXAMPLES, getattr(vision, "num_channels", 3), side, side)
+    if config.model_type == "vit_mae":  # what is masked would be drawn anew in each pass
+        found["noise"] = torch.rand(EXAMPLES, (config.image_size // config.patch_size) ** 2)
     if inputs == "waveform":
         found["input_values"] = torch.randn(EXAMPLES, SAMPLES)
         found["attention_mask"] = _mask(SAMPLES, step=50)

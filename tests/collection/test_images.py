@@ -129,6 +129,29 @@ def test_images_inside_of_text(tmp_path: Path) -> None:
     header, tensors = collect_statistics(model, checkpoint, [two, one])
     check(header, tensors, hooked(model, [two, *alone(one)]))
 
+    text = {"input_ids": batch["input_ids"][:1, 5:], "attention_mask": batch["attention_mask"][:1, 5:]}  # no image
+    header, tensors = collect_statistics(model, checkpoint, [batch, text])
+    check(header, tensors, hooked(model, [*alone(batch), text]))
+    places = next(
+        layer for layer in header.layers if layer.module.endswith("vision_tower.embeddings.position_embedding")
+    )
+    assert set(tensors[f"count.{places.module}"].tolist()) == {3}
+
+
+def test_sounds_are_run_without_their_padding(tmp_path: Path) -> None:
+    tiny = TINY["Wav2Vec2ForSequenceClassification"]
+    model, checkpoint, batch = tiny.build(), open_checkpoint(tiny.save(tmp_path)), tiny.batch()
+    cut = [int(mask.sum()) for mask in batch["attention_mask"]]
+    single = [{"input_values": x[None, :length]} for x, length in zip(batch["input_values"], cut, strict=True)]
+    header, tensors = collect_statistics(model, checkpoint, [batch])
+    truth = hooked(model, single)
+    kept = {layer.module for layer in header.layers}
+    assert len(kept) >= 12
+    header = header.model_copy(update={"layers": tuple(x for x in header.layers if x.module in truth)})
+    check(header, tensors, truth)
+    with pytest.raises(DataError, match="attention_mask has the shape"):
+        collect_statistics(model, checkpoint, [batch | {"attention_mask": batch["attention_mask"][:, ::2]}])
+
 
 def test_what_cannot_be_told_is_refused(tmp_path: Path) -> None:
     model, checkpoint, batch = llava(tmp_path)

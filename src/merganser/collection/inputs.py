@@ -49,7 +49,8 @@ class Wiring:
 
     Attributes:
         layers: that have statistics.
-        calls: of each layer that matters, by module; None for a call that does not count. Empty for those of ``free``.
+        calls: of each layer that matters, by module; None for a call that does not count. Those of ``free`` have none,
+            or ``each`` for all calls.
         leaders: for each linear layer, the first layer that sees the same input (itself, if it is the first).
         widths: of each leader's input.
         notes: what was left out or assumed.
@@ -214,6 +215,8 @@ def _wire(subject: Subject, study: Study, notes: list[str]) -> Wiring:
             if not any(chosen):
                 continue
         calls[name] = () if name in free else tuple(chosen)
+        if study.whole:
+            free.add(name)  # a batch may have no images
         if not ids:
             used = tuple((one.identity, call) for one, call in zip(found, chosen, strict=True) if call)
             leaders[name] = by_inputs.setdefault((name in free, *used), name)
@@ -255,6 +258,8 @@ def _uncalled(names: list[str]) -> list[str]:
 def _choose(study: Study, name: str) -> list[Call | None]:
     """Whose rows the calls of a layer hold; None where that is not told."""
     found = study.seen[name]
+    if study.whole:
+        return [Call("each") if one.constant else None for one in found]
     if study.failure is not None:
         return [next((guess.call for guess in one.guesses), None) for one in found]
     rest = [None if one.constant or not study.unclear or study.window > 1 else one.whole for one in found]

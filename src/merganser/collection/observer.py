@@ -96,7 +96,7 @@ class Observer:
     ) -> None:
         self._model, self._wiring, self._workers = model, wiring, workers
         self._sampling, self._one_at_a_time = sampling, one_at_a_time
-        self._expected = sum(len(calls) for calls in wiring.calls.values())
+        self._expected = sum(len(calls) for name, calls in wiring.calls.items() if name not in wiring.free)
         self._shares = shares(wiring.widths, sampling)
         room = {name: min(1.0, SPARE * share) for name, share in self._shares.items()}
         widths = [math.ceil(room[name] * width) for name, width in wiring.widths.items()]
@@ -269,7 +269,7 @@ class Observer:
         expected, number = self._wiring.calls[name], current.calls.get(name, 0)
         current.calls[name] = number + 1
         if name in self._wiring.free:
-            self._count(name, number, Call("all"), x, current)
+            self._count(name, number, expected[0] if expected and expected[0] else Call("all"), x, current)
             return
         if number >= len(expected):
             raise _changed(name, "it is called more often")

@@ -28,8 +28,9 @@ from torch import Tensor
 
 from merganser.collection.masks import BatchMasks, Side
 
-#: Whose rows an input holds: the encoder's (or only) tokens, the decoder's, one an example, or all.
-RowKind = Literal["tokens", "decoder", "examples", "all"]
+#: Whose rows an input holds: the encoder's (or only) tokens, the decoder's, one an example, those of each example once
+#: for all of them (tables of positions), or all.
+RowKind = Literal["tokens", "decoder", "examples", "each", "all"]
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,8 @@ def token_rows(x: Tensor, call: Call, masks: BatchMasks) -> tuple[Tensor, Tensor
         flat = x.reshape(-1, x.shape[-1])
         if call.kind == "examples" and flat.shape[0] != masks.examples:
             raise ValueError(f"{tuple(x.shape)} is not one row for each of {masks.examples} examples")
+        if call.kind == "each":
+            flat = flat.repeat(masks.examples, 1)
         return flat, None
     found = _by_token(x, call, side)
     if found.shape[1] != call.factor * x.shape[-1]:
@@ -118,6 +121,8 @@ def token_ids(ids: Tensor, call: Call, masks: BatchMasks) -> Tensor:
         ValueError: the ids do not have the shape that their call promises.
     """
     side = side_of(call, masks)
+    if call.kind == "each":
+        return ids.reshape(-1).repeat(masks.examples)
     return ids.reshape(-1) if side is None else side.take(_by_token(ids.unsqueeze(-1), call, side)).reshape(-1)
 
 

@@ -214,24 +214,25 @@ class Subject:
         return study
 
     def see_all(self) -> Study:
-        """What layers see of examples without padding. Ids that are looked up once for all examples are constant."""
-        study, ids = Study(1, whole=True), dict[str, list[int]]()
+        """What layers see of examples without padding. What is the same for each of two examples is constant."""
+        study = Study(1, whole=True)
 
         def look(name: str, x: Tensor) -> None:
             study.seen.setdefault(name, []).append(Seen(x, identity_of(x), []))
 
-        def look_again(name: str, x: Tensor) -> None:
-            ids.setdefault(name, []).append(x.numel())
+        def count(one: Seen, x: Tensor, _: int | None) -> None:
+            one.sizes[number] = float(x.shape == one.x.shape and torch.equal(x, one.x))
 
         self.run(self.few, look)
         linear = {layer.module for layer in self.layers if layer.kind != "embedding"}
         study.absent = linear - self.groups.keys() - study.seen.keys()
         size = batch_masks(self.few, self.model).examples
-        if size > 1:
-            self.run(take_rows(self.few, size, slice(1)), look_again)
-            for name in self.tables.keys() & study.seen.keys():
-                for one, alone in zip(study.seen[name], ids.get(name, []), strict=False):
-                    one.constant = one.x.numel() == alone
+        for number in range(size if size > 1 else 0):
+            self._again(study, take_rows(self.few, size, slice(number, number + 1)), count)
+        for calls in study.seen.values():
+            for one in calls:
+                one.constant = sum(one.sizes.values()) == size
+                one.sizes.clear()
         return study
 
     def grows(self, name: str, one: Seen) -> bool:
