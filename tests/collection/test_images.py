@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as t
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 
 import merganser
@@ -207,16 +208,20 @@ def test_images_of_a_data_set(tmp_path: Path) -> None:
     assert result.header.examples == 5 and "columns: image 'image'" in result.header.notes
 
 
-def test_images_with_text(tmp_path: Path) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{number}" for number in range(44))]
-    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = t.PreTrainedTokenizerFast(
+def words(special: list[str]) -> Any:
+    """A tokenizer of a few words; the sixth is <image>."""
+    known = ["<pad>", "<s>", "</s>", "<unk>", "w0", "<image>", *(f"w{number}" for number in range(1, 43))]
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(known)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return t.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
-        model_max_length=16,
+        additional_special_tokens=special, extra_special_tokens={"image_token": "<image>"} if special else {},
+        model_max_length=64,
     )  # fmt: skip
+
+
+def test_images_with_text(tmp_path: Path) -> None:
+    fast = words([])
     folder, paths = TINY["CLIPModel"].save(tmp_path / "model"), photos(tmp_path)
     size = {"height": 16, "width": 16}
     images = t.CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=size)
@@ -232,8 +237,33 @@ def test_images_with_text(tmp_path: Path) -> None:
     ]
     found = Statistics.open(result.path)
     check(found.header, {name: found.packed(name) for name in found.tensors}, hooked(model.eval(), examples))
+    cut = merganser.collect(folder, data, task="image-text-features", max_length=4, output=tmp_path / "cut.safetensors")
+    assert cut.header.tokens == 3 + 4 * 4 and "texts cut at 4 tokens" in cut.header.notes
     with pytest.raises(CheckpointError, match="takes image and text, and image-features gives it image"):
         merganser.collect(folder, data, task="image-features", overwrite=True)
+
+
+TEMPLATE = "w1 {% for part in messages[0].content %}{{ part.text or '<image>' }} {% endfor %}"
+
+
+@pytest.mark.parametrize("template", [None, TEMPLATE])
+def test_prompts_with_places_for_the_image(template: str | None, tmp_path: Path) -> None:
+    model, _, _ = llava(tmp_path / "model")
+    fast, vision = words(["<image>"]), model.config.vision_config
+    side = {"height": vision.image_size, "width": vision.image_size}
+    t.LlavaProcessor(
+        t.CLIPImageProcessor(size={"shortest_edge": vision.image_size}, crop_size=side), fast,
+        patch_size=vision.patch_size, num_additional_image_tokens=1, image_token="<image>", chat_template=template,
+        vision_feature_select_strategy=model.config.vision_feature_select_strategy,
+    ).save_pretrained(tmp_path / "model")  # fmt: skip
+    data = tmp_path / "data.jsonl"
+    rows = [{"image": path, "text": "w3" + " w4" * number} for number, path in enumerate(photos(tmp_path, 3))]
+    data.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    header = merganser.collect(tmp_path / "model", data, task="image-text-features").header
+    patches = (vision.image_size // vision.patch_size) ** 2
+    assert header.tokens == 3 * (patches + 1 + (template is not None)) + 0 + 1 + 2
+    assert any("vision_tower" in layer.module for layer in header.layers)
+    assert not any(note.startswith("texts cut") for note in header.notes)
 
 
 def test_mistakes_are_found_before_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

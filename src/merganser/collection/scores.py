@@ -84,6 +84,9 @@ def scored(
     if kind == "predicted" and problem == "regression":
         what = "Fisher information of the predictions is zero for regression: y − f(x) is 0 at y = f(x)"
         raise StatisticsError(what, mend="use expected or empirical")
+    if problem in SEQUENCES and batch.get("input_ids") is None:
+        what = "Fisher information over sequences is seeded by their tokens, and the batches have no input_ids"
+        raise StatisticsError(what, mend="collect without Fisher information")
     if problem in SEQUENCES:
         labels, known = _align(problem, labels, batch, masks)
     else:

@@ -37,11 +37,13 @@ class Picture(Feature):
         digest: SHA-256 of its bytes.
         content: a path, the bytes of a file, or an image of Pillow's.
         prompt: the text beside it.
+        most_tokens: at which the text is cut; 0: it is not, because it holds the places of its image.
     """
 
     digest: str = ""
     content: Any = field(default=None, repr=False)
     prompt: str | None = None
+    most_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,10 @@ class Preparation(Collation):
     Attributes:
         processor: of transformers.
         mode: of Pillow: ``RGB``, or ``L`` for models of one channel.
-        most_tokens: at which a text is cut that holds no places for its image.
     """
 
     processor: Any = None
     mode: str = "RGB"
-    most_tokens: int = 0
 
     def __call__(self, features: Sequence[Feature]) -> dict[str, Tensor]:
         """Tensors that are ready for ``model(**batch)``.
@@ -83,7 +83,7 @@ class Preparation(Collation):
             elif token := getattr(self.processor, "image_token", None):
                 made = self.processor(images=image, text=f"{token}{picture.prompt}", return_tensors="pt")
             else:
-                cut = {"truncation": True, "max_length": self.most_tokens}
+                cut = {"truncation": True, "max_length": picture.most_tokens}
                 made = self.processor(images=image, text=picture.prompt, return_tensors="pt", **cut)
         return {key: value for key, value in made.items() if isinstance(value, Tensor)}
 
@@ -98,6 +98,11 @@ class Reader:
     def model_max_length(self) -> int | None:
         """The most tokens of a text."""
         return getattr(getattr(self.processor, "tokenizer", None), "model_max_length", None)
+
+    @property
+    def has_places(self) -> bool:
+        """Whether an image takes places in the text, so that a text cannot be cut."""
+        return any(getattr(self.processor, name, None) for name in ("chat_template", "image_token"))
 
     def num_special_tokens_to_add(self, pair: bool = False) -> int:
         """None that a length must leave room for where there is no text."""
@@ -179,6 +184,7 @@ class ImageFeatures(Task):
             DataError: an image that is missing or damaged, or a path that leaves the folder of the data.
         """
         prompts = texts(rows, columns.text) if columns.text else [None] * len(rows)
+        cut = max_length if columns.text and not tokenizer.has_places else 0
         column, features = columns.image or "image", list[Feature]()
         for number, (value, where) in enumerate(column_values(rows, column, "image")):
             content = _located(value, rows, number, where)
@@ -189,8 +195,8 @@ class ImageFeatures(Task):
             except Exception as error:  # damaged or foreign files; Pillow raises many kinds
                 what = f"{column!r} is not an image that can be read: {first_line(error)}"
                 raise DataError(what, where=where, mend=another_column("image")) from None
-            features.append(Picture([0], digest=digest, content=content, prompt=prompts[number]))
-        return Encoded(features, frozenset(), max_length if columns.text else 0)
+            features.append(Picture([0], digest=digest, content=content, prompt=prompts[number], most_tokens=cut))
+        return Encoded(features, frozenset(), cut)
 
     def collation(self, tokenizer: Any, config: Mapping[str, Any]) -> Collation:
         """How pictures become tensors."""
@@ -217,9 +223,7 @@ class ImageTextFeatures(ImageFeatures):
 
     def collation(self, tokenizer: Any, config: Mapping[str, Any]) -> Collation:
         """How a picture with its text becomes tensors."""
-        reader = getattr(tokenizer.processor, "tokenizer", None)
-        length = min(512, getattr(reader, "model_max_length", 512))
-        return Preparation(0, None, 1, tokenizer.processor, most_tokens=length)
+        return Preparation(0, None, 1, tokenizer.processor)
 
 
 def open_image(content: Any) -> Any:
