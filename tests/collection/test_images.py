@@ -20,6 +20,7 @@ from architectures.tiny import TINY
 from merganser.checkpoints import open_checkpoint
 from merganser.cli import main
 from merganser.collection import collect_statistics
+from merganser.engines.serial import SerialEngine
 from merganser.errors import CheckpointError, DataError, UserError
 from merganser.statistics import Statistics, StatisticsHeader
 from merganser.tasks import Rows
@@ -197,6 +198,26 @@ def test_the_command_reads_images(tmp_path: Path) -> None:
     rows = Rows("memory", images, tuple(("memory", number) for number in range(5)), by_line=False)
     again = Statistics.open(merganser.collect(folder, rows, output=tmp_path / "again.safetensors", batch_size=2).path)
     assert all(torch.equal(found.packed(name), again.packed(name)) for name in found.tensors)
+
+    jobs = {"engine": SerialEngine(), "output": tmp_path / "jobs.safetensors", "batch_size": 2}
+    assert merganser.collect(folder, data, **jobs).path.read_bytes() == found.path.read_bytes()
+
+
+def test_images_of_different_sizes_go_one_by_one(tmp_path: Path) -> None:
+    folder, data = TINY["ResNetForImageClassification"].save(tmp_path / "model"), tmp_path / "data.jsonl"
+    t.CLIPImageProcessor(size={"shortest_edge": 16}, do_center_crop=False).save_pretrained(folder)
+    paths = photos(tmp_path)
+    data.write_text("".join(f"{json.dumps({'image': path})}\n" for path in paths))
+    with pytest.raises(DataError, match=r"tensors of different sizes(?s:.*)--batch-size 1"):
+        merganser.collect(folder, data)
+    found = Statistics.open(merganser.collect(folder, data, batch_size=1).path)
+    processor, model = (
+        t.CLIPImageProcessor.from_pretrained(folder),
+        t.ResNetForImageClassification.from_pretrained(folder),
+    )
+    examples = [processor(Image.open(tmp_path / path), return_tensors="pt") for path in paths]
+    assert len({example["pixel_values"].shape for example in examples}) > 1
+    check(found.header, {name: found.packed(name) for name in found.tensors}, hooked(model.eval(), examples))
 
 
 def test_images_of_a_data_set(tmp_path: Path) -> None:

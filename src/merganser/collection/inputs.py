@@ -60,7 +60,7 @@ class Wiring:
         owners: modules that apply layers which are not called as modules, by layer.
         groups: the first layer that has a shared weight, for the others that have it: their inputs are one sequence.
         stacks: of experts.
-        rows_per_token: the most that an input of ``free`` has, where the probe tells.
+        rows_per_token: the most that an input has beside images or sounds, in the probe.
     """
 
     layers: tuple[Layer, ...]
@@ -240,7 +240,7 @@ def _wire(subject: Subject, study: Study, notes: list[str]) -> Wiring:
         notes.append(f"batches had no padding, because masks do not tell the rows of {study.unclear[0]}{more}")
     layers = tuple(layer for layer in subject.layers if subject.groups.get(layer.module, layer.module) in calls)
     tokens = batch_masks(subject.few, subject.model).real
-    rows = [one.x[..., 0].numel() for name in free & leaders.keys() for one in study.seen.get(name, [])]
+    rows = [one.x[..., 0].numel() for name in leaders for one in study.seen.get(name, []) if study.whole]
     return Wiring(
         layers, calls, leaders, widths, tuple(notes), frozenset(free), study.whole or bool(study.unclear), study.window,
         subject.owners, subject.groups, rows_per_token=max(1, -(-max(rows, default=0) // max(1, tokens))),

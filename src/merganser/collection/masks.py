@@ -99,7 +99,7 @@ def check_signals(batch: Mapping[str, Any]) -> None:
         mask = batch.get(key)
         if isinstance(mask, Tensor) and not bool(mask.all()):
             what = f"{key} marks padding inside images, which cannot be told from their rows in the layers"
-            raise DataError(what, mend="give images of one size in each batch, so that none is padded")
+            raise DataError(what, mend="give images that are not padded, such as those of one size in each batch")
     first = _first(batch, *TOKENS, *SIGNALS)
     for key in SIGNALS:
         signal = batch.get(key)
