@@ -37,7 +37,8 @@ def hooked(model: nn.Module, examples: list[Batch]) -> dict[str, tuple[Tensor, T
     def see(name: str, module: Any, args: tuple[Tensor, ...]) -> None:
         x = args[0]
         if isinstance(module, nn.Conv2d):
-            settings = {key: getattr(module, key) for key in ("padding", "stride", "dilation")}
+            padding = 0 if module.padding == "valid" else module.padding
+            settings = {"padding": padding, "stride": module.stride, "dilation": module.dilation}
             x = nn.functional.unfold(x, module.kernel_size, **settings).transpose(1, 2)
         seen[name].append(x.detach().reshape(-1, x.shape[-1]).double())
 

@@ -249,7 +249,7 @@ def _wire(subject: Subject, study: Study, notes: list[str]) -> Wiring:
 
 def _uncalled(names: list[str]) -> list[str]:
     """Notes about layers that the model did not call, in one where they are many (a tower for images)."""
-    reason = "not called by the model; no statistics"
+    reason = "not called by the model as a layer of its own; no statistics"
     if len(names) < 4:
         return [f"{name}: {reason}" for name in names]
     return [f"{len(names)} layers from {names[0]} to {names[-1]}: {reason}"]
