@@ -277,6 +277,14 @@ def test_a_configuration_that_does_not_fit_its_weights_is_found(tmp_path: Path) 
     assert not (tmp_path / "out").exists()
 
 
+def test_what_no_contributor_stores_is_said(tmp_path: Path) -> None:
+    edit: Edit = lambda stored: {n: v for n, v in stored.items() if not n.startswith("classifier")}  # noqa: E731
+    places = [store(vary(make("BertForSequenceClassification"), s), tmp_path / str(s), edit) for s in (0, 1, 2)]
+    base, *people = map(str, places)
+    result = merganser.merge(people, tmp_path / "out", method="actmat", base=base)
+    assert any("classifier.weight" in note and "random numbers" in note for note in result.notes)
+
+
 def test_half_and_brain_floats_open_as_what_is_stored(tmp_path: Path) -> None:
     """A norm of 3e5 fits bfloat16 and not float16: the configuration says float32, which is what is stored."""
     a, b = vary(make("LlamaForCausalLM"), 1), vary(make("LlamaForCausalLM"), 2)

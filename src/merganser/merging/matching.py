@@ -154,14 +154,20 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def check_fitting(people: Sequence[Parent], base: Parent | None, problems: ErrorCollector) -> None:
-    """Every configuration describes the tensors beside it: what does not fit would open with random numbers."""
+def check_fitting(people: Sequence[Parent], base: Parent | None, problems: ErrorCollector) -> list[str]:
+    """Every configuration describes the tensors beside it: what does not fit would open with random numbers.
+
+    What the first one's files lack the result lacks, too: a note says so.
+    """
     for parent in (*people, *([base] if base else [])):
         if wrong := parent.view.mismatched:
             name, (has, wanted) = next(iter(wrong.items()))
             more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
             text = f"its configuration does not fit its tensors: {name} is {list(has)}, not {list(wanted)}{more}"
             problems.add(CheckpointError(text, where=parent.checkpoint.name, mend="restore its config.json"))
+    absent = people[0].view.missing
+    text = f"not in the files of {people[0].title}, so that it opens with random numbers there and here"
+    return [f"{_listed(absent)}: {text}"] if absent else []
 
 
 def find_separate(recipe: Recipe, parents: Sequence[Parent], problems: ErrorCollector) -> tuple[tuple[str, ...], ...]:

@@ -80,7 +80,7 @@ def plan_of(recipe: Recipe, inputs: Inputs, *, rank: int | None = None) -> Plan:
     names, untied, left_out = names_to_merge(recipe, people, reference, plain=plain)
     notes += left_out
     if not plain:
-        check_fitting(people, base, problems)
+        notes += check_fitting(people, base, problems)
     labels = match_labels(recipe, people, names, problems)
     rows = dict(labels.rows) if labels else {}
     notes += labels.notes if labels else ()
