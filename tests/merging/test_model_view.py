@@ -18,7 +18,11 @@ from architectures.tiny import TINY
 from merganser.checkpoints import open_checkpoint
 from merganser.checkpoints.model_view import aligned, view_of
 from merganser.checkpoints.sources import read_source
+from merganser.collection.collector import collect_statistics
+from merganser.collection.stacks import Experts
 from merganser.errors import CheckpointError, Problems, RecipeError, UserError
+from merganser.statistics import FILE_NAME as STATISTICS
+from merganser.statistics import write_statistics
 
 WEIGHTS = "model.safetensors"
 Edit = Callable[[dict[str, Tensor]], dict[str, Tensor]]
@@ -187,6 +191,25 @@ def test_every_way_round_is_read(tmp_path: Path) -> None:
             assert source.shape(theirs) == tuple(whole.shape)
             assert torch.equal(read_source(theirs, source), whole), name
             assert torch.equal(read_source(theirs, source, 1, 3), whole[1:3]), name
+
+
+@pytest.mark.parametrize("experts", ["exact", "shared"])
+def test_each_expert_s_statistics_are_found_however_experts_lie(experts: Experts, tmp_path: Path) -> None:
+    """RegMean of packed and separate contributors, each with the statistics of its own files: the same to the bit."""
+    name, found = "MixtralForCausalLM", []
+    for packed in ((False, False), (False, True), (True, False), (True, True)):
+        places = []
+        for seed, one in enumerate(packed, 1):
+            place = store(vary(make(name), seed), tmp_path / f"{packed}-{seed}", pack if one else None)
+            batches = [TINY[name].batch(seed=seed)]
+            collected = collect_statistics(open_whole(place, name), open_checkpoint(place), batches, experts=experts)
+            write_statistics(place / STATISTICS, *collected)
+            places.append(str(place))
+        result = merganser.merge(places, tmp_path / f"out-{packed}", method="regmean")
+        assert result.coverage.share == 1
+        found.append(state(open_whole(tmp_path / f"out-{packed}", name)))
+    for other in found[1:]:
+        assert all(torch.equal(found[0][name], value) for name, value in other.items())
 
 
 def test_a_tied_and_an_untied_contributor(tmp_path: Path) -> None:
