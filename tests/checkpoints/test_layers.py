@@ -83,3 +83,14 @@ def test_an_unknown_architecture_is_an_error_with_a_mend(save_model) -> None:
     (folder / "config.json").write_text('{"model_type": "none-such", "architectures": ["NoneSuch"]}')
     with pytest.raises(CheckpointError, match="cannot build this architecture"):
         describe_layers(open_checkpoint(folder))
+
+
+def test_names_are_paired_by_the_leading_component_that_pairs_most() -> None:
+    """Before all of one side's or the other's; what is there literally stays; many first components take no search."""
+    many = [f"{number}.{kind}" for number in range(3000) for kind in ("weight", "bias")]
+    behind = [f"model.{name}" for name in many]
+    assert align(many, behind) == dict(zip(many, behind, strict=True))
+    assert align(behind, many) == dict(zip(behind, many, strict=True))
+    assert align(["a.x", "b.y", "z"], ["x", "y", "a.z"]) == {"a.x": "x", "z": "a.z"}
+    assert align(["w", "a.w"], ["a.w", "w"]) == {"w": "w", "a.w": "a.w"}
+    assert align(many, [f"{name}x" for name in many]) == {}

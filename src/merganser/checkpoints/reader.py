@@ -326,25 +326,22 @@ def align(names: Collection[str], others: Collection[str]) -> dict[str, str]:
     Twins are equal, or equal but for one leading component (``bert.`` before everything, say). The prefix is the
     one that pairs the most names; a name that is there literally always wins.
     """
-    available = set(others)
-    best: dict[str, str] = {}
-    for prefix in _prefixes(names) | _prefixes(others) | {""}:
-        pairs = {}
-        for name in names:
-            for candidate in (name, f"{prefix}{name}", name.removeprefix(prefix)):
-                if candidate in available:
-                    pairs[name] = candidate
-                    break
-        if (len(pairs), -len(prefix)) > (len(best), 0) or (len(pairs) == len(best) and not prefix):
-            best = pairs
-    return best
+    ours, available = set(names), set(others)
+    by_prefix: dict[str, dict[str, str]] = {}
+    for name in names:
+        prefix, dot, rest = name.partition(".")
+        if dot and rest in available and name not in available:
+            by_prefix.setdefault(prefix, {})[name] = rest
+    for other in others:
+        prefix, dot, rest = other.partition(".")
+        if dot and rest in ours and rest not in available:
+            by_prefix.setdefault(prefix, {})[rest] = other
+    best = max(by_prefix.values(), key=len, default={})
+    pairs = ((name, name if name in available else best.get(name)) for name in names)
+    return {name: twin for name, twin in pairs if twin is not None}
 
 
 def renamed(name: str) -> list[str]:
     """How old files spell a parameter: ``gamma`` for a norm's ``weight``, ``beta`` for its ``bias``."""
     spellings = ((".weight", ".gamma"), (".bias", ".beta"))
     return [name.removesuffix(new) + old for new, old in spellings if name.endswith(new)]
-
-
-def _prefixes(names: Collection[str]) -> set[str]:
-    return {name.split(".", 1)[0] + "." for name in names if "." in name}
