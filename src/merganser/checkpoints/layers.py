@@ -204,7 +204,12 @@ def map_parameters(model: nn.Module, checkpoint: Checkpoint, *, values: bool = T
     A name counts only with the right shape and, with ``values`` and unless the model is on the meta device, the right
     values.
     """
-    places = _places_of(model, checkpoint)
+    return _stored_whole(model, checkpoint, _places_of(model, checkpoint), values=values)
+
+
+def _stored_whole(
+    model: nn.Module, checkpoint: Checkpoint, places: Mapping[str, Place], *, values: bool
+) -> dict[str, str]:
     twins = {name: group for group in ties(model) for name in group}
     found: dict[str, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -219,7 +224,8 @@ def map_parameters(model: nn.Module, checkpoint: Checkpoint, *, values: bool = T
 def layers_of(model: nn.Module, checkpoint: Checkpoint) -> list[Layer]:
     """The layers of a model whose weights are on disk, in module order."""
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
-    names, places = map_parameters(model, checkpoint), _places_of(model, checkpoint)
+    places = _places_of(model, checkpoint)
+    names = _stored_whole(model, checkpoint, places, values=True)
     return find_layers(model, {name: place for name, place in places.items() if name in names}, shapes)
 
 

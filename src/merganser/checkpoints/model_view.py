@@ -68,13 +68,13 @@ class ModelView:
         values = {key: value for key, value in self.config.items() if key != "num_labels"}
         ids = {label: int(number) for number, label in names.items()}
         try:
-            larger = build_empty({**values, "id2label": names, "label2id": ids}, self.folder).state_dict()
+            larger = state_shapes(build_empty({**values, "id2label": names, "label2id": ids}, self.folder))
         except CheckpointError:
             return {}
         found: dict[str, int] = {}
-        for name, tensor in self.model.state_dict().items():
-            shape, grown, place = tuple(tensor.shape), larger.get(name), self.places.get(name)
-            if grown is not None and place and place.is_whole and tuple(grown.shape) == (*_taller(shape),) != shape:
+        for name, shape in state_shapes(self.model).items():
+            grown, place = larger.get(name), self.places.get(name)
+            if place and place.is_whole and shape and grown == (shape[0] + 1, *shape[1:]):
                 found[place.stored[0]] = shape[0] - count
         return found
 
@@ -237,10 +237,6 @@ def _absent(model: nn.Module, places: Mapping[str, Place]) -> set[str]:
         if any(name in places for name in group):
             absent -= set(group)
     return absent
-
-
-def _taller(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return (shape[0] + 1, *shape[1:]) if shape else ()
 
 
 def _twin(ours: Place, theirs: Place, name: str) -> str | None:

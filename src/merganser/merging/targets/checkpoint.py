@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from merganser.checkpoints import Checkpoint, open_checkpoint
-from merganser.checkpoints.adapter_configuration import resize
+from merganser.checkpoints.adapter_configuration import resize, untied
 from merganser.checkpoints.model_view import view_of
 from merganser.checkpoints.reader import TensorHash, read_json
 from merganser.checkpoints.tokenizer_files import add_tokens, is_tokenizer_file
@@ -33,7 +33,6 @@ from merganser.methods import Merged
 from merganser.tensors import DTYPES, is_floating
 
 _SPARE = 64_000_000  # bytes for everything that is not weights
-_TIED = "tie_word_embeddings"
 _CONFIG, _INDEX = "config.json", "model.safetensors.index.json"
 
 
@@ -253,14 +252,8 @@ def _config_of(plan: Plan, inputs: Inputs, own: Parent, *, head: bool = False) -
     if plan.labels is not None and not head:
         config["id2label"] = {str(i): label for i, label in enumerate(plan.labels)}
         config["label2id"] = {label: i for i, label in enumerate(plan.labels)}
-    if plan.untied:
-        config |= {key: {**config[key], _TIED: False} for key in config if _TIED in _mapping(config[key])}
-        config[_TIED] = False
+    config = untied(config) if plan.untied else config
     return {**config, **_stated_dtype(plan, config)}
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, dict) else {}
 
 
 def check_opening(folder: Path, reference: Checkpoint) -> list[UserError]:
