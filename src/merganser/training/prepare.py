@@ -90,7 +90,8 @@ class Prepared:
 
     def score(self, model: nn.Module, settings: TrainingSettings) -> float:
         """The score of a model in eval mode on the development data."""
-        assert self.dev is not None
+        if self.dev is None:
+            raise RuntimeError("scored without development data")
         task, config = self.start.task, self.start.config
         space = task.space(config)
         found = predict(
