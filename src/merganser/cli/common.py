@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import click
-import yaml
+
+from merganser.documents import parse_yaml
 
 
 def quiet_libraries() -> None:
@@ -33,10 +34,7 @@ def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
     """``KEY=VALUE`` flags as a dictionary; values are read as YAML, so that numbers are numbers."""
     found = {}
     for key, value in split_pairs(pairs, "--option", "KEY=VALUE").items():
-        try:
-            found[key.replace("-", "_")] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise click.BadParameter(f"{value!r} is no value", param_hint="--option") from None
+        found[key.replace("-", "_")] = parse_yaml(value, f"--option {key}", mend="give a value as YAML has it")
     return found
 
 

@@ -16,12 +16,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from merganser.checkpoints import AdapterCheckpoint, Checkpoint, TensorInfo, open_checkpoint
 from merganser.checkpoints.model_view import ModelView, aligned, canonical_shapes, make_view, view_of
 from merganser.checkpoints.sources import RenamedCheckpoint, Source
+from merganser.documents import read_yaml
 from merganser.errors import ErrorCollector, RecipeError, did_you_mean, validated
 from merganser.methods import METHODS
 from merganser.statistics import FILE_NAME, Statistics
@@ -140,15 +140,9 @@ def read_mapping(path: Path, what: str, keys: str) -> dict[str, Any]:
         keys: some that it could have, for the mend.
 
     Raises:
-        RecipeError: unreadable, not YAML, or not a mapping.
+        RecipeError: unreadable, not YAML, refused (see :func:`merganser.documents.parse_yaml`), or not a mapping.
     """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise RecipeError(f"unreadable: {reason}", where=path, mend="check the path") from None
-    except yaml.YAMLError as error:
-        raise RecipeError(f"not YAML: {' '.join(str(error).split())}", where=path, mend="correct the file") from None
+    values = read_yaml(path, RecipeError)
     if not isinstance(values, dict):
         raise RecipeError(
             f"{what} is a mapping, this is {type(values).__name__}", where=path, mend=f"write keys such as {keys}"

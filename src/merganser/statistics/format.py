@@ -16,7 +16,6 @@ nothing else.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -35,6 +34,7 @@ from pydantic import (
 from torch import Tensor
 
 from merganser.checkpoints import Checkpoint, TensorInfo
+from merganser.documents import parse_json
 from merganser.errors import StatisticsError, UserError
 from merganser.statistics.gram_encodings import (
     GramEncoding,
@@ -164,10 +164,7 @@ def parse_header(text: str, file: Path) -> StatisticsHeader:
     """
     if len(text) > MAX_METADATA:
         raise StatisticsError(f"a header of {len(text)} characters is too long", where=file, mend=AGAIN)
-    try:
-        fields: Any = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise StatisticsError(f"the header is no JSON: {error}", where=file, mend=AGAIN) from None
+    fields = parse_json(text, file, StatisticsError, mend=AGAIN)
     protocol = fields.get("protocol") if isinstance(fields, dict) else None
     if type(protocol) is not int or protocol < 1:
         raise StatisticsError(f"the header has no valid protocol number ({protocol!r})", where=file, mend=AGAIN)

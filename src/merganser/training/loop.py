@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from merganser import progress
+from merganser.documents import read_json
 from merganser.errors import DataError
 from merganser.tasks.batches import Feature
 from merganser.training.losses import Loss
@@ -213,9 +213,9 @@ def state_of(checkpoint: Path) -> dict[str, Any]:
     """What the Trainer knew when it wrote a checkpoint.
 
     Raises:
-        OSError, ValueError: it was not written whole.
+        UserError: it was not written whole.
     """
-    found: dict[str, Any] = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    found: dict[str, Any] = read_json(checkpoint / STATE, finite=False)
     return found
 
 

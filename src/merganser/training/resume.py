@@ -88,7 +88,7 @@ def last_checkpoint(scratch: Path) -> Path | None:
     for path in scratch.glob("checkpoint-*"):
         try:
             state_of(path)
-        except (OSError, ValueError):
+        except UserError:
             continue
         found.append(path)
     return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)

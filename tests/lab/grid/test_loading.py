@@ -10,7 +10,7 @@ import yaml
 
 from merganser.errors import RecipeError, UserError
 from merganser.lab.grid.cells import expand
-from merganser.lab.grid.loading import fill, load_config, merge_values, number_of
+from merganser.lab.grid.loading import fill, load_config, merge_values, number_of, read_values
 
 WHOLE: dict[str, Any] = {
     "name": "trial",
@@ -57,6 +57,24 @@ def test_extends_stands_to_the_left_and_is_relative_to_the_file(tmp_path):
     write(tmp_path, "b.yaml", {"extends": "a.yaml"})
     with pytest.raises(RecipeError, match="extends itself"):
         load_config([tmp_path / "a.yaml"])
+
+
+def test_files_that_many_extend_are_read_once_and_their_number_is_bounded(tmp_path):
+    for number in range(40):  # 2^40 readings, were each of them read as often as it is named
+        write(tmp_path, f"{number}.yaml", {"extends": [f"{number + 1}.yaml"] * 2, "seeds": [number]})
+    write(tmp_path, "40.yaml", {"suite": "emotion", "seeds": [40]})
+    assert read_values(tmp_path / "0.yaml") == {"suite": "emotion", "seeds": [0]}
+    for number in range(200):
+        write(tmp_path, f"{number}.yaml", {"extends": f"{number + 1}.yaml"})
+    with pytest.raises(RecipeError, match="extends more than 100 files"):
+        read_values(tmp_path / "0.yaml")
+
+
+@pytest.mark.parametrize("parents", [5, {"a": 1}, [["a.yaml"]], [None], True, ".", "child.yaml", "x" * 300])
+def test_extends_that_names_no_file_is_an_error(tmp_path, parents):
+    child = write(tmp_path, "child.yaml", {"extends": parents})
+    with pytest.raises(RecipeError):
+        read_values(child)
 
 
 @pytest.mark.parametrize(

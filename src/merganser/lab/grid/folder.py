@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from merganser.errors import DataError
+from merganser.documents import read_json
+from merganser.errors import DataError, UserError
 from merganser.files import write_text
 from merganser.lab.grid.cells import expand, models_of
 from merganser.lab.grid.compute import FORMAT, score
@@ -39,8 +40,8 @@ def recorded_name(folder: Path) -> str:
 def _read(path: Path) -> dict[str, Any]:
     """What a JSON file holds; nothing where it is not there, or is no object."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        values = read_json(path)
+    except UserError:
         return {}
     return values if isinstance(values, dict) else {}
 

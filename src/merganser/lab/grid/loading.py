@@ -10,6 +10,7 @@ name says is looked for among the configurations that come with merganser.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from merganser.lab.grid.config import ExperimentConfig, as_mapping, make_config
 from merganser.merging.recipe import read_mapping
 
 _TEMPLATE = re.compile(r"\{(\w+)\}")
+MAX_FILES = 100  # that one file extends, those that these extend included
 _INTEGER = re.compile(r"[+-]?\d+")
 
 
@@ -80,20 +82,38 @@ def named_configurations() -> dict[str, str]:
     return found
 
 
-def read_values(file: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+def read_values(file: Path, known: dict[str, dict[str, Any] | None] | None = None) -> dict[str, Any]:
     """The mapping of a file, merged over those that it extends.
 
+    Args:
+        file: the file.
+        known: the mappings of files that were read before, None for those that are being read. Added to, so that a
+            file that many others extend is read once.
+
     Raises:
-        RecipeError: unreadable, not YAML, no mapping, or files that extend each other.
+        RecipeError: unreadable, not YAML, no mapping, or files that extend each other or too many others.
     """
-    if file.resolve() in seen:
+    known = {} if known is None else known
+    place = os.path.realpath(file)
+    done = known.get(place)
+    if done is not None:
+        return done
+    if place in known:
         raise RecipeError("extends itself", where=file, mend="remove the circle of extends")
+    if len(known) >= MAX_FILES:
+        raise RecipeError(f"extends more than {MAX_FILES} files", where=file, mend="put some of them together")
+    known[place] = None
     values = _read(file)
     parents = values.pop("extends", None) or []
+    parents = [parents] if isinstance(parents, str) else parents
+    if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
+        raise RecipeError(f"extends: {parents!r} names no files", where=file, mend="give a file or a list of files")
     merged: dict[str, Any] = {}
-    for parent in [parents] if isinstance(parents, str) else parents:
-        merged = merge_values(merged, read_values(file.parent / str(parent), (*seen, file.resolve())))
-    return merge_values(merged, values)
+    for parent in parents:
+        merged = merge_values(merged, read_values(file.parent / parent, known))
+    merged = merge_values(merged, values)
+    known[place] = merged
+    return merged
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from merganser.errors import DataError, ErrorCollector, raise_all
+from merganser.documents import parse_json, read_text
+from merganser.errors import DataError, ErrorCollector, UserError, raise_all
 
 FORMAT = 1
 #: More broken files than this are counted, not listed.
@@ -180,18 +181,18 @@ def _values(path: Path, problems: ErrorCollector) -> Iterator[tuple[str, Any]]:
     """Place and parsed JSON of each row; what cannot be parsed goes to ``problems``."""
     for file in _files(path):
         try:
-            text = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            problems.add(DataError(f"cannot be read: {error}", where=file, mend="give a UTF-8 JSON file"))
+            text = read_text(file, DataError, mend="give a UTF-8 JSON file")
+        except UserError as error:
+            problems.add(error)
             continue
         texts = {str(file): text}
         if file.suffix == ".jsonl":
-            texts = {f"{file}:{number}": line for number, line in enumerate(text.splitlines(), 1) if line.strip()}
+            texts = {f"{file}:{number}": line for number, line in enumerate(text.split("\n"), 1) if line.strip()}
         for where, one in texts.items():
             try:
-                value = json.loads(one)
-            except ValueError as error:
-                problems.add(DataError(f"not JSON: {error}", where=where, mend=_AGAIN))
+                value = parse_json(one, where, DataError, mend=_AGAIN, finite=False)
+            except UserError as error:
+                problems.add(error)
                 continue
             if isinstance(value, list):
                 yield from ((f"{where}[{index}]", item) for index, item in enumerate(value))

@@ -17,11 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from merganser.documents import parse_json
 from merganser.files import sync
 from merganser.lab.zoo.keys import ID_LENGTH, ZooError, id_of
 
 FORMAT = 1
 ENTRY = "entry.json"
+_MEND = "remove the entry with 'merganser zoo rm', or mend the file"
 MODEL = "model"
 RECORD = ".record.json"
 #: No entry.json is larger; one that claims to be is not read.
@@ -117,10 +119,7 @@ def read_record(data: bytes, where: str) -> FileRecord:
 def _read(data: bytes, where: str) -> dict[str, Any]:
     if len(data) > MAX_BYTES:
         raise _damaged(where, f"it has {len(data)} bytes")
-    try:
-        fields = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise _damaged(where, str(error)) from None
+    fields = parse_json(data, where, ZooError, mend=_MEND)
     if not isinstance(fields, dict) or "format" not in fields:
         raise _damaged(where, "it names no format")
     if fields["format"] != FORMAT:
@@ -140,8 +139,7 @@ def _file_record(fields: Any) -> FileRecord:
 
 
 def _damaged(where: str, why: str) -> ZooError:
-    mend = "remove the entry with 'merganser zoo rm', or mend the file"
-    return ZooError(f"not an entry of a zoo: {why}", where=where, mend=mend)
+    return ZooError(f"not an entry of a zoo: {why}", where=where, mend=_MEND)
 
 
 def check_name(name: str, where: str | Path) -> str:

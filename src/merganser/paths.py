@@ -1,0 +1,106 @@
+"""Paths that strangers name: what lies inside of a folder, and what is a plain file that can be read to its end."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from merganser.errors import UserError
+
+COPY = "put the files themselves there (cp -rL makes such a copy of the folder), and give that folder"
+_LONGEST_NAME = 255  # bytes of a file's name that file systems accept
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def inside(
+    folder: Path,
+    name: object,
+    kind: type[UserError] = UserError,
+    *,
+    where: str | Path | None = None,
+    what: str = "the path",
+    mend: str = "put it into the folder, and name it relative to that",
+) -> str:
+    """A relative path that somebody wrote in a file, in its usual form, if what it names lies inside of a folder.
+
+    Links are followed: they have to end inside of the folder, or among the blobs of the Hub's cache that the folder is
+    a snapshot of. What the path names need not be there.
+
+    Args:
+        folder: that it is relative to.
+        name: the path; anything that is no text is refused.
+        kind: of the errors.
+        where: the file that names it.
+        what: it is, as the subject of a sentence.
+        mend: for a path that leads out by its spelling.
+
+    Returns:
+        the path with single slashes; empty for the folder itself.
+
+    Raises:
+        UserError: it is no path, is absolute, leads out of the folder, or is a link to something outside of it.
+    """
+    said = f"{what} {name!r}"
+    if not isinstance(name, str) or "\0" in name:
+        raise kind(f"{said} is no path", where=where, mend=mend)
+    pure = PurePosixPath(name.replace("\\", "/"))
+    if pure.is_absolute() or PureWindowsPath(name).drive or ".." in pure.parts:
+        raise kind(f"{said} lies outside of the folder", where=where, mend=mend)
+    if any(len(os.fsencode(part)) > _LONGEST_NAME for part in pure.parts if _encodes(part)) or not _encodes(name):
+        raise kind(f"{said} is no name that a file can have", where=where, mend=mend)
+    if not is_inside(folder, folder / pure):
+        mend = f"{COPY}"
+        raise kind(f"{said} is a link that leads out of the folder", where=where or folder, mend=mend)
+    return "" if str(pure) == "." else str(pure)
+
+
+def is_inside(folder: Path, path: Path) -> bool:
+    """Whether a path ends inside of a folder once all links are followed; the Hub cache's own blobs are no outside."""
+    real = Path(os.path.realpath(path))
+    return any(real.is_relative_to(root) for root in _roots(folder))
+
+
+def _roots(folder: Path) -> Iterator[Path]:
+    real = Path(os.path.realpath(folder))
+    yield real
+    yield from (place.parent.parent / "blobs" for place in (real, *real.parents) if place.parent.name == "snapshots")
+
+
+def _encodes(name: str) -> bool:
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def check_file(path: Path, kind: type[UserError] = UserError, mend: str = "give a plain file") -> int:
+    """The size of a plain file in bytes.
+
+    A pipe would wait for a writer for ever, and a device may never end, so that these are not even opened.
+
+    Args:
+        path: of the file; links are followed.
+        kind: of the errors.
+        mend: for anything that is no plain file.
+
+    Raises:
+        UserError: there is no such file, or it is a folder, a pipe, a socket or a device.
+    """
+    try:
+        status = path.stat()
+    except (OSError, ValueError) as error:  # ValueError: NUL or lone surrogates in the name
+        reason = getattr(error, "strerror", None) or error
+        raise kind(f"unreadable: {reason}", where=path, mend="check the path") from None
+    if not stat.S_ISREG(status.st_mode):
+        found = _KINDS.get(stat.S_IFMT(status.st_mode), "no file")
+        raise kind(f"a file is expected, this is {found}", where=path, mend=mend)
+    return status.st_size
