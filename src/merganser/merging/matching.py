@@ -16,8 +16,9 @@ from functools import cached_property
 import numpy as np
 
 from merganser.errors import CheckpointError, ErrorCollector, RecipeError, StatisticsError
-from merganser.merging.recipe import Inputs, Parent, Recipe
-from merganser.methods import Method
+from merganser.merging.recipe import Inputs, Parent, Recipe, listed
+from merganser.methods import METHODS, Method
+from merganser.methods.base import sums_to_zero
 from merganser.tensors import is_floating
 
 _FEW = 4  # modules that contributors may have to themselves, such as a head of two layers and a pooler
@@ -283,17 +284,9 @@ def check_needs(
                 "holds none of the contributors' tensors", where=base.checkpoint.name, mend="give the right base model"
             )
         )
-    for parent in parents:
-        if parent.contributor.coefficient < 0 and not method.needs.signed:
-            problems.add(
-                RecipeError(
-                    f"{parent.title}: the coefficient {parent.contributor.coefficient} is negative, "
-                    f"which has no meaning for method {method.name!r}",
-                    mend="use a coefficient of at least 0",
-                )
-            )
-        if not method.needs.statistics:
-            continue
+    coefficients = [parent.contributor.coefficient for parent in parents]
+    _check_signs(method, [parent.title for parent in parents], coefficients, problems)
+    for parent in parents if method.needs.statistics else ():
         if parent.statistics is None:
             problems.add(
                 StatisticsError(
@@ -305,6 +298,26 @@ def check_needs(
             )
         else:
             problems.add(*parent.statistics.check_names(parent.checkpoint))
+
+
+def _check_signs(
+    method: Method, titles: Sequence[str], coefficients: Sequence[float], problems: ErrorCollector
+) -> None:
+    """Negative coefficients, and those that sum to zero, are for methods in which they have a meaning."""
+    for title, coefficient in zip(titles, coefficients, strict=True):
+        if coefficient < 0 and not method.needs.signed:
+            what = f"{title}: the coefficient {coefficient:g} is negative, which has no meaning for method "
+            what += f"{method.name!r}"
+            able = ", ".join(name for name, one in METHODS.items() if one.needs.signed)
+            mend = f"use a coefficient of at least 0, or a method that takes negative ones: {able}"
+            problems.add(RecipeError(what, mend=mend))
+    if not any(coefficients):
+        problems.add(RecipeError("every coefficient is 0", where="coefficients", mend="give one that is not"))
+    elif method.needs.normalised and sums_to_zero(coefficients):
+        able = ", ".join(name for name, one in METHODS.items() if one.needs.signed and not one.needs.normalised)
+        what = f"coefficients {listed(coefficients)} sum to zero, and method {method.name!r} divides by their sum"
+        mend = f"give coefficients with another sum, or a method that adds task vectors: {able}"
+        problems.add(RecipeError(what, where="coefficients", mend=mend))
 
 
 def check_adapter(recipe: Recipe, inputs: Inputs, rank: int, method: Method, problems: ErrorCollector) -> None:

@@ -19,6 +19,7 @@ from merganser.checkpoints.opening import SINGLE
 from merganser.checkpoints.sources import Source
 from merganser.checkpoints.writer import TensorSpec
 from merganser.errors import ErrorCollector, RecipeError
+from merganser.merging.coefficients import check_averages
 from merganser.merging.configuration import BASE, compare_tokenizers, match_configurations
 from merganser.merging.labels import match_labels
 from merganser.merging.matching import (
@@ -113,6 +114,7 @@ def plan_of(recipe: Recipe, inputs: Inputs, *, rank: int | None = None) -> Plan:
             where="recipe",
             mend=f"publish the statistics it needs, or choose --method {SIMPLE.name}",
         )
+    check_averages(steps, [parent.title for parent in parents])
     notes += check_coverage(recipe, steps, chosen, None if plain else reference.view.reason)
     outputs = [_spec(name, recipe, inputs, rows) for name in names]
     folders = nested_folders(reference.checkpoint)

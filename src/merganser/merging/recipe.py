@@ -22,8 +22,9 @@ from merganser.checkpoints import AdapterCheckpoint, Checkpoint, TensorInfo, ope
 from merganser.checkpoints.model_view import ModelView, aligned, canonical_shapes, make_view, view_of
 from merganser.checkpoints.sources import RenamedCheckpoint, Source
 from merganser.documents import read_yaml
-from merganser.errors import ErrorCollector, RecipeError, did_you_mean, validated
+from merganser.errors import ErrorCollector, RecipeError, UserError, did_you_mean, validated
 from merganser.methods import METHODS
+from merganser.methods.base import LARGEST
 from merganser.statistics import FILE_NAME, Statistics
 
 _LABELLED = re.compile(r"Classification|Detection|Segmentation")  # in the names of classes whose heads have labels
@@ -105,13 +106,7 @@ def make_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
     problems = ErrorCollector()
     if not recipe.contributors:
         problems.add(RecipeError("there is nothing to merge", where=where, mend="name at least one model"))
-    coefficients = [contributor.coefficient for contributor in recipe.contributors]
-    if not all(math.isfinite(c) for c in coefficients):
-        problems.add(RecipeError(f"coefficients {coefficients} are not finite", where=where, mend="use numbers"))
-    elif recipe.contributors and abs(sum(coefficients)) < 1e-12 * max(map(abs, coefficients), default=1.0) + 1e-300:
-        problems.add(
-            RecipeError(f"coefficients {coefficients} sum to zero", where=where, mend="give weights with another sum")
-        )
+    problems.add(*coefficient_problems([contributor.coefficient for contributor in recipe.contributors], where))
     if recipe.method != "auto" and recipe.method not in METHODS:
         problems.add(
             RecipeError(
@@ -120,6 +115,25 @@ def make_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
         )
     problems.raise_all()
     return recipe
+
+
+def coefficient_problems(coefficients: Sequence[float], where: str) -> Iterator[UserError]:
+    """Coefficients that are no numbers, or that float32 sums of what they multiply cannot hold."""
+    for coefficient in coefficients:
+        if not math.isfinite(coefficient):
+            what = f"coefficients {listed(coefficients)} are not finite"
+            yield RecipeError(what, where=where, mend=f"use numbers of at most {LARGEST:g}")
+            return
+        if coefficient and not 1 / LARGEST <= abs(coefficient) <= LARGEST:
+            what = f"the coefficient {coefficient:g} is not between {1 / LARGEST:g} and {LARGEST:g}, nor 0"
+            mend = "divide all of them by the largest: an average counts their ratios; give 0 for next to nothing"
+            yield RecipeError(what, where=where, mend=mend)
+
+
+def listed(coefficients: Sequence[float]) -> str:
+    """Some coefficients, for a message."""
+    shown = ", ".join(f"{one:g}" for one in coefficients[:8])
+    return f"[{shown}{', …' if len(coefficients) > 8 else ''}]"
 
 
 def load_recipe(path: Path) -> dict[str, Any]:

@@ -10,11 +10,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
-from math import prod
+from math import fsum, prod
 from typing import Any, Literal, Protocol, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 from torch import Tensor
 
 from merganser.checkpoints.layers import Layer
@@ -23,12 +23,22 @@ from merganser.methods.sums import GramSums
 UNSEEN = ""
 UNKNOWN = "a matrix that the model multiplies by in a way that is not known"  # why a method leaves it to the average
 _HALVES = (torch.bfloat16, torch.float16)
+#: Coefficients and options beyond this would overflow float32 sums of what they multiply, which may itself be large.
+LARGEST = 1e18
+_ZERO = 1e-12  # of the largest coefficient, below which a sum is rounding
 
 
 class Options(BaseModel):
-    """Base class of a method's options: unknown keys are errors."""
+    """Base class of a method's options: unknown keys are errors, and numbers that float32 sums cannot hold."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _bounded(self) -> Self:
+        for name, value in self:
+            if isinstance(value, (int, float)) and abs(value) > LARGEST:
+                raise ValueError(f"{name} is {float(value):g}, beyond {LARGEST:g}, which float32 sums cannot hold")
+        return self
 
 
 @dataclass(frozen=True)
@@ -187,6 +197,7 @@ class Needs:
         layers: which tensors are weights of linear layers; statistics say it anyway.
         models: exactly so many contributors; None: any number.
         signed: negative coefficients have a meaning.
+        normalised: it divides by the sum of the coefficients, which therefore cannot be zero.
         package: a package beyond those of merganser, as (name to import, name to install).
     """
 
@@ -195,6 +206,7 @@ class Needs:
     layers: bool = False
     models: int | None = None
     signed: bool = False
+    normalised: bool = True
     package: tuple[str, str] | None = None
 
 
@@ -287,6 +299,11 @@ def separately(
     return units, {name: reason for name, reason in said.items() if reason not in kinds}
 
 
+def sums_to_zero(coefficients: Sequence[float]) -> bool:
+    """Whether coefficients cancel out but for rounding, so that nothing can be divided by their sum."""
+    return abs(fsum(coefficients)) <= _ZERO * max(map(abs, coefficients), default=0.0)
+
+
 def wide(stored: Tensor) -> Tensor:
     """A floating-point tensor in float32, or in float64 as it is."""
     return stored if stored.dtype == torch.float64 else stored.to(torch.float32)
@@ -331,7 +348,12 @@ def average(name: str, shares: Sequence[Share]) -> Tensor:
     so): merging a model with itself returns it, rounding is in proportion to how much the contributors differ, and a
     division at the end keeps what lies halfway between two storable numbers there. Where all count the same, numbers
     of 16 bits are added as they are, which is faster: float32 has room for their sum.
+
+    Raises:
+        ValueError: the coefficients sum to zero.
     """
+    if sums_to_zero([share.coefficient for share in shares]):
+        raise ValueError("coefficients that sum to zero have no average")
     total = sum(share.coefficient for share in shares)
     first = shares[0].stored(name)
     if first.dtype in _HALVES and len({share.coefficient for share in shares}) == 1:

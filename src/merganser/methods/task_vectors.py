@@ -3,7 +3,7 @@
 Task arithmetic (Ilharco et al. 2023, arXiv 2212.04089): θ₀ + s Σ cᵢδᵢ.
 TIES (Yadav et al. 2023, arXiv 2306.01708): each δᵢ keeps the share of its numbers that are largest in magnitude,
 tensor by tensor and at least one number; a number's sign is that of the weighted sum; θ₀ + s · the weighted mean of the
-δᵢ that have this sign.
+δᵢ that have this sign. A negative coefficient stands for the negated task vector with the coefficient's magnitude.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ TASK_ARITHMETIC = Elementwise(
     name="task_arithmetic",
     title="Task arithmetic",
     summary="base model plus a multiple of the summed differences from it",
-    needs=Needs(base=True, signed=True),
+    needs=Needs(base=True, signed=True, normalised=False),
     options=TaskArithmeticOptions.model_validate({}),
     function=_sum,
 )
@@ -78,10 +78,10 @@ def _elect(
         # What is above the number before the threshold is at least the threshold.
         kept = torch.hardshrink(delta, _before(threshold, delta.dtype))
         elected = added(elected, kept, coefficient)
-        trimmed.append(kept)
+        trimmed.append(kept.neg_() if coefficient < 0 else kept)
     sign = torch.copysign(torch.ones_like(elected), elected)  # positive where they cancel out
     agreed, weight = torch.zeros_like(elected), torch.zeros_like(elected)
-    for coefficient, delta in zip(coefficients, trimmed, strict=True):
+    for coefficient, delta in zip(map(abs, coefficients), trimmed, strict=True):
         delta = delta.mul(sign) if delta.dtype != sign.dtype else delta.mul_(sign)
         agreed.add_(delta.clamp_min_(0), alpha=coefficient)
         weight.add_(delta.sign_(), alpha=coefficient)
@@ -92,7 +92,7 @@ TIES = Elementwise(
     name="ties",
     title="TIES",
     summary="base model plus the mean of the large differences that agree in sign",
-    needs=Needs(base=True),
+    needs=Needs(base=True, signed=True, normalised=False),
     options=TIESOptions.model_validate({}),
     function=_elect,
     reduce=_thresholds,

@@ -25,7 +25,7 @@ DARE = Elementwise(
     name="dare",
     title="DARE",
     summary="base model plus what is left of the differences after a random choice",
-    needs=Needs(base=True, signed=True),
+    needs=Needs(base=True, signed=True, normalised=False),
     options=DAREOptions.model_validate({}),
     function=_sum,
 )

@@ -35,6 +35,7 @@ from merganser.merging.targets.checkpoint import (
     write_small_files,
 )
 from merganser.methods import Facts, Merged, Unit
+from merganser.methods.base import sums_to_zero
 from merganser.methods.least_squares import LeastSquares
 from merganser.tensors import DTYPE_NAMES, DTYPES, is_floating
 
@@ -77,7 +78,7 @@ def solve(
     place, target, started = Path(folder), Path(output), time.monotonic()
     settings = RunSettings.make(threads, max_memory)
     with locked(place, write=False) as record:
-        if record.total == 0:
+        if sums_to_zero([entry.coefficient for entry in record.contributors]):
             what = "its coefficients sum to zero" if record.contributors else "it has no contributors"
             raise LedgerError(f"there is nothing to solve for: {what}", where=place, mend="merganser ledger add")
         method = _method(record, options or {})
