@@ -246,12 +246,6 @@ class Merging:
         shares = self._shares_of_rows(step, table, rows, owners, based)
         if not owners:
             return lambda part, restricted: Merged({name: restricted[0].base(name) for name in part.names})
-        if not sum(share.coefficient for share in shares):
-            owned = ", ".join(share.parent.title for share in shares)
-            raise RecipeError(
-                f"rows of {step.unit.names[0]!r} belong to {owned} alone, whose coefficients sum to zero",
-                mend="give at least one of them another coefficient",
-            )
         if method is None or (method.needs.base and not based):
             return average_unit
         if sums is not None:
@@ -297,8 +291,8 @@ class Merging:
         height = step.unit.height()
         for start in range(0, max(height, 1), rows or max(height, 1)):
             stop = rows and start + rows
-            read = read_source(parent.checkpoint, source, start, stop) if step.reason == BUFFER else None
-            yield {name: start}, Merged({name: read_finite(parent, source, start, stop) if read is None else read})
+            read = read_finite(parent, source, start, stop, infinite=step.reason == BUFFER)
+            yield {name: start}, Merged({name: read})
 
 
 def _with_sums(

@@ -167,16 +167,26 @@ def _gathered(
     return torch.cat([read(int(run[0]), int(run[-1]) + 1) for run in runs])
 
 
-def read_finite(parent: Parent, source: Source, start: int = 0, stop: int | None = None) -> Tensor:
+def read_finite(
+    parent: Parent, source: Source, start: int = 0, stop: int | None = None, *, infinite: bool = False
+) -> Tensor:
     """Rows of what a source names, as stored, hashed on the way.
+
+    Args:
+        parent: whose it is.
+        source: where it lies.
+        start, stop: the rows.
+        infinite: numbers may be infinite, as those of masks in buffers are; NaN never.
 
     Raises:
         CheckpointError: NaN or Inf in it.
     """
     stored = read_source(parent.checkpoint, source, start, stop)
-    if stored.is_floating_point() and not is_finite(stored):
+    if not stored.is_floating_point() or is_finite(stored):
+        return stored
+    if not infinite or bool(stored.isnan().any()):
         raise CheckpointError(
-            f"tensor {source.leaf.tensor!r} holds NaN or Inf",
+            f"tensor {source.leaf.tensor!r} holds {'NaN' if infinite else 'NaN or Inf'}",
             where=parent.checkpoint.name,
             mend="this checkpoint is damaged or its training diverged; use another",
         )
