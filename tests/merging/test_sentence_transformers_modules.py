@@ -122,7 +122,7 @@ def test_a_pickled_dense_is_refused_and_merged_with_the_flag(tmp_path: Path) -> 
     out = merge(models, tmp_path / "out", method="simple", allow_pickle=True)
     same(out, expected)
     assert (out / "2_Dense" / "model.safetensors").is_file() and not list(Path(out).rglob("*.bin"))
-    assert verify(out).parents == 2 and reproduce(out) == []
+    assert verify(out, allow_pickle=True).parents == 2 and reproduce(out, allow_pickle=True) == []
 
 
 def test_word_embeddings_convolutions_and_recurrent_layers(tmp_path: Path) -> None:

@@ -107,12 +107,13 @@ def _statistics(path: Path, validate: bool) -> dict[str, Any]:
 
 @click.command("verify")
 @click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
-def verify_command(folder: Path) -> None:
+@click.option("--allow-pickle", is_flag=True, help="Accept parents in pytorch_model.bin (weights_only).")
+def verify_command(folder: Path, allow_pickle: bool) -> None:
     """Check a merged folder, and its parents where they can be had, against its provenance."""
     quiet_libraries()
     from merganser.merging import verify
 
-    result = verify(folder)
+    result = verify(folder, allow_pickle=allow_pickle)
     for reason in result.absent:
         warn(f"not checked, because it cannot be had here: {reason}")
     click.echo(f"{folder}: {result.files} files and {result.parents} parents are as recorded")
@@ -121,12 +122,13 @@ def verify_command(folder: Path) -> None:
 @click.command("reproduce")
 @click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Keep the repetition here.")
-def reproduce_command(folder: Path, output: Path | None) -> None:
+@click.option("--allow-pickle", is_flag=True, help="Accept parents in pytorch_model.bin (weights_only).")
+def reproduce_command(folder: Path, output: Path | None, allow_pickle: bool) -> None:
     """Repeat a merge from its provenance and compare byte for byte."""
     quiet_libraries()
     from merganser.merging import reproduce
 
-    differing = reproduce(folder, output)
+    differing = reproduce(folder, output, allow_pickle=allow_pickle)
     if differing:
         mend = "compare the versions in provenance.json with those installed here, and run 'merganser verify'"
         raise UserError(f"the repetition differs in {', '.join(differing)}", where=folder, mend=mend)

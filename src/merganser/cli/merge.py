@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     help="An error unless the method reaches this share of the linear weights.",
 )
 @click.option("--max-shard-size", metavar="SIZE", help="Largest weight file.  [default: 5GB]")
-@click.option("--allow-pickle", is_flag=True, default=None, help="Accept pytorch_model.bin (weights_only).")
+@click.option("--allow-pickle", is_flag=True, help="Accept pytorch_model.bin (weights_only); no recipe can.")
 @click.option("--threads", type=click.IntRange(1), help="Units worked on at once.  [default: all cores]")
 @click.option("--max-memory", metavar="SIZE", help="What the process may take, such as 2GB; the result is the same.")
 @click.option("--device", type=click.Choice(["cpu", "cuda", "auto"]), default="cpu", show_default=True)
@@ -82,6 +82,7 @@ def merge_command(
     engine: str,
     ray_address: str | None,
     as_adapter: int | None,
+    allow_pickle: bool,
     overwrite: bool,
     dry_run: bool,
     as_json: bool,
@@ -118,7 +119,7 @@ def merge_command(
         flags["options"] = {**(values.get("options") or {}), **chosen}
     recipe = make_recipe({**values, **flags}, where)
     cluster = make_cluster(engine, ray_address, "merge")
-    settings = RunSettings.make(threads, max_memory, device, engine=cluster)
+    settings = RunSettings.make(threads, max_memory, device, engine=cluster, allow_pickle=allow_pickle)
     prepared = prepare(recipe, output, settings, overwrite=overwrite, rank=as_adapter)
     plan = prepared.plan
     if plan.choice:

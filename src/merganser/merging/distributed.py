@@ -60,6 +60,7 @@ def run_on(
             "threads": settings.threads,
             "max_memory": settings.max_memory,
             "device": settings.device,
+            "allow_pickle": settings.allow_pickle,
         }
         jobs.append(
             Job(
@@ -91,14 +92,14 @@ def write_file(payload: Mapping[str, Any]) -> dict[str, Any]:
     """Write one weight file of a merge: what a worker does.
 
     Args:
-        payload: the plan's part, place and name of the file, threads, memory and device.
+        payload: the plan's part, place and name of the file, threads, memory, device, and whether pickles are read.
 
     Returns:
         what became of its tensors, and for each contributor (and the base) the hashes of the tensors that were read.
     """
     file = payload["file"]
     plan = Plan.from_json(payload["plan"], file)
-    inputs = inputs_of(plan)
+    inputs = inputs_of(plan, allow_pickle=payload["allow_pickle"])
     settings = RunSettings(payload["threads"], payload["max_memory"], payload["device"])
     with tempfile.TemporaryDirectory(prefix="merganser-") as scratch:
         place = output_of(payload["place"])

@@ -50,6 +50,7 @@ class RunSettings:
         device: where tensors are computed.
         sums: a folder where sums of earlier merges are to go on from and those of this one are put.
         engine: where the work is done, one job a weight file; None: in this process.
+        allow_pickle: whether pickled weights are read (with ``weights_only``); no recipe, plan or record can say so.
     """
 
     threads: int = 2
@@ -57,6 +58,7 @@ class RunSettings:
     device: str = "cpu"
     sums: Path | None = None
     engine: Engine | None = None
+    allow_pickle: bool = False
 
     @classmethod
     def make(
@@ -66,6 +68,7 @@ class RunSettings:
         device: str = "cpu",
         sums: str | Path | None = None,
         engine: Engine | None = None,
+        allow_pickle: bool = False,
     ) -> RunSettings:
         """From what a user says: all cores by default, sizes such as ``"2GB"``, ``auto`` for a CUDA device if any.
 
@@ -79,7 +82,8 @@ class RunSettings:
             raise RecipeError("there is no CUDA device", where="device", mend="use cpu or auto")
         size = parse_size(max_memory) if isinstance(max_memory, str) else max_memory
         chosen = "cuda" if available else "cpu"
-        return cls(threads or os.cpu_count() or 1, size, chosen, None if sums is None else Path(sums), engine)
+        place = None if sums is None else Path(sums)
+        return cls(threads or os.cpu_count() or 1, size, chosen, place, engine, allow_pickle)
 
     @property
     def torch_device(self) -> torch.device | None:

@@ -102,6 +102,7 @@ def merge(
     device: str = "cpu",
     engine: Engine | None = None,
     as_adapter: int | None = None,
+    allow_pickle: bool = False,
     **settings: Any,
 ) -> MergeResult:
     """Merge checkpoints of one pre-trained model into a folder that ``from_pretrained`` opens.
@@ -124,9 +125,10 @@ def merge(
         device: ``cpu``, ``cuda`` or ``auto``.
         engine: where the work is done (see :mod:`merganser.engines`); by default in this process.
         as_adapter: write the nearest LoRA adapter of this rank instead of a full checkpoint.
+        allow_pickle: accept ``pytorch_model.bin`` (read with ``weights_only``).
         settings: the other keys of :class:`Recipe`: ``exclude``, ``keep_separate``, ``labels``, ``vocabulary``,
             ``missing_rows``, ``names``, ``config_from``, ``tokenizer_from``, ``dtype``, ``max_shard_size``,
-            ``require_coverage``, ``allow_pickle``.
+            ``require_coverage``.
 
     Returns:
         What was written; it can be used as the path of the output.
@@ -140,7 +142,7 @@ def merge(
         contributors = contributors_of(models, coefficients, statistics)
         values = {"contributors": contributors, "method": method, "options": dict(options or {}), **settings}
         recipe = make_recipe(values if base is None else {**values, "base": str(base)}, "merge()")
-    run = RunSettings.make(threads, max_memory, device, sums, engine)
+    run = RunSettings.make(threads, max_memory, device, sums, engine, allow_pickle)
     return carry_out(prepare(recipe, output, run, overwrite=overwrite, rank=as_adapter), output, overwrite=overwrite)
 
 
@@ -212,9 +214,9 @@ def prepare(
         what = "an adapter is written by this process, into a folder"
         raise RecipeError(what, where="--as-adapter", mend="leave out the engine, and give a local folder")
     if isinstance(recipe, Plan):
-        plan, inputs = recipe, inputs_of(recipe)
+        plan, inputs = recipe, inputs_of(recipe, allow_pickle=settings.allow_pickle)
     else:
-        inputs = open_inputs(recipe)
+        inputs = open_inputs(recipe, allow_pickle=settings.allow_pickle)
         plan = plan_of(recipe, inputs, rank=rank)
         inputs = inputs if plan.base else replace(inputs, base=None)
     schedule = fit(plan.steps, settings, extra=None if plan.rank is None else AdapterTarget.extra_bytes)
@@ -312,25 +314,30 @@ class Verification:
         return html_table("as recorded", ["files", "parents"], [[self.files, self.parents]], self.absent)
 
 
-def verify(folder: str | Path) -> Verification:
+def verify(folder: str | Path, *, allow_pickle: bool = False) -> Verification:
     """Check a merged folder against its provenance, and its parents where they can be had.
+
+    Args:
+        folder: the merged folder.
+        allow_pickle: accept parents in ``pytorch_model.bin``.
 
     Raises:
         UserError: everything that differs, at once.
     """
     found = read_provenance(Path(folder))
-    parents, absent = check_parents(found, Path(folder))
+    parents, absent = check_parents(found, Path(folder), allow_pickle=allow_pickle)
     raise_all(check_files(Path(folder), found) + parents)
     total = len(found["parents"]) + bool(found.get("base"))
     return Verification(len(found["files"]), total - len(absent), tuple(absent))
 
 
-def reproduce(folder: str | Path, output: str | Path | None = None) -> list[str]:
+def reproduce(folder: str | Path, output: str | Path | None = None, *, allow_pickle: bool = False) -> list[str]:
     """Repeat a merge from its provenance and compare byte for byte.
 
     Args:
         folder: the merged folder.
         output: where to keep the repetition; by default it is thrown away.
+        allow_pickle: accept parents in ``pytorch_model.bin``.
 
     Returns:
         The files that differ from those recorded; empty when all are the same.
@@ -346,7 +353,7 @@ def reproduce(folder: str | Path, output: str | Path | None = None) -> list[str]
             where=folder,
             mend="repeat it from the ledger: merganser ledger solve LEDGER -o FOLDER",
         )
-    problems, absent = check_parents(found, folder)
+    problems, absent = check_parents(found, folder, allow_pickle=allow_pickle)
     mend = "put it where it was"
     problems += [CheckpointError(f"a parent cannot be had: {one}", where=folder, mend=mend) for one in absent]
     raise_all(problems)
@@ -354,7 +361,7 @@ def reproduce(folder: str | Path, output: str | Path | None = None) -> list[str]
     again = plan_of_record(found, folder) or recipe_of(found, folder)
     with tempfile.TemporaryDirectory(prefix="merganser-") as scratch:
         place = Path(output) if output is not None else Path(scratch) / "again"
-        prepared = prepare(again, place, rank=rank)
+        prepared = prepare(again, place, RunSettings.make(allow_pickle=allow_pickle), rank=rank)
         if isinstance(again, Recipe):  # the record has its plan only since format 3
             plan = replace(prepared.plan, choice=found.get("method_chosen_because"))
             prepared = replace(prepared, plan=plan)

@@ -257,8 +257,12 @@ class Plan:
 _PLAN = TypeAdapter(Plan)
 
 
-def inputs_of(plan: Plan) -> Inputs:
+def inputs_of(plan: Plan, *, allow_pickle: bool = False) -> Inputs:
     """Open the files that a plan names, at their commits.
+
+    Args:
+        plan: of the merge.
+        allow_pickle: see :func:`~merganser.merging.recipe.open_inputs`.
 
     Raises:
         UserError: what cannot be opened, or files without what the plan reads.
@@ -269,7 +273,7 @@ def inputs_of(plan: Plan) -> Inputs:
         one if revision is None or "+" in revision else one.model_copy(update={"model": pin(one.model, revision)})
         for one, revision in zip(people, revisions, strict=True)
     ]
-    inputs = open_inputs(plan.recipe.model_copy(update={"contributors": tuple(pinned)}))
+    inputs = open_inputs(plan.recipe.model_copy(update={"contributors": tuple(pinned)}), allow_pickle=allow_pickle)
     for step in plan.steps:
         shapes = {fact.name: fact.shape for fact in step.unit.facts}
         height = () if step.stack is None else (step.stack,)

@@ -48,18 +48,19 @@ NO_LAYER = Layer("", "linear", "", None, False)
 _CONFIGURED_HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head")  # what configurations call it
 
 
-def make_plan(recipe: Recipe, *, rank: int | None = None) -> Plan:
+def make_plan(recipe: Recipe, *, rank: int | None = None, allow_pickle: bool = False) -> Plan:
     """Derive the plan of a recipe, reading headers only.
 
     Args:
         recipe: what to merge.
         rank: of the LoRA adapter to write; None: a full checkpoint.
+        allow_pickle: see :func:`~merganser.merging.recipe.open_inputs`.
 
     Raises:
         UserError: one mistake.
         Problems: several.
     """
-    return plan_of(recipe, open_inputs(recipe), rank=rank)
+    return plan_of(recipe, open_inputs(recipe, allow_pickle=allow_pickle), rank=rank)
 
 
 @without_collection()

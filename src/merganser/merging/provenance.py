@@ -109,8 +109,12 @@ def plan_of_record(provenance: Mapping[str, Any], where: Path) -> Plan | None:
 
 
 def recipe_of(provenance: Mapping[str, Any], where: Path) -> Recipe:
-    """The recipe to repeat a merge by, its folders as they are found from here."""
-    recipe = make_recipe(provenance["recipe"], str(where / FILE_NAME))
+    """The recipe to repeat a merge by, its folders as they are found from here.
+
+    That pickled weights were allowed once, as older records say, allows none now.
+    """
+    values = {key: value for key, value in provenance["recipe"].items() if key != "allow_pickle"}
+    recipe = make_recipe(values, str(where / FILE_NAME))
     people = tuple(
         one.model_copy(
             update={"model": located(one.model, where), "statistics": one.statistics and located(one.statistics, where)}
@@ -164,14 +168,16 @@ def differing_files(recorded: Mapping[str, str], folder: Path) -> list[str]:
     )
 
 
-def check_parents(provenance: Mapping[str, Any], folder: Path) -> tuple[list[UserError], list[str]]:
+def check_parents(
+    provenance: Mapping[str, Any], folder: Path, *, allow_pickle: bool = False
+) -> tuple[list[UserError], list[str]]:
     """What differs between the parents as they are now and as they were merged; and which cannot be had here."""
     problems: list[UserError] = []
     absent = []
     for entry in [*provenance["parents"], *([provenance["base"]] if provenance.get("base") else [])]:
         try:
             reference = _pinned(entry) if entry.get("revision") else located(entry["model"], folder)
-            checkpoint = open_checkpoint(reference, allow_pickle=provenance["recipe"].get("allow_pickle", False))
+            checkpoint = open_checkpoint(reference, allow_pickle=allow_pickle)
         except UserError as error:
             absent.append(f"{entry['model']} ({error.what})")
             continue

@@ -22,7 +22,7 @@ from merganser.checkpoints import AdapterCheckpoint, Checkpoint, TensorInfo, ope
 from merganser.checkpoints.model_view import ModelView, aligned, canonical_shapes, make_view, view_of
 from merganser.checkpoints.sources import RenamedCheckpoint, Source
 from merganser.documents import read_yaml
-from merganser.errors import ErrorCollector, RecipeError, UserError, did_you_mean, validated
+from merganser.errors import ErrorCollector, RecipeError, UserError, did_you_mean, raise_all, validated
 from merganser.methods import METHODS
 from merganser.methods.base import LARGEST
 from merganser.statistics import FILE_NAME, Statistics
@@ -77,7 +77,6 @@ class Recipe(BaseModel):
         None, ge=0, le=1, description="the share of the linear weights that the method has to reach"
     )
     max_shard_size: str = Field("5GB", description="largest weight file")
-    allow_pickle: bool = Field(False, description="accept pytorch_model.bin (read with weights_only=True)")
 
     @field_validator("contributors", mode="before")
     @classmethod
@@ -102,8 +101,17 @@ def make_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
         RecipeError: unknown or malformed keys, coefficients that are no weights, no contributor.
         Problems: several of these.
     """
-    recipe = validated(Recipe, values, where)
     problems = ErrorCollector()
+    if "allow_pickle" in values:
+        what = "a file cannot allow pickled weights: only who runs the merge can"
+        problems.add(
+            RecipeError(what, where=where, mend="leave out allow_pickle; if you trust the files, --allow-pickle")
+        )
+        values = {key: value for key, value in values.items() if key != "allow_pickle"}
+    recipe = problems.catch(validated, Recipe, values, where)
+    if recipe is None:
+        raise_all(problems.found)
+        raise RuntimeError("what is no recipe has a problem")
     if not recipe.contributors:
         problems.add(RecipeError("there is nothing to merge", where=where, mend="name at least one model"))
     problems.add(*coefficient_problems([contributor.coefficient for contributor in recipe.contributors], where))
@@ -290,20 +298,24 @@ def without_collection() -> Iterator[None]:
 
 
 @without_collection()
-def open_inputs(recipe: Recipe) -> Inputs:
+def open_inputs(recipe: Recipe, *, allow_pickle: bool = False) -> Inputs:
     """Open the files that a recipe names, reading headers only.
+
+    Args:
+        recipe: what to merge.
+        allow_pickle: accept ``pytorch_model.bin`` (read with ``weights_only``); who runs the merge decides, no file.
 
     Raises:
         UserError: what cannot be opened; several mistakes at once as ``Problems``.
     """
     problems = ErrorCollector()
-    parents = open_parents(recipe, problems)
+    parents = open_parents(recipe, problems, allow_pickle=allow_pickle)
     problems.raise_all()
     reference = parents[0]
     if recipe.names == "canonical":
         reference = _canonical(recipe, reference)
         parents = [replace(parent, sources=aligned(reference.view, parent.view)) for parent in parents]
-    base = open_base(recipe, reference, problems, parents)
+    base = open_base(recipe, reference, problems, parents, allow_pickle=allow_pickle)
     problems.raise_all()
     return Inputs(tuple(parents), base, reference)
 
@@ -326,7 +338,7 @@ def _canonical(recipe: Recipe, first: Parent) -> Parent:
     return Parent(first.contributor, checkpoint, None, {name: Source(name) for name in checkpoint.tensors})
 
 
-def open_parents(recipe: Recipe, problems: ErrorCollector) -> list[Parent]:
+def open_parents(recipe: Recipe, problems: ErrorCollector, *, allow_pickle: bool = False) -> list[Parent]:
     """Open every contributor; what goes wrong is added to ``problems`` and the contributor left out.
 
     Adapters of one base share it, so that it is hashed once.
@@ -334,7 +346,7 @@ def open_parents(recipe: Recipe, problems: ErrorCollector) -> list[Parent]:
     parents: list[Parent] = []
     known: dict[str, Checkpoint] = {}
     for contributor in recipe.contributors:
-        checkpoint = _open(contributor.model, recipe, problems, known)
+        checkpoint = _open(contributor.model, problems, known, allow_pickle)
         if checkpoint is None:
             continue
         parents.append(Parent(contributor, checkpoint, _statistics(contributor, checkpoint, problems), {}))
@@ -367,7 +379,12 @@ def _may_hold_copies(checkpoint: Checkpoint) -> bool:
 
 
 def open_base(
-    recipe: Recipe, reference: Parent | None, problems: ErrorCollector, parents: Sequence[Parent] = ()
+    recipe: Recipe,
+    reference: Parent | None,
+    problems: ErrorCollector,
+    parents: Sequence[Parent] = (),
+    *,
+    allow_pickle: bool = False,
 ) -> Parent | None:
     """Open the base model that the recipe names; without one, that of the contributors, if all are adapters of it.
 
@@ -376,11 +393,12 @@ def open_base(
         reference: whose names of tensors count; None: the base's own.
         problems: receives what cannot be opened.
         parents: the open contributors.
+        allow_pickle: see :func:`open_inputs`.
     """
     if recipe.base is None:
         checkpoint = shared_base(parents)
     else:
-        checkpoint = _open(recipe.base, recipe, problems, {})
+        checkpoint = _open(recipe.base, problems, {}, allow_pickle)
     if checkpoint is None:
         return None
     contributor = Contributor.model_validate({"model": recipe.base or checkpoint.name})
@@ -396,8 +414,10 @@ def shared_base(parents: Sequence[Parent]) -> Checkpoint | None:
     return bases[0] if len(bases) == len(checkpoints) and len(places) == 1 else None
 
 
-def _open(reference: str, recipe: Recipe, problems: ErrorCollector, known: dict[str, Checkpoint]) -> Checkpoint | None:
-    checkpoint = problems.catch(open_checkpoint, reference, allow_pickle=recipe.allow_pickle, known=known)
+def _open(
+    reference: str, problems: ErrorCollector, known: dict[str, Checkpoint], allow_pickle: bool
+) -> Checkpoint | None:
+    checkpoint = problems.catch(open_checkpoint, reference, allow_pickle=allow_pickle, known=known)
     sound = checkpoint is not None and problems.catch(lambda: checkpoint.config) is not None
     return checkpoint if sound else None
 

@@ -32,8 +32,8 @@ _SEPARATE = "a ledger for models like this one: merganser ledger init … --keep
 
 def open_reference(model: str, problems: ErrorCollector, *, allow_pickle: bool = False) -> Parent | None:
     """A base model, its names its own."""
-    recipe = make_recipe({"contributors": [model], "base": model, "allow_pickle": allow_pickle})
-    return open_base(recipe, None, problems)
+    recipe = make_recipe({"contributors": [model], "base": model})
+    return open_base(recipe, None, problems, allow_pickle=allow_pickle)
 
 
 def open_same_base(record: LedgerRecord, folder: Path, base: str | None, *, allow_pickle: bool = False) -> Parent:
@@ -87,8 +87,8 @@ def open_contributor(
     problems = ErrorCollector()
     person = {"model": model, "coefficient": coefficient, "statistics": statistics}
     everything = list(base.checkpoint.tensors)
-    recipe = make_recipe({"contributors": [person], "allow_pickle": allow_pickle}, model)
-    parents = open_parents(recipe, problems)
+    recipe = make_recipe({"contributors": [person]}, model)
+    parents = open_parents(recipe, problems, allow_pickle=allow_pickle)
     problems.raise_all()
     (parent,) = parents
     everything += parent.checkpoint.tensors

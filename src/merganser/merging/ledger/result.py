@@ -85,7 +85,7 @@ def solve(
         sums = Sums.open(place, record)
         text = None if base is None else str(base)
         reference = open_same_base(record, place, text, allow_pickle=allow_pickle)
-        plan = _plan(record, method, reference, dtype, max_shard_size, allow_pickle)
+        plan = _plan(record, method, reference, dtype, max_shard_size)
         raise_all(output_problems(target, overwrite, [reference.checkpoint.path, place], plan.bytes_written))
         parts = schedule_of(record, specs(record, record.parts), settings)
         rest = fit(plan.steps[len(record.parts) :], settings, whole=True)
@@ -146,9 +146,7 @@ def _method(record: LedgerRecord, options: Mapping[str, Any]) -> LeastSquares:
     return record.make_method(**options)
 
 
-def _plan(
-    record: LedgerRecord, method: LeastSquares, base: Parent, dtype: str | None, max_shard_size: str, allow_pickle: bool
-) -> Plan:
+def _plan(record: LedgerRecord, method: LeastSquares, base: Parent, dtype: str | None, max_shard_size: str) -> Plan:
     """As that of the merge that this equals to rounding, its steps the parts of the ledger."""
     people = [
         {
@@ -169,7 +167,6 @@ def _plan(
             "keep_separate": record.keep_separate,
             "dtype": dtype,
             "max_shard_size": max_shard_size,
-            "allow_pickle": allow_pickle,
         }
     )
     infos = base.checkpoint.tensors
