@@ -12,11 +12,18 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
+from merganser.text import printable, shortened
+
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
 T = TypeVar("T")
 M = TypeVar("M", bound="BaseModel")
+
+#: What is shown of an error fits on a screen, however long the names and values in it are: characters of what is wrong,
+#: of the place and of the mend, and of several errors how many and how many characters in all.
+MOST_OF_WHAT, MOST_OF_WHERE, MOST_OF_MEND = 800, 300, 1000
+MOST_PROBLEMS, MOST_OF_PROBLEMS = 15, 4000
 
 
 class MerganserError(Exception):
@@ -25,6 +32,9 @@ class MerganserError(Exception):
 
 class UserError(MerganserError):
     """A mistake that the user can mend.
+
+    As text it fits on a screen and has no character that a terminal acts upon, whoever wrote the names in it: what is
+    too long is cut in its middle, and what cannot be seen is written out (``\\x1b``). Only a mend has line breaks.
 
     Args:
         what: what is wrong, in a sentence, naming tensors, keys and values.
@@ -37,9 +47,9 @@ class UserError(MerganserError):
         super().__init__(str(self))
 
     def __str__(self) -> str:
-        place = f"{self.where}: " if self.where else ""
-        remedy = f"\n    to mend: {self.mend}" if self.mend else ""
-        return f"{place}{self.what}{remedy}"
+        place = f"{shortened(printable(self.where), MOST_OF_WHERE)}: " if self.where else ""
+        remedy = f"\n    to mend: {shortened(printable(self.mend, lines=True), MOST_OF_MEND)}" if self.mend else ""
+        return f"{place}{shortened(printable(self.what), MOST_OF_WHAT)}{remedy}"
 
 
 class CheckpointError(UserError):
@@ -71,8 +81,18 @@ class Problems(UserError):
 
     def __init__(self, problems: Sequence[UserError]) -> None:
         self.problems = list(problems)
-        lines = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(self.problems, 1))
-        super().__init__(f"{len(self.problems)} problems, nothing was written:\n{lines}")
+        super().__init__("; ".join(problem.what for problem in self.problems))
+
+    def __str__(self) -> str:
+        shown: list[str] = []
+        for number, problem in enumerate(self.problems[:MOST_PROBLEMS], 1):
+            line = f"  {number}. {problem}"
+            if shown and len(line) + sum(map(len, shown)) > MOST_OF_PROBLEMS:
+                break
+            shown.append(line)
+        left = len(self.problems) - len(shown)
+        more = [f"  … and {left} more"] if left else []
+        return "\n".join([f"{len(self.problems)} problems, nothing was written:", *shown, *more])
 
 
 def raise_all(problems: Sequence[UserError]) -> None:
@@ -114,12 +134,15 @@ class ErrorCollector:
         raise_all(self.found)
 
 
+_LONGEST_NAME = 200  # that is compared with others: the time grows with its square
+
+
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
     """A mend that names the nearest valid name, and all of them when there are few."""
-    names = sorted(valid)
+    names, name = sorted(valid), name[:_LONGEST_NAME]
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    shown = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
+    shown = ", ".join(map(printable, names[:20])) + (", …" if len(names) > 20 else "")
     return f"{hint}Valid: {shown}" if names else hint or "there is no valid name here"
 
 

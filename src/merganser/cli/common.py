@@ -9,6 +9,9 @@ from typing import Any
 import click
 
 from merganser.documents import parse_yaml
+from merganser.text import printable, shortened
+
+_LONGEST_WARNING = 4000  # characters
 
 
 def quiet_libraries() -> None:
@@ -53,21 +56,27 @@ def make_cluster(name: str, address: str | None, description: str) -> Any:
     return RayEngine(address, description=description)
 
 
-def warn(message: str) -> None:
-    """A line on standard error."""
-    click.echo(f"merganser: {message}", err=True)
+def warn(message: str, *, lines: bool = False) -> None:
+    """A line on standard error, or several; what a stranger wrote in it does not steer the terminal."""
+    click.echo(f"merganser: {shortened(printable(message, lines=lines), _LONGEST_WARNING)}", err=True)
+
+
+def tell(message: str) -> None:
+    """A line for people on standard output, likewise."""
+    click.echo(printable(message))
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """A table on standard output; numbers to the right when every cell of a column is one."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title or None, title_justify="left", header_style="bold")
+    table = Table(title=Text(printable(title)) if title else None, title_justify="left", header_style="bold")
     for number, column in enumerate(columns):
         cells = [row[number].strip().split(" ")[0] for row in rows]
         numeric = bool(cells) and all(cell.replace(".", "").replace("-", "").isdigit() or not cell for cell in cells)
-        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+        table.add_column(Text(printable(column)), justify="right" if numeric else "left", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(Text(printable(cell)) for cell in row))  # as text: names may look like markup
     Console(file=sys.stdout).print(table)

@@ -113,7 +113,7 @@ def experiment_command(
     done = run_experiment(config, results=results, zoo=place, engine=cluster, allow_pickle=allow_pickle)
     for failure in done.failures:
         more = f"\n    left out for it: {failure.cells} cells" if failure.cells else ""
-        warn(f"{failure.job}: {failure.error}{more}")
+        warn(f"{failure.job}: {failure.error}{more}", lines=True)
     warn(f"{done.done} cells done, {done.cells} in all; next: merganser report {done.folder}")
     click.echo(str(done.folder))
     if done.failures:

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from merganser.cli.common import print_table, quiet_libraries, warn
+from merganser.cli.common import print_table, quiet_libraries, tell, warn
 from merganser.errors import UserError
 from merganser.files import human_bytes
 
@@ -30,7 +30,7 @@ def inspect_command(path: str, as_json: bool, validate: bool, allow_pickle: bool
     tables = found.pop("tables")
     for key, value in found.items():
         shown = json.dumps(value) if isinstance(value, (dict, list)) else str(value)
-        click.echo(f"{key.replace('_', ' ')}: {shown}")
+        tell(f"{key.replace('_', ' ')}: {shown}")
     for title, (columns, rows) in tables.items():
         print_table(title, columns, [[str(cell) for cell in row] for row in rows])
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from merganser.cli.common import parse_options, print_table, quiet_libraries, warn
+from merganser.cli.common import parse_options, print_table, quiet_libraries, tell, warn
 from merganser.files import human_bytes
 
 if TYPE_CHECKING:
@@ -164,10 +164,10 @@ def _print(record: LedgerRecord, size: int) -> None:
     columns = ["contributor", "coefficient", "examples", "weights", "label"]
     title = f"{len(rows)} {'contributor' if len(rows) == 1 else 'contributors'} to {record.method} ({options})"
     print_table(title, columns[: len(rows[0])] if rows else columns[:-1], rows)
-    click.echo(f"base {record.base.model}, weights {record.base.manifest_sha256[:_DIGITS]}")
+    tell(f"base {record.base.model}, weights {record.base.manifest_sha256[:_DIGITS]}")
     for name, patterns in (("averaged", record.exclude), ("no part of it", record.keep_separate)):
         if patterns:
-            click.echo(f"{name}: {', '.join(patterns)}")
+            tell(f"{name}: {', '.join(patterns)}")
     if record.file:
         tensors = ", ".join(f"{count} by {kind}" for kind, count in record.counts.items())
         click.echo(f"{human_bytes(size)} of sums; tensors: {tensors}")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from merganser.cli.common import make_cluster, parse_options, print_table, warn
+from merganser.cli.common import make_cluster, parse_options, print_table, tell, warn
 from merganser.files import human_bytes
 
 if TYPE_CHECKING:
@@ -166,16 +166,14 @@ def show_plan(prepared: PreparedMerge, as_json: bool) -> None:
         ["method", "how", "tensors", "size", "why not the method"],
         rows,
     )
-    click.echo(f"{plan.recipe.method} reaches {plan.coverage}")
-    click.echo(
+    tell(f"{plan.recipe.method} reaches {plan.coverage}")
+    tell(
         f"reads {human_bytes(plan.bytes_read)}, writes {human_bytes(plan.bytes_written)}, "
         f"peak memory about {human_bytes(schedule.peak_bytes)} on {schedule.threads} threads"
     )
     if uncut:
         name, nbytes = uncut[0]
-        click.echo(
-            f"{len(uncut)} units cannot be cut into rows; the largest, of {name}, takes {human_bytes(nbytes)} at once"
-        )
+        tell(f"{len(uncut)} units cannot be cut into rows; the largest, of {name}, takes {human_bytes(nbytes)} at once")
 
 
 def _numbers(text: str | None) -> list[float] | None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from merganser.cli.common import print_table, split_pairs, warn
+from merganser.cli.common import print_table, split_pairs, tell, warn
 from merganser.errors import UserError, raise_all
 from merganser.files import human_bytes
 
@@ -129,7 +129,8 @@ def show_command(url: str | None, identity: str, verify: bool, as_json: bool) ->
     if as_json:
         click.echo(json.dumps({**_fields(zoo, entry), "files": zoo.files(entry)}, indent=1))
     else:
-        click.echo(f"id: {entry.id}\ncreated: {entry.created}\npath: {entry.path}")
+        for line in (f"id: {entry.id}", f"created: {entry.created}", f"path: {entry.path}"):
+            tell(line)
         for title, fields in (("made from", entry.key), ("facts", entry.facts)):
             print_table(title, ["name", "value"], [[n, show(v)] for n, v in flatten(fields).items()])
         rows = [[name, human_bytes(size)] for name, size in zoo.files(entry).items()]

@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from merganser.text import printable
+
 
 @dataclass(frozen=True)
 class Score:
@@ -108,12 +110,12 @@ class Evaluation:
     def rich_table(self, *, stars: bool = False) -> Table:
         """The table of :meth:`table`, to be printed by a rich console."""
         metrics = dict.fromkeys(row.key_metric for row in self.rows)
-        title = next(iter(metrics)) if len(metrics) == 1 else None
+        title = escape(next(iter(metrics))) if len(metrics) == 1 else None
         table = Table(title=title, title_justify="left", header_style="bold")
         table.add_column("model", overflow="fold")
         shown_data = short_names(self.data)
         for data in self.data:
-            table.add_column(escape(shown_data[data]), justify="right", overflow="fold")
+            table.add_column(escape(printable(shown_data[data])), justify="right", overflow="fold")
         averages = {model: self.average(model) for model in self.models}
         with_average = len(self.data) > 1 and None not in averages.values()
         if with_average:
@@ -124,7 +126,7 @@ class Evaluation:
             if with_average:
                 best = self._best([value for value in averages.values() if value is not None])
                 cells.append(_mark(f"{averages[model]:.4f}", averages[model] == best, stars))
-            table.add_row(escape(shown_models[model]), *cells)
+            table.add_row(escape(printable(shown_models[model])), *cells)
         return table
 
     def _repr_html_(self) -> str:
@@ -136,7 +138,7 @@ class Evaluation:
         text = _mark(f"{score.key:.4f}", best, stars)
         if score.standard_error is not None:
             text += f" ± {score.standard_error:.4f}"
-        return f"{score.key_metric} {text}" if named else text
+        return f"{escape(score.key_metric)} {text}" if named else text
 
     def _best(self, values: list[float]) -> float:
         return max(values) if all(row.higher_is_better for row in self.rows) else min(values)

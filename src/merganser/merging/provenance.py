@@ -24,6 +24,7 @@ from merganser.errors import CheckpointError, UserError
 from merganser.merging.execution import TensorRecord
 from merganser.merging.plan import Plan
 from merganser.merging.recipe import Inputs, Parent, Recipe, make_recipe
+from merganser.text import markdown
 
 FILE_NAME = "provenance.json"
 FORMAT = 3  # 1 had sha256 where later ones have blake3, and neither 1 nor 2 had the plan
@@ -327,16 +328,17 @@ def model_card(
     """
     metadata = {**front, "tags": [*front.get("tags", ()), "merge", "merganser"]}
     rows = "\n".join(
-        f"| {public_name(one['model'], one['revision'])} | {one['coefficient']:g} | "
+        f"| {markdown(public_name(one['model'], one['revision']))} | {one['coefficient']:g} | "
         f"{one['statistics']['examples'] if one['statistics'] else '–'} |"
         for one in people
     )
     used = Counter((r.method, r.reason if r.method != "kept separate" else None) for r in records.values())
     treatment = "\n".join(
-        f"| {method} | {count} | {reason or ''} |" for (method, reason), count in sorted(used.items(), key=str)
+        f"| {method} | {count} | {markdown(reason or '')} |"
+        for (method, reason), count in sorted(used.items(), key=str)
     )
-    options = ", ".join(f"{key} {value}" for key, value in plan.recipe.options.items()) or "no options"
-    said = "\n## Notes\n\n" + "".join(f"- {note}\n" for note in notes) if notes else ""
+    options = ", ".join(f"{key} {markdown(value)}" for key, value in plan.recipe.options.items()) or "no options"
+    said = "\n## Notes\n\n" + "".join(f"- {markdown(note)}\n" for note in notes) if notes else ""
     return f"""---
 {yaml.safe_dump(metadata, sort_keys=False)}---
 

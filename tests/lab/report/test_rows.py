@@ -80,7 +80,7 @@ def test_broken_files_are_all_named(tmp_path: Path, examples: ModuleType) -> Non
     (cells / "short.json").write_text('{"format": 1, "cell": "a"}')
     with pytest.raises(Problems) as error:
         read_rows(folder)
-    for told in ("broken.json: not JSON", "list.json[0]: not a result row", "short.json: not a result row: exp"):
+    for told in ("broken.json: unreadable JSON", "list.json[0]: not a result row", "short.json: not a result row: exp"):
         assert told in str(error.value)
     assert len(error.value.problems) == 3
 
@@ -94,7 +94,7 @@ def test_many_broken_files_are_counted(tmp_path: Path) -> None:
 def test_a_jsonl_mistake_names_its_line(tmp_path: Path, examples: ModuleType) -> None:
     row = json.dumps(examples.partitions(seeds=(1,))[0])
     (tmp_path / "rows.jsonl").write_text(f"{row}\n{row[:-3]}\n")
-    with pytest.raises(DataError, match=r"rows\.jsonl:2: not JSON"):
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: unreadable JSON"):
         read_rows(tmp_path / "rows.jsonl")
 
 

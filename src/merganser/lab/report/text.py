@@ -14,6 +14,7 @@ from rich.table import Table as RichTable
 
 from merganser.lab.report.sections import Section
 from merganser.lab.report.tables import Table, TableCell
+from merganser.text import markdown, printable
 
 #: Columns of the CSV: where a number stands, and what it is.
 _PLACE = ("experiment", "model", "heads", "layout", "table", "group", "row", "column")
@@ -25,18 +26,18 @@ def render_markdown(sections: Sequence[Section]) -> str:
     parts = []
     for section in sections:
         parts.append(f"# {section.title}")
-        parts.append("\n".join(f"- **{name}**: {_md(value)}" for name, value in section.facts))
-        parts.extend(f"> {_md(notice)}" for notice in section.notices)
-        parts.append("In Markdown the second best is in italics. " + " ".join(map(_md, section.how[:-1])))
+        parts.append("\n".join(f"- **{name}**: {markdown(value)}" for name, value in section.facts))
+        parts.extend(f"> {markdown(notice)}" for notice in section.notices)
+        parts.append("In Markdown the second best is in italics. " + " ".join(map(markdown, section.how[:-1])))
         for block in section.blocks:
-            parts.append(f"## {_md(block.title)}")
-            parts.extend(f"> {_md(notice)}" for notice in block.notices)
-            parts.extend(f"Order: {_md(order)}" for order in block.orders)
+            parts.append(f"## {markdown(block.title)}")
+            parts.extend(f"> {markdown(notice)}" for notice in block.notices)
+            parts.extend(f"Order: {markdown(order)}" for order in block.orders)
             for table in block.tables:
-                parts.append(f"### {_md(table.title)}")
+                parts.append(f"### {markdown(table.title)}")
                 parts.append(_markdown(table))
                 if table.caption:
-                    parts.append(_md(table.caption))
+                    parts.append(markdown(table.caption))
     return "\n\n".join(parts) + "\n"
 
 
@@ -45,22 +46,16 @@ def _markdown(table: Table) -> str:
     rules = ["---:" if table.is_numeric(index) else "---" for index in range(len(table.columns))]
     rows = [["", table.corner, *table.columns], ["---", "---", *rules]]
     for line in table.lines:
-        title = f"**{_md(line.title)}**" if line.total else _md(line.title)
-        rows.append([_md(line.group), title, *map(_md_cell, line.cells)])
+        title = f"**{markdown(line.title)}**" if line.total else markdown(line.title)
+        rows.append([markdown(line.group), title, *map(_md_cell, line.cells)])
     return "\n".join(f"| {' | '.join(row if grouped else row[1:])} |" for row in rows)
 
 
 def _md_cell(cell: TableCell) -> str:
-    shown = _md(cell.shown)
+    shown = markdown(cell.shown)
     shown = {"best": f"**{shown}**", "second": f"*{shown}*"}.get(cell.mark, shown)
-    more = [_md(cell.stars), cell.deviation and f" {cell.deviation}", f" (n={cell.n})" if cell.counted else ""]
+    more = [markdown(cell.stars), cell.deviation and f" {cell.deviation}", f" (n={cell.n})" if cell.counted else ""]
     return shown + "".join(filter(None, more))
-
-
-def _md(text: str) -> str:
-    for character in "\\|*_<>`[]":
-        text = text.replace(character, f"\\{character}")
-    return text.replace("\n", " ")
 
 
 def render_csv(sections: Sequence[Section]) -> str:
@@ -87,31 +82,36 @@ def _csv_rows(table: Table) -> Iterator[tuple[object, ...]]:
 def terminal_tables(sections: Sequence[Section]) -> Iterator[RichTable | str]:
     """The main tables and what is missing, for a terminal."""
     for section in sections:
-        yield f"[bold]{escape(section.title)}[/bold]"
+        yield f"[bold]{_plain(section.title)}[/bold]"
         for block in section.blocks:
-            yield from (f"[yellow]{escape(notice)}[/yellow]" for notice in block.notices)
+            yield from (f"[yellow]{_plain(notice)}[/yellow]" for notice in block.notices)
             for table in block.tables:
                 if table.main:
-                    yield f"[dim]{escape(block.title)}:[/dim] {escape(table.title)}"
+                    yield f"[dim]{_plain(block.title)}:[/dim] {_plain(table.title)}"
                     yield _rich(table)
 
 
 def _rich(table: Table) -> RichTable:
     drawn = RichTable(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-    drawn.add_column(escape(table.corner), no_wrap=True)
+    drawn.add_column(_plain(table.corner), no_wrap=True)
     for index, column in enumerate(table.columns):
         heading = textwrap.fill(column, 12, break_long_words=False, break_on_hyphens=False)
-        drawn.add_column(escape(heading), justify="right" if table.is_numeric(index) else "left", no_wrap=True)
+        drawn.add_column(_plain(heading), justify="right" if table.is_numeric(index) else "left", no_wrap=True)
     for _, lines in groupby(table.lines, key=lambda line: line.group):
         for line in lines:
-            drawn.add_row(escape(line.title), *map(_rich_cell, line.cells))
+            drawn.add_row(_plain(line.title), *map(_rich_cell, line.cells))
         drawn.add_section()
     return drawn
 
 
 def _rich_cell(cell: TableCell) -> str:
-    shown = escape(cell.shown)
+    shown = _plain(cell.shown)
     style = {"best": "bold", "second": "underline"}.get(cell.mark)
     shown = f"[{style}]{shown}[/{style}]" if style else shown
     more = cell.stars + (f" {cell.deviation}" if cell.deviation else "")
     return shown + more + (f" n={cell.n}" if cell.counted else "")
+
+
+def _plain(text: str) -> str:
+    """A text that is no markup of rich's."""
+    return escape(printable(text, lines=True))

@@ -36,6 +36,7 @@ from merganser.merging.targets.low_rank import best_low_rank
 from merganser.methods import Merged
 from merganser.methods.base import elements, input_width
 from merganser.tensors import DTYPES, byte_view
+from merganser.text import markdown
 
 PREFIX = "base_model.model."
 _HEAD_CLASSES = {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"}
@@ -336,7 +337,7 @@ class AdapterTarget:
     def _sections(self) -> str:
         """What the card says of the layers that are farthest off."""
         worst = sorted(self.errors, key=lambda module: (-self.errors[module], module))[:10]
-        rows = "\n".join(f"| {module} | {self.errors[module]:.2e} |" for module in worst)
+        rows = "\n".join(f"| {markdown(module)} | {self.errors[module]:.2e} |" for module in worst)
         return f"\n| layer | relative error |\n|---|---|\n{rows}\n"
 
 

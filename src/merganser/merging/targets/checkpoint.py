@@ -31,6 +31,7 @@ from merganser.merging.provenance import model_card, public_name, write_provenan
 from merganser.merging.recipe import Inputs, Parent
 from merganser.methods import Merged
 from merganser.tensors import DTYPES, is_floating
+from merganser.text import code
 
 _SPARE = 64_000_000  # bytes for everything that is not weights
 _CONFIG, _INDEX = "config.json", "model.safetensors.index.json"
@@ -158,7 +159,9 @@ def complete(
         "base_model_relation": "merge",
         "library_name": "sentence-transformers" if nested else "transformers",
     }
-    listing = "\n".join(f'- `from_pretrained(folder, subfolder="{head}")`' for head, _ in layout.heads.values())
+    listing = "\n".join(
+        "- " + code(f'from_pretrained(folder, subfolder="{head}")') for head, _ in layout.heads.values()
+    )
     heads = (
         f"\n## Heads\n\nEach contributor's own head is kept under `{HEADS}/`; the root opens with the first. "
         f"Download the whole folder, then\n\n{listing}\n"
