@@ -3,16 +3,22 @@ PYTHON ?= python3
 VENV   ?= .venv
 OUT    ?= demo-out
 JOBS   ?= 2
+KILLS  ?= 240
+SEED   ?= 0
 ROWS   := .pytest_cache/architectures
 BIN    := $(VENV)/bin
 
-.PHONY: demo test architectures experiments-tiny lint audit format clean
+.PHONY: demo test kill fuzz architectures experiments-tiny lint audit format clean
 
 demo: $(VENV)/.ready
 	$(BIN)/merganser demo -o $(OUT) $(DEMO)
 
 test: $(VENV)/.ready
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) $(TESTS)
+
+# Kills every command that writes, between any two things that it does to files, and counts what is lost.
+kill: $(VENV)/.ready
+	PYTHONPATH=tests OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m kill --kills $(KILLS) --seed $(SEED)
 
 # Merging and collecting on tiny models of every architecture; writes docs/architectures.md.
 architectures: $(VENV)/.ready
