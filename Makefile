@@ -4,6 +4,7 @@ VENV   ?= .venv
 OUT    ?= demo-out
 JOBS   ?= 2
 KILLS  ?= 240
+MINUTES ?= 60
 SEED   ?= 0
 ROWS   := .pytest_cache/architectures
 BIN    := $(VENV)/bin
@@ -19,6 +20,11 @@ test: $(VENV)/.ready
 # Kills every command that writes, between any two things that it does to files, and counts what is lost.
 kill: $(VENV)/.ready
 	PYTHONPATH=tests OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m kill --kills $(KILLS) --seed $(SEED)
+
+# Changed inputs of twelve kinds (KIND= for one), for MINUTES; what goes wrong is kept in .pytest_cache/fuzz.
+fuzz: $(VENV)/.ready
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH=tests $(BIN)/python -m fuzz --minutes $(MINUTES) --seed $(SEED) \
+	  $(if $(KIND),--kind $(KIND))
 
 # Merging and collecting on tiny models of every architecture; writes docs/architectures.md.
 architectures: $(VENV)/.ready
