@@ -10,8 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from merganser.checkpoints import open_checkpoint, writer
-from merganser.checkpoints.writer import SafetensorsWriter, TensorSpec, check_output, shard
-from merganser.files import new_folder
+from merganser.checkpoints.writer import SafetensorsWriter, TensorSpec, shard
 
 
 def test_tensors_in_any_order_read_back_by_safetensors(tmp_path: Path) -> None:
@@ -61,22 +60,3 @@ def test_what_the_disk_refused_beside_the_work_is_not_forgotten(
     ):
         open_writer.write("x.safetensors", "a", torch.zeros(2))
     assert not failures
-
-
-def test_overwrite_replaces_whole_folders_of_models_only(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "config.json").write_text("{}")
-    (out / "old").write_text("x")
-    problem = check_output(out, False)
-    assert problem and "--overwrite" in str(problem)
-    assert check_output(out, True) is None
-    assert check_output(out, True, [out]) is not None  # one of the inputs
-    with new_folder(out, overwrite=True) as work:
-        (work / "config.json").write_text("{}")
-    assert [p.name for p in out.iterdir()] == ["config.json"]
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
-    (tmp_path / "home").mkdir()
-    (tmp_path / "home" / "thesis.tex").write_text("x")
-    problem = check_output(tmp_path / "home", True)
-    assert problem and "no model folder" in str(problem)

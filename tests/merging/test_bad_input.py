@@ -190,7 +190,7 @@ def test_an_output_that_exists(family, tmp_path: Path) -> None:
 
 
 def test_too_little_disk_is_found_before_work(family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("merganser.files.free_bytes", lambda target: 1000)
+    monkeypatch.setattr("merganser.files.space.free_bytes", lambda target: 1000)
     _, models = family(statistics=False)
     refused(models, tmp_path / "out", "too little disk", method="simple")
 

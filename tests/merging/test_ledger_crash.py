@@ -129,7 +129,7 @@ def test_a_failing_add_leaves_the_ledger_as_it_was(
         ledger.add(folder, models[1])
     monkeypatch.undo()
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
-    monkeypatch.setattr("merganser.files.free_bytes", lambda _: 1000)
+    monkeypatch.setattr("merganser.files.space.free_bytes", lambda _: 1000)
     with pytest.raises(UserError, match="too little disk: the new sums take"):
         ledger.add(folder, models[1])
     with pytest.raises(UserError, match="too little disk"):
@@ -187,7 +187,7 @@ def test_two_processes_take_turns(family: Family, tmp_path: Path, monkeypatch: p
     base, models = family("bert", 1)
     folder = ledger.init(tmp_path / "sums", base)
     said: queue.Queue[str] = queue.Queue()
-    monkeypatch.setattr("merganser.files.logger.warning", lambda message, *_: said.put(message))
+    monkeypatch.setattr("merganser.files.locks.logger.warning", lambda message, *_: said.put(message))
     thread = threading.Thread(target=ledger.add, args=(folder, models[0]))
     with FileLock(folder / store.LOCK):
         thread.start()

@@ -8,7 +8,6 @@ headers first, weights only when a plan holds, by the Hub client's own conventio
 from __future__ import annotations
 
 import re
-import tempfile
 from contextlib import suppress
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -27,11 +26,11 @@ from merganser.checkpoints.quantisation import QuantisedWeights
 from merganser.checkpoints.quantised import as_numbers
 from merganser.checkpoints.reader import Checkpoint
 from merganser.errors import CheckpointError, ErrorCollector, raise_all
+from merganser.files import lasting_scratch
 
 _HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-_CONVERTED: list[tempfile.TemporaryDirectory[str]] = []  # alive until the process ends
 _HUB_WEIGHTS = ["*.safetensors"]
 _HUB_PICKLES = "pytorch_model*.bin"
 _UNWANTED = [
@@ -284,8 +283,7 @@ def pickled(place: str | Path, stem: str) -> CheckpointError:
 def _from_pickle(folder: Path, files: list[str], target_name: str = SINGLE) -> list[TensorInfo]:
     from safetensors.torch import save_file
 
-    place = tempfile.TemporaryDirectory(prefix="merganser-")
-    _CONVERTED.append(place)
+    place = lasting_scratch()
     infos: list[TensorInfo] = []
     for number, file in enumerate(files):
         try:
@@ -294,7 +292,7 @@ def _from_pickle(folder: Path, files: list[str], target_name: str = SINGLE) -> l
             raise CheckpointError(
                 f"cannot be read as plain tensors: {error}", where=folder / file, mend="convert it to safetensors"
             ) from None
-        target = Path(place.name) / str(number) / target_name
+        target = place / str(number) / target_name
         target.parent.mkdir()
         save_file({name: t.contiguous().clone() for name, t in state.items() if torch.is_tensor(t)}, target)
         infos += read_infos(target, str(target))

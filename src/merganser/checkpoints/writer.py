@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from merganser.checkpoints.header import TensorInfo
-from merganser.errors import CheckpointError, UserError
 from merganser.tensors import DTYPES, byte_view
 
 _SYNC_EVERY = 64 * 2**20  # bytes that may wait for the disk before it is set to work
@@ -167,24 +166,3 @@ def _write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
     view, done = memoryview(data), 0
     while done < len(view):
         done += os.pwrite(descriptor, view[done:], offset + done)
-
-
-def check_output(folder: Path, overwrite: bool, inputs: Sequence[Path] = ()) -> UserError | None:
-    """Why ``folder`` cannot be written, if it cannot: it exists, is an input, or is no model folder."""
-    if not folder.exists():
-        return None
-    if any(folder.resolve() == path.resolve() for path in inputs):
-        return CheckpointError("the output is one of the inputs", where=folder, mend="give another output folder")
-    if not overwrite:
-        return CheckpointError(
-            "the output exists", where=folder, mend="give another folder, or --overwrite to replace it"
-        )
-    known = any((folder / file).is_file() for file in ("config.json", "adapter_config.json", "modules.json"))
-    looks_ours = folder.is_dir() and (not any(folder.iterdir()) or known)
-    if not looks_ours:
-        return CheckpointError(
-            "the output exists and is no model folder, so it is not replaced",
-            where=folder,
-            mend="give another folder, or remove it yourself",
-        )
-    return None

@@ -17,6 +17,7 @@ from merganser.files import human_bytes, space_error
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from merganser.files import Output
     from merganser.statistics import Statistics, StatisticsHeader
 
 _FILE = click.Path(path_type=Path)
@@ -24,7 +25,7 @@ _OUTPUT = click.option("-o", "--output", type=_FILE, required=True, help="The fi
 _OVERWRITE = click.option(
     "--overwrite",
     is_flag=True,
-    help="Replace an existing file, which may be an input: it stays until the new one is whole.",
+    help="Replace an existing statistics file, which may be an input: it stays until the new one is whole.",
 )
 _STORAGE = "float32, bfloat16 or lowrank:R (a diagonal and R eigenpairs of each Gram matrix)."
 #: Bytes for each entry of the widest (d, d) Gram matrix that are in memory at the worst moment, measured.
@@ -56,12 +57,12 @@ def add_command(files: tuple[Path, ...], output: Path, overwrite: bool, storage:
     from merganser.statistics.storage import compress, parse_storage
 
     wanted = None if storage is None else parse_storage(storage)
-    parts = _open(files, output, overwrite)
+    parts, place = _open(files, output, overwrite)
     _check_memory(parts, _ADDING if wanted is None else _COMPRESSING)
     header, tensors = add(parts)
     if wanted is not None:
         header, tensors = compress(Statistics.in_memory(header, tensors), wanted)
-    _write(output, header, tensors)
+    _write(place, header, tensors)
 
 
 @stats_command.command("scale")
@@ -82,8 +83,8 @@ def scale_command(file: Path, factor: float, output: Path, overwrite: bool) -> N
     """
     from merganser.statistics.algebra import scale
 
-    (statistics,) = _open((file,), output, overwrite)
-    _write(output, *scale(statistics, factor))
+    (statistics,), place = _open((file,), output, overwrite)
+    _write(place, *scale(statistics, factor))
 
 
 @stats_command.command("compress")
@@ -103,11 +104,11 @@ def compress_command(file: Path, storage: str, output: Path, overwrite: bool) ->
     from merganser.statistics.storage import compress, parse_storage
 
     wanted = parse_storage(storage)
-    (statistics,) = _open((file,), output, overwrite)
+    (statistics,), place = _open((file,), output, overwrite)
     _check_memory([statistics], _COMPRESSING)
     before = sum(info.nbytes for info in statistics.tensors.values())
     header, tensors = compress(statistics, wanted)
-    _write(output, header, tensors, before)
+    _write(place, header, tensors, before)
 
 
 @stats_command.command("diff")
@@ -145,19 +146,23 @@ def _shown(relative: float | None, only: str) -> str:
     return "0" if relative == 0 else f"{relative:.2e}"
 
 
-def _open(files: tuple[Path, ...], output: Path, overwrite: bool) -> list[Statistics]:
-    """The inputs, and every mistake in them and in the output at once."""
+def _open(files: tuple[Path, ...], output: Path, overwrite: bool) -> tuple[list[Statistics], Output]:
+    """The inputs and the output, and every mistake in them at once.
+
+    An input may be replaced: the new file is whole by then, and the user has said so.
+    """
     from merganser.statistics import Statistics
+    from merganser.statistics.writing import statistics_output
 
     errors = ErrorCollector()
     found = [errors.catch(Statistics.open, file) for file in files]
     if output.is_dir() or not output.parent.is_dir():
         state = "is a folder" if output.is_dir() else "is in no folder that exists"
         errors.add(StatisticsError(f"the output {state}", where=output, mend="name a file with -o"))
-    elif output.exists() and not overwrite:
-        errors.add(StatisticsError("the output exists", where=output, mend="choose another with -o, or --overwrite it"))
+    place = statistics_output(output, files, overwrite=overwrite, allowed=files)
+    errors.add(*place.problems())
     errors.raise_all()
-    return [one for one in found if one is not None]
+    return [one for one in found if one is not None], place
 
 
 def _check_memory(files: Sequence[Statistics], bytes_an_entry: int) -> None:
@@ -175,18 +180,18 @@ def _check_memory(files: Sequence[Statistics], bytes_an_entry: int) -> None:
         )
 
 
-def _write(output: Path, header: StatisticsHeader, tensors: Mapping[str, Tensor], before: int | None = None) -> None:
+def _write(output: Output, header: StatisticsHeader, tensors: Mapping[str, Tensor], before: int | None = None) -> None:
     """Write the result, if there is room for it, and say how large it is."""
     from merganser.statistics import write_statistics
     from merganser.statistics.writing import infos_of
 
     size = sum(info.nbytes for info in infos_of(tensors).values())
-    if problem := space_error(output, size, mend="make room, or choose another disk with -o"):
+    if problem := space_error(output.path, size, mend="make room, or choose another disk with -o"):
         raise problem
-    write_statistics(output, header, tensors)
+    write_statistics(output.path, header, tensors, output=output)
     for note in header.notes:
         if note.startswith("storage:"):
             warn(note)
     of = "" if before is None else f" instead of {human_bytes(before)} ({before / size:.1f} times smaller)"
     warn(f"{human_bytes(size)} written{of}")
-    click.echo(str(output))
+    click.echo(str(output.path))

@@ -6,7 +6,6 @@ every pass of the model, module by module. So a pass costs a read of the file, a
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from torch import nn
 from merganser.checkpoints import AdapterCheckpoint
 from merganser.collection.pipeline import attach_modules
 from merganser.errors import UserError, require
+from merganser.files import scratch_folder
 from merganser.tasks.base import Task
 from merganser.tasks.models import Opened, load_model
 
@@ -98,8 +98,8 @@ def placed_model(opened: Opened, task: Task, placement: Placement, *, allow_pick
         attach_modules(model, opened, task)
         yield model.to(placement.device)
         return
-    with tempfile.TemporaryDirectory(prefix="merganser-offload-", dir=placement.offload_folder) as folder:
-        settings = {"device_map": "auto", "max_memory": {"cpu": placement.max_memory}, "offload_folder": folder}
+    with scratch_folder(placement.offload_folder) as folder:
+        settings = {"device_map": "auto", "max_memory": {"cpu": placement.max_memory}, "offload_folder": str(folder)}
         yield load(placement=settings)
 
 

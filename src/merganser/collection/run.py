@@ -6,8 +6,6 @@ merganser.collect("model", "reviews.jsonl")
 
 from __future__ import annotations
 
-import os
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -15,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+from merganser.checkpoints.places import places_read
 from merganser.collection.examples import Examples, annotated_rows, encode, find_columns
 from merganser.collection.jobs import make_jobs, run_jobs
 from merganser.collection.pipeline import reason_against
@@ -26,11 +25,12 @@ from merganser.collection.stacks import INNER_RANK, Experts, is_inner
 from merganser.collection.stopping import StoppingRule
 from merganser.engines import Engine, make_engine
 from merganser.errors import ErrorCollector, StatisticsError, UserError, did_you_mean, raise_all
-from merganser.files import parse_size
+from merganser.files import Output, local_path, parse_size, scratch_folder
 from merganser.progress import bar
 from merganser.results import PathResult, html_table
 from merganser.statistics import FILE_NAME, FisherKind, Statistics, StatisticsHeader, write_statistics
 from merganser.statistics.storage import Storage, compress, parse_storage
+from merganser.statistics.writing import statistics_output
 from merganser.tasks import task_for
 from merganser.tasks.base import Task
 from merganser.tasks.columns import Columns
@@ -133,7 +133,7 @@ def collect(
             :mod:`merganser.collection.placement`. None: all are in memory.
         offload_folder: for weights that cannot stay in the checkpoint's own files.
         label: free text for the header, such as what the data are. Published with the statistics.
-        overwrite: replace an existing file.
+        overwrite: replace an existing statistics file; nothing else is ever replaced.
         allow_pickle: accept pickled weights (read with ``weights_only``).
 
     Returns:
@@ -161,7 +161,7 @@ def collect(
     errors = ErrorCollector()
     opened = errors.catch(open_model, model, allow_pickle=allow_pickle)
     rows = errors.catch(_rows, data, split, limit)
-    target = None if opened is None else errors.catch(_target, opened, output, overwrite)
+    target = None if opened is None else errors.catch(_target, opened, data, output, overwrite)
     chosen = None if opened is None else errors.catch(_task, opened, task, kind)
     placement = (
         None
@@ -190,10 +190,9 @@ def collect(
     }  # fmt: skip
     shards = fixed_shards(len(examples), shard_examples, fisher_examples, grams=grams)
     if elsewhere is not None:
-        staging = tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.", suffix=".shards")
-        with staging as folder:
+        with scratch_folder(target.path.parent) as folder:
             jobs = make_jobs(
-                examples, shards, Path(folder),
+                examples, shards, folder,
                 data=data, split=split, separate=None if separate is None else dict(separate.prompts),
                 labelled=labels is not None, batch_size=batch_size, cpus=cpus, **wanted,
             )  # fmt: skip
@@ -219,7 +218,8 @@ def collect(
     whole = Statistics.in_memory(header.model_copy(update={"notes": tuple(notes)}), tensors)
     inner = [layer.input for layer in header.layers if layer.input and is_inner(layer)] if experts == "shared" else []
     compressed = compress(whole, stored, dict.fromkeys(inner, _inner_storage(stored)))
-    return CollectResult(write_statistics(target, *compressed), compressed[0], time.monotonic() - started)
+    written = write_statistics(target.path, *compressed, output=target)
+    return CollectResult(written, compressed[0], time.monotonic() - started)
 
 
 def _inner_storage(stored: Storage) -> Storage:
@@ -313,8 +313,8 @@ def _check_numbers(**numbers: int | None) -> None:
             raise UserError(f"{name} is {value}", where=option, mend="give a number of at least 1")
 
 
-def _target(opened: Opened, output: str | Path | None, overwrite: bool) -> Path:
-    """The file to write, which must not be there and whose folder must take it."""
+def _target(opened: Opened, data: str | Path | Rows, output: str | Path | None, overwrite: bool) -> Output:
+    """The file to write, which must not be there unless it may be replaced, and whose folder must take it."""
     home = opened.checkpoint.home
     if output is None and home.revision is not None:
         raise StatisticsError(
@@ -322,15 +322,15 @@ def _target(opened: Opened, output: str | Path | None, overwrite: bool) -> Path:
             where=opened.name,
             mend=f"say where with -o (in a copy of the repository: {FILE_NAME})",
         )
-    target = home.path / FILE_NAME if output is None else Path(output).expanduser()
-    if target.is_dir():
-        target = target / FILE_NAME
-    if target.exists() and not overwrite:
-        what = "the statistics file exists"
-        raise StatisticsError(what, where=target, mend="choose another with -o, or --overwrite it")
-    folder = target.parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        state = "is not writable" if folder.is_dir() else "does not exist"
+    path = home.path / FILE_NAME if output is None else Path(output).expanduser()
+    if path.is_dir():
+        path = path / FILE_NAME
+    reads = places_read(opened.checkpoint)
+    allowed = reads if path.name == FILE_NAME else []  # any other file of the model's folder may be loaded with it
+    given = None if isinstance(data, Rows) else local_path(data)
+    target = statistics_output(path, [*reads, *([given] if given else [])], overwrite=overwrite, allowed=allowed)
+    target.raise_problem()
+    if not path.parent.is_dir():
         mend = "make the folder, or choose another with -o"
-        raise StatisticsError(f"the folder of the output {state}", where=target, mend=mend)
+        raise StatisticsError("the folder of the output does not exist", where=path, mend=mend)
     return target

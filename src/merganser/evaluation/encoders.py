@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from merganser.checkpoints import AdapterCheckpoint
 from merganser.errors import CheckpointError
+from merganser.files import scratch_folder
 from merganser.tasks.columns import Columns, texts
 from merganser.tasks.data import Rows
 from merganser.tasks.embedding import Embedding, saved_type
@@ -63,15 +63,15 @@ def _folder(opened: Opened) -> Iterator[Path]:
     if places[1] == opened.root or not isinstance(opened.checkpoint, AdapterCheckpoint):
         yield opened.root
         return
-    with tempfile.TemporaryDirectory(prefix="merganser-") as scratch:
+    with scratch_folder() as scratch:
         for place in places:
             for path in sorted(place.rglob("*")):
-                link = Path(scratch) / path.relative_to(place)
+                link = scratch / path.relative_to(place)
                 if path.is_file() and not path.name.startswith("adapter_"):
                     link.parent.mkdir(parents=True, exist_ok=True)
                     link.unlink(missing_ok=True)
                     link.symlink_to(path.resolve())
-        yield Path(scratch)
+        yield scratch
 
 
 def _is_head(opened: Opened) -> bool:

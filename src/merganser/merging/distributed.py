@@ -8,7 +8,6 @@ same names everywhere: a shared folder, the Hub, or an fsspec URL for the output
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 from merganser.engines import Engine, Job
 from merganser.errors import CheckpointError, ErrorCollector, UserError
+from merganser.files import scratch_folder
 from merganser.merging.execution import Merging, TensorRecord, execute
 from merganser.merging.memory import RunSettings, Schedule, fit
 from merganser.merging.outputs import OutputTarget, output_of
@@ -101,9 +101,9 @@ def write_file(payload: Mapping[str, Any]) -> dict[str, Any]:
     plan = Plan.from_json(payload["plan"], file)
     inputs = inputs_of(plan, allow_pickle=payload["allow_pickle"])
     settings = RunSettings(payload["threads"], payload["max_memory"], payload["device"])
-    with tempfile.TemporaryDirectory(prefix="merganser-") as scratch:
+    with scratch_folder() as scratch:
         place = output_of(payload["place"])
-        folder = place.staging_folder(Path(scratch))  # on the same disk, so that a rename puts the file into its place
+        folder = place.staging_folder(scratch)  # on the same disk, so that a rename puts the file into its place
         try:
             with CheckpointTarget(plan, make_layout(plan), folder, {file}) as target:
                 execute(fit(plan.steps, settings), Merging(inputs, settings), target)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,11 +12,11 @@ from typing import Any
 
 from merganser.engines import Engine
 from merganser.errors import CheckpointError, ErrorCollector, RecipeError, raise_all
-from merganser.files import is_url
+from merganser.files import is_url, scratch_folder
 from merganser.merging.distributed import run_on
 from merganser.merging.execution import Merging, execute
 from merganser.merging.memory import RunSettings, Schedule, available_bytes, fit
-from merganser.merging.outputs import output_of
+from merganser.merging.outputs import merge_reads, output_of
 from merganser.merging.plan import Coverage, Plan, Treatment, inputs_of
 from merganser.merging.planning import plan_of
 from merganser.merging.provenance import (
@@ -116,7 +115,7 @@ def merge(
         coefficients: one weight a model, relative; equal by default.
         statistics: one statistics file a model; by default the one in each model's folder.
         options: the method's options, such as ``{"alpha": 0.9}``.
-        overwrite: replace an existing model folder.
+        overwrite: replace what an earlier merge has written; nothing else is ever replaced.
         threads: how many units are worked on at once; the bytes do not depend on it.
         sums: a folder that keeps the running sums of Gram matrices: a merge whose first contributors were merged
             last with this folder reads their sums instead of their Gram matrices. The bytes do not depend on it.
@@ -181,12 +180,14 @@ class PreparedMerge:
         inputs: the open files.
         settings: how it is run.
         schedule: how it is fitted into memory.
+        reads: every folder and file that the user named to be read, which no output takes the place of.
     """
 
     plan: Plan
     inputs: Inputs
     settings: RunSettings
     schedule: Schedule
+    reads: tuple[Path, ...] = ()
 
 
 def prepare(
@@ -196,6 +197,7 @@ def prepare(
     *,
     overwrite: bool = False,
     rank: int | None = None,
+    reads: Sequence[Path] = (),
 ) -> PreparedMerge:
     """The plan of a merge, everything checked: headers, statistics against weights, place and space for the result.
 
@@ -203,8 +205,9 @@ def prepare(
         recipe: what to merge; or a plan that was made before.
         output: where to; None checks no place (for a dry run).
         settings: how it will be run; on all cores by default.
-        overwrite: whether an existing model folder may be replaced.
+        overwrite: whether an earlier merge may be replaced.
         rank: of the LoRA adapter to write; None: a full checkpoint.
+        reads: what else is read, such as the recipe's file: nothing is written over it.
 
     Raises:
         UserError: what cannot be merged, all mistakes at once.
@@ -215,8 +218,10 @@ def prepare(
         raise RecipeError(what, where="--as-adapter", mend="leave out the engine, and give a local folder")
     if isinstance(recipe, Plan):
         plan, inputs = recipe, inputs_of(recipe, allow_pickle=settings.allow_pickle)
+        reads = [*reads, *merge_reads(inputs)]
     else:
         inputs = open_inputs(recipe, allow_pickle=settings.allow_pickle)
+        reads = [*reads, *merge_reads(inputs)]  # a base that the method makes no use of as well
         plan = plan_of(recipe, inputs, rank=rank)
         inputs = inputs if plan.base else replace(inputs, base=None)
     schedule = fit(plan.steps, settings, extra=None if plan.rank is None else AdapterTarget.extra_bytes)
@@ -226,12 +231,9 @@ def prepare(
         mend = "free some memory, or work in less: --max-memory SIZE, --threads 1"
         problems.add(RecipeError(f"too little memory: {needed}", where="memory", mend=mend))
     if output is not None:
-        opened = [parent.checkpoint for parent in inputs.parents]
-        models = [one.path for one in opened]
-        opened += [inputs.base.checkpoint] if inputs.base and plan.rank is not None else []
-        places = [place.path for one in opened for place in (one, one.home)]
-        problems.add(*output_problems(output, overwrite, places, plan.bytes_written))
+        problems.add(*output_problems(output, overwrite, reads, plan.bytes_written))
         if settings.sums is not None and not is_url(output):
+            models = [parent.checkpoint.path for parent in inputs.parents]
             problems.add(*check_sums(settings.sums, plan.steps, models, Path(output)))
     problems.raise_all()
     waiting = any(not s.checkpoint.is_here and s.view.duplicates for s in inputs.sources)
@@ -245,7 +247,7 @@ def prepare(
         for parent in inputs.parents:
             problems.add(*(parent.statistics.check_binding(parent.checkpoint) if parent.statistics else []))
     problems.raise_all()
-    return PreparedMerge(plan, inputs, settings, schedule)
+    return PreparedMerge(plan, inputs, settings, schedule, tuple(reads))
 
 
 def _hash(inputs: Inputs, threads: int) -> None:
@@ -274,7 +276,7 @@ def carry_out(prepared: PreparedMerge, output: str | Path, *, overwrite: bool = 
     """
     plan, inputs, settings, started = prepared.plan, prepared.inputs, prepared.settings, time.monotonic()
     work = Merging(inputs, settings)
-    with new_output(output, overwrite) as folder:
+    with new_output(output, overwrite, prepared.reads) as folder:
         if plan.rank is not None:
             with AdapterTarget(plan, inputs, folder) as adapter:
                 execute(prepared.schedule, work, adapter)
@@ -359,9 +361,9 @@ def reproduce(folder: str | Path, output: str | Path | None = None, *, allow_pic
     raise_all(problems)
     rank = found.get("as_adapter")
     again = plan_of_record(found, folder) or recipe_of(found, folder)
-    with tempfile.TemporaryDirectory(prefix="merganser-") as scratch:
-        place = Path(output) if output is not None else Path(scratch) / "again"
-        prepared = prepare(again, place, RunSettings.make(allow_pickle=allow_pickle), rank=rank)
+    with scratch_folder() as scratch:
+        place = Path(output) if output is not None else scratch / "again"
+        prepared = prepare(again, place, RunSettings.make(allow_pickle=allow_pickle), rank=rank, reads=[folder])
         if isinstance(again, Recipe):  # the record has its plan only since format 3
             plan = replace(prepared.plan, choice=found.get("method_chosen_because"))
             prepared = replace(prepared, plan=plan)

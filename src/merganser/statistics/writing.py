@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
 
 from merganser.checkpoints import TensorInfo
+from merganser.checkpoints.header import read_header
 from merganser.checkpoints.writer import SafetensorsWriter, TensorSpec
-from merganser.errors import StatisticsError, raise_all
-from merganser.files import new_file
+from merganser.errors import StatisticsError, UserError, raise_all
+from merganser.files import Output, Refusal, new_file
 from merganser.statistics.format import METADATA_KEY, StatisticsHeader, layout_problems
 from merganser.tensors import DTYPE_NAMES
 
@@ -60,7 +61,35 @@ def infos_of(tensors: Mapping[str, Tensor]) -> dict[str, TensorInfo]:
     return {name: TensorInfo(name, dtypes[name], tuple(t.shape), "", 0, t.nbytes) for name, t in tensors.items()}
 
 
-def write_statistics(path: str | Path, header: StatisticsHeader, tensors: Mapping[str, Tensor]) -> Path:
+def statistics_output(
+    path: Path, reads: Collection[Path], *, overwrite: bool, allowed: Collection[Path] = ()
+) -> Output:
+    """A statistics file, which may take the place of another one.
+
+    Args:
+        path: of the file.
+        reads: what it is made from.
+        overwrite: whether the user said so.
+        allowed: those of ``reads`` that it may be written into or replace all the same.
+    """
+    return Output(path, recognise_statistics, overwrite, reads, allowed, folder=False)
+
+
+def recognise_statistics(path: Path) -> Refusal | None:
+    """Why a file is not replaced by statistics: it holds none."""
+    try:
+        metadata = read_header(path)[0].get("__metadata__")
+    except UserError:
+        metadata = None
+    if isinstance(metadata, dict) and METADATA_KEY in metadata:
+        return None
+    what = "the output exists and is no statistics file, so it is not replaced"
+    return Refusal(what, "give another file, or remove it yourself")
+
+
+def write_statistics(
+    path: str | Path, header: StatisticsHeader, tensors: Mapping[str, Tensor], *, output: Output | None = None
+) -> Path:
     """Write a statistics file, whole or not at all; the same arguments give the same bytes.
 
     Args:
@@ -68,6 +97,7 @@ def write_statistics(path: str | Path, header: StatisticsHeader, tensors: Mappin
             computed from.
         header: see :class:`~merganser.statistics.StatisticsHeader`.
         tensors: by the names given in :mod:`merganser.statistics.format`; they are taken one after the other.
+        output: what may be replaced at ``path``; by default anything that is there.
 
     Raises:
         StatisticsError: the tensors are not what the header says.
@@ -79,7 +109,8 @@ def write_statistics(path: str | Path, header: StatisticsHeader, tensors: Mappin
     ordered = sorted(infos.values(), key=lambda info: (_ORDER.index(info.dtype), info.name))
     specs = [TensorSpec(info.name, info.dtype, info.shape) for info in ordered]
     text = json.dumps(header.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
-    with new_file(target) as work, SafetensorsWriter(work.parent, {work.name: specs}, {METADATA_KEY: text}) as writer:
+    new = new_file(target) if output is None else output.new()
+    with new as work, SafetensorsWriter(work.parent, {work.name: specs}, {METADATA_KEY: text}) as writer:
         for name, tensor in tensors.items():
             writer.write(work.name, name, tensor)
     return target

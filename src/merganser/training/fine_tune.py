@@ -13,14 +13,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from merganser.files import new_folder
 from merganser.tasks.base import Task
 from merganser.tasks.classification import TextClassification
 from merganser.tasks.data import Rows
 from merganser.tasks.models import quiet
 from merganser.training.heads import load_start, open_start
 from merganser.training.loop import OnStep
-from merganser.training.multitask import Trained, check_place, train_multitask
+from merganser.training.multitask import Trained, train_multitask
+from merganser.training.outputs import new_trained, trained_output
 from merganser.training.prepare import GivenColumns, TrainingPart
 from merganser.training.settings import TrainingSettings
 
@@ -67,7 +67,7 @@ def train(
             same weights. What it holds of another training is removed; it is removed at the end.
         device: ``cpu``, ``cuda``, or ``auto`` for a GPU where there is one.
         allow_pickle: accept a base whose weights are pickled (read with ``weights_only``).
-        overwrite: replace an existing output.
+        overwrite: replace what an earlier training has written; nothing else is ever replaced.
         on_step: called with (steps done, steps in all); without it there is a progress bar on standard error.
 
     Raises:
@@ -104,15 +104,16 @@ def prepare_base(
         label_names: the classes, in the order of the head's outputs.
         output: the folder to write: safetensors in float32, config with the label names, tokenizer.
         seed: of the head (the global random state is seeded with it).
-        overwrite: replace an existing output.
+        overwrite: replace what an earlier training has written; nothing else is ever replaced.
 
     Raises:
         CheckpointError: the base cannot be loaded, or the output exists.
         DataError: fewer than two label names, or a repeated one.
     """
     output = Path(output)
-    check_place(output, [base], overwrite)
-    with new_folder(output, overwrite=overwrite) as temporary, quiet():
+    place = trained_output(output, [base], overwrite=overwrite)
+    place.raise_problem()
+    with new_trained(place) as temporary, quiet():
         start = open_start(base, TextClassification(), label_names)
         load_start(start, seed).save_pretrained(temporary)
         start.tokenizer.save_pretrained(temporary)

@@ -22,13 +22,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset
 
-from merganser.checkpoints.writer import check_output
 from merganser.errors import CheckpointError, UserError, require
-from merganser.files import new_folder
 from merganser.tasks.models import quiet
 from merganser.training.heads import PROBLEM_TYPES, load_start
 from merganser.training.loop import FeatureData, MixedBatches, OnStep, TrainingOutcome, TrainingRun, run_trainer
 from merganser.training.losses import Loss, make_loss
+from merganser.training.outputs import new_trained, trained_output
 from merganser.training.prepare import Prepared, TrainingPart, prepare
 from merganser.training.resume import clear, fingerprint, take_up
 from merganser.training.settings import TrainingSettings
@@ -93,7 +92,7 @@ def train_multitask(
         work: a folder for checkpoints after each epoch, see :func:`merganser.training.train`.
         device: ``cpu``, ``cuda``, or ``auto`` for a GPU where there is one.
         allow_pickle: accept a base whose weights are pickled (read with ``weights_only``).
-        overwrite: replace an existing output.
+        overwrite: replace what an earlier training has written; nothing else is ever replaced.
         on_step: called with (steps done, steps in all); without it there is a progress bar on standard error.
 
     Raises:
@@ -105,12 +104,13 @@ def train_multitask(
     require("train", "training", "accelerate")
     _check_parts(parts, shared, starts)
     sources = [starts.get(part.name, base) for part in parts]
-    _check_place(output, [Path(source) for source in sources], not shared or len(parts) > 1, overwrite)
+    place = trained_output(output, sources, overwrite=overwrite, work=work)
+    place.raise_problem()
     if settings.best_epoch and all(part.dev is None for part in parts):
         what = "the best epoch is chosen on development data, and there are none"
         raise UserError(what, where="best_epoch", mend="give development data, or best_epoch: false")
     names = [""] if shared else [part.name for part in parts]  # of the models' folders
-    with quiet(), new_folder(output, overwrite=overwrite) as temporary:
+    with quiet(), new_trained(place) as temporary:
         prepared = [
             prepare(source, part, settings, temporary if shared else temporary / part.name, allow_pickle=allow_pickle)
             for part, source in zip(parts, sources, strict=True)
@@ -272,23 +272,3 @@ def _check_parts(parts: Sequence[TrainingPart], shared: bool, starts: Mapping[st
     if starts and set(starts) != set(names):
         what = f"starts are given for {', '.join(sorted(starts))}, the parts are {', '.join(names)}"
         raise UserError(what, where="starts", mend="give a start for every part")
-
-
-def _check_place(output: Path, sources: Sequence[Path], several: bool, overwrite: bool) -> None:
-    """Refuse an output that cannot be written; several parts may replace a folder of nothing but model folders."""
-    inside = list(output.iterdir()) if output.is_dir() else []
-    ours = bool(inside) and all((path / "config.json").is_file() for path in inside)
-    taken = any(source.resolve().is_relative_to(output.resolve()) for source in sources)
-    if not (overwrite and several and ours and not taken):
-        check_place(output, sources, overwrite)
-
-
-def check_place(output: Path, sources: Sequence[str | Path], overwrite: bool) -> None:
-    """Refuse an output that cannot be written.
-
-    Raises:
-        CheckpointError: it exists and may not be replaced, or is one of the sources.
-    """
-    problem = check_output(output, overwrite, list(map(Path, sources)))
-    if problem is not None:
-        raise problem

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ import transformers
 from merganser.checkpoints import open_checkpoint
 from merganser.errors import UserError
 from merganser.evaluation.bootstrap import resample, standard_error
+from merganser.files import scratch_folder
 from merganser.lab.grid.cells import Cell, ModelSpec, title_of
 from merganser.lab.grid.config import ExperimentConfig, Finetune, Search
 from merganser.lab.grid.models import Models, folder_name
@@ -210,8 +210,7 @@ def _merged(
     method = models.config.method(cell.method)
     chosen = None
     coefficients = [1.0] * len(cell.contributors)
-    with tempfile.TemporaryDirectory(prefix="merganser-cell-", ignore_cleanup_errors=True) as scratch:
-        folder = Path(scratch)
+    with scratch_folder() as folder:
         if method.search is not None:
             chosen = _search(models, cell, method.search, folder)
             coefficients = chosen["candidates"][chosen["best"]]["coefficients"]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
-from merganser.files import RemoteFolder
+from merganser.files import RemoteFolder, scratch_folder
 from merganser.lab.zoo.keys import ZooError
 from merganser.lab.zoo.record import ENTRY, MAX_BYTES, FileRecord, is_id, record_file, record_stream
 
@@ -98,9 +97,9 @@ class Remote(RemoteFolder):
         Raises:
             FileError: it cannot.
         """
-        with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / "probe").write_bytes(b"merganser zoo\n")
-            self.put(Path(folder) / "probe", ".zoo")
+        with scratch_folder() as folder:
+            (folder / "probe").write_bytes(b"merganser zoo\n")
+            self.put(folder / "probe", ".zoo")
 
     def delete(self, identity: str) -> None:
         """Remove an entry: ``entry.json`` first, so that nothing half-removed looks finished."""

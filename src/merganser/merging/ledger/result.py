@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
+from merganser.checkpoints.places import places_read
 from merganser.checkpoints.writer import TensorSpec
 from merganser.errors import RecipeError, raise_all
-from merganser.files import new_folder
 from merganser.merging.execution import Slice, execute
 from merganser.merging.ledger.contributors import open_same_base, share_of
 from merganser.merging.ledger.record import BaseRecord, LedgerError, LedgerMember, LedgerRecord
@@ -31,6 +31,7 @@ from merganser.merging.targets.checkpoint import (
     CheckpointTarget,
     complete,
     make_layout,
+    new_output,
     output_problems,
     write_small_files,
 )
@@ -67,7 +68,7 @@ def solve(
         options: ``ridge`` alone, which does not go into the sums.
         dtype: storage dtype; by default the widest of the base and the contributors.
         max_shard_size: largest weight file.
-        overwrite: replace an existing model folder.
+        overwrite: replace what an earlier merge has written; nothing else is ever replaced.
         threads: how many parts are worked on at once; the bytes do not depend on it.
         max_memory: what the process may take, in bytes or as ``"2GB"``; nor on this.
         allow_pickle: accept a base model in ``pytorch_model.bin``.
@@ -86,7 +87,8 @@ def solve(
         text = None if base is None else str(base)
         reference = open_same_base(record, place, text, allow_pickle=allow_pickle)
         plan = _plan(record, method, reference, dtype, max_shard_size)
-        raise_all(output_problems(target, overwrite, [reference.checkpoint.path, place], plan.bytes_written))
+        reads = [*places_read(reference.checkpoint), place]
+        raise_all(output_problems(target, overwrite, reads, plan.bytes_written))
         parts = schedule_of(record, specs(record, record.parts), settings)
         rest = fit(plan.steps[len(record.parts) :], settings, whole=True)
         schedule = replace(
@@ -97,7 +99,7 @@ def solve(
             budget=max(parts.budget, rest.budget),
         )
         layout = make_layout(plan)
-        with new_folder(target, overwrite=overwrite) as work:
+        with new_output(target, overwrite, reads) as work:
             write_small_files(plan, Inputs((), reference, reference), layout, work)
             with CheckpointTarget(plan, layout, work) as written:
                 execute(schedule, _Solving(record, method, sums, reference), written, "solving")

@@ -20,12 +20,12 @@ from merganser.checkpoints.adapter_configuration import resize, untied
 from merganser.checkpoints.model_view import view_of
 from merganser.checkpoints.reader import TensorHash, read_json
 from merganser.checkpoints.tokenizer_files import add_tokens, is_tokenizer_file
-from merganser.checkpoints.writer import SafetensorsWriter, TensorSpec, check_output, index_json, shard
+from merganser.checkpoints.writer import SafetensorsWriter, TensorSpec, index_json, shard
 from merganser.errors import CheckpointError, UserError
-from merganser.files import is_url, new_folder, parse_size, space_error
+from merganser.files import is_url, parse_size, space_error
 from merganser.merging.configuration import merged_config
 from merganser.merging.execution import TensorRecord, storable
-from merganser.merging.outputs import RemoteOutput, new_remote_output
+from merganser.merging.outputs import RemoteOutput, merge_output, new_remote_output
 from merganser.merging.plan import BUFFER, HEADS, KEPT, Plan, Step
 from merganser.merging.provenance import model_card, public_name, write_provenance
 from merganser.merging.recipe import Inputs, Parent
@@ -322,28 +322,28 @@ def _with_dtype(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     return found
 
 
-def output_problems(output: str | Path, overwrite: bool, inputs: Sequence[Path], nbytes: int) -> list[UserError]:
+def output_problems(output: str | Path, overwrite: bool, reads: Sequence[Path], nbytes: int) -> list[UserError]:
     """Why a result cannot be written.
 
     Args:
         output: a folder, or an fsspec URL.
-        overwrite: whether an existing model folder may be replaced.
-        inputs: folders that are read.
+        overwrite: whether an earlier result may be replaced.
+        reads: folders and files that are read.
         nbytes: of the weights.
     """
     if is_url(output):
         exists = not overwrite and RemoteOutput(str(output)).exists()
         return [CheckpointError("the output exists", where=output, mend="give another URL, or --overwrite")] * exists
-    found = [check_output(Path(output), overwrite, inputs), space_error(Path(output), nbytes + _SPARE)]
-    return [problem for problem in found if problem is not None]
+    found = merge_output(Path(output), reads, overwrite=overwrite).problems()
+    return found or [problem for problem in [space_error(Path(output), nbytes + _SPARE)] if problem is not None]
 
 
 @contextmanager
-def new_output(output: str | Path, overwrite: bool) -> Iterator[Path]:
+def new_output(output: str | Path, overwrite: bool, reads: Sequence[Path] = ()) -> Iterator[Path]:
     """A folder to fill, which becomes the output when everything is there; nothing is left of it after an error."""
     if is_url(output):
         with new_remote_output(str(output), overwrite=overwrite) as folder:
             yield folder
     else:
-        with new_folder(Path(output), overwrite=overwrite) as folder:
+        with merge_output(Path(output), reads, overwrite=overwrite).new() as folder:
             yield folder

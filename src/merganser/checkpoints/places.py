@@ -1,0 +1,17 @@
+"""Which folders and files opening a checkpoint reads, so that nobody writes over them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from merganser.checkpoints.adapters import AdapterCheckpoint
+from merganser.checkpoints.reader import Checkpoint
+from merganser.files import real_files
+
+
+def places_read(checkpoint: Checkpoint) -> list[Path]:
+    """The folders of a checkpoint, those of an adapter and of its base, and the files that links in them lead to."""
+    if isinstance(checkpoint, AdapterCheckpoint):
+        return [*places_read(checkpoint.base), *places_read(checkpoint.adapter)]
+    weights = {checkpoint.path / info.file for info in checkpoint.tensors.values()}
+    return [*real_files(checkpoint.path), *sorted(weights)]

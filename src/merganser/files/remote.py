@@ -1,0 +1,136 @@
+"""Folders behind a URL that fsspec knows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from merganser.errors import FileError, UserError
+
+#: Stores without folders. What is missing there is the bucket, and that is not ours to create.
+_OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss"}
+
+
+def is_url(place: str | Path) -> bool:
+    """Whether a place is a URL, such as ``s3://bucket/merged``."""
+    return "://" in str(place)
+
+
+def local_path(place: str | Path) -> Path | None:
+    """The path of a place on this machine, a ``file://`` or ``local://`` URL among them; None: it is elsewhere."""
+    if not is_url(place):
+        return Path(place)
+    protocol, _, path = str(place).partition("://")
+    return Path(path) if protocol in ("file", "local") else None
+
+
+class RemoteFolder:
+    """A folder at a URL that fsspec knows. Names in it are written with ``/``; the empty name is the folder itself.
+
+    Args:
+        url: such as ``s3://bucket/prefix``; nothing is opened before the first use.
+
+    Every failure is a :class:`FileError` that names the URL.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        self._opened: tuple[Any, str] | None = None
+
+    def where(self, name: str) -> str:
+        """The name as messages show it."""
+        return f"{self.url}/{name}" if name else self.url
+
+    @contextmanager
+    def reached(self, name: str = "") -> Iterator[tuple[Any, str]]:
+        """The file system, and the path of a name there; ``FileNotFoundError`` is left to the caller.
+
+        Raises:
+            FileError: the file system cannot be had, or anything else that it raises in the block.
+        """
+        try:
+            system, root = self._open()
+            yield system, f"{root}/{name}" if name else root
+        except (UserError, FileNotFoundError):
+            raise
+        except Exception as error:  # each file system raises errors of its own
+            raise FileError(
+                f"cannot be reached: {type(error).__name__}: {error}",
+                where=self.where(name),
+                mend="check the URL, the network and your credentials",
+            ) from error
+
+    def _open(self) -> tuple[Any, str]:
+        if self._opened is None:
+            import fsspec
+
+            try:
+                system, root = fsspec.url_to_fs(self.url)
+            except (ImportError, ValueError) as error:
+                mend = "give a folder or an fsspec URL"
+                if isinstance(error, ImportError):
+                    extra = "'merganser[s3]'" if self.url.startswith("s3") else "the package that it names"
+                    mend = f"pip install {extra}"
+                raise FileError(f"cannot be reached: {error}", where=self.url, mend=mend) from None
+            self._opened = system, root.rstrip("/")
+        system, root = self._opened
+        system.invalidate_cache()  # other machines write there too
+        return system, root
+
+    def sizes(self, name: str = "") -> dict[str, int]:
+        """All files below a name with their sizes, by name below it; empty where there is nothing."""
+        try:
+            with self.reached(name) as (system, path):
+                found = system.find(path, detail=True)
+        except FileNotFoundError:
+            return {}
+        above = f"{path.strip('/')}/"
+        return {n.strip("/").removeprefix(above): int(info["size"]) for n, info in sorted(found.items())}
+
+    def size(self, name: str) -> int | None:
+        """The size of a file, ``None`` where there is none."""
+        try:
+            with self.reached(name) as (system, path):
+                return int(system.info(path)["size"])
+        except FileNotFoundError:
+            return None
+
+    def read(self, name: str, limit: int = -1) -> bytes | None:
+        """The bytes of a file, at most ``limit``; ``None`` where there is none."""
+        try:
+            with self.reached(name) as (system, path), system.open(path, "rb") as stream:
+                data: bytes = stream.read(limit)
+                return data
+        except FileNotFoundError:
+            return None
+
+    def get(self, name: str, target: Path) -> None:
+        """Download a file.
+
+        Raises:
+            FileNotFoundError: it is not there.
+        """
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with self.reached(name) as (system, path):
+            system.get_file(path, str(target))
+
+    def put(self, source: Path, name: str) -> None:
+        """Upload a file; object stores show it whole or not at all."""
+        with self.reached(name) as (system, path):
+            try:
+                system.put_file(str(source), path)
+            except FileNotFoundError as error:
+                protocols = [system.protocol] if isinstance(system.protocol, str) else system.protocol
+                if _OBJECT_STORES.intersection(protocols):
+                    mend = "create the bucket, or mend its name"
+                    raise FileError(str(error), where=self.url, mend=mend) from None
+                system.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+                system.put_file(str(source), path)
+
+    def remove(self, name: str = "") -> None:
+        """Remove a file, or everything below a name, if it is there."""
+        with self.reached(name) as (system, path):
+            if system.exists(path):
+                system.rm(path, recursive=True)
