@@ -56,11 +56,12 @@ def add_product_(out: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -
     return out
 
 
-def cholesky_(matrix: Tensor) -> bool:
+def cholesky_(matrix: Tensor, *, upper: bool = False) -> bool:
     """Factor a symmetric matrix A (d, d) in place: then its lower triangle holds L with L Lᵀ = A.
 
     Args:
         matrix: only the lower triangle is read.
+        upper: the upper triangle is read instead, and then holds Lᵀ.
 
     Returns:
         whether it is positive definite, and so was factored.
@@ -71,10 +72,10 @@ def cholesky_(matrix: Tensor) -> bool:
     _check(matrix, (len(matrix), len(matrix)))
     if matrix.device.type == "cpu":
         failed = ctypes.c_int()
-        _call("potrf", matrix, b"U", len(matrix), *_matrix(matrix), failed)
+        _call("potrf", matrix, b"L" if upper else b"U", len(matrix), *_matrix(matrix), failed)
         done = not failed.value
     else:
-        factor, info = torch.linalg.cholesky_ex(matrix)
+        factor, info = torch.linalg.cholesky_ex(matrix, upper=upper)
         matrix.copy_(factor)
         done = not int(info)
     return done and bool(matrix.diagonal().isfinite().all())

@@ -58,7 +58,7 @@ WRONG: list[tuple[list[Any], str]] = [
     ([float("inf"), 1], "not finite"),
     ([float("nan"), 1], "not finite"),
     ([10**400, 1], "coefficient"),
-    ([0, 0], "every coefficient is 0"),
+    ([0, 0], "every coefficient is zero"),
 ]
 
 

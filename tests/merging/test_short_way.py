@@ -8,8 +8,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-#: Before a tensor is read: folders, quantisation, modules, the model view, configurations, tokenizers, labels.
-MODULES, FRAMES = 44, 11
+#: Before a tensor is read: folders, quantisation, modules, the model view, configurations, tokenizers, labels, and
+#: statistics, which are judged.
+MODULES, FRAMES = 48, 11
 
 FOLLOW = """
 import json, sys, threading

@@ -51,6 +51,12 @@ if TYPE_CHECKING:
     metavar="SHARE",
     help="An error unless the method reaches this share of the linear weights.",
 )
+@click.option(
+    "--accept-scales",
+    is_flag=True,
+    default=None,
+    help="Merge statistics that are 10,000 times as large as the others', or as small.",
+)
 @click.option("--max-shard-size", metavar="SIZE", help="Largest weight file.  [default: 5GB]")
 @click.option("--allow-pickle", is_flag=True, help="Accept pytorch_model.bin (weights_only); no recipe can.")
 @click.option("--threads", type=click.IntRange(1), help="Units worked on at once.  [default: all cores]")
@@ -136,6 +142,8 @@ def merge_command(
     treated = ", ".join(f"{count} {method}" for method, count in plan.counts.items())
     warn(f"{human_bytes(plan.bytes_written)} merged in {result.seconds:.1f} s; tensors: {treated}")
     warn(f"{plan.recipe.method} reached {plan.coverage}")
+    if result.influence is not None:
+        warn(f"influence: {result.influence}")
     click.echo(output)
 
 
@@ -155,6 +163,7 @@ def show_plan(prepared: PreparedMerge, as_json: bool) -> None:
             "peak_bytes": schedule.peak_bytes,
             "rows_at_once": {s.unit.names[0]: r for s, r in zip(plan.steps, schedule.rows, strict=True) if r},
             "uncut": [{"tensor": name, "bytes": nbytes} for name, nbytes in uncut],
+            "influence": prepared.influence and prepared.influence.to_json(),
             "plan": plan.to_json(),
         }
         click.echo(json.dumps(summary, indent=1))
@@ -167,6 +176,8 @@ def show_plan(prepared: PreparedMerge, as_json: bool) -> None:
         rows,
     )
     tell(f"{plan.recipe.method} reaches {plan.coverage}")
+    if prepared.influence is not None:
+        tell(f"influence: {prepared.influence}")
     tell(
         f"reads {human_bytes(plan.bytes_read)}, writes {human_bytes(plan.bytes_written)}, "
         f"peak memory about {human_bytes(schedule.peak_bytes)} on {schedule.threads} threads"

@@ -312,7 +312,7 @@ def _check_signs(
             mend = f"use a coefficient of at least 0, or a method that takes negative ones: {able}"
             problems.add(RecipeError(what, mend=mend))
     if not any(coefficients):
-        problems.add(RecipeError("every coefficient is 0", where="coefficients", mend="give one that is not"))
+        problems.add(RecipeError("every coefficient is zero", where="coefficients", mend="give one that is not"))
     elif method.needs.normalised and sums_to_zero(coefficients):
         able = ", ".join(name for name, one in METHODS.items() if one.needs.signed and not one.needs.normalised)
         what = f"coefficients {listed(coefficients)} sum to zero, and method {method.name!r} divides by their sum"

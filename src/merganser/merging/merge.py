@@ -15,6 +15,8 @@ from merganser.errors import CheckpointError, ErrorCollector, RecipeError, raise
 from merganser.files import is_url, scratch_folder
 from merganser.merging.distributed import run_on
 from merganser.merging.execution import Merging, execute
+from merganser.merging.influence import Influence
+from merganser.merging.judging import judge_statistics
 from merganser.merging.memory import RunSettings, Schedule, available_bytes, fit
 from merganser.merging.outputs import merge_reads, output_of
 from merganser.merging.plan import Coverage, Plan, Treatment, inputs_of
@@ -52,11 +54,13 @@ class MergeResult(PathResult):
         path: of the folder, as it was given.
         plan: what was done.
         seconds: that it took.
+        influence: who decided how much, by the statistics; None where none were used, or weights stood in for them.
     """
 
     path: str | Path
     plan: Plan
     seconds: float
+    influence: Influence | None = None
 
     @property
     def method(self) -> str:
@@ -82,7 +86,9 @@ class MergeResult(PathResult):
         rows = [[t.method, t.kind, t.tensors, t.reason or ""] for t in self.treatments]
         title = f"{self.path}: {len(self.plan.recipe.contributors)} models by {self.method} in {self.seconds:.1f} s"
         title += f"; {self.coverage}"
-        return html_table(title, ["treatment", "how", "tensors", "why not the method"], rows, self.notes)
+        told = [] if self.influence is None else [f"influence: {self.influence}"]
+        notes = (*told, *self.notes)
+        return html_table(title, ["treatment", "how", "tensors", "why not the method"], rows, notes)
 
 
 def merge(
@@ -127,7 +133,7 @@ def merge(
         allow_pickle: accept ``pytorch_model.bin`` (read with ``weights_only``).
         settings: the other keys of :class:`Recipe`: ``exclude``, ``keep_separate``, ``labels``, ``vocabulary``,
             ``missing_rows``, ``names``, ``config_from``, ``tokenizer_from``, ``dtype``, ``max_shard_size``,
-            ``require_coverage``.
+            ``require_coverage``, ``accept_scales``.
 
     Returns:
         What was written; it can be used as the path of the output.
@@ -181,6 +187,7 @@ class PreparedMerge:
         settings: how it is run.
         schedule: how it is fitted into memory.
         reads: every folder and file that the user named to be read, which no output takes the place of.
+        influence: who decides how much, by the statistics; None where none are used.
     """
 
     plan: Plan
@@ -188,6 +195,7 @@ class PreparedMerge:
     settings: RunSettings
     schedule: Schedule
     reads: tuple[Path, ...] = ()
+    influence: Influence | None = None
 
 
 def prepare(
@@ -247,7 +255,11 @@ def prepare(
         for parent in inputs.parents:
             problems.add(*(parent.statistics.check_binding(parent.checkpoint) if parent.statistics else []))
     problems.raise_all()
-    return PreparedMerge(plan, inputs, settings, schedule, tuple(reads))
+    verdict = judge_statistics(plan, inputs, settings.threads, schedule.budget)
+    raise_all(verdict.problems)
+    new = tuple(note for note in verdict.notes if note not in plan.notes)  # a plan of record has them already
+    plan = replace(plan, notes=plan.notes + new)
+    return PreparedMerge(plan, inputs, settings, schedule, tuple(reads), verdict.influence)
 
 
 def _hash(inputs: Inputs, threads: int) -> None:
@@ -280,7 +292,7 @@ def carry_out(prepared: PreparedMerge, output: str | Path, *, overwrite: bool = 
         if plan.rank is not None:
             with AdapterTarget(plan, inputs, folder) as adapter:
                 execute(prepared.schedule, work, adapter)
-                plan = adapter.complete()
+                plan = adapter.complete(prepared.influence)
         else:
             layout = make_layout(plan)
             write_small_files(plan, inputs, layout, folder)
@@ -294,8 +306,8 @@ def carry_out(prepared: PreparedMerge, output: str | Path, *, overwrite: bool = 
             if settings.engine is None or not is_url(output):  # else the weights lie elsewhere by now
                 raise_all(check_opening(folder, inputs.reference.checkpoint))
             people, base = describe_inputs(plan, inputs)
-            complete(plan, inputs.reference, layout, folder, records, people, base)
-    return MergeResult(output, plan, time.monotonic() - started)
+            complete(plan, inputs.reference, layout, folder, records, people, base, influence=prepared.influence)
+    return MergeResult(output, plan, time.monotonic() - started, prepared.influence)
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,9 @@ class Recipe(BaseModel):
         None, ge=0, le=1, description="the share of the linear weights that the method has to reach"
     )
     max_shard_size: str = Field("5GB", description="largest weight file")
+    accept_scales: bool = Field(
+        False, description="merge statistics of another size than the others', of which one decides alone"
+    )
 
     @field_validator("contributors", mode="before")
     @classmethod

@@ -17,11 +17,10 @@ nothing else.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import torch
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -31,21 +30,11 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
-from torch import Tensor
 
 from merganser.checkpoints import Checkpoint, TensorInfo
 from merganser.documents import parse_json
-from merganser.errors import StatisticsError, UserError
-from merganser.statistics.gram_encodings import (
-    GramEncoding,
-    dense_gram,
-    encoding_of,
-    layer_tensors,
-    shape_problems,
-    variances_of,
-    width_of,
-)
-from merganser.tensors import is_finite
+from merganser.errors import StatisticsError
+from merganser.statistics.gram_encodings import layer_tensors, shape_problems, width_of
 
 FILE_NAME = "merge_statistics.safetensors"
 PROTOCOL = 4  # the newest; a file is of the oldest protocol that has all of its tensors
@@ -179,7 +168,6 @@ def parse_header(text: str, file: Path) -> StatisticsHeader:
         raise StatisticsError(f"the header's {place}: {first['msg']}", where=file, mend=AGAIN) from None
 
 
-PSD_TOLERANCE = 1e-5  # of the trace: float32 sums of positive semi-definite terms are off by less
 MOST_NAMED = 10  # problems of one sort that are spelt out
 
 
@@ -209,67 +197,6 @@ def layout_problems(header: StatisticsHeader, tensors: Mapping[str, TensorInfo])
         yield "the header and the tensors disagree on whether there is Fisher information"
     for name in tensors:
         yield from shape_problems(name, tensors, header.protocol)
-
-
-def value_problems(tensors: Mapping[str, TensorInfo], read: Callable[[str], Tensor]) -> Iterator[str]:
-    """Read tensor by tensor, then matrix by matrix, and say what is wrong with the values."""
-    unusable = set()
-    for name in sorted(tensors):
-        try:
-            text = number_problem(name, read(name))
-        except (UserError, OSError) as error:
-            text = f"{name} cannot be read: {error.what if isinstance(error, UserError) else error}"
-        if text:
-            unusable.add(name)
-            yield text
-    for key in sorted(name.removeprefix("mean.") for name in tensors if name.startswith("mean.")):
-        if not unusable.intersection(layer_tensors(tensors, key, "")):
-            yield from _matrix_values(encoding_of(tensors, key), key, read)
-
-
-def number_problem(name: str, values: Tensor) -> str | None:
-    """What is wrong with the numbers of one tensor, each looked at by itself."""
-    if values.is_floating_point() and not is_finite(values):
-        return f"{name} holds NaN or infinite numbers"
-    if name.startswith(("count.", "fisher.", "diagonal.")) and bool((values < 0).any()):
-        return f"{name} has negative numbers"
-    if name.startswith("scale.") and not 0 < float(values) <= 1:
-        return f"{name} is {float(values):g}, it should be above 0 and at most 1"
-    return None
-
-
-def _matrix_values(encoding: GramEncoding, key: str, read: Callable[[str], Tensor]) -> Iterator[str]:
-    mean = read(f"mean.{key}").to(torch.float64)
-    if encoding == "factor":  # FᵀF + diag(rest) needs no factorisation
-        diagonal = read(f"diagonal.{key}")
-        rest = variances_of(diagonal, mean) - read(f"factor.{key}").to(torch.float64).square_().sum(0)
-        if bool((rest < -PSD_TOLERANCE * diagonal.to(torch.float64)).any()):
-            yield f"factor.{key} is not positive semi-definite with its diagonal and mean, so it is no mean of x xᵀ"
-        return
-    matrix = dense_gram(encoding, key, read).to(torch.float64)
-    if not is_semidefinite(matrix):
-        yield f"{encoding}.{key} is not positive semi-definite, so it is no mean of x xᵀ"
-    elif not is_semidefinite(matrix.addr_(mean, mean, alpha=-1), float(mean @ mean)):
-        yield f"{encoding}.{key} is smaller than the square of its mean, which no set of inputs gives"
-
-
-def is_semidefinite(matrix: Tensor, scale: float = 0.0) -> bool:
-    """Whether a symmetric float64 (d, d) matrix is positive semi-definite, up to what float32 sums lose.
-
-    Args:
-        matrix: left as it was.
-        scale: size of what was subtracted from it, whose rounding is tolerated too.
-    """
-    trace = float(matrix.trace())
-    tolerance = PSD_TOLERANCE * (max(trace, 0.0) + scale)
-    if trace < -tolerance:
-        return False
-    if tolerance == 0.0:
-        return not bool(matrix.any())
-    shifted = matrix.clone()
-    shifted.diagonal().add_(tolerance)
-    _, failed = torch.linalg.cholesky_ex(shifted)
-    return int(failed) == 0
 
 
 def binding_problems(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from merganser.checkpoints import Checkpoint, TensorInfo, sha256_file
 from merganser.checkpoints.header import read_header, tensor_infos
 from merganser.errors import CheckpointError, StatisticsError, UserError, raise_all
+from merganser.progress import track
 from merganser.statistics.format import (
     AGAIN,
     FILE_NAME,
@@ -20,13 +22,16 @@ from merganser.statistics.format import (
     StatisticsHeader,
     binding_problems,
     layout_problems,
-    number_problem,
     parse_header,
-    value_problems,
 )
 from merganser.statistics.gram_encodings import GramEncoding, dense_gram, encoding_of
+from merganser.statistics.judging import Judgement, judge, judged_names, number_problem
 from merganser.statistics.writing import infos_of
+from merganser.tensors import one_thread
 
+#: By the hash of the file and the name: grids of merges use the same files again and again.
+_JUDGED: dict[tuple[str, str], Judgement] = {}
+_MOST_JUDGED = 100_000
 OTHERS = "give the statistics of these weights, or collect them again"
 
 
@@ -130,13 +135,35 @@ class Statistics:
         """Whether the embedding ``module`` has token counts."""
         return f"count.{module}" in self.tensors
 
-    def validate(self) -> None:
+    def judge(self, name: str) -> Judgement:
+        """What is wrong with one statistic, and its size; a file whose hash is known is judged once by a process.
+
+        Args:
+            name: see :class:`~merganser.statistics.judging.Judgement`.
+        """
+        if self._hash is None:
+            return judge(name, self.tensors, self._read)
+        known = (self._hash, name)
+        found = _JUDGED.get(known) or judge(name, self.tensors, self._read)
+        if not found.problems:
+            if len(_JUDGED) >= _MOST_JUDGED:
+                _JUDGED.clear()
+            _JUDGED[known] = found
+        return found
+
+    def validate(self, threads: int = 1) -> None:
         """Read everything: finite, positive semi-definite, no negative counts, means within the Grams.
+
+        Args:
+            threads: how many statistics are judged at once.
 
         Raises:
             StatisticsError: naming each tensor that fails.
         """
-        raise_all([self._error(text) for text in value_problems(self.tensors, self._read)])
+        names = judged_names(self.tensors)
+        with one_thread(), ThreadPoolExecutor(threads) as pool:
+            found = list(track(pool.map(self.judge, names), "judging statistics", "tensors", len(names)))
+        raise_all([self._error(text) for judgement in found for text in judgement.problems])
 
     def sha256(self) -> str:
         """The hash of the file, computed once; if the file changes after this, no tensor can be read any more.

@@ -39,8 +39,9 @@ from torch import Tensor
 
 from merganser.checkpoints.writer import TensorSpec
 from merganser.errors import StatisticsError, UserError, did_you_mean
-from merganser.statistics.format import AGAIN, StatisticsHeader, is_semidefinite
+from merganser.statistics.format import AGAIN, StatisticsHeader
 from merganser.statistics.gram_encodings import WIDEST, GramEncoding, gram_specs, protocol_of, variances_of
+from merganser.statistics.judging import is_semidefinite
 from merganser.statistics.reading import Statistics
 from merganser.statistics.writing import LazyTensors, TensorGroup
 from merganser.tensors import DTYPES, one_thread, pack_upper, unpack_upper
@@ -203,7 +204,7 @@ def _covariance(statistics: Statistics, input: str) -> tuple[Tensor, Tensor, dic
     covariance = gram.to(torch.float64)
     del gram
     covariance.addr_(wide, wide, alpha=-1)
-    if not is_semidefinite(covariance, float(wide @ wide)):
+    if not is_semidefinite(covariance.clone(), diagonal.to(torch.float64)):
         raise StatisticsError(
             f"the Gram matrix of {input} minus the square of its mean is not positive semi-definite, so it is no mean "
             "of x xᵀ and cannot be compressed",

@@ -159,7 +159,9 @@ def add(
         if problem := check_disk(place, specs(record, parts)):
             raise problem
         if parent.statistics is not None and entry.statistics is not None:
-            parent.statistics.validate()  # of a Gram matrix that is none, nobody could say later whose it was
+            parent.statistics.validate(
+                settings.threads
+            )  # of a Gram matrix that is none, nobody could say later whose it was
         people = (*record.contributors, entry)
         change = record.model_copy(update={"contributors": people, "parts": parts})
         _change(place, record, change, reference, parent, 1.0, settings)

@@ -29,6 +29,7 @@ from merganser.checkpoints.sources import read_source
 from merganser.checkpoints.writer import SafetensorsWriter, TensorSpec
 from merganser.errors import RecipeError
 from merganser.merging.execution import TensorRecord, storable
+from merganser.merging.influence import Influence
 from merganser.merging.plan import Plan, Step
 from merganser.merging.provenance import describe_inputs, model_card, public_name, write_provenance
 from merganser.merging.recipe import Inputs
@@ -226,8 +227,11 @@ class AdapterTarget:
             self._file.write(byte_view(stored))
             self.records[name] = replace(record, blake3=hash_tensor(stored, self._dtype, "blake3"))
 
-    def complete(self) -> Plan:
+    def complete(self, influence: Influence | None = None) -> Plan:
         """Write everything, when every step is finished; returns the plan with notes on what the adapter lacks.
+
+        Args:
+            influence: who decided how much, for card and provenance.
 
         Raises:
             RecipeError: no linear layer differs from the base's.
@@ -242,13 +246,14 @@ class AdapterTarget:
             "tags": ["lora"],
         }
         title, sections = f", as a LoRA adapter of rank {self.rank}", self._sections
+        sections += influence.section() if influence else ""
         card = model_card(
             plan, people, self.records, front=front, made=_MADE, title=title, sections=sections, notes=plan.notes
         )
         (self._folder / "README.md").write_text(card, encoding="utf-8")
         places = {spec.name: (WEIGHTS, spec.name) for spec in specs}
-        rank = {"as_adapter": self.rank}
-        write_provenance(plan, self._folder, self.records, people, base, {WEIGHTS: specs}, places, **rank)
+        more = {"as_adapter": self.rank} | ({} if influence is None else {"influence": influence.to_json()})
+        write_provenance(plan, self._folder, self.records, people, base, {WEIGHTS: specs}, places, **more)
         return plan
 
     def _write(self) -> list[TensorSpec]:

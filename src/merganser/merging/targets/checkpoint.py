@@ -25,6 +25,7 @@ from merganser.errors import CheckpointError, UserError
 from merganser.files import is_url, parse_size, space_error
 from merganser.merging.configuration import merged_config
 from merganser.merging.execution import TensorRecord, storable
+from merganser.merging.influence import Influence
 from merganser.merging.outputs import RemoteOutput, merge_output, new_remote_output
 from merganser.merging.plan import BUFFER, HEADS, KEPT, Plan, Step
 from merganser.merging.provenance import model_card, public_name, write_provenance
@@ -139,6 +140,8 @@ def complete(
     people: Sequence[Mapping[str, Any]],
     base: Mapping[str, Any] | None,
     made: str = _MADE,
+    *,
+    influence: Influence | None = None,
     **more: Any,
 ) -> None:
     """Write the card and the provenance, when everything else is there.
@@ -151,6 +154,7 @@ def complete(
         records: what became of each tensor.
         people, base: see :func:`merganser.merging.provenance.describe_inputs`.
         made: what the card says of how it was made.
+        influence: who decided how much, for both.
         more: what else provenance is to say.
     """
     nested = bool(reference.checkpoint.modules)
@@ -166,9 +170,10 @@ def complete(
         f"\n## Heads\n\nEach contributor's own head is kept under `{HEADS}/`; the root opens with the first. "
         f"Download the whole folder, then\n\n{listing}\n"
     )
-    sections = heads if layout.heads else ""
+    sections = (heads if layout.heads else "") + (influence.section() if influence else "")
     card = model_card(plan, people, records, front=front, made=made, sections=sections, notes=plan.notes)
     (folder / "README.md").write_text(card, encoding="utf-8")
+    more |= {} if influence is None else {"influence": influence.to_json()}
     write_provenance(plan, folder, records, people, base, layout.files, layout.places, **more)
 
 
