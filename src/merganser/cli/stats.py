@@ -59,6 +59,10 @@ def add_command(files: tuple[Path, ...], output: Path, overwrite: bool, storage:
     wanted = None if storage is None else parse_storage(storage)
     parts, place = _open(files, output, overwrite)
     _check_memory(parts, _ADDING if wanted is None else _COMPRESSING)
+    errors = ErrorCollector()
+    for part in parts:  # a sum does not show whose matrix was none
+        errors.catch(part.validate)
+    errors.raise_all()
     header, tensors = add(parts)
     if wanted is not None:
         header, tensors = compress(Statistics.in_memory(header, tensors), wanted)

@@ -232,8 +232,12 @@ def _scale_text(title: str, kind: str, labels: Sequence[str], worst: float) -> s
     if worst == inf:
         return what + "are all that there is, the other contributors' are zero: it decides alone there"
     if worst > 1:
-        return what + f"are up to {worst:.2g} times the other contributors': it decides nearly alone there"
-    return what + f"are down to 1/{1 / worst:.2g} of the other contributors': it counts for next to nothing there"
+        return what + f"are up to {_factor(worst)} times the other contributors': it decides nearly alone there"
+    return what + f"are down to 1/{_factor(1 / worst)} of the other contributors': it counts for next to nothing there"
+
+
+def _factor(value: float) -> str:
+    return f"{value:,.0f}" if value < 1e6 else f"{value:.1e}"
 
 
 def _copied(uses: Sequence[Use], parents: Sequence[Parent], found: Mapping[int, Mapping[str, Judgement]]) -> list[str]:
