@@ -28,7 +28,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     record = json.loads(found["provenance.json"])
     for parent in [*record["parents"], *([record["base"]] if record["base"] else [])]:
         parent["model"] = Path(parent["model"]).name
-    found["provenance.json"] = json.dumps({**record, "recipe": None}).encode()
+    found["provenance.json"] = json.dumps({**record, "recipe": None, "sha256": None}).encode()
     return found
 
 

@@ -97,7 +97,7 @@ def _of_folder(place: Path, everything: bool = False) -> set[str]:
         everything: every JSON file counts as a configuration, but for an index of weights.
     """
     files = [path.name for path in place.iterdir() if path.is_file() or path.is_symlink()] if place.is_dir() else []
-    named = {file for file in files if _matches(file, _BELONGS) or _is_licence(file)}
+    named = {file for file in files if _matches(file, _BELONGS) or is_licence(file)}
     if everything:
         named |= {file for file in files if file.endswith(".json") and not file.endswith(".index.json")}
     others = [file for file in files if file not in named and not _matches(file, _USUAL)]
@@ -181,7 +181,8 @@ def _settings(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _is_licence(name: str) -> bool:
+def is_licence(name: str) -> bool:
+    """Whether a file is called as licences and notices are."""
     return bool(_LICENCE.fullmatch(name)) and Path(name).suffix.lower() in _LICENCE_ENDINGS
 
 

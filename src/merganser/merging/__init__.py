@@ -2,10 +2,11 @@
 
 from merganser.checkpoints.sources import Source
 from merganser.merging.memory import RunSettings
-from merganser.merging.merge import MergeResult, Verification, carry_out, merge, prepare, reproduce, verify
+from merganser.merging.merge import MergeResult, carry_out, merge, prepare
 from merganser.merging.plan import Plan, Step
 from merganser.merging.planning import make_plan
 from merganser.merging.recipe import Contributor, Recipe, load_recipe, make_recipe
+from merganser.merging.verification import Verification, reproduce, verify
 
 __all__ = [
     "Contributor",

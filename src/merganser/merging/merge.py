@@ -1,4 +1,4 @@
-"""The verbs: merge, verify, reproduce."""
+"""The verb merge: from models or a recipe to a prepared plan, carried out into a folder."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from merganser.engines import Engine
-from merganser.errors import CheckpointError, ErrorCollector, RecipeError, raise_all
-from merganser.files import is_url, scratch_folder
+from merganser.errors import ErrorCollector, RecipeError, raise_all
+from merganser.files import is_url
 from merganser.merging.distributed import run_on
 from merganser.merging.execution import Merging, execute
 from merganser.merging.influence import Influence
@@ -21,15 +21,7 @@ from merganser.merging.memory import RunSettings, Schedule, available_bytes, fit
 from merganser.merging.outputs import merge_reads, output_of
 from merganser.merging.plan import Coverage, Plan, Treatment, inputs_of
 from merganser.merging.planning import plan_of
-from merganser.merging.provenance import (
-    check_files,
-    check_parents,
-    describe_inputs,
-    differing_files,
-    plan_of_record,
-    read_provenance,
-    recipe_of,
-)
+from merganser.merging.provenance import describe_inputs
 from merganser.merging.recipe import Contributor, Inputs, Recipe, make_recipe, open_inputs
 from merganser.merging.running_sums import check_sums
 from merganser.merging.targets.adapter import AdapterTarget
@@ -308,76 +300,3 @@ def carry_out(prepared: PreparedMerge, output: str | Path, *, overwrite: bool = 
             people, base = describe_inputs(plan, inputs)
             complete(plan, inputs.reference, layout, folder, records, people, base, influence=prepared.influence)
     return MergeResult(output, plan, time.monotonic() - started, prepared.influence)
-
-
-@dataclass(frozen=True)
-class Verification:
-    """What :func:`verify` found.
-
-    Attributes:
-        files: how many files were checked.
-        parents: how many parents were checked.
-        absent: parents that cannot be had here, with the reason.
-    """
-
-    files: int
-    parents: int
-    absent: tuple[str, ...]
-
-    def _repr_html_(self) -> str:
-        return html_table("as recorded", ["files", "parents"], [[self.files, self.parents]], self.absent)
-
-
-def verify(folder: str | Path, *, allow_pickle: bool = False) -> Verification:
-    """Check a merged folder against its provenance, and its parents where they can be had.
-
-    Args:
-        folder: the merged folder.
-        allow_pickle: accept parents in ``pytorch_model.bin``.
-
-    Raises:
-        UserError: everything that differs, at once.
-    """
-    found = read_provenance(Path(folder))
-    parents, absent = check_parents(found, Path(folder), allow_pickle=allow_pickle)
-    raise_all(check_files(Path(folder), found) + parents)
-    total = len(found["parents"]) + bool(found.get("base"))
-    return Verification(len(found["files"]), total - len(absent), tuple(absent))
-
-
-def reproduce(folder: str | Path, output: str | Path | None = None, *, allow_pickle: bool = False) -> list[str]:
-    """Repeat a merge from its provenance and compare byte for byte.
-
-    Args:
-        folder: the merged folder.
-        output: where to keep the repetition; by default it is thrown away.
-        allow_pickle: accept parents in ``pytorch_model.bin``.
-
-    Returns:
-        The files that differ from those recorded; empty when all are the same.
-
-    Raises:
-        UserError: parents that cannot be had or are other weights, or anything that :func:`merge` raises.
-    """
-    folder = Path(folder)
-    found = read_provenance(folder)
-    if "ledger" in found:
-        raise CheckpointError(
-            "this was solved from the sums of a ledger, not merged from its contributors",
-            where=folder,
-            mend="repeat it from the ledger: merganser ledger solve LEDGER -o FOLDER",
-        )
-    problems, absent = check_parents(found, folder, allow_pickle=allow_pickle)
-    mend = "put it where it was"
-    problems += [CheckpointError(f"a parent cannot be had: {one}", where=folder, mend=mend) for one in absent]
-    raise_all(problems)
-    rank = found.get("as_adapter")
-    again = plan_of_record(found, folder) or recipe_of(found, folder)
-    with scratch_folder() as scratch:
-        place = Path(output) if output is not None else scratch / "again"
-        prepared = prepare(again, place, RunSettings.make(allow_pickle=allow_pickle), rank=rank, reads=[folder])
-        if isinstance(again, Recipe):  # the record has its plan only since format 3
-            plan = replace(prepared.plan, choice=found.get("method_chosen_because"))
-            prepared = replace(prepared, plan=plan)
-        carry_out(prepared, place)
-        return differing_files(found["files"], place)

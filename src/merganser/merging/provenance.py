@@ -5,31 +5,113 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import platform
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 import yaml
+from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
-from merganser.checkpoints import open_checkpoint, sha256_file
+from merganser.checkpoints import sha256_file
 from merganser.checkpoints.header import TensorInfo, read_header, tensor_infos
 from merganser.checkpoints.reader import HASHES, PIECE, begin_hash, read_json
 from merganser.checkpoints.writer import TensorSpec, file_layout
-from merganser.errors import CheckpointError, UserError
+from merganser.errors import CheckpointError, validated
 from merganser.merging.execution import TensorRecord
 from merganser.merging.plan import Plan
 from merganser.merging.recipe import Inputs, Parent, Recipe, make_recipe
 from merganser.text import markdown
 
-FILE_NAME = "provenance.json"
-FORMAT = 3  # 1 had sha256 where later ones have blake3, and neither 1 nor 2 had the plan
+FILE_NAME, CARD = "provenance.json", "README.md"
+SELF = "sha256"  # the key of provenance's hash of itself
+FORMAT = 4  # 1 had sha256 where later ones have blake3, neither 1 nor 2 had the plan, and 3 no hash of itself
 _KINDS = {"blake3:": "blake3", "tensors:": "sha256"}  # by how a weight file's hash begins
-_LOADED = (".safetensors", ".bin", ".json", ".py")  # files that change what from_pretrained loads
+_STRICT = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+
+class _StatisticsRecord(BaseModel):
+    model_config = _STRICT
+    sha256: str
+
+
+class _ParentRecord(BaseModel):
+    model_config = _STRICT
+    model: str
+    name: str
+    revision: str | None
+    coefficient: float
+    manifest_blake3: str | None = None
+    manifest_sha256: str | None = None
+    statistics: _StatisticsRecord | None
+
+    @model_validator(mode="after")
+    def _has_a_hash(self) -> _ParentRecord:
+        if self.manifest_blake3 is None and self.manifest_sha256 is None:
+            raise ValueError("there is no hash of its weights")
+        return self
+
+
+class _TensorEntry(BaseModel):
+    model_config = _STRICT
+    blake3: str | None = None
+    sha256: str | None = None
+    method: str
+    reason: str | None
+    note: str | None
+
+    @model_validator(mode="after")
+    def _has_a_hash(self) -> _TensorEntry:
+        if self.blake3 is None and self.sha256 is None:
+            raise ValueError("there is no hash")
+        return self
+
+
+class _RecipeRecord(BaseModel):
+    model_config = _STRICT
+    method: str
+    contributors: list[dict[str, Any]]
+
+
+class ProvenanceRecord(BaseModel):
+    """What ``provenance.json`` has to look like, so that whoever reads it needs to doubt no type.
+
+    A key that is no field is none that this version writes; what its values mean is checked by
+    :mod:`merganser.merging.verification`.
+    """
+
+    model_config = _STRICT
+    format: int
+    recipe: _RecipeRecord
+    plan: dict[str, Any] | None = None
+    method_chosen_because: str | None = None
+    parents: list[_ParentRecord]
+    base: _ParentRecord | None = None
+    coverage: dict[str, Any] | None = None
+    notes: list[str] = []
+    tensors: dict[str, _TensorEntry]
+    files: dict[str, str]
+    card: str | None = None
+    versions: dict[str, str]
+    as_adapter: int | None = None
+    ledger: dict[str, Any] | None = None
+    influence: Any = None
+    sha256: str | None = None
+
+    @field_validator("files")
+    @classmethod
+    def _inside(cls, files: dict[str, str]) -> dict[str, str]:
+        for file in files:
+            path = PurePosixPath(file)
+            if not file or path.is_absolute() or ".." in path.parts or "\0" in file or str(path) != file:
+                raise ValueError(f"{file!r} is no path inside the folder")
+        return files
 
 
 def write_provenance(
@@ -44,7 +126,7 @@ def write_provenance(
 ) -> None:
     """Write ``provenance.json`` into ``folder``, with the hashes of all files that are there by now.
 
-    The card is left out: its owner is meant to edit it.
+    The card's hash is kept apart: its owner is meant to edit it.
 
     Args:
         plan: what was done.
@@ -56,8 +138,23 @@ def write_provenance(
         places: file and name inside it of each tensor.
         more: what else is to be said.
     """
-    values = plan.to_json()
+    hashes = {places[name]: record.blake3 for name, record in records.items() if places and name in places}
     found = {
+        **told_by(plan, parents, base),
+        "tensors": {name: asdict(records[name]) for name in sorted(records)},
+        "files": file_digests(folder, hashes, files or {}),
+        "card": sha256_file(folder / CARD) if (folder / CARD).is_file() else None,
+        "versions": library_versions(),
+        **more,
+    }
+    found[SELF] = own_hash(found)
+    (folder / FILE_NAME).write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def told_by(plan: Plan, parents: Sequence[Mapping[str, Any]], base: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The part of provenance that follows from the plan and the inputs' files, before any tensor is merged."""
+    values = plan.to_json()
+    return {
         "format": FORMAT,
         "recipe": values.pop("recipe"),
         "plan": values,
@@ -66,34 +163,33 @@ def write_provenance(
         "base": base,
         "coverage": {**asdict(plan.coverage), "share": plan.coverage.share},
         "notes": list(plan.notes),
-        "tensors": {name: asdict(records[name]) for name in sorted(records)},
-        "files": _file_digests(folder, records, files or {}, places or {}),
-        "versions": library_versions(),
-        **more,
     }
-    (folder / FILE_NAME).write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def own_hash(provenance: Mapping[str, Any]) -> str:
+    """The hash of everything else that provenance says, in hexadecimal: sha256 of JSON with sorted keys, no spaces."""
+    values = {key: value for key, value in provenance.items() if key != SELF}
+    return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
-    """The provenance of a merged folder.
+    """The provenance of a merged folder, of any format so far.
 
     Raises:
         CheckpointError: there is none, or it is of a newer format or malformed.
+        Problems: it is malformed in several places.
     """
     path = folder / FILE_NAME
     found = read_json(path)
     if found is None:
         raise CheckpointError(f"no {FILE_NAME} here", where=folder, mend="give a folder that merganser merge wrote")
-    if not isinstance(found.get("format"), int) or found["format"] > FORMAT:
+    if type(found.get("format")) is not int or not 1 <= found["format"] <= FORMAT:
         raise CheckpointError(
-            f"provenance of format {found.get('format')!r}, this version reads up to {FORMAT}",
+            f"provenance of format {found.get('format')!r}, this version reads 1 to {FORMAT}",
             where=path,
             mend="update merganser",
         )
-    shapes = {"recipe": dict, "parents": list, "tensors": dict, "files": dict}
-    for key, kind in shapes.items():
-        if not isinstance(found.get(key), kind):
-            raise CheckpointError(f"{key!r} is missing or malformed", where=path, mend="merge again")
+    validated(ProvenanceRecord, found, str(path), CheckpointError)
     return found
 
 
@@ -103,10 +199,10 @@ def plan_of_record(provenance: Mapping[str, Any], where: Path) -> Plan | None:
     Raises:
         RecipeError: the record was edited so that it is no plan.
     """
-    if "plan" not in provenance:
+    if provenance.get("plan") is None:
         return None
-    values = {**provenance["plan"], "recipe": recipe_of(provenance, where).model_dump(mode="json")}
-    return Plan.from_json(values, str(where / FILE_NAME))
+    recipe = recipe_of(provenance, where)
+    return Plan.from_json({**provenance["plan"], "recipe": recipe.model_dump(mode="json")}, str(where / FILE_NAME))
 
 
 def recipe_of(provenance: Mapping[str, Any], where: Path) -> Recipe:
@@ -130,68 +226,12 @@ def located(reference: str, folder: Path) -> str:
 
     Whatever is found is held against its recorded hash before it is used.
     """
-    if Path(reference).is_absolute() or Path(reference).exists():
+    if Path(reference).is_absolute() or os.path.exists(reference):  # noqa: PTH110 (of no possible path, this is False)
         return reference
     if "+" in reference:  # base+adapter
         return "+".join(located(part, folder) for part in reference.split("+") if part)
     places = (place / reference for place in folder.resolve().parents)
-    return next((str(place) for place in places if place.exists()), reference)
-
-
-def check_files(folder: Path, provenance: Mapping[str, Any]) -> list[UserError]:
-    """What differs between a merged folder and its provenance: files and tensors, changed, missing or added."""
-    problems: list[UserError] = []
-    recorded, present = provenance["files"], set(_files(folder))
-    for file in sorted(set(recorded) | present):
-        if file not in present:
-            problems.append(CheckpointError(f"{file} is missing", where=folder, mend="merge again"))
-        elif file not in recorded:
-            if Path(file).suffix in _LOADED and not file.endswith("merge_statistics.safetensors"):
-                problems.append(CheckpointError(f"{file} was added after the merge", where=folder, mend="remove it"))
-        elif (found := file_digest(folder / file, recorded[file])) != recorded[file]:
-            problems.append(
-                CheckpointError(
-                    f"{file} was changed after the merge: its hash is {found}, recorded {recorded[file]}",
-                    where=folder,
-                    mend="merge again, or restore the file",
-                )
-            )
-    return problems
-
-
-def differing_files(recorded: Mapping[str, str], folder: Path) -> list[str]:
-    """The files that are not as recorded in a folder, or not recorded at all."""
-    present = _files(folder)
-    return sorted(
-        file
-        for file in {*recorded, *present}
-        if file not in present or file not in recorded or file_digest(folder / file, recorded[file]) != recorded[file]
-    )
-
-
-def check_parents(
-    provenance: Mapping[str, Any], folder: Path, *, allow_pickle: bool = False
-) -> tuple[list[UserError], list[str]]:
-    """What differs between the parents as they are now and as they were merged; and which cannot be had here."""
-    problems: list[UserError] = []
-    absent = []
-    for entry in [*provenance["parents"], *([provenance["base"]] if provenance.get("base") else [])]:
-        try:
-            reference = _pinned(entry) if entry.get("revision") else located(entry["model"], folder)
-            checkpoint = open_checkpoint(reference, allow_pickle=allow_pickle)
-        except UserError as error:
-            absent.append(f"{entry['model']} ({error.what})")
-            continue
-        kind, recorded = manifest_of(entry)
-        if (found := checkpoint.manifest_hash(kind)) != recorded:
-            problems.append(
-                CheckpointError(
-                    f"other weights than were merged: {kind} {found}, recorded {recorded}",
-                    where=entry["model"],
-                    mend="give the revision that was merged",
-                )
-            )
-    return problems, absent
+    return next((str(place) for place in places if os.path.exists(place)), reference)  # noqa: PTH110
 
 
 def library_versions() -> dict[str, str]:
@@ -207,11 +247,12 @@ def library_versions() -> dict[str, str]:
 
 def manifest_of(entry: Mapping[str, Any]) -> tuple[str, str]:
     """The kind of a recorded parent's hash, and the hash: sha256 of ledgers and of format 1, else blake3."""
-    kind = "blake3" if "manifest_blake3" in entry else "sha256"
+    kind = "blake3" if entry.get("manifest_blake3") else "sha256"
     return kind, str(entry[f"manifest_{kind}"])
 
 
-def _pinned(entry: Mapping[str, Any]) -> str:
+def pinned(entry: Mapping[str, Any]) -> str:
+    """A recorded parent that is on the Hub, at its commit."""
     if "+" in str(entry["revision"]):  # an adapter on its base: the whole reference
         return str(entry["revision"])
     return f"{str(entry['model']).rsplit('@', 1)[0]}@{entry['revision']}"
@@ -219,7 +260,7 @@ def _pinned(entry: Mapping[str, Any]) -> str:
 
 def describe_inputs(plan: Plan, inputs: Inputs) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
     """The contributors and the base model as they are recorded."""
-    uses = plan.method.needs.statistics is not None
+    uses = plan.method.needs.statistics is not None or plan.rank is not None  # an adapter's norms are made of them
     base = describe_parent(inputs.base, False) if inputs.base else None
     return [describe_parent(parent, uses) for parent in inputs.parents], base
 
@@ -243,29 +284,26 @@ def describe_parent(parent: Parent, uses_statistics: bool) -> dict[str, Any]:
     }
 
 
-def _files(folder: Path) -> list[str]:
-    inside = (path for path in folder.rglob("*") if path.is_file())
-    names = (path.relative_to(folder).as_posix() for path in inside)
-    return sorted(name for name in names if name not in (FILE_NAME, "README.md"))
-
-
-def _file_digests(
-    folder: Path,
-    records: Mapping[str, TensorRecord],
-    weights: Mapping[str, Sequence[TensorSpec]],
-    places: Mapping[str, tuple[str, str]],
+def file_digests(
+    folder: Path, hashes: Mapping[tuple[str, str], str], weights: Mapping[str, Sequence[TensorSpec]]
 ) -> dict[str, str]:
     """The hashes of a result's files.
 
     A weight file's is made of its header and of its tensors' hashes, which are known once the tensors are written: the
     file is not read again. It starts with ``blake3:``, or in provenance of format 1 with ``tensors:`` for sha256. Every
     other file's is the sha256 of its bytes.
+
+    Args:
+        folder: of the result.
+        hashes: of each tensor, by its file and its name in it.
+        weights: the tensors of each weight file.
     """
-    known = {places[name]: record.blake3 for name, record in records.items() if name in places}
-    found = {file: sha256_file(folder / file) for file in _files(folder) if file not in weights}
+    inside = (path for path in folder.rglob("*") if path.is_file())
+    names = {path.relative_to(folder).as_posix() for path in inside} - {FILE_NAME, CARD, *weights}
+    found = {file: sha256_file(folder / file) for file in names}
     for file, specs in weights.items():
         header, infos = file_layout(file, specs)
-        found[file] = _digest(header, [known[file, info.name] for info in infos], "blake3:")
+        found[file] = _digest(header, [hashes[file, info.name] for info in infos], "blake3:")
     return dict(sorted(found.items()))
 
 
@@ -275,12 +313,22 @@ def file_digest(path: Path, like: str) -> str:
     Raises:
         CheckpointError: no weight file where there should be one.
     """
+    return hash_file(path, like)[0]
+
+
+def hash_file(path: Path, like: str) -> tuple[str, dict[str, str]]:
+    """The hash of a file, of the kind that ``like`` is, and where it is a weight file's, the hash of each tensor.
+
+    Raises:
+        CheckpointError: no weight file where there should be one.
+    """
     prefix = next((prefix for prefix in _KINDS if like.startswith(prefix)), None)
     if prefix is None:
-        return sha256_file(path)
+        return sha256_file(path), {}
     header, infos = _layout(path)
     with path.open("rb") as stream:
-        return _digest(header, [_hash(stream, info, _KINDS[prefix]) for info in infos], prefix)
+        hashes = {info.name: _hash(stream, info, _KINDS[prefix]) for info in infos}
+    return _digest(header, [*hashes.values()], prefix), hashes
 
 
 def _hash(stream: BinaryIO, info: TensorInfo, kind: str) -> str:
@@ -297,10 +345,18 @@ def _digest(header: bytes, hashes: list[str], prefix: str) -> str:
 
 
 def _layout(path: Path) -> tuple[bytes, list[TensorInfo]]:
-    """The bytes of a weight file's header, and its tensors in file order."""
+    """The bytes of a weight file's header, and its tensors in file order.
+
+    Raises:
+        CheckpointError: no weight file, or one with bytes that belong to no tensor, which no hash would cover.
+    """
     header, start = read_header(path)
+    size = path.stat().st_size
+    infos = tensor_infos(header, start, size, path, path.name)
+    if start + sum(info.nbytes for info in infos) != size:
+        raise CheckpointError("holds bytes that belong to no tensor", where=path, mend="restore the file")
     with path.open("rb") as stream:
-        return stream.read(start), tensor_infos(header, start, path.stat().st_size, path, path.name)
+        return stream.read(start), infos
 
 
 def model_card(

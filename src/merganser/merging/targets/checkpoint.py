@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from torch import Tensor
+
 from merganser.checkpoints import Checkpoint, open_checkpoint
 from merganser.checkpoints.adapter_configuration import resize, untied
 from merganser.checkpoints.model_view import view_of
@@ -85,7 +87,49 @@ tensor, and the method that was really used for each; `merganser verify` checks 
 merge byte for byte."""
 
 
-class CheckpointTarget:
+class RecordingTarget:
+    """What becomes of each tensor of a result, without writing it.
+
+    Args:
+        plan: what is carried out.
+        names: the only tensors that count; all by default.
+
+    Attributes:
+        records: what became of each tensor.
+        total: bytes of the work.
+    """
+
+    def __init__(self, plan: Plan, names: Collection[str] | None = None) -> None:
+        self.records: dict[str, TensorRecord] = {}
+        self._specs = {name: spec for name, spec in plan.specs.items() if names is None or name in names}
+        self._hashes: dict[str, TensorHash] = {}
+        self.total = sum(spec.nbytes for spec in self._specs.values())
+
+    def take(self, step: Step, firsts: Mapping[str, int], merged: Merged) -> int:
+        """Take the tensors of a slice that count."""
+        done = 0
+        for name, tensor in merged.tensors.items():
+            if (spec := self._specs.get(name)) is not None:
+                dtype = DTYPES[spec.dtype]
+                free = step.reason == BUFFER  # whose numbers may be infinite
+                stored = tensor.to(dtype).contiguous() if free else storable(tensor, dtype, name, step.method)
+                self._put(name, stored, firsts[name])
+                self._hashes.setdefault(name, TensorHash(spec.dtype, spec.shape, "blake3")).update(stored)
+                done += stored.nbytes
+        return done
+
+    def finish(self, step: Step, note: str | None) -> None:
+        """Note what became of the tensors."""
+        for name in step.unit.names:
+            if name in self._specs:
+                digest = self._hashes.pop(name).hexdigest()
+                self.records[name] = TensorRecord(digest, step.method, step.reason, note)
+
+    def _put(self, name: str, stored: Tensor, first: int) -> None:
+        """Rows of a tensor as they are stored, from row ``first`` on."""
+
+
+class CheckpointTarget(RecordingTarget):
     """The weight files of a result, being written. Use as a context manager, see :class:`SafetensorsWriter`.
 
     Args:
@@ -97,10 +141,8 @@ class CheckpointTarget:
 
     def __init__(self, plan: Plan, layout: Layout, folder: Path, files: Collection[str] | None = None) -> None:
         wanted = {file: specs for file, specs in layout.files.items() if files is None or file in files}
-        self.records: dict[str, TensorRecord] = {}
-        self.total = sum(spec.nbytes for specs in wanted.values() for spec in specs)
-        self._specs = {name: spec for name, spec in plan.specs.items() if layout.places[name][0] in wanted}
-        self._places, self._hashes = layout.places, dict[str, TensorHash]()
+        super().__init__(plan, {name for name in plan.specs if layout.places[name][0] in wanted})
+        self._places = layout.places
         self._writer, self._open = SafetensorsWriter(folder, wanted), ExitStack()
 
     def __enter__(self) -> CheckpointTarget:
@@ -110,25 +152,8 @@ class CheckpointTarget:
     def __exit__(self, *error: Any) -> None:
         self._open.__exit__(*error)
 
-    def take(self, step: Step, firsts: Mapping[str, int], merged: Merged) -> int:
-        """Write the tensors of a slice that belong to these files."""
-        done = 0
-        for name, tensor in merged.tensors.items():
-            if (spec := self._specs.get(name)) is not None:
-                dtype = DTYPES[spec.dtype]
-                free = step.reason == BUFFER  # whose numbers may be infinite
-                stored = tensor.to(dtype).contiguous() if free else storable(tensor, dtype, name, step.method)
-                self._writer.write(*self._places[name], stored, firsts[name])
-                self._hashes.setdefault(name, TensorHash(spec.dtype, spec.shape, "blake3")).update(stored)
-                done += stored.nbytes
-        return done
-
-    def finish(self, step: Step, note: str | None) -> None:
-        """Note what became of the tensors."""
-        for name in step.unit.names:
-            if name in self._specs:
-                digest = self._hashes.pop(name).hexdigest()
-                self.records[name] = TensorRecord(digest, step.method, step.reason, note)
+    def _put(self, name: str, stored: Tensor, first: int) -> None:
+        self._writer.write(*self._places[name], stored, first)
 
 
 def complete(
