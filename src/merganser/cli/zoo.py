@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +14,13 @@ import click
 from merganser.cli.common import print_table, split_pairs, tell, warn
 from merganser.errors import UserError, raise_all
 from merganser.files import human_bytes
+from merganser.text import shortened
 
 if TYPE_CHECKING:
     from merganser.lab.zoo import Entry, Zoo
 
+#: What is shown of an entry: rows of a table, and characters of a name or a value.
+_MOST_ROWS, _MOST_CHARACTERS = 200, 300
 _ZOO = click.option(
     "--zoo", "url", help="Folder or URL of the zoo.  [default: $MERGANSER_ZOO or ~/.cache/merganser/zoo]"
 )
@@ -122,7 +125,7 @@ def _age(created: str) -> str:
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 def show_command(url: str | None, identity: str, verify: bool, as_json: bool) -> None:
     """Show a model: what it was made from, its facts and its files. The first digits of ID are enough."""
-    from merganser.lab.zoo.keys import flatten, show
+    from merganser.lab.zoo.keys import flatten
 
     zoo = _open(url)
     entry = zoo.entry(identity)
@@ -132,11 +135,21 @@ def show_command(url: str | None, identity: str, verify: bool, as_json: bool) ->
         for line in (f"id: {entry.id}", f"created: {entry.created}", f"path: {entry.path}"):
             tell(line)
         for title, fields in (("made from", entry.key), ("facts", entry.facts)):
-            print_table(title, ["name", "value"], [[n, show(v)] for n, v in flatten(fields).items()])
+            print_table(title, ["name", "value"], _shown(flatten(fields)))
         rows = [[name, human_bytes(size)] for name, size in zoo.files(entry).items()]
         print_table("files", ["name", "size"], rows)
     if verify:
         warn(f"{zoo.verify(entry)} files are as recorded")
+
+
+def _shown(fields: Mapping[str, Any]) -> list[list[str]]:
+    """Rows of a table that stays readable, whatever an entry holds; ``--json`` shows all of it."""
+    from merganser.lab.zoo.keys import show
+
+    cells = ((name, show(value)) for name, value in fields.items())
+    rows = [[shortened(cell, _MOST_CHARACTERS) for cell in row] for row in cells]
+    left = len(rows) - _MOST_ROWS
+    return [*rows[:_MOST_ROWS], ["…", f"{left} more, see --json"]] if left > 0 else rows
 
 
 @zoo_command.command("rm")

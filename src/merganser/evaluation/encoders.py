@@ -17,7 +17,7 @@ from merganser.files import scratch_folder
 from merganser.tasks.columns import Columns, texts
 from merganser.tasks.data import Rows
 from merganser.tasks.embedding import Embedding, saved_type
-from merganser.tasks.models import Opened, first_line, load_model, quiet
+from merganser.tasks.models import Opened, blamed, first_line, load_model, quiet
 from merganser.tasks.predict import Prediction
 
 
@@ -121,9 +121,10 @@ def compare_embeddings(
 
 def _encode(encoder: Any, batch_size: int, name: str, given: Sequence[str], side: str) -> Tensor:
     verbs = {"query": encoder.encode_query, "document": encoder.encode_document}
-    found = verbs.get(side, encoder.encode)(
-        list(given), batch_size=batch_size, convert_to_tensor=True, show_progress_bar=False
-    )
+    with blamed("the model cannot be run", name, "check that configuration, weights and tokenizer belong together"):
+        found = verbs.get(side, encoder.encode)(
+            list(given), batch_size=batch_size, convert_to_tensor=True, show_progress_bar=False
+        )
     dense: Tensor = found.to_dense() if found.is_sparse else found
     if not bool(torch.isfinite(dense).all()):
         what = "the model's embeddings are not finite"

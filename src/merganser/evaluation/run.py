@@ -6,6 +6,7 @@ merganser.evaluate(["merged", "specialist"], ["a.jsonl", "b.jsonl"], ensemble=Tr
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -149,7 +150,7 @@ def _as_list(given: str | Path | Sequence[str | Path], what: str) -> list[str]:
 
 
 def _check_names(names: Sequence[str], what: str) -> None:
-    twice = sorted({name for name in names if names.count(name) > 1})
+    twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if twice:
         raise UserError(f"{', '.join(twice)} is given twice", where=what, mend="give each once")
     if what == "models" and ENSEMBLE in names:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ Row = dict[str, Any]
 Numbered = Iterator[tuple[int, Row]]
 
 _SPACE = re.compile(r"[ \t\r\n]+")
+_LONGEST_LINE = 1 << 26  # bytes: the longest book has a tenth of that, and a damaged file may have no line at all
 _CSV_FIELD_LIMIT = 1 << 30  # characters; Python's own limit of 131,072 is less than a long document
 
 
@@ -43,7 +45,10 @@ def read_file(path: Path) -> Numbered:
 def _text_lines(path: Path) -> Iterator[str]:
     """Lines with their ends, split at newlines only: JSON strings may hold U+2028 and kin."""
     with path.open("rb") as stream:
-        for number, line in enumerate(stream, 1):
+        for number, line in enumerate(iter(partial(stream.readline, _LONGEST_LINE + 1), b""), 1):
+            if len(line) > _LONGEST_LINE:
+                what = f"a line of more than {_LONGEST_LINE} bytes"
+                raise DataError(what, where=f"{path}:{number}", mend="give one row a line; is this a text file?")
             try:
                 yield line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
@@ -132,9 +137,9 @@ def _read_separated(path: Path, delimiter: str, quoting: int) -> Numbered:
         for fields in reader:
             if fields and not header:
                 header = fields
-                twice = sorted({name for name in header if header.count(name) > 1})
+                twice = sorted(name for name, count in Counter(header).items() if count > 1)
                 if twice:
-                    what = f"the header names {', '.join(map(repr, twice))} twice"
+                    what = f"the header names {', '.join(map(repr, twice[:20]))} twice"
                     mend = "the first line must name each column once"
                     raise DataError(what, where=f"{path}:{line}", mend=mend)
             elif fields and len(fields) != len(header):

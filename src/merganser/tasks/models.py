@@ -33,6 +33,7 @@ _SHIFTED_POSITIONS = {
     "camembert", "data2vec-text", "esm", "ibert", "layoutlmv3", "longformer", "luke", "markuplm", "mpnet",
     "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
 }  # fmt: skip
+_TOKENIZER_MEND = "put the tokenizer's files (tokenizer.json, tokenizer_config.json, …) beside the weights"
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model",
     "spm.model", "sentencepiece.bpe.model", "tekken.json",
@@ -129,21 +130,44 @@ def load_tokenizer(opened: Opened) -> Any:
     place = next((p for p in places if any((p / file).is_file() for file in _TOKENIZER_FILES)), None)
     if place is None:
         raise _no_tokenizer(own, "there is none")
-    try:
-        with quiet():
-            tokenizer = transformers.AutoTokenizer.from_pretrained(
-                str(place), local_files_only=True, trust_remote_code=False
-            )
-    except Exception as error:  # damaged files; the loaders raise many kinds
-        raise _no_tokenizer(place, first_line(error)) from None
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # made up by transformers from a configuration alone
+    with quiet(), blamed("the tokenizer cannot be loaded", place, _TOKENIZER_MEND):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            str(place), local_files_only=True, trust_remote_code=False
+        )
+        words = len(tokenizer) - len(tokenizer.all_special_tokens)
+    if words <= 0:  # made up by transformers from a configuration alone
         raise _no_tokenizer(place, "it has no vocabulary")
+    if not isinstance(tokenizer.model_max_length, int | float):
+        raise _no_tokenizer(place, f"its model_max_length {tokenizer.model_max_length!r} is no number")
     return tokenizer
 
 
 def _no_tokenizer(place: Path, why: str) -> CheckpointError:
-    mend = "put the tokenizer's files (tokenizer.json, tokenizer_config.json, …) beside the weights"
-    return CheckpointError(f"the tokenizer cannot be loaded: {why}", where=place, mend=mend)
+    return CheckpointError(f"the tokenizer cannot be loaded: {why}", where=place, mend=_TOKENIZER_MEND)
+
+
+@contextmanager
+def blamed(what: str, where: str | Path | None, mend: str) -> Iterator[None]:
+    """Make an error of the user's of whatever a stranger's files provoke in the library that reads or runs them.
+
+    Libraries raise many kinds of exceptions, and what is written in Rust panics, which is no ``Exception``.
+
+    Args:
+        what: cannot be done, as the beginning of the message.
+        where: the files.
+        mend: for all of it.
+
+    Raises:
+        CheckpointError: in place of anything that is no error of our own.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise CheckpointError(f"{what}: {first_line(error)}", where=where, mend=mend) from None
 
 
 def load_model(
@@ -303,6 +327,6 @@ def quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its kind where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -15,7 +15,7 @@ from merganser.tasks.batches import Feature, make_batches
 from merganser.tasks.columns import Columns
 from merganser.tasks.data import Rows
 from merganser.tasks.labels import LabelSpace
-from merganser.tasks.models import choose_length
+from merganser.tasks.models import blamed, choose_length
 
 _TRUTHS = ("labels", "decoder_attention_mask")  # what a model that is asked must not see
 
@@ -76,7 +76,8 @@ def predict(
     outputs: list[Any] = [None] * len(encoded.features)  # in the order of the data
     for indices, tensors in batches:
         inputs = {key: value.to(place) for key, value in tensors.items() if key not in _TRUTHS}
-        found = task.outputs(model, inputs, [encoded.features[index] for index in indices], tokenizer)
+        with blamed("the model cannot be run", name, "check that config.json, weights and tokenizer belong together"):
+            found = task.outputs(model, inputs, [encoded.features[index] for index in indices], tokenizer)
         for index, output in zip(indices, found, strict=True):
             outputs[index] = output
         if bar is not None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 from merganser.errors import CheckpointError, DataError
 from merganser.tasks.batches import Feature
 from merganser.tasks.data import Rows
+from merganser.tasks.models import blamed
 
+_TOGETHER = "check that the tokenizer's files are whole, and are those of this model"
 _CHUNK = 512  # texts tokenised at once: enough to be fast, few enough to keep the tokenizer's own records small
 
 
@@ -109,14 +113,17 @@ def _encode(
     }
     features: list[Feature] = []
     shortened: set[int] = set()
+    rows_of_table = _vocabulary_size(config)
     for start in range(0, len(next(iter(given.values()))), _CHUNK):
         chunk = {name: list(values[start : start + _CHUNK]) for name, values in given.items()}
-        whole = tokenizer(**chunk, truncation=False, **options)
+        with _using(tokenizer):
+            whole = tokenizer(**chunk, truncation=False, **options)
         places = [(whole, index) for index in range(len(whole["input_ids"]))]
         long = [index for index, ids in enumerate(whole["input_ids"]) if len(ids) > max_length]
         if long:
             again = {name: [values[index] for index in long] for name, values in chunk.items()}
-            cut = tokenizer(**again, truncation="longest_first", max_length=max_length, **options)
+            with _using(tokenizer):
+                cut = tokenizer(**again, truncation="longest_first", max_length=max_length, **options)
             for place, index in enumerate(long):
                 places[index] = (cut, place)
                 shortened.add(start + index)
@@ -125,10 +132,29 @@ def _encode(
             if not ids:
                 mend = "remove the row, or give it a text"
                 raise DataError("the text has no tokens", where=rows.where(start + index), mend=mend)
+            if max(ids) >= rows_of_table:
+                what = f"the tokenizer gives a token the id {max(ids)}, but the model has {rows_of_table} tokens"
+                raise CheckpointError(what, where=_files_of(tokenizer), mend=_TOGETHER)
             token_types = encoded["token_type_ids"][place] if types else None
             firsts = _first_subwords(encoded.word_ids(place), len(chunk["text"][index])) if words else None
             features.append(Feature(ids, token_types, words=firsts))
     return Encoded(features, frozenset(shortened), max_length)
+
+
+def _using(tokenizer: Any) -> AbstractContextManager[None]:
+    return blamed("the tokenizer cannot be used", _files_of(tokenizer), _TOGETHER)
+
+
+def _files_of(tokenizer: Any) -> str | None:
+    place = getattr(tokenizer, "name_or_path", None)
+    return str(place) if place else None
+
+
+def _vocabulary_size(config: Mapping[str, Any]) -> float:
+    """How many tokens a model has an embedding of, as its configuration says; without end where it does not."""
+    inner = config.get("text_config")  # of a model that sees images, too
+    sizes = [part.get("vocab_size") for part in (config, inner) if isinstance(part, Mapping)]
+    return max((size for size in sizes if isinstance(size, int) and size > 0), default=math.inf)
 
 
 def _first_subwords(word_ids: Sequence[int | None], words: int) -> list[int]:

@@ -22,6 +22,9 @@ class _Frozen(BaseModel):
 
 
 Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what every generator takes
+#: What a grid may have: more is a slip of the pen, and would be found by a machine that has no memory left.
+MAX_SEEDS, MAX_CELLS, MAX_CANDIDATES, MAX_PARTS, MAX_SAMPLES = 1_000, 50_000, 10_001, 1_000, 1_000_000
 
 
 class Limits(_Frozen):
@@ -47,7 +50,7 @@ class SuiteConfig(_Frozen):
     root: str | None = None
     options: dict[str, Any] = {}
     limits: Limits = Limits()
-    sample_seed: int = 1
+    sample_seed: Seed = 1
 
     @field_validator("name")
     @classmethod
@@ -124,8 +127,8 @@ class Search(_Frozen):
         samples: Dirichlet samples, beside the uniform coefficients.
     """
 
-    grid: int = Field(default=11, ge=2)
-    samples: Count = 20
+    grid: int = Field(default=11, ge=2, le=MAX_CANDIDATES)
+    samples: int = Field(default=20, ge=1, le=MAX_CANDIDATES)
 
 
 class Finetune(_Frozen):
@@ -191,7 +194,7 @@ class Partitions(_Frozen):
         total: examples of all parts together.
     """
 
-    parts: int = Field(default=2, ge=2)
+    parts: int = Field(default=2, ge=2, le=MAX_PARTS)
     total: int = Field(default=2000, ge=2)
     iid: bool = False
 
@@ -251,11 +254,11 @@ class ExperimentConfig(_Frozen):
     order: Literal["computed"] | tuple[str, ...] = "computed"
     methods: tuple[MethodConfig, ...] = Field(min_length=1)
     comparators: tuple[Comparator, ...] = ("individual",)
-    seeds: tuple[int, ...] = Field((1,), min_length=1)
+    seeds: tuple[Seed, ...] = Field((1,), min_length=1, max_length=MAX_SEEDS)
     tests: Tests = Tests()
     resources: Resources = Resources()
     batch_size: Count = 32
-    bootstrap: int = Field(default=0, ge=0)
+    bootstrap: int = Field(default=0, ge=0, le=MAX_SAMPLES)
 
     @model_validator(mode="before")
     @classmethod
@@ -279,8 +282,10 @@ class ExperimentConfig(_Frozen):
             raise ValueError(f"two methods are called {twice!r}: give them titles that differ")
         if self.layout in ("pairs", "greedy", "all") and len(self.contributors) < 2:
             raise ValueError(f"layout {self.layout!r} needs at least two contributors")
-        if self.order != "computed" and set(self.order) != set(self.contributors):
+        if self.order != "computed" and sorted(self.order) != sorted(self.contributors):
             raise ValueError(f"order must name every contributor once: {', '.join(self.contributors)}")
+        if (cells := self._most_cells()) > MAX_CELLS:
+            raise ValueError(f"the grid has up to {cells} cells, {MAX_CELLS} are accepted: give it less of something")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError("a seed is given twice")
         if "different" in self.heads and len(self.seeds) < 2:
@@ -297,6 +302,17 @@ class ExperimentConfig(_Frozen):
         if separate and self.layout == "partitions":
             raise ValueError("the parts of one data set share its labels: give heads: same")
         return self
+
+    def _most_cells(self) -> int:
+        """The number of cells, each individual model counted once for each group that it is in."""
+        people = len(self.contributors)
+        groups, largest = {
+            "pairs": (people * (people - 1) // 2, 2),
+            "greedy": (people - 1, people),
+            "all": (1, people),
+            "partitions": (people, self.partitions.parts),
+        }[self.layout]
+        return groups * (largest + len(self.comparators) + len(self.methods)) * len(self.heads) * len(self.seeds)
 
     def remarks(self) -> list[str]:
         """What is allowed and may not be meant."""

@@ -10,6 +10,7 @@ name says is looked for among the configurations that come with merganser.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -23,7 +24,8 @@ from merganser.merging.recipe import read_mapping
 
 _TEMPLATE = re.compile(r"\{(\w+)\}")
 MAX_FILES = 100  # that one file extends, those that these extend included
-_INTEGER = re.compile(r"[+-]?\d+")
+MAX_FILLED = 2**22  # values and characters of a configuration, once its templates are filled in
+_INTEGER = re.compile(r"[+-]?\d{1,40}")
 
 
 def load_config(
@@ -46,10 +48,16 @@ def load_config(
     for file in files:
         values = merge_values(values, read_values(find_file(file)))
     where = " + ".join(str(file) for file in files)
-    given = {**(values.pop("templates", None) or {}), **(templates or {})}
+    own = values.pop("templates", None) or {}
+    if not isinstance(own, dict) or not all(isinstance(name, str) for name in own):
+        what = f"templates: {own!r} is no mapping of names to values"
+        raise RecipeError(what, where=where, mend="write each as 'name: value'")
+    given = {**own, **(templates or {})}
     errors = ErrorCollector()
     errors.catch(_check_used, values, given, list(templates or {}), where)
+    _check_growth(list(given.values()), given, where)
     closed = {name: _insert(value, given) for name, value in given.items()}  # their values may name others
+    _check_growth(values, closed, where)
     filled = errors.catch(fill, values, closed, where)
     errors.raise_all()
     values = dict(filled or {})
@@ -159,6 +167,30 @@ def _check_used(values: Mapping[str, Any], given: Mapping[str, Any], asked: Sequ
     raise_all(problems)
 
 
+def _check_growth(values: Any, templates: Mapping[str, Any], where: str) -> None:
+    """Refuse templates that make far more of a configuration than anybody has written.
+
+    Raises:
+        RecipeError: filled in, it has more than :data:`MAX_FILLED` values and characters.
+    """
+    sizes = {name: _size(value, {}) for name, value in templates.items()}
+    size = _size(values, sizes)
+    if size > MAX_FILLED:
+        what = f"filled in, its templates make {size} characters and values of it, {MAX_FILLED} are accepted"
+        raise RecipeError(what, where=where, mend="give templates shorter values, or name them less often")
+
+
+def _size(values: Any, sizes: Mapping[str, int]) -> int:
+    """How many characters and values a part of a configuration has, its templates being of these sizes."""
+    if isinstance(values, Mapping):
+        return _size(list(values), sizes) + _size(list(values.values()), sizes)
+    if isinstance(values, list):
+        return 1 + sum(_size(value, sizes) for value in values)
+    if not isinstance(values, str):
+        return 1
+    return 1 + len(values) + sum(sizes.get(name, 0) for name in _TEMPLATE.findall(values))
+
+
 def fill(values: Any, templates: Mapping[str, Any], where: str) -> Any:
     """Fill in ``{name}`` in every text.
 
@@ -192,15 +224,16 @@ def fill(values: Any, templates: Mapping[str, Any], where: str) -> Any:
 
 
 def number_of(value: Any) -> Any:
-    """Numeric text as a number, anything else as it is."""
+    """Numeric text as a number, anything else as it is; what is no finite number is a text."""
     if not isinstance(value, str):
         return value
     if _INTEGER.fullmatch(value):
         return int(value)
     try:
-        return float(value)
+        number = float(value)
     except ValueError:
         return value
+    return number if math.isfinite(number) else value
 
 
 def filter_models(values: dict[str, Any], keep: Sequence[str], where: str) -> dict[str, Any]:

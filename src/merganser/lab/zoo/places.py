@@ -7,6 +7,7 @@ from pathlib import Path
 from merganser.files import RemoteFolder, scratch_folder
 from merganser.lab.zoo.keys import ZooError
 from merganser.lab.zoo.record import ENTRY, MAX_BYTES, FileRecord, is_id, record_file, record_stream
+from merganser.paths import check_file, inside, is_inside
 
 
 class Folder:
@@ -30,25 +31,44 @@ class Folder:
         return sorted(p.name for p in self.root.iterdir() if is_id(p.name) and (p / ENTRY).is_file())
 
     def read(self, name: str) -> bytes | None:
-        """The bytes of a small file, ``None`` where there is none."""
-        try:
-            with (self.root / name).open("rb") as stream:
-                return stream.read(MAX_BYTES + 1)
-        except (FileNotFoundError, NotADirectoryError):
+        """The bytes of a small file, ``None`` where there is none.
+
+        Raises:
+            ZooError: it is no plain file, or a link that leads out of the zoo.
+        """
+        path = self.path(name)
+        if path is None:
             return None
+        with path.open("rb") as stream:
+            return stream.read(MAX_BYTES + 1)
+
+    def path(self, name: str) -> Path | None:
+        """A file that is there and is the zoo's own; ``None`` where there is none.
+
+        Raises:
+            ZooError: it is no plain file, or a link that leads out of the zoo.
+        """
+        path = self.root / name
+        inside(self.root, name, ZooError, where=self.root, what="the file", mend="remove the entry")
+        if not path.exists():
+            return None
+        check_file(path, ZooError, mend="remove the entry with 'merganser zoo rm'")
+        return path
 
     def sizes(self, identity: str) -> dict[str, int]:
         """The files of an entry with their sizes, by name below ``<id>/``."""
         folder = self.root / identity
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        files = sorted(path for path in folder.rglob("*") if path.is_file() and is_inside(self.root, path))
         return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
 
     def digest(self, name: str) -> FileRecord | None:
-        """Hash and size of a file, ``None`` where there is none."""
-        try:
-            return record_file(self.root / name)
-        except (FileNotFoundError, NotADirectoryError):
-            return None
+        """Hash and size of a file, ``None`` where there is none.
+
+        Raises:
+            ZooError: see :meth:`path`.
+        """
+        path = self.path(name)
+        return None if path is None else record_file(path)
 
 
 class Remote(RemoteFolder):

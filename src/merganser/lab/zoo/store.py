@@ -112,9 +112,10 @@ class Zoo:
         """The entry in the local folder, its files compared by size."""
         entry = self._parse(self._folder, identity, self._folder.read(f"{identity}/{ENTRY}"))
         for name, record in entry.files.items() if entry else ():
-            path = self.root / identity / MODEL / name
+            path = self._folder.path(f"{identity}/{MODEL}/{name}")
             mend = f"remove {self.root / identity}, then it is downloaded again" if self._remote else None
-            check_size(path.stat().st_size if path.is_file() else None, record, str(path), mend)
+            size = None if path is None else path.stat().st_size
+            check_size(size, record, self._folder.where(f"{identity}/{MODEL}/{name}"), mend)
         return entry
 
     def _parse(self, place: Folder | Remote, identity: str, data: bytes | None) -> Entry | None:
@@ -252,7 +253,8 @@ class Zoo:
             return None
         record = read_record(data, str(_beside(path)))
         mend = f"remove {_beside(path)}, then it is made or fetched again"
-        check_size(path.stat().st_size if path.is_file() else None, record, str(path), mend)
+        found = self._folder.path(f"{identity}/{name}")
+        check_size(None if found is None else found.stat().st_size, record, str(path), mend)
         return record
 
     def _fetch_attached(self, identity: str, name: str, file: Path) -> FileRecord | None:
