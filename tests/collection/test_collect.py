@@ -71,11 +71,11 @@ def test_every_architecture(architecture: str, save_ready: Save, reviews: Path) 
     assert statistics.header.examples == 4 and statistics.header.fisher == "expected"
 
 
-def test_decoders_that_classify_need_no_padding_token(save_ready: Save, reviews: Path) -> None:
+def test_decoders_that_classify_need_no_padding_token(save_ready: Save, reviews: Path, tmp_path: Path) -> None:
     folder = save_ready("m", "gpt2", 0, transformers.GPT2ForSequenceClassification)
     assert json.loads((folder / "config.json").read_text())["pad_token_id"] is None
     alone = Statistics.open(collect(folder, reviews, batch_size=1, fisher="empirical"))
-    padded = collect(folder, reviews, batch_size=4, fisher="empirical", output=folder / "other.safetensors")
+    padded = collect(folder, reviews, batch_size=4, fisher="empirical", output=tmp_path / "other.safetensors")
     for name in ("score.weight", "transformer.h.1.mlp.c_fc.weight"):
         torch.testing.assert_close(alone.fisher(name), Statistics.open(padded).fisher(name), rtol=1e-3, atol=1e-7)
 
@@ -167,7 +167,7 @@ def test_foreign_labels_can_be_ignored_on_purpose(save_ready: Save, reviews: Pat
 def test_outputs_that_cannot_be_written(save_ready: Save, reviews: Path, tmp_path: Path) -> None:
     folder = save_ready("m")
     (folder / FILE_NAME).write_bytes(b"old")
-    with pytest.raises(UserError, match="the statistics file exists"):
+    with pytest.raises(UserError, match="the output exists"):
         collect(folder, reviews)
     with pytest.raises(UserError, match="the folder of the output does not exist"):
         collect(folder, reviews, output=tmp_path / "no" / "where.safetensors")

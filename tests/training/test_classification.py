@@ -20,11 +20,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from merganser.errors import CheckpointError, DataError, UserError
+from merganser.errors import CheckpointError, DataError, FileError, UserError
 from merganser.tasks import Rows
 from merganser.tasks.classification import TextClassification
 from merganser.training import TrainingSettings, prepare_base
 from merganser.training import train as train_task
+from merganser.training.outputs import MARK
 from merganser.training.settings import make_settings
 
 GOOD, BAD, PLAIN = (["good", "fine", "great"], ["bad", "poor", "awful"], ["the", "a", "film", "was", "it", "very"])
@@ -103,7 +104,7 @@ def test_learns_a_separable_set_and_saves_a_plain_folder(base: Path, tmp_path: P
     assert config["id2label"] == {"0": "negative", "1": "positive"} and config["label2id"]["positive"] == 1
     assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {torch.float32}
     assert sorted(path.name for path in folder.iterdir()) == [
-        *("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+        *("config.json", MARK, "model.safetensors", "tokenizer.json", "tokenizer_config.json")
     ]
     assert capfd.readouterr().out == ""  # standard output is for data
 
@@ -161,11 +162,15 @@ def test_refusals_name_the_mistake_and_write_nothing(
 def test_an_existing_output_is_kept_unless_it_may_be_replaced(base: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="exists"):
-        train(base, tmp_path / "out", epochs=0.2)
-    assert (tmp_path / "out" / "config.json").read_text() == "{}"
-    train(base, tmp_path / "out", epochs=0.2, overwrite=True)
-    assert (tmp_path / "out" / "model.safetensors").is_file()
+    for overwrite, words in ((False, "exists"), (True, "no training")):
+        with pytest.raises(FileError, match=words):
+            train(base, tmp_path / "out", epochs=0.2, overwrite=overwrite)
+        assert (tmp_path / "out" / "config.json").read_text() == "{}"
+    for seed in (1, 2):
+        train(base, tmp_path / "new", epochs=0.2, seed=seed, overwrite=True)
+    (tmp_path / "new" / "config.json").write_text("{}")
+    with pytest.raises(FileError, match=r"no part of the training as it was written: config.json"):
+        train(base, tmp_path / "new", epochs=0.2, overwrite=True)
 
 
 def test_an_error_in_the_middle_leaves_nothing(base: Path, tmp_path: Path) -> None:

@@ -11,11 +11,12 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from merganser.errors import CheckpointError, DataError, UserError
+from merganser.errors import CheckpointError, DataError, FileError, UserError
 from merganser.tasks import TASKS, Columns, Rows
 from merganser.tasks.models import load_model, load_tokenizer, open_model
 from merganser.tasks.predict import predict
 from merganser.training import TrainingSettings, train
+from merganser.training.outputs import MARK
 from merganser.training.prepare import Prepared
 
 LABELS = ("good", "bad")
@@ -105,7 +106,7 @@ def test_every_task_learns_its_examples_by_heart(
         assert list(config["id2label"].values()) == list(labels)
     assert {tensor.dtype for tensor in weights(trained.path).values()} == {torch.float32}
     assert config.get("use_cache") is not False
-    left = {path.name for path in trained.path.iterdir()} - {"generation_config.json"}
+    left = {path.name for path in trained.path.iterdir()} - {"generation_config.json", MARK}
     assert left == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     assert trained.dev_scores == () and trained.best_epoch is None and trained.loss < 0.5
 
@@ -172,7 +173,7 @@ def test_the_best_epoch_is_saved_and_ties_go_to_the_earlier(
     assert all(torch.equal(saved[name], seen[1][name]) for name in saved)
     assert not torch.equal(saved["classifier.weight"], seen[-1]["classifier.weight"])
     assert sorted(path.name for path in trained.path.iterdir()) == [
-        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"
+        "config.json", MARK, "model.safetensors", "tokenizer.json", "tokenizer_config.json"
     ]  # fmt: skip
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"]
 
@@ -309,5 +310,5 @@ def test_refusals_write_nothing(
 
 def test_an_existing_output_is_kept(sentiment: Rows, save_ready, tmp_path: Path, quick) -> None:
     base = save_ready("base", "bert")
-    with pytest.raises(CheckpointError, match="one of the inputs"):
+    with pytest.raises(FileError, match="one of the inputs"):
         train(base, TASKS["text-classification"], sentiment, labels=LABELS, output=base, settings=quick, overwrite=True)

@@ -10,13 +10,14 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.data import ConcatDataset
 
-from merganser.errors import CheckpointError, UserError
+from merganser.errors import CheckpointError, FileError, UserError
 from merganser.tasks import TASKS, Columns, Rows
 from merganser.tasks.batches import Feature
 from merganser.tasks.models import load_model, load_tokenizer, open_model
 from merganser.tasks.predict import predict
 from merganser.training import TrainingPart, TrainingSettings, train, train_multitask
 from merganser.training.loop import FeatureData, MixedBatches
+from merganser.training.outputs import MARK
 
 QUICK = TrainingSettings(learning_rate=5e-3, epochs=20, batch_size=4)
 TAGS = ("O", "B-LOC")
@@ -98,7 +99,7 @@ def test_a_head_for_each_part_and_one_encoder(parts: list[TrainingPart], save_re
     for part, key in zip(parts, ("accuracy", "accuracy", "f1"), strict=True):
         assert score(trained.paths[part.name], part)[key] == 1, part.name
     assert len(trained.dev_scores) == 20 and trained.dev_scores[-1] == 1 and trained.best_epoch is None
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["class", "mood", "tags"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["class", MARK, "mood", "tags"]
     assert sorted(path.name for path in trained.paths["mood"].iterdir()) == [
         "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"
     ]  # fmt: skip
@@ -184,10 +185,13 @@ def test_refusals(parts: list[TrainingPart], sentiment: Rows, save_ready, tmp_pa
     refuse("one shared model", parts[:1], shared=True, starts={"class": base})
     folder = tmp_path / "old"
     train_multitask(base, parts[:1], shared=False, output=folder, settings=QUICK.model_copy(update={"max_steps": 1}))
-    with pytest.raises(CheckpointError, match="exists"):
+    with pytest.raises(FileError, match="exists"):
         train_multitask(base, parts[:1], shared=False, output=folder, settings=QUICK)
     train_multitask(
         base, parts[1:2], shared=False, output=folder, settings=QUICK.model_copy(update={"max_steps": 1}),
         overwrite=True,
     )  # fmt: skip
-    assert [path.name for path in folder.iterdir()] == ["mood"]
+    assert sorted(path.name for path in folder.iterdir()) == [MARK, "mood"]
+    (folder / "mood" / "thesis.txt").write_text("mine")
+    with pytest.raises(FileError, match=r"no part of the training as it was written: mood/thesis.txt"):
+        train_multitask(base, parts[:1], shared=False, output=folder, settings=QUICK, overwrite=True)

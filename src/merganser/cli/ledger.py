@@ -108,7 +108,7 @@ def remove_command(folder: Path, model: str, **keys: Any) -> None:
 @click.option("--ridge", type=float, help="Pull toward the weighted average, in place of the ledger's.")
 @click.option("--dtype", type=click.Choice(["F64", "F32", "F16", "BF16"]), help="Storage dtype of the result.")
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Largest weight file.")
-@click.option("--overwrite", is_flag=True, help="Replace an existing model folder.")
+@click.option("--overwrite", is_flag=True, help="Replace what an earlier merge has written, and nothing else.")
 @_common
 def solve_command(folder: Path, output: Path, ridge: float | None, **keys: Any) -> None:
     """Write the merge of all contributors. Needs the base model and the ledger."""

@@ -71,7 +71,7 @@ if TYPE_CHECKING:
 )
 @click.option("--ray-address", metavar="HOST:PORT", help="Of the cluster.  [default: $RAY_ADDRESS, or this machine's]")
 @click.option("--as-adapter", type=int, metavar="RANK", help="Write the nearest LoRA adapter of this rank.")
-@click.option("--overwrite", is_flag=True, help="Replace an existing model folder.")
+@click.option("--overwrite", is_flag=True, help="Replace what an earlier merge has written, and nothing else.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="With --dry-run: the plan as JSON, tensor by tensor.")
 def merge_command(
@@ -110,9 +110,9 @@ def merge_command(
     from merganser.merging.merge import contributors_of
 
     values: dict[str, Any] = {}
-    where = "command line"
+    where, reads = "command line", list[Path]()
     if len(models) == 1 and Path(models[0]).suffix in (".yaml", ".yml"):
-        where = models[0]
+        where, reads = models[0], [Path(models[0])]
         values = load_recipe(Path(models[0]))
         if coefficients or statistics:
             raise click.UsageError("--weights and --statistics go with models; in a recipe they belong to contributors")
@@ -126,7 +126,7 @@ def merge_command(
     recipe = make_recipe({**values, **flags}, where)
     cluster = make_cluster(engine, ray_address, "merge")
     settings = RunSettings.make(threads, max_memory, device, engine=cluster, allow_pickle=allow_pickle)
-    prepared = prepare(recipe, output, settings, overwrite=overwrite, rank=as_adapter)
+    prepared = prepare(recipe, output, settings, overwrite=overwrite, rank=as_adapter, reads=reads)
     plan = prepared.plan
     if plan.choice:
         warn(f"method {plan.recipe.method}, because {plan.choice}")

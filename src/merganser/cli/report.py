@@ -29,13 +29,19 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 @click.option("--csv", type=_FILE, metavar="FILE", help="Write the numbers as CSV, too: one a line.")
 @click.option("--rows", type=_FILE, metavar="FILE.jsonl", help="Write the result rows as one file, too.")
 @click.option("--against", metavar="METHOD", help="The merge that others are compared with.  [default: simple]")
-def report_command(results: Path, output: Path | None, against: str | None, **also: Path | None) -> None:
+@click.option("--overwrite", is_flag=True, help="Replace CSV and rows of an earlier report, too.")
+def report_command(
+    results: Path, output: Path | None, against: str | None, overwrite: bool, **also: Path | None
+) -> None:
     """Write the report of RESULTS: what an experiment wrote, or a .json or .jsonl file of its rows.
 
     \b
     merganser report results -o report.html
     merganser report results/emotion-pairwise --markdown tables.md --csv numbers.csv
     merganser report results/emotion-pairwise -o tables.tex
+
+    A page, Markdown or LaTeX file of an earlier report is replaced, unless somebody has edited it; CSV and rows with
+    --overwrite. Any other file is never replaced.
     """
     from merganser.lab.report import form_of, write_report
     from merganser.methods.simple import SIMPLE
@@ -48,7 +54,7 @@ def report_command(results: Path, output: Path | None, against: str | None, **al
             raise click.UsageError(f"-o and --{form} both name a file for {form}; give one of them")
         if path:
             outputs[form] = path
-    print_sections(write_report(results, outputs, against=against or SIMPLE.name))
+    print_sections(write_report(results, outputs, against=against or SIMPLE.name, overwrite=overwrite))
     for path in outputs.values():
         warn(f"wrote {path}")
         click.echo(str(path))

@@ -35,6 +35,7 @@ from merganser.lab.grid.loading import load_config
 from merganser.lab.grid.models import Models
 from merganser.lab.grid.run import run_experiment
 from merganser.lab.report.layouts import average_over_tests, on_tests
+from merganser.lab.report.outputs import marked
 from merganser.lab.report.page import render_page
 from merganser.lab.report.rows import read_rows
 from merganser.lab.report.sections import Section, make_sections
@@ -136,7 +137,7 @@ def run_demo(
     _publish(Models(config, zoo), output / "models")
     sections = demo_sections(output)
     said = _introduction(sections[0], domains, settings, output)
-    return write_text(output / REPORT, render_page(sections, "demo.html.j2", **said))
+    return write_text(output / REPORT, marked("html", render_page(sections, "demo.html.j2", **said)))
 
 
 def demo_sections(output: str | Path) -> list[Section]:

@@ -15,7 +15,8 @@ import pytest
 from click.testing import CliRunner
 
 from merganser.cli.report import report_command
-from merganser.errors import DataError, UserError
+from merganser.errors import DataError, FileError, UserError
+from merganser.lab.report import write_report
 from merganser.lab.report.dots import dot_plot, plot_rows
 from merganser.lab.report.grid import make_grids
 from merganser.lab.report.layouts import average_over_tests, on_tests
@@ -274,10 +275,60 @@ def test_the_command_writes_and_prints(results: Path, tmp_path: Path) -> None:
     assert outputs[1].read_text().startswith("# emotion-greedy")
     assert outputs[2].read_text().startswith("experiment,")
     assert {path.name for path in outputs[0].parent.iterdir()} == {path.name for path in outputs}
-    again = outputs[0].read_bytes()
-    outputs[0].write_text("old")
-    CliRunner().invoke(report_command, arguments, catch_exceptions=False)
-    assert outputs[0].read_bytes() == again
+    before = [path.read_bytes() for path in outputs]
+    with pytest.raises(FileError, match=r"numbers.csv: the output exists"):
+        CliRunner().invoke(report_command, arguments, catch_exceptions=False)
+    assert CliRunner().invoke(report_command, [*arguments, "--overwrite"], catch_exceptions=False).exit_code == 0
+    assert [path.read_bytes() for path in outputs] == before
+
+
+FORMS = {"html": "p.html", "markdown": "t.md", "latex": "t.tex", "csv": "n.csv", "rows": "r.jsonl"}
+
+
+def test_nothing_but_an_earlier_report_is_replaced(tmp_path: Path, examples: ModuleType) -> None:
+    folder = examples.write_rows(tmp_path / "results", examples.partitions(seeds=(1,)))
+    for form, name in FORMS.items():
+        path = tmp_path / name
+        for text in ("my,thesis\n", "", '{"text": "my thesis"}\n'):
+            if form == "rows" and not text:
+                continue  # an empty file is one without rows
+            path.write_text(text)
+            with pytest.raises(FileError, match="is not replaced"):
+                write_report(folder, {form: path}, overwrite=True)
+            assert path.read_text() == text
+        path.write_bytes(b"\xff\x00")
+        with pytest.raises(FileError, match="is not replaced"):
+            write_report(folder, {form: path}, overwrite=True)
+        path.unlink()
+        write_report(folder, {form: path})
+        first = path.read_bytes()
+        if form in ("csv", "rows"):
+            with pytest.raises(FileError, match="the output exists"):
+                write_report(folder, {form: path})
+        write_report(folder, {form: path}, overwrite=form in ("csv", "rows"))
+        assert path.read_bytes() == first
+        if form not in ("csv", "rows"):
+            path.write_bytes(first.replace(b"RegMean", b"My method", 1))
+            with pytest.raises(FileError, match="was edited since"):
+                write_report(folder, {form: path}, overwrite=True)
+
+
+def test_all_outputs_of_a_report_are_checked_before_the_first_is_written(tmp_path: Path, examples: ModuleType) -> None:
+    rows = tmp_path / "results" / "rows.jsonl"
+    rows.parent.mkdir()
+    rows.write_text("".join(json.dumps(row) + "\n" for row in examples.partitions(seeds=(1,))))
+    kept = rows.read_bytes()
+    (tmp_path / "thesis.tex").write_text("mine")
+    for wrong in (
+        {"html": tmp_path / "a.html", "latex": tmp_path / "thesis.tex"},
+        {"html": tmp_path / "a.html", "rows": rows},
+        {"html": tmp_path / "a.html", "csv": tmp_path / "x" / ".." / "a.html"},
+        {"html": tmp_path / "a.html", "csv": rows / "numbers.csv"},
+    ):
+        for results in (rows, rows.parent):
+            with pytest.raises(UserError):
+                write_report(results, wrong, overwrite=True)
+            assert not (tmp_path / "a.html").exists() and rows.read_bytes() == kept
 
 
 def test_where_the_report_goes_by_default_and_by_ending(results: Path, tmp_path: Path, examples: ModuleType) -> None:

@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 
-from merganser.errors import DataError, Problems
+from merganser.errors import DataError, FileError, Problems
 from merganser.lab.report import write_report
 from merganser.lab.report.rows import read_rows
 
@@ -36,8 +36,12 @@ def test_published_rows_are_the_rows(tmp_path: Path, examples: ModuleType) -> No
     write_report(folder, {"rows": published})
     assert read_rows(tmp_path / "published") == read_rows(published.parent) == read_rows(folder)
     first = published.read_bytes()
-    write_report(tmp_path / "published", {"rows": published})
-    assert published.read_bytes() == first
+    for overwrite in (False, True):
+        with pytest.raises(FileError, match="one of the inputs"):
+            write_report(tmp_path / "published", {"rows": published}, overwrite=overwrite)
+    again = tmp_path / "again.jsonl"
+    write_report(tmp_path / "published", {"rows": again})
+    assert again.read_bytes() == published.read_bytes() == first
 
 
 def test_scores_that_are_no_number_are_missing(tmp_path: Path, examples: ModuleType) -> None:

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from merganser.errors import UserError
-from merganser.files import write_text
+from merganser.errors import ErrorCollector, UserError
 from merganser.lab.report.latex import render_latex
+from merganser.lab.report.outputs import marked, report_output, same_files
 from merganser.lab.report.page import render_page
 from merganser.lab.report.rows import read_rows, render_rows
 from merganser.lab.report.sections import Section, make_sections
@@ -35,13 +35,17 @@ def form_of(path: Path) -> str:
     return form
 
 
-def write_report(results: Path, outputs: Mapping[str, Path], *, against: str = SIMPLE.name) -> list[Section]:
+def write_report(
+    results: Path, outputs: Mapping[str, Path], *, against: str = SIMPLE.name, overwrite: bool = False
+) -> list[Section]:
     """Read results and write their report, in one or more forms; each file whole or not at all.
 
     Args:
         results: a results folder, the folder of one experiment, or a .json or .jsonl file of rows.
-        outputs: form → file; a file that is there is replaced.
+        outputs: form → file; a page, Markdown or LaTeX file that is there is replaced where it is a report that nobody
+            has edited.
         against: name or title of the merge that the others are compared with.
+        overwrite: replace CSV and rows of an earlier report, too; nothing else is ever replaced.
 
     Returns:
         the sections of the report.
@@ -50,8 +54,14 @@ def write_report(results: Path, outputs: Mapping[str, Path], *, against: str = S
         DataError: the rows cannot be read.
         RecipeError: no experiment has the merge ``against``.
         UserError: jinja2 or matplotlib is not installed.
-        FileError: a file cannot be written.
+        FileError: a file cannot be written, or holds something else.
     """
+    places = {form: report_output(path, form, results, overwrite=overwrite) for form, path in outputs.items()}
+    errors = ErrorCollector()
+    errors.add(*same_files(list(outputs.values())))
+    for place in places.values():
+        errors.add(*place.problems())
+    errors.raise_all()
     rows = read_rows(results)
     sections = make_sections(rows, against)
     renderers: dict[str, Callable[[], str]] = {
@@ -61,7 +71,8 @@ def write_report(results: Path, outputs: Mapping[str, Path], *, against: str = S
         "csv": lambda: render_csv(sections),
         "rows": lambda: render_rows(rows),
     }
-    texts = {form: renderers[form]() for form in outputs}  # all of them before the first is written
-    for form, path in outputs.items():
-        write_text(path, texts[form])
+    texts = {form: marked(form, renderers[form]()) for form in outputs}  # all of them before the first is written
+    for form, place in places.items():
+        with place.new() as work:
+            work.write_text(texts[form], encoding="utf-8")
     return sections

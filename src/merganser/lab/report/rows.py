@@ -179,7 +179,7 @@ def render_rows(rows: Iterable[ResultRow]) -> str:
 
 def _values(path: Path, problems: ErrorCollector) -> Iterator[tuple[str, Any]]:
     """Place and parsed JSON of each row; what cannot be parsed goes to ``problems``."""
-    for file in _files(path):
+    for file in row_files(path):
         try:
             text = read_text(file, DataError, mend="give a UTF-8 JSON file")
         except UserError as error:
@@ -200,7 +200,8 @@ def _values(path: Path, problems: ErrorCollector) -> Iterator[tuple[str, Any]]:
                 yield where, value
 
 
-def _files(path: Path) -> list[Path]:
+def row_files(path: Path) -> list[Path]:
+    """The files of rows in a results folder or the folder of one experiment, or the file of rows itself."""
     if path.is_file():
         return [path]
     inside = ["cells/*.json", "rows.jsonl"]  # of an experiment's folder; rows.jsonl is how rows are published

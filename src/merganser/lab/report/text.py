@@ -19,6 +19,7 @@ from merganser.text import markdown, printable
 #: Columns of the CSV: where a number stands, and what it is.
 _PLACE = ("experiment", "model", "heads", "layout", "table", "group", "row", "column")
 _NUMBER = ("mean", "std", "units", "seeds", "partial", "mark", "text", "cells")
+CSV_COLUMNS = (*_PLACE, *_NUMBER)
 
 
 def render_markdown(sections: Sequence[Section]) -> str:
@@ -62,7 +63,7 @@ def render_csv(sections: Sequence[Section]) -> str:
     """All tables, a line a number: means and deviations in points, unrounded, with the ids of their cells."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow((*_PLACE, *_NUMBER))
+    writer.writerow(CSV_COLUMNS)
     for section in sections:
         for block in section.blocks:
             place = (section.title, block.grid.model, block.grid.heads, block.grid.layout)
