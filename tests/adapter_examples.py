@@ -20,9 +20,11 @@ CONFIG = {
 def write_adapter(
     folder: Path, tensors: dict[str, torch.Tensor], base: Path | str | None = None, **config: Any
 ) -> Path:
-    """A PEFT folder with these tensors (without the prefix of their names)."""
+    """A PEFT folder with these tensors (without the prefix of their names); a base beside it is named as such."""
     folder.mkdir(parents=True, exist_ok=True)
-    settings = {**CONFIG, "base_model_name_or_path": None if base is None else str(base), **config}
+    beside = isinstance(base, Path) and base.parent == folder.parent
+    name = None if base is None else base.name if beside else str(base)
+    settings = {**CONFIG, "base_model_name_or_path": name, **config}
     (folder / "adapter_config.json").write_text(json.dumps(settings))
     save_file({PREFIX + name: t.contiguous() for name, t in tensors.items()}, folder / "adapter_model.safetensors")
     return folder

@@ -25,6 +25,7 @@ def inside(
     name: object,
     kind: type[UserError] = UserError,
     *,
+    root: Path | None = None,
     where: str | Path | None = None,
     what: str = "the path",
     mend: str = "put it into the folder, and name it relative to that",
@@ -38,6 +39,7 @@ def inside(
         folder: that it is relative to.
         name: the path; anything that is no text is refused.
         kind: of the errors.
+        root: the folder that it has to stay in, where that is one above ``folder``.
         where: the file that names it.
         what: it is, as the subject of a sentence.
         mend: for a path that leads out by its spelling.
@@ -49,17 +51,33 @@ def inside(
         UserError: it is no path, is absolute, leads out of the folder, or is a link to something outside of it.
     """
     said = f"{what} {name!r}"
-    if not isinstance(name, str) or "\0" in name:
-        raise kind(f"{said} is no path", where=where, mend=mend)
+    if not isinstance(name, str) or not is_name(name):
+        raise kind(f"{said} is no path that a file can have", where=where, mend=mend)
     pure = PurePosixPath(name.replace("\\", "/"))
-    if pure.is_absolute() or PureWindowsPath(name).drive or ".." in pure.parts:
+    if leads_anywhere(name) and (root is None or not _stays(folder / pure, root)):
         raise kind(f"{said} lies outside of the folder", where=where, mend=mend)
-    if any(len(os.fsencode(part)) > _LONGEST_NAME for part in pure.parts if _encodes(part)) or not _encodes(name):
-        raise kind(f"{said} is no name that a file can have", where=where, mend=mend)
-    if not is_inside(folder, folder / pure):
-        mend = f"{COPY}"
-        raise kind(f"{said} is a link that leads out of the folder", where=where or folder, mend=mend)
+    if not is_inside(root or folder, folder / pure):
+        raise kind(f"{said} is a link that leads out of the folder", where=where or folder, mend=COPY)
     return "" if str(pure) == "." else str(pure)
+
+
+def leads_anywhere(name: str) -> bool:
+    """Whether a path is absolute, begins in somebody's home or has a ``..``: it can name any place of a machine."""
+    pure = PurePosixPath(name.replace("\\", "/"))
+    return pure.is_absolute() or bool(PureWindowsPath(name).drive) or ".." in pure.parts or name.startswith("~")
+
+
+def is_name(path: str) -> bool:
+    """Whether a file can have this path: no part of it is too long, and the system can write it down."""
+    try:
+        return "\0" not in path and all(len(os.fsencode(part)) <= _LONGEST_NAME for part in path.split("/"))
+    except UnicodeEncodeError:
+        return False
+
+
+def _stays(path: Path, root: Path) -> bool:
+    """Whether a path stays in a folder by its spelling."""
+    return Path(os.path.abspath(path)).is_relative_to(os.path.abspath(root))  # noqa: PTH100 (links stay as they are)
 
 
 def is_inside(folder: Path, path: Path) -> bool:
@@ -72,14 +90,6 @@ def _roots(folder: Path) -> Iterator[Path]:
     real = Path(os.path.realpath(folder))
     yield real
     yield from (place.parent.parent / "blobs" for place in (real, *real.parents) if place.parent.name == "snapshots")
-
-
-def _encodes(name: str) -> bool:
-    try:
-        os.fsencode(name)
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def check_file(path: Path, kind: type[UserError] = UserError, mend: str = "give a plain file") -> int:

@@ -183,7 +183,7 @@ def separate_experts(folder: Path, base: Path, names: Mapping[str, tuple[int, in
     folder.mkdir()
     save_file(tensors, folder / "adapter_model.safetensors")
     settings = {"peft_type": "LORA", "r": rank, "lora_alpha": 7, "target_modules": [*names], "task_type": "CAUSAL_LM"}
-    (folder / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": str(base)}))
+    (folder / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": base.name}))
     return folder
 
 

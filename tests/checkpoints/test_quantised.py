@@ -342,7 +342,7 @@ def test_an_adapter_on_codes_is_refused_with_the_mend_of_a_full_base(save_model:
         coded, base, lambda *_: ({"": torch.zeros(8, 1).byte(), ".absmax": torch.ones(1)}, np.zeros(1)), settings
     )
     config = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(coded)}))
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": coded.name}))
     with pytest.raises(QuantisedWeights) as caught:
         open_checkpoint(adapter)
     assert "bitsandbytes, 4 bits" in caught.value.what and "base+adapter" in str(caught.value.mend)

@@ -96,7 +96,7 @@ def test_at_the_true_rank_the_adapter_is_the_merge(save_model: Save, tmp_path: P
     assert {path.name for path in out.iterdir()} == {
         "adapter_model.safetensors", "adapter_config.json", "README.md", "provenance.json",
     }  # fmt: skip
-    checkpoint = open_checkpoint(out)
+    checkpoint = open_checkpoint(f"{base}+{out}")
     assert isinstance(checkpoint, AdapterCheckpoint) and checkpoint.base.path == base
     assert set(checkpoint.changes) == set(open_checkpoint(models[0]).changes)
     for name, tensor in full.items():
@@ -112,7 +112,7 @@ def test_full_fine_tunes_lose_nothing_at_full_rank(family, tmp_path: Path, archi
     base, models = family(architecture, 2)
     full = load_file(merge(models, tmp_path / "full", method="regmean") / "model.safetensors")
     out = adapter_of(tmp_path / "out", 16, models, method="regmean", base=str(base))
-    checkpoint = open_checkpoint(out)
+    checkpoint = open_checkpoint(f"{base}+{out}")
     for name, tensor in full.items():
         torch.testing.assert_close(checkpoint.read(name), tensor, rtol=1e-4, atol=1e-4, msg=name)
     record = json.loads((out / "provenance.json").read_text())
@@ -129,7 +129,7 @@ def test_below_the_true_rank_it_is_the_best_in_the_gram_norm(family, tmp_path: P
     parents = open_inputs(recipe).parents
     full = load_file(merge(models, tmp_path / "full", method="simple", coefficients=coefficients) / "model.safetensors")
     before = load_file(base / "model.safetensors")
-    checkpoint = open_checkpoint(out)
+    checkpoint = open_checkpoint(f"{base}+{out}")
     recorded = json.loads((out / "provenance.json").read_text())["tensors"]
     checked = 0
     for layer in parents[0].statistics.header.layers:
@@ -182,7 +182,7 @@ def test_what_an_adapter_cannot_be(family, save_model: Save, tmp_path: Path) -> 
     adapter_of(out, 4, models, overwrite=True, base=str(base), **plain_recipe)
     assert (out / "adapter_model.safetensors").read_bytes() == first
     with pytest.raises(UserError, match="the output is one of the inputs"):
-        adapter_of(out, 4, [out, out], overwrite=True, **plain_recipe)
+        adapter_of(out, 4, [f"{base}+{out}"] * 2, overwrite=True, **plain_recipe)
 
 
 def test_statistics_of_other_weights_are_not_used(family, tmp_path: Path) -> None:
@@ -202,7 +202,7 @@ def test_peft_reads_what_we_write(family, tmp_path: Path, architecture: str) -> 
     model = ARCHITECTURES[architecture][1].from_pretrained(base)
     loaded = peft.PeftModel.from_pretrained(model, out)
     state = loaded.merge_and_unload().state_dict()
-    checkpoint = open_checkpoint(out)
+    checkpoint = open_checkpoint(f"{base}+{out}")
     for name in checkpoint.tensors:
         if name not in checkpoint.base.tensors:  # a tied head, which PEFT changes only where it merges in memory
             torch.testing.assert_close(checkpoint.read(name), checkpoint.base.read("transformer.wte.weight"))

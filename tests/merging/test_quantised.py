@@ -222,13 +222,7 @@ def test_adapters_on_a_quantised_base(save_model: Save, tmp_path: Path) -> None:
     meaning = make_fp8(tmp_path / "q", source)
     plain = dequantised(tmp_path / "plain", source, meaning)
     adapters = [
-        adapt_linears(
-            tmp_path / f"adapter-{n}",
-            source,
-            ("q_proj", "down_proj"),
-            seed=n,
-            base_model_name_or_path=str(tmp_path / "q"),
-        )
+        adapt_linears(tmp_path / f"adapter-{n}", source, ("q_proj", "down_proj"), seed=n, base_model_name_or_path="q")
         for n in (1, 2)
     ]
     found = stored(Path(merge(adapters, tmp_path / "out")))

@@ -2,7 +2,8 @@
 
 from merganser.checkpoints.adapters import AdapterCheckpoint
 from merganser.checkpoints.header import TensorInfo
-from merganser.checkpoints.opening import PickledWeights, open_checkpoint
+from merganser.checkpoints.opening import open_checkpoint
+from merganser.checkpoints.pickles import PickledWeights
 from merganser.checkpoints.quantisation import QuantisedWeights
 from merganser.checkpoints.quantised import CodedCheckpoint, QuantisedCheckpoint
 from merganser.checkpoints.reader import Checkpoint, hash_tensor, sha256_file

@@ -5,7 +5,6 @@ Format: https://huggingface.co/docs/safetensors (8 bytes of length, JSON, then t
 
 from __future__ import annotations
 
-import json
 import math
 import struct
 from dataclasses import dataclass
@@ -13,10 +12,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from merganser.documents import parse_json
 from merganser.errors import CheckpointError
+from merganser.paths import check_file
 from merganser.tensors import DTYPES
 
-MAX_HEADER = 100_000_000  # bytes; the format's own limit
+MAX_HEADER = 25_000_000  # bytes; the Hub's own limit, at which 200,000 tensors can be described
+MAX_DIMENSIONS = 16
+MAX_NAME = 1000  # characters of a tensor's name
+MAX_ELEMENTS = 2**63  # that a computer can count
 AGAIN = "copy or download the file again"
 
 
@@ -45,25 +49,29 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
     """The JSON header of a safetensors file and the offset at which its data begin.
 
     Raises:
-        CheckpointError: no such file, too short, or no JSON object where the header should be.
+        CheckpointError: no plain file, too short, or no JSON object of a bearable size where the header should be.
     """
+    size = check_file(path, CheckpointError)
     try:
-        size = path.stat().st_size
         with path.open("rb") as file:
             prefix = file.read(8)
             if len(prefix) < 8:
                 raise CheckpointError("truncated safetensors file: not even a header", where=path, mend=AGAIN)
             (length,) = struct.unpack("<Q", prefix)
-            if length > min(MAX_HEADER, size - 8):
+            if MAX_HEADER < length <= size - 8:
+                what = f"a header of {length} bytes is too long, {MAX_HEADER} are accepted"
+                raise CheckpointError(what, where=path, mend="split the model into shards")
+            if length > size - 8:
                 raise CheckpointError(
                     f"truncated or damaged safetensors file: its header should have {length} bytes, "
                     f"the file has {size}",
                     where=path,
                     mend=AGAIN,
                 )
-            header = json.loads(file.read(length))
-    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
+            text = file.read(length)
+    except OSError as error:
         raise CheckpointError(f"unreadable safetensors file: {error}", where=path, mend=AGAIN) from None
+    header = parse_json(text, path, CheckpointError, mend=AGAIN)
     if not isinstance(header, dict):
         raise CheckpointError("the safetensors header is no JSON object", where=path, mend=AGAIN)
     return header, 8 + length
@@ -86,14 +94,12 @@ def tensor_infos(header: dict[str, Any], start: int, size: int, path: Path, file
     for name, entry in header.items():
         if name == "__metadata__":
             continue
-        try:
-            dtype, shape = entry["dtype"], tuple(entry["shape"])
-            begin, end = entry["data_offsets"]
-            sound = all(type(n) is int and n >= 0 for n in (*shape, begin, end)) and begin <= end
-        except (TypeError, KeyError, ValueError):
-            sound = False
-        if not sound:
+        if len(name) > MAX_NAME or not name.isprintable():
+            what = "a tensor's name is too long, or has characters that cannot be seen:"
+            raise CheckpointError(f"{what} {name!r}", where=path, mend="rename it")
+        if not _is_sound(entry):
             raise CheckpointError(f"tensor {name!r} has a malformed header entry", where=path, mend=AGAIN)
+        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         if dtype not in DTYPES:
             raise CheckpointError(
                 f"tensor {name!r} has the unsupported dtype {dtype!r}",
@@ -118,6 +124,18 @@ def tensor_infos(header: dict[str, Any], start: int, size: int, path: Path, file
         if before.offset + before.nbytes > after.offset:
             raise CheckpointError(f"tensors {before.name!r} and {after.name!r} overlap", where=path, mend=AGAIN)
     return infos
+
+
+def _is_sound(entry: Any) -> bool:
+    """Whether an entry has a dtype's name, a shape that is no larger than a tensor can be, and two offsets in order."""
+    try:
+        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if not isinstance(dtype, str) or len(shape) > MAX_DIMENSIONS or len(offsets) != 2:
+            return False
+        numbers = all(type(number) is int and number >= 0 for number in (*shape, *offsets))
+        return numbers and offsets[0] <= offsets[1] and math.prod(size or 1 for size in shape) < MAX_ELEMENTS
+    except (TypeError, KeyError):
+        return False
 
 
 def read_infos(path: Path, file: str) -> list[TensorInfo]:

@@ -8,11 +8,12 @@ of each of its routes, such as one encoder for queries and another one for docum
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from merganser.checkpoints.json_files import parse, read_json
 from merganser.errors import CheckpointError
+from merganser.paths import inside
 
 MODULES, ROUTER = "modules.json", "router_config.json"
 _ROUTERS = ("Router", "Asym")
@@ -60,7 +61,7 @@ def read_modules(folder: Path) -> tuple[Module, ...]:
         raise CheckpointError("a JSON list of modules is expected", where=where, mend="restore the file")
     found: list[Module] = []
     for entry in entries:
-        module = Module(_inside(entry.get("path", ""), where), str(entry.get("type", "")))
+        module = Module(_inside(folder, entry.get("path", ""), where), str(entry.get("type", "")))
         found += [module, *_routes(folder, module)]
     return tuple(found)
 
@@ -100,19 +101,20 @@ def _routes(folder: Path, router: Module) -> list[Module]:
     prefix = f"{router.path}/" if router.path else ""
     found: list[Module] = []
     for name, kind in types.items():
-        module = Module(prefix + _inside(name, where), str(kind), routed=True)
+        path = _inside(folder / router.path, name, where)
+        if not path:
+            mend = "name the sub-folder that it lies in"
+            raise CheckpointError(f"the router's module {name!r} is the router itself", where=where, mend=mend)
+        module = Module(prefix + path, str(kind), routed=True)
         found += [module, *_routes(folder, module)]
     return found
 
 
-def _inside(path: Any, where: Path) -> str:
+def _inside(folder: Path, path: Any, where: Path) -> str:
     """A module's path in its usual form.
 
     Raises:
         CheckpointError: it is no path, or leads out of the model's folder.
     """
-    pure = PurePosixPath(str(path).replace("\\", "/"))
-    if not isinstance(path, str) or pure.is_absolute() or ".." in pure.parts or ":" in (pure.parts or ("",))[0]:
-        mend = "a module lies in a sub-folder of the model: put it there, and name that sub-folder"
-        raise CheckpointError(f"the module {path!r} lies outside of the model's folder", where=where, mend=mend)
-    return "" if str(pure) == "." else str(pure)
+    mend = "a module lies in a sub-folder of the model: put it there, and name that sub-folder"
+    return inside(folder, path, CheckpointError, where=where, what="the module", mend=mend)

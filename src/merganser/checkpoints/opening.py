@@ -7,14 +7,14 @@ headers first, weights only when a plan holds, by the Hub client's own conventio
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from merganser.checkpoints import adapters
 from merganser.checkpoints.adapter_files import combine
@@ -22,11 +22,12 @@ from merganser.checkpoints.adapter_settings import read_settings
 from merganser.checkpoints.header import TensorInfo, read_infos, tensor_infos
 from merganser.checkpoints.json_files import read_json
 from merganser.checkpoints.modules import MODULES, Module, has_weights, main_folder, read_modules
+from merganser.checkpoints.pickles import converted, pickled
 from merganser.checkpoints.quantisation import QuantisedWeights
 from merganser.checkpoints.quantised import as_numbers
 from merganser.checkpoints.reader import Checkpoint
-from merganser.errors import CheckpointError, ErrorCollector, raise_all
-from merganser.files import lasting_scratch
+from merganser.errors import CheckpointError, ErrorCollector
+from merganser.paths import inside, leads_anywhere
 
 _HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -46,6 +47,7 @@ def open_checkpoint(
     allow_pickle: bool = False,
     known: dict[str, Checkpoint] | None = None,
     codes: bool = False,
+    base: str | None = None,
 ) -> Checkpoint:
     """Open a model folder, a Hub reference, or a LoRA adapter on its base, reading headers only.
 
@@ -56,6 +58,7 @@ def open_checkpoint(
         known: checkpoints that are open already, by reference; adapters of one base then share it. Added to.
         codes: accept a model whose quantised weights cannot be read as numbers, as a
             :class:`~merganser.checkpoints.CodedCheckpoint`. Such as can be read (FP8, MXFP4) always are.
+        base: the model that the user names as the base of a merge: an adapter may name the same folder as its own.
 
     Raises:
         UserError: nothing there, truncated or malformed files, missing shards, pickled weights, quantised weights that
@@ -73,7 +76,7 @@ def open_checkpoint(
                 mend=f"give a folder or repository with {adapters.CONFIG} and {adapters.WEIGHTS}",
             )
         return as_numbers(files, codes=codes)
-    place = _base_of(files) if pair is None else pair[0]
+    place = _base_of(files, base) if pair is None else pair[0]
     if place not in known:
         known[place] = _open_base(place, files, allow_pickle)
     return combine(name, known[place], files)
@@ -93,8 +96,19 @@ def _pair(name: str) -> tuple[str, str] | None:
     return next(iter(real or splits), None)
 
 
-def _base_of(files: Checkpoint) -> str:
-    """The base that an adapter's configuration names: a folder from here or beside the adapter, or a Hub reference."""
+def _base_of(files: Checkpoint, given: str | None) -> str:
+    """The base that an adapter's configuration names: a folder from here or beside the adapter, or a Hub reference.
+
+    A path that can lead anywhere needs the user's word: what a stranger's adapter names would become a part of the
+    result.
+
+    Args:
+        files: of the adapter.
+        given: the base that the user names.
+
+    Raises:
+        CheckpointError: no base is named, or one by a path that leads anywhere and that the user has not named.
+    """
     where = files.path / adapters.CONFIG
     settings = read_json(where, missing={})
     name, revision = settings.get("base_model_name_or_path"), settings.get("revision")
@@ -105,10 +119,42 @@ def _base_of(files: Checkpoint) -> str:
             where=where,
             mend="write base+adapter, such as org/base+" + files.name,
         )
-    if Path(name).expanduser().is_absolute() or Path(name).is_dir():
+    beside = _beside(files.path, name)
+    if beside is not None:
+        return beside
+    if leads_anywhere(name) and Path(name).expanduser().is_dir():
+        if given is not None and Path(given).expanduser().is_dir() and _same_place(given, name):
+            return given
+        raise CheckpointError(
+            f"the adapter names its base by a path of this machine, {name}",
+            where=where,
+            mend=f"if that is the model to take, say so: {shlex.quote(f'{name}+{files.name}')} instead of "
+            f"{shlex.quote(files.name)} (or, in a merge, --base {shlex.quote(name)})",
+        )
+    return f"{name}@{revision}" if isinstance(revision, str) and revision else name
+
+
+def _beside(adapter: Path, name: str) -> str | None:
+    """The folder of a relative name, from here, beside an adapter, or from a folder between the two; None: it is none.
+
+    Raises:
+        CheckpointError: it is a link beside the adapter that leads elsewhere.
+    """
+    if leads_anywhere(name):
+        return None
+    if Path(name).is_dir():
         return name
-    beside = next((str(p / name) for p in files.path.resolve().parents if (p / name).is_dir()), None)
-    return beside or (f"{name}@{revision}" if isinstance(revision, str) and revision else name)
+    here, real = Path.cwd().resolve(), adapter.resolve()
+    for number, place in enumerate(real.parents):
+        if number and not place.is_relative_to(here):
+            return None
+        if (place / name).is_dir():
+            return str(place / inside(place, name, CheckpointError, where=adapter / adapters.CONFIG, what="the base"))
+    return None
+
+
+def _same_place(one: str, other: str) -> bool:
+    return Path(one).expanduser().resolve() == Path(other).expanduser().resolve()
 
 
 def _open_base(place: str, adapter: Checkpoint, allow_pickle: bool) -> Checkpoint:
@@ -149,10 +195,6 @@ def _open_files(name: str, allow_pickle: bool) -> Checkpoint:
     return open_hub(name, match["repo"], match["revision"], allow_pickle=allow_pickle)
 
 
-class PickledWeights(CheckpointError):
-    """Weights that are there as pickles alone, and may not be read."""
-
-
 def local_tensors(folder: Path, *, allow_pickle: bool = False) -> dict[str, TensorInfo]:
     """Every tensor of a model folder: the model's own, then those of a sentence-transformers model's other modules.
 
@@ -161,15 +203,22 @@ def local_tensors(folder: Path, *, allow_pickle: bool = False) -> dict[str, Tens
     Raises:
         CheckpointError: see :func:`open_checkpoint`.
     """
-    main = main_folder(folder)
+    main, files = main_folder(folder), _WeightFiles(_root_of(folder), allow_pickle)
     errors = ErrorCollector()
-    infos = errors.catch(_main_tensors, folder / main, allow_pickle) or []
+    infos = errors.catch(files.read, folder / main) or []
     infos = [_moved(info, main) for info in infos]
     for module in dict.fromkeys(module for module in read_modules(folder) if module.path not in ("", main)):
-        found = errors.catch(_module_tensors, folder, module, allow_pickle) or []
+        found = errors.catch(files.read_module, folder, module) or []
         infos += [replace(_moved(info, module.path), name=f"{module.path}/{info.name}") for info in found]
     errors.raise_all()
     return {info.name: info for info in infos}
+
+
+def _root_of(folder: Path) -> Path:
+    """The folder that a model's files lie in: of one head of a merge, the folder of the whole merge."""
+    outer = Path(os.path.abspath(folder)).parents  # noqa: PTH100 (links stay as they are)
+    is_head = len(outer) > 1 and outer[0].name == "heads" and (outer[1] / "config.json").is_file()
+    return outer[1] if is_head else folder
 
 
 def _moved(info: TensorInfo, place: str) -> TensorInfo:
@@ -177,53 +226,109 @@ def _moved(info: TensorInfo, place: str) -> TensorInfo:
     return replace(info, file=f"{place}/{info.file}") if place and not Path(info.file).is_absolute() else info
 
 
-def _module_tensors(folder: Path, module: Module, allow_pickle: bool) -> list[TensorInfo]:
-    """The tensors of one module, by their own names.
+@dataclass(frozen=True)
+class _WeightFiles:
+    """The weights in the folders of a model.
 
-    Raises:
-        CheckpointError: pickled weights that may not be read, damaged files, or no weights where there must be some.
+    Attributes:
+        root: the folder that every file has to lie in.
+        allow_pickle: read pickles where there is nothing else.
     """
-    if has_weights(folder / module.path):
-        return _main_tensors(folder / module.path, allow_pickle)
-    if module.weighted:
-        what = f"the module {module.path} has no weights ({SINGLE})"
-        raise CheckpointError(what, where=folder, mend="copy or download the folder again, whole")
-    return []
 
+    root: Path
+    allow_pickle: bool
 
-def _main_tensors(folder: Path, allow_pickle: bool) -> list[TensorInfo]:
-    if (folder / SINGLE).is_file():  # where both are there, transformers takes the single file
-        return read_infos(folder / SINGLE, SINGLE)
-    if (folder / INDEX).is_file():
-        return _sharded(folder)
-    if any((folder / pickle).is_file() for pickle in _PICKLES):
-        if not allow_pickle:
-            raise pickled(folder, "pytorch_model")
-        index = read_json(folder / "pytorch_model.bin.index.json")
-        return _from_pickle(folder, sorted(set(index["weight_map"].values())) if index else ["pytorch_model.bin"])
-    if (folder / adapters.WEIGHTS).is_file():
-        return read_infos(folder / adapters.WEIGHTS, adapters.WEIGHTS)
-    if (folder / adapters.PICKLED).is_file():
-        if not allow_pickle:
-            raise pickled(folder, Path(adapters.PICKLED).stem)
-        return _from_pickle(folder, [adapters.PICKLED], adapters.WEIGHTS)
-    if (folder / adapters.CONFIG).is_file():
+    def read(self, folder: Path) -> list[TensorInfo]:
+        """The tensors of a folder, by their own names, with their files relative to it.
+
+        Raises:
+            CheckpointError: see :func:`open_checkpoint`.
+        """
+        if (folder / SINGLE).is_file():  # where both are there, transformers takes the single file
+            return self._infos(folder, SINGLE)
+        if (folder / INDEX).is_file():
+            return self._sharded(folder)
+        if any((folder / pickle).is_file() for pickle in _PICKLES):
+            if not self.allow_pickle:
+                raise pickled(folder, "pytorch_model")
+            files = [*_PICKLES[:1]]
+            if (folder / _PICKLES[1]).is_file():
+                files = sorted(set(self._weight_map(folder, _PICKLES[1]).values()))
+            return converted(folder, [self._inside(folder, file) for file in files], SINGLE)
+        if (folder / adapters.WEIGHTS).is_file():
+            return self._infos(folder, adapters.WEIGHTS)
+        if (folder / adapters.PICKLED).is_file():
+            if not self.allow_pickle:
+                raise pickled(folder, Path(adapters.PICKLED).stem)
+            return converted(folder, [self._inside(folder, adapters.PICKLED)], adapters.WEIGHTS)
+        if (folder / adapters.CONFIG).is_file():
+            raise CheckpointError(
+                f"an adapter's configuration without its weights ({adapters.WEIGHTS})",
+                where=folder,
+                mend="restore the file",
+            )
+        if any(module.path and has_weights(folder / module.path) for module in read_modules(folder)):
+            return []
+        if gguf := sorted(folder.glob("*.gguf")):
+            raise QuantisedWeights(
+                f"the weights are in GGUF ({gguf[0].name}), as a rule quantised",
+                where=folder,
+                mend="give the model in full precision, as safetensors, that was converted",
+            )
         raise CheckpointError(
-            f"an adapter's configuration without its weights ({adapters.WEIGHTS})",
+            f"no weights here: neither {SINGLE} nor {INDEX}",
             where=folder,
-            mend="restore the file",
+            mend="give a folder with safetensors weights",
         )
-    if any(module.path and has_weights(folder / module.path) for module in read_modules(folder)):
+
+    def read_module(self, folder: Path, module: Module) -> list[TensorInfo]:
+        """The tensors of one module, by their own names.
+
+        Raises:
+            CheckpointError: pickled weights that may not be read, damaged files, or no weights where there must be
+                some.
+        """
+        if has_weights(folder / module.path):
+            return self.read(folder / module.path)
+        if module.weighted:
+            what = f"the module {module.path} has no weights ({SINGLE})"
+            raise CheckpointError(what, where=folder, mend="copy or download the folder again, whole")
         return []
-    if gguf := sorted(folder.glob("*.gguf")):
-        raise QuantisedWeights(
-            f"the weights are in GGUF ({gguf[0].name}), as a rule quantised",
-            where=folder,
-            mend="give the model in full precision, as safetensors, that was converted",
-        )
-    raise CheckpointError(
-        f"no weights here: neither {SINGLE} nor {INDEX}", where=folder, mend="give a folder with safetensors weights"
-    )
+
+    def _inside(self, folder: Path, file: str, where: Path | None = None) -> str:
+        mend = "put the file into the folder, and its name into the index"
+        return inside(folder, file, CheckpointError, root=self.root, where=where, what="the weight file", mend=mend)
+
+    def _infos(self, folder: Path, file: str) -> list[TensorInfo]:
+        return read_infos(folder / self._inside(folder, file), file)
+
+    def _weight_map(self, folder: Path, index: str) -> dict[str, str]:
+        """Which file has which tensor, as an index says."""
+        found = (read_json(folder / index) or {}).get("weight_map")
+        if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
+            raise CheckpointError("no weight_map in the index", where=folder / index, mend="restore the file")
+        return found
+
+    def _sharded(self, folder: Path) -> list[TensorInfo]:
+        weight_map, where = self._weight_map(folder, INDEX), folder / INDEX
+        found: dict[str, TensorInfo] = {}
+        errors = ErrorCollector()
+        for shard in sorted(set(weight_map.values())):
+            file = errors.catch(self._inside, folder, shard, where)
+            if file is not None and not (folder / file).is_file():
+                errors.add(CheckpointError(f"shard {shard} is missing", where=where, mend="copy or download the shard"))
+            elif file is not None:
+                infos = errors.catch(read_infos, folder / file, file) or []
+                found.update({info.name: info for info in infos if info.name in weight_map})
+        errors.raise_all()
+        absent = [name for name in weight_map if name not in found]
+        if absent:
+            raise CheckpointError(
+                f"the index lists tensors that no shard holds: {', '.join(absent[:5])}",
+                where=where,
+                mend="restore the shards or the index",
+            )
+        return list(found.values())
 
 
 def _pickled_modules(folder: Path, files: list[str]) -> list[str]:
@@ -231,72 +336,6 @@ def _pickled_modules(folder: Path, files: list[str]) -> list[str]:
     prefixes = {f"{module.path}/" if module.path else "" for module in read_modules(folder)}
     lacking = [prefix for prefix in prefixes if not {prefix + SINGLE, prefix + INDEX} & set(files)]
     return [file for file in files if any(fnmatchcase(file, prefix + _HUB_PICKLES) for prefix in lacking)]
-
-
-def _sharded(folder: Path) -> list[TensorInfo]:
-    index = read_json(folder / INDEX)
-    weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
-        raise CheckpointError("no weight_map in the index", where=folder / INDEX, mend="restore the file")
-    found: dict[str, TensorInfo] = {}
-    problems = []
-    for shard in sorted(set(weight_map.values())):
-        if not (folder / shard).is_file():
-            problems.append(
-                CheckpointError(f"shard {shard} is missing", where=folder / INDEX, mend="copy or download the shard")
-            )
-            continue
-        found.update({info.name: info for info in read_infos(folder / shard, shard) if info.name in weight_map})
-    raise_all(problems)
-    absent = [name for name in weight_map if name not in found]
-    if absent:
-        raise CheckpointError(
-            f"the index lists tensors that no shard holds: {', '.join(absent[:5])}",
-            where=folder / INDEX,
-            mend="restore the shards or the index",
-        )
-    return list(found.values())
-
-
-def pickled(place: str | Path, stem: str) -> CheckpointError:
-    """The error for weights that are there as pickles alone, with a command that converts them.
-
-    Args:
-        place: the folder, or a name on the Hub.
-        stem: ``pytorch_model`` or ``adapter_model``: what their files' names begin with.
-    """
-    target = "model" if stem == "pytorch_model" else stem
-    convert = (
-        "import glob, torch; from safetensors.torch import save_file; save_file({n: t.contiguous().clone() "
-        f"for f in glob.glob('{stem}*.bin') for n, t in torch.load(f, map_location='cpu', "
-        "weights_only=True).items() if torch.is_tensor(t)}, "
-        f"'{target}.safetensors', {{'format': 'pt'}})"
-    )
-    return PickledWeights(
-        f"the weights are pickled ({stem}.bin), and a pickle from a stranger can run code",
-        where=place,
-        mend="add --allow-pickle (from Python: allow_pickle=True; read with weights_only=True), or write them as "
-        f'safetensors, in a copy of the folder: python -c "{convert}"',
-    )
-
-
-def _from_pickle(folder: Path, files: list[str], target_name: str = SINGLE) -> list[TensorInfo]:
-    from safetensors.torch import save_file
-
-    place = lasting_scratch()
-    infos: list[TensorInfo] = []
-    for number, file in enumerate(files):
-        try:
-            state = torch.load(folder / file, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:
-            raise CheckpointError(
-                f"cannot be read as plain tensors: {error}", where=folder / file, mend="convert it to safetensors"
-            ) from None
-        target = place / str(number) / target_name
-        target.parent.mkdir()
-        save_file({name: t.contiguous().clone() for name, t in state.items() if torch.is_tensor(t)}, target)
-        infos += read_infos(target, str(target))
-    return infos
 
 
 def open_hub(name: str, repo: str, revision: str | None, *, allow_pickle: bool = False) -> Checkpoint:

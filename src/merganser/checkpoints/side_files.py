@@ -16,7 +16,9 @@ from typing import Any
 
 from merganser.checkpoints.json_files import read_json
 from merganser.checkpoints.modules import has_weights, is_model, main_folder, read_modules
+from merganser.documents import read_text
 from merganser.errors import CheckpointError
+from merganser.paths import COPY, is_inside, is_name
 
 _BELONGS = (
     "config.json", "generation_config.json", "preprocessor_config.json", "video_preprocessor_config.json",
@@ -38,6 +40,8 @@ _USUAL = (
     "README*", "modelcard.json", "provenance.json", "trainer_state.json", "*_results.json", "events.out.*",
     "checkpoint-*", "runs", "logs", "onnx", "openvino", "heads", "__pycache__",
 )  # fmt: skip
+_IMPORT = re.compile(r"[ \t]*(?:from[ \t]+|import[ \t]+)\.(\w+)(?:[ \t]|$)")
+_LONGEST_PROGRAM = 2**20  # bytes
 _NAMED = 6  # files left behind that a note names
 
 
@@ -48,14 +52,10 @@ def belonging(folder: Path) -> list[str]:
         CheckpointError: one of them is a link that leads out of the folder (the Hub cache's own blobs are no outside).
     """
     found = sorted(_belonging(folder))
-    root = folder.resolve()
-    inside = [root, *([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])]
-    outside = [file for file in found if not any((folder / file).resolve().is_relative_to(place) for place in inside)]
+    outside = [file for file in found if not is_inside(folder, folder / file)]
     if outside:
         raise CheckpointError(
-            f"links that lead out of the folder are not followed: {', '.join(outside)}",
-            where=folder,
-            mend="put the files themselves there (cp -rL makes such a copy of the folder), and give that folder",
+            f"links that lead out of the folder are not followed: {', '.join(outside)}", where=folder, mend=COPY
         )
     return found
 
@@ -134,7 +134,8 @@ def _code(folder: Path, files: Iterable[str]) -> set[str]:
     for file in files:
         if file.endswith("config.json"):
             modules += [(file.rpartition("/")[0], name) for name in _auto_map(_settings(folder / file))]
-    todo, found = [folder / place / f"{name}.py" for place, name in modules if name], set[str]()
+    named = [(place, name) for place, name in modules if name and _is_module(name)]
+    todo, found = [folder / place / f"{name}.py" for place, name in named], set[str]()
     while todo:
         path = todo.pop()
         name = path.relative_to(folder).as_posix()
@@ -145,14 +146,12 @@ def _code(folder: Path, files: Iterable[str]) -> set[str]:
 
 
 def _imports(path: Path) -> list[str]:
-    """The modules that a Python file imports from beside itself, as transformers finds them."""
-    from transformers.dynamic_module_utils import get_relative_imports
-
+    """The modules that a Python file imports from beside itself; a file that no program is has none."""
     try:
-        found: list[str] = get_relative_imports(path)
-    except (OSError, UnicodeDecodeError):
+        lines = read_text(path, CheckpointError, limit=_LONGEST_PROGRAM).splitlines()
+    except CheckpointError:
         return []
-    return found
+    return [match[1] for line in lines if (match := _IMPORT.match(line))]
 
 
 def _auto_map(settings: dict[str, Any]) -> Iterator[str]:
@@ -163,6 +162,11 @@ def _auto_map(settings: dict[str, Any]) -> Iterator[str]:
         for reference in value if isinstance(value, list) else [value]:
             if isinstance(reference, str) and "--" not in reference and "/" not in reference:
                 yield reference.split(".")[0]
+
+
+def _is_module(name: str) -> bool:
+    """Whether this is a name of a module of code, and no path."""
+    return name.isidentifier() and is_name(name)
 
 
 def _is_tokenizer(path: Path) -> bool:

@@ -349,7 +349,7 @@ def open_parents(recipe: Recipe, problems: ErrorCollector, *, allow_pickle: bool
     parents: list[Parent] = []
     known: dict[str, Checkpoint] = {}
     for contributor in recipe.contributors:
-        checkpoint = _open(contributor.model, problems, known, allow_pickle)
+        checkpoint = _open(contributor.model, recipe, problems, known, allow_pickle)
         if checkpoint is None:
             continue
         parents.append(Parent(contributor, checkpoint, _statistics(contributor, checkpoint, problems), {}))
@@ -401,7 +401,7 @@ def open_base(
     if recipe.base is None:
         checkpoint = shared_base(parents)
     else:
-        checkpoint = _open(recipe.base, problems, {}, allow_pickle)
+        checkpoint = _open(recipe.base, recipe, problems, {}, allow_pickle)
     if checkpoint is None:
         return None
     contributor = Contributor.model_validate({"model": recipe.base or checkpoint.name})
@@ -418,9 +418,9 @@ def shared_base(parents: Sequence[Parent]) -> Checkpoint | None:
 
 
 def _open(
-    reference: str, problems: ErrorCollector, known: dict[str, Checkpoint], allow_pickle: bool
+    reference: str, recipe: Recipe, problems: ErrorCollector, known: dict[str, Checkpoint], allow_pickle: bool
 ) -> Checkpoint | None:
-    checkpoint = problems.catch(open_checkpoint, reference, allow_pickle=allow_pickle, known=known)
+    checkpoint = problems.catch(open_checkpoint, reference, allow_pickle=allow_pickle, known=known, base=recipe.base)
     sound = checkpoint is not None and problems.catch(lambda: checkpoint.config) is not None
     return checkpoint if sound else None
 
