@@ -116,7 +116,7 @@ def _work(command: Sequence[str] | Callable[[], object], world: Path, logs: Path
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.environ.update(TMPDIR=str(world / "tmp"), KEPT_STORE=str(world / "store"), COLUMNS="200")
-    tempfile.tempdir = None
+    tempfile.tempdir = str(world / "tmp")  # Python itself would try it out with a file, and a kill would leave this
     os.chdir(world)
     acts = _watch(world, stop)
     status = 0

@@ -45,11 +45,11 @@ class Judge:
         faults = list(self._changed(tree, old))
         if self.case.resumed:  # rows come one by one
             lost = [name for name in old if found.get(name) != old[name]]
-            half = [name for name, one in found.items() if name not in old and not self._same(tree, name, one)]
+            half = [name for name, one in found.items() if name not in old and not self._same(tree, name, one, new)]
             state = "new" if found.keys() == new.keys() else "old"
         elif found == old:
             return "old", faults
-        elif found.keys() == new.keys() and all(self._same(tree, name, one) for name, one in found.items()):
+        elif found.keys() == new.keys() and all(self._same(tree, name, one, new) for name, one in found.items()):
             return "new", faults
         elif self._is_beside(tree, new):
             state, lost = "beside", list[str]()
@@ -73,7 +73,9 @@ class Judge:
             yield "litter", f"after the next command: {_some(litter)}"
         if missing := sorted(self.after.keys() - tree.keys()):
             yield "rerun failed", f"missing after it: {_some(missing)}"
-        if differing := [name for name in tree if name in self.after and not self._same(tree, name, tree[name])]:
+        if differing := [
+            name for name in tree if name in self.after and not self._same(tree, name, tree[name], self.after)
+        ]:
             yield "rerun failed", f"not as without the kill: {_some(differing)}"
 
     def _changed(self, tree: Tree, old: Mapping[str, str]) -> Iterator[Fault]:
@@ -95,8 +97,8 @@ class Judge:
                 return True
         return False
 
-    def _same(self, tree: Tree, name: str, one: str) -> bool:
-        return is_whole(tree.root / name) if name in self.volatile else self.after.get(name) == one
+    def _same(self, tree: Tree, name: str, one: str, wanted: Mapping[str, str]) -> bool:
+        return is_whole(tree.root / name) if name in self.volatile else wanted.get(name) == one
 
 
 def _is_whole(found: Mapping[str, str], wanted: Mapping[str, str]) -> bool:

@@ -30,7 +30,7 @@ class KeptStore(AbstractFileSystem):
     def folder(self) -> Path:
         return Path(os.environ[VARIABLE])
 
-    def keys(self) -> dict[str, Path]:
+    def objects(self) -> dict[str, Path]:
         """The file of each object."""
         return {unquote(path.name): path for path in self.folder.iterdir() if path.name != ".unfinished"}
 
@@ -65,7 +65,7 @@ class KeptStore(AbstractFileSystem):
 
     def rm(self, path: str, recursive: bool = False, maxdepth: int | None = None) -> None:
         key = self._strip_protocol(path)
-        for other in self.keys():
+        for other in self.objects():
             if other == key or (recursive and other.startswith(f"{key}/")):
                 self.rm_file(other)
 
@@ -76,13 +76,13 @@ class KeptStore(AbstractFileSystem):
         key = self._strip_protocol(path)
         if self._file(key).is_file():
             return {"name": key, "size": self._file(key).stat().st_size, "type": "file"}
-        if any(other.startswith(f"{key}/") for other in self.keys()):
+        if any(other.startswith(f"{key}/") for other in self.objects()):
             return {"name": key, "size": 0, "type": "directory"}
         raise FileNotFoundError(path)
 
     def ls(self, path: str, detail: bool = True, **_: Any) -> list[Any]:
         above = f"{self._strip_protocol(path)}/".lstrip("/")
-        names = {above + key.removeprefix(above).split("/")[0] for key in self.keys() if key.startswith(above)}
+        names = {above + key.removeprefix(above).split("/")[0] for key in self.objects() if key.startswith(above)}
         if not names:
             return [self.info(path)] if detail else [self.info(path)["name"]]
         return [self.info(name) if detail else name for name in sorted(names)]

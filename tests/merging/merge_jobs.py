@@ -14,7 +14,7 @@ def watched(payload: Mapping[str, Any]) -> dict[str, Any]:
 
     from merganser.merging.distributed import write_file
 
-    marks, doomed = (Path(line) for line in (Path(payload["place"]).parent / "watch").read_text().splitlines())
+    marks, doomed = (Path(line) for line in (Path(payload["place"]).parents[1] / "watch").read_text().splitlines())
     node = ray.get_runtime_context().get_node_id()
     (marks / f"{payload['file']}.{node}.started").touch()
     if node == str(doomed):

@@ -230,7 +230,7 @@ def test_nothing_is_hashed_before_everything_is_checked(
         with pytest.raises(UserError, match=word):
             merge(models, tmp_path / "out", method="regmean", **settings)
     with pytest.raises(UserError, match="written by this process"):
-        merge(models, f"file://{tmp_path}/out", method="regmean", as_adapter=4, base=base)
+        merge(models, "memory://out", method="regmean", as_adapter=4, base=base)
 
 
 @pytest.mark.parametrize("method", ["ties", "regmean"])

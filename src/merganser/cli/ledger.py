@@ -104,13 +104,13 @@ def remove_command(folder: Path, model: str, **keys: Any) -> None:
 
 @ledger_command.command("solve")
 @_FOLDER
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Model folder to write.")
+@click.option("-o", "--output", required=True, metavar="FOLDER|URL", help="Where to write the model.")
 @click.option("--ridge", type=float, help="Pull toward the weighted average, in place of the ledger's.")
 @click.option("--dtype", type=click.Choice(["F64", "F32", "F16", "BF16"]), help="Storage dtype of the result.")
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Largest weight file.")
 @click.option("--overwrite", is_flag=True, help="Replace what an earlier merge has written, and nothing else.")
 @_common
-def solve_command(folder: Path, output: Path, ridge: float | None, **keys: Any) -> None:
+def solve_command(folder: Path, output: str, ridge: float | None, **keys: Any) -> None:
     """Write the merge of all contributors. Needs the base model and the ledger."""
     quiet_libraries()
     from merganser.merging import ledger

@@ -9,11 +9,14 @@ from merganser.files.locks import locked
 from merganser.files.overwriting import Output, Refusal, files_below, is_within, real_files, unlisted
 from merganser.files.remote import RemoteFolder, is_url, local_path
 from merganser.files.space import free_bytes, human_bytes, parse_size, space_error
+from merganser.files.uploads import RemoteCheck, Staging, new_remote_folder, settle
 
 __all__ = [
     "Output",
     "Refusal",
+    "RemoteCheck",
     "RemoteFolder",
+    "Staging",
     "files_below",
     "free_bytes",
     "human_bytes",
@@ -24,11 +27,13 @@ __all__ = [
     "locked",
     "new_file",
     "new_folder",
+    "new_remote_folder",
     "parse_size",
     "real_files",
     "remove",
     "remove_leftovers",
     "scratch_folder",
+    "settle",
     "space_error",
     "sync",
     "unlisted",

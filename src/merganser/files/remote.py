@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from merganser.errors import FileError, UserError
 
 #: Stores without folders. What is missing there is the bucket, and that is not ours to create.
 _OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss"}
+_TRIES = 5  # at removing what others remove as well
+_PIECE = 8 * 2**20  # bytes that are copied at once by stores that cannot copy
 
 
 def is_url(place: str | Path) -> bool:
@@ -26,6 +29,11 @@ def local_path(place: str | Path) -> Path | None:
     return Path(path) if protocol in ("file", "local") else None
 
 
+def _is_object_store(system: Any) -> bool:
+    protocols = [system.protocol] if isinstance(system.protocol, str) else system.protocol
+    return bool(_OBJECT_STORES.intersection(protocols))
+
+
 class RemoteFolder:
     """A folder at a URL that fsspec knows. Names in it are written with ``/``; the empty name is the folder itself.
 
@@ -36,7 +44,8 @@ class RemoteFolder:
     """
 
     def __init__(self, url: str) -> None:
-        self.url = url.rstrip("/")
+        protocol, mark, path = url.partition("://")
+        self.url = f"{protocol}{mark}{path.rstrip('/')}"
         self._opened: tuple[Any, str] | None = None
 
     def where(self, name: str) -> str:
@@ -118,19 +127,44 @@ class RemoteFolder:
 
     def put(self, source: Path, name: str) -> None:
         """Upload a file; object stores show it whole or not at all."""
+        self._store(name, lambda system, path: system.put_file(str(source), path))
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a small file; object stores show it whole or not at all."""
+        self._store(name, lambda system, path: system.pipe_file(path, data))
+
+    def copy(self, source: RemoteFolder, name: str, to: str) -> None:
+        """Copy a file from another folder of the same store, within the store where it can do that.
+
+        Raises:
+            FileNotFoundError: it is not there.
+        """
+        with source.reached(name) as (_, origin), self.reached(to) as (system, path):
+            if not _is_object_store(system):
+                system.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+            try:
+                system.cp_file(origin, path)
+            except NotImplementedError:
+                with system.open(origin, "rb") as stream, system.open(path, "wb") as target:
+                    shutil.copyfileobj(stream, target, _PIECE)
+
+    def _store(self, name: str, write: Callable[[Any, str], object]) -> None:
         with self.reached(name) as (system, path):
             try:
-                system.put_file(str(source), path)
+                write(system, path)
             except FileNotFoundError as error:
-                protocols = [system.protocol] if isinstance(system.protocol, str) else system.protocol
-                if _OBJECT_STORES.intersection(protocols):
+                if _is_object_store(system):
                     mend = "create the bucket, or mend its name"
                     raise FileError(str(error), where=self.url, mend=mend) from None
                 system.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-                system.put_file(str(source), path)
+                write(system, path)
 
     def remove(self, name: str = "") -> None:
         """Remove a file, or everything below a name, if it is there."""
         with self.reached(name) as (system, path):
-            if system.exists(path):
-                system.rm(path, recursive=True)
+            for _ in range(_TRIES):
+                if not system.exists(path):
+                    return
+                with suppress(FileNotFoundError):  # another command removes the same
+                    system.rm(path, recursive=True)
+                    return

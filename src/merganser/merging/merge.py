@@ -12,7 +12,7 @@ from typing import Any
 
 from merganser.engines import Engine
 from merganser.errors import ErrorCollector, RecipeError, raise_all
-from merganser.files import is_url
+from merganser.files import local_path
 from merganser.merging.distributed import run_on
 from merganser.merging.execution import Merging, execute
 from merganser.merging.influence import Influence
@@ -213,7 +213,7 @@ def prepare(
         UserError: what cannot be merged, all mistakes at once.
     """
     settings = settings or RunSettings.make()
-    if rank is not None and (settings.engine is not None or (output is not None and is_url(output))):
+    if rank is not None and (settings.engine is not None or (output is not None and local_path(output) is None)):
         what = "an adapter is written by this process, into a folder"
         raise RecipeError(what, where="--as-adapter", mend="leave out the engine, and give a local folder")
     if isinstance(recipe, Plan):
@@ -231,10 +231,11 @@ def prepare(
         mend = "free some memory, or work in less: --max-memory SIZE, --threads 1"
         problems.add(RecipeError(f"too little memory: {needed}", where="memory", mend=mend))
     if output is not None:
-        problems.add(*output_problems(output, overwrite, reads, plan.bytes_written))
-        if settings.sums is not None and not is_url(output):
+        elsewhere = settings.engine is not None and local_path(output) is None
+        problems.add(*output_problems(output, overwrite, reads, 0 if elsewhere else plan.bytes_written))
+        if settings.sums is not None and (folder := local_path(output)) is not None:
             models = [parent.checkpoint.path for parent in inputs.parents]
-            problems.add(*check_sums(settings.sums, plan.steps, models, Path(output)))
+            problems.add(*check_sums(settings.sums, plan.steps, models, folder))
     problems.raise_all()
     waiting = any(not s.checkpoint.is_here and s.view.duplicates for s in inputs.sources)
     for source in inputs.sources:
@@ -280,7 +281,8 @@ def carry_out(prepared: PreparedMerge, output: str | Path, *, overwrite: bool = 
     """
     plan, inputs, settings, started = prepared.plan, prepared.inputs, prepared.settings, time.monotonic()
     work = Merging(inputs, settings)
-    with new_output(output, overwrite, prepared.reads) as folder:
+    with new_output(output, overwrite, prepared.reads) as staging:
+        folder = staging.folder
         if plan.rank is not None:
             with AdapterTarget(plan, inputs, folder) as adapter:
                 execute(prepared.schedule, work, adapter)
@@ -289,13 +291,14 @@ def carry_out(prepared: PreparedMerge, output: str | Path, *, overwrite: bool = 
             layout = make_layout(plan)
             write_small_files(plan, inputs, layout, folder)
             if settings.engine is not None:
-                place = output_of(str(output) if is_url(output) else str(folder.resolve()))
+                place = output_of(staging.reference)
                 records = run_on(plan, inputs, settings, settings.engine, prepared.schedule, layout, place)
+                staging.others.update(layout.files)
             else:
                 with CheckpointTarget(plan, layout, folder) as target:
                     execute(prepared.schedule, work, target)
                 records = target.records
-            if settings.engine is None or not is_url(output):  # else the weights lie elsewhere by now
+            if settings.engine is None or local_path(output) is not None:  # else the weights lie elsewhere by now
                 raise_all(check_opening(folder, inputs.reference.checkpoint))
             people, base = describe_inputs(plan, inputs)
             complete(plan, inputs.reference, layout, folder, records, people, base, influence=prepared.influence)

@@ -4,20 +4,33 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from merganser.checkpoints import sha256_file
 from merganser.checkpoints.places import places_read
-from merganser.errors import CheckpointError, UserError
-from merganser.files import Output, Refusal, RemoteFolder, files_below, is_url, scratch_folder, unlisted
+from merganser.errors import ErrorCollector, FileError, UserError
+from merganser.files import (
+    Output,
+    Refusal,
+    RemoteCheck,
+    RemoteFolder,
+    files_below,
+    is_url,
+    is_within,
+    scratch_folder,
+    settle,
+    space_error,
+    unlisted,
+)
 from merganser.merging.provenance import FILE_NAME, read_provenance
 from merganser.merging.recipe import Inputs
 
 _STAGING = ".worker-"
 _CARD = "README.md"
+_LARGEST = 200_000_000  # bytes of a file that is fetched to see whether a merge wrote it
 
 
 def merge_output(output: Path, reads: Iterable[Path], *, overwrite: bool) -> Output:
@@ -37,15 +50,73 @@ def merge_reads(inputs: Inputs) -> list[Path]:
     return [*found, *(p.statistics.path for p in inputs.parents if p.statistics and p.statistics.path)]
 
 
-def recognise_merge(folder: Path) -> Refusal | None:
-    """Why a folder is not replaced by a merge: it is none itself, or holds something that is no part of it."""
+def recognise_merge(folder: Path, names: Collection[str] | None = None) -> Refusal | None:
+    """Why a folder is not replaced by a merge: it is none itself, or holds something that is no part of it.
+
+    Args:
+        folder: with its provenance and its small files at least.
+        names: of all files that belong to it, where they are not there; relative to it, written with ``/``.
+    """
+    names = list(files_below(folder)) if names is None else names
     try:
         found = read_provenance(folder)
     except UserError:
-        what = f"the output exists and is no merge (no sound {FILE_NAME} is in it), so it is not replaced"
-        return Refusal(what, "give another folder, or remove it yourself")
-    refused = foreign_to_merge(found, files_below(folder))
+        holds = f"it holds {len(names)} files, such as {', '.join(sorted(names)[:3])}"
+        what = f"the output exists and is no merge (no sound {FILE_NAME} is in it), so it is not replaced; {holds}"
+        return Refusal(what, "give another place, or remove it yourself")
+    refused = foreign_to_merge(found, names)
     return refused or _edited(found, folder)
+
+
+def remote_problems(url: str, overwrite: bool, nbytes: int) -> list[UserError]:
+    """Why a merge cannot be written to a URL; what a command that was killed has left there is settled first.
+
+    Args:
+        url: of the result.
+        overwrite: whether an earlier merge may be replaced.
+        nbytes: that are written on this machine before they are uploaded.
+    """
+    place, problems, scratch = RemoteFolder(url), ErrorCollector(), Path(tempfile.gettempdir())
+    problems.catch(settle, url)
+    if not problems.found:
+        problems.catch(lambda: check_remote(overwrite)(place, place.sizes()))
+    mend = "free some space, or set TMPDIR to a folder on another disk"
+    space = space_error(scratch, nbytes, "the result, before it is uploaded, takes", mend)
+    return problems.found + [problem for problem in [space] if problem is not None]
+
+
+def check_remote(overwrite: bool) -> RemoteCheck:
+    """Raises where the files at a URL may not be replaced by a merge: the rules are those of folders.
+
+    Args:
+        overwrite: whether the user said that an earlier merge may be replaced.
+    """
+
+    def check(place: RemoteFolder, files: Mapping[str, int]) -> None:
+        if not files:
+            return
+        if not overwrite:
+            raise FileError("the output exists", where=place.url, mend="give another URL, or --overwrite to replace it")
+        if refused := _recognise_remote(place, files):
+            raise FileError(refused.what, where=place.url, mend=refused.mend)
+
+    return check
+
+
+def _recognise_remote(place: RemoteFolder, files: Mapping[str, int]) -> Refusal | None:
+    """Why what is at a URL is not replaced by a merge, told from copies of its small files."""
+    with scratch_folder() as folder:
+
+        def fetch(name: str) -> None:
+            if files.get(name, _LARGEST) < _LARGEST and is_within(folder / name, folder):
+                with suppress(FileNotFoundError):  # somebody has just removed it
+                    place.get(name, folder / name)
+
+        fetch(FILE_NAME)
+        with suppress(UserError):  # that it is no merge is said below
+            for name in _small_files(read_provenance(folder)):
+                fetch(name)
+        return recognise_merge(folder, files)
 
 
 def foreign_to_merge(provenance: Mapping[str, Any], names: Iterable[str]) -> Refusal | None:
@@ -55,15 +126,19 @@ def foreign_to_merge(provenance: Mapping[str, Any], names: Iterable[str]) -> Ref
 
 def _edited(provenance: Mapping[str, Any], folder: Path) -> Refusal | None:
     """Why a folder is not replaced whose small files somebody has changed; weights are not read for it."""
-    recorded = {name: digest for name, digest in provenance["files"].items() if ":" not in str(digest)}
-    if isinstance(card := provenance.get("card"), str):
-        recorded[_CARD] = card
+    recorded = _small_files(provenance)
     there = {name: digest for name, digest in recorded.items() if (folder / name).is_file()}
     changed = sorted(name for name, digest in there.items() if sha256_file(folder / name) != digest)
     if not changed:
         return None
     what = f"the output holds what was changed after the merge: {', '.join(changed[:5])}"
     return Refusal(what + (f" and {len(changed) - 5} more" if len(changed) > 5 else ""))
+
+
+def _small_files(provenance: Mapping[str, Any]) -> dict[str, str]:
+    """The hashes of a merge's files that are no weights, and of its card."""
+    recorded = {name: digest for name, digest in provenance["files"].items() if ":" not in str(digest)}
+    return {**recorded, _CARD: card} if isinstance(card := provenance.get("card"), str) else recorded
 
 
 class OutputTarget:
@@ -122,40 +197,6 @@ class RemoteOutput(OutputTarget):
 
     def tidy(self) -> None:
         """Nothing is left at the URL."""
-
-    def exists(self) -> bool:
-        """Whether there is anything at the URL."""
-        return bool(self.files.sizes())
-
-    def remove(self) -> None:
-        """Remove everything at the URL."""
-        self.files.remove()
-
-
-@contextmanager
-def new_remote_output(url: str, *, overwrite: bool = False) -> Iterator[Path]:
-    """A local folder for what is not at the URL yet; it is uploaded at the end, ``config.json`` last.
-
-    So what is not complete cannot be opened; on any error everything is removed again.
-
-    Raises:
-        CheckpointError: there is something at the URL.
-        FileError: it cannot be written.
-    """
-    place = RemoteOutput(url)
-    if place.exists():
-        if not overwrite:
-            raise CheckpointError("the output exists", where=url, mend="give another URL, or --overwrite to replace it")
-        place.remove()
-    with scratch_folder() as folder:
-        try:
-            yield folder
-            files = sorted(path for path in folder.rglob("*") if path.is_file())
-            for path in sorted(files, key=lambda path: path.name == "config.json"):
-                place.put(path, path.relative_to(folder).as_posix())
-        except BaseException:
-            place.remove()
-            raise
 
 
 def output_of(reference: str) -> OutputTarget:

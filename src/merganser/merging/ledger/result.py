@@ -63,7 +63,7 @@ def solve(
 
     Args:
         folder: the ledger; it stays as it is.
-        output: the model folder to write; written whole or not at all.
+        output: the model folder or fsspec URL to write; written whole or not at all.
         base: where the base model is, if not where it was.
         options: ``ridge`` alone, which does not go into the sums.
         dtype: storage dtype; by default the widest of the base and the contributors.
@@ -76,7 +76,7 @@ def solve(
     Raises:
         UserError: anything the user can mend, before any work; several at once as ``Problems``.
     """
-    place, target, started = Path(folder), Path(output), time.monotonic()
+    place, started = Path(folder), time.monotonic()
     settings = RunSettings.make(threads, max_memory)
     with locked(place, write=False) as record:
         if sums_to_zero([entry.coefficient for entry in record.contributors]):
@@ -88,7 +88,7 @@ def solve(
         reference = open_same_base(record, place, text, allow_pickle=allow_pickle)
         plan = _plan(record, method, reference, dtype, max_shard_size)
         reads = [*places_read(reference.checkpoint), place]
-        raise_all(output_problems(target, overwrite, reads, plan.bytes_written))
+        raise_all(output_problems(output, overwrite, reads, plan.bytes_written))
         parts = schedule_of(record, specs(record, record.parts), settings)
         rest = fit(plan.steps[len(record.parts) :], settings, whole=True)
         schedule = replace(
@@ -99,7 +99,8 @@ def solve(
             budget=max(parts.budget, rest.budget),
         )
         layout = make_layout(plan)
-        with new_output(target, overwrite, reads) as work:
+        with new_output(output, overwrite, reads) as staging:
+            work = staging.folder
             write_small_files(plan, Inputs((), reference, reference), layout, work)
             with CheckpointTarget(plan, layout, work) as written:
                 execute(schedule, _Solving(record, method, sums, reference), written, "solving")

@@ -24,11 +24,11 @@ from merganser.checkpoints.reader import TensorHash, read_json
 from merganser.checkpoints.tokenizer_files import add_tokens, is_tokenizer_file
 from merganser.checkpoints.writer import SafetensorsWriter, TensorSpec, index_json, shard
 from merganser.errors import CheckpointError, UserError
-from merganser.files import is_url, parse_size, space_error
+from merganser.files import Staging, local_path, new_remote_folder, parse_size, space_error
 from merganser.merging.configuration import merged_config
 from merganser.merging.execution import TensorRecord, storable
 from merganser.merging.influence import Influence
-from merganser.merging.outputs import RemoteOutput, merge_output, new_remote_output
+from merganser.merging.outputs import check_remote, merge_output, remote_problems
 from merganser.merging.plan import BUFFER, HEADS, KEPT, Plan, Step
 from merganser.merging.provenance import model_card, public_name, write_provenance
 from merganser.merging.recipe import Inputs, Parent
@@ -353,27 +353,31 @@ def _with_dtype(config: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def output_problems(output: str | Path, overwrite: bool, reads: Sequence[Path], nbytes: int) -> list[UserError]:
-    """Why a result cannot be written.
+    """Why a result cannot be written; what a command that was killed has left there is tidied up first.
 
     Args:
         output: a folder, or an fsspec URL.
         overwrite: whether an earlier result may be replaced.
         reads: folders and files that are read.
-        nbytes: of the weights.
+        nbytes: of the weights, as far as they are written on this machine.
+
+    Raises:
+        FileError: the URL cannot be reached.
     """
-    if is_url(output):
-        exists = not overwrite and RemoteOutput(str(output)).exists()
-        return [CheckpointError("the output exists", where=output, mend="give another URL, or --overwrite")] * exists
-    found = merge_output(Path(output), reads, overwrite=overwrite).problems()
-    return found or [problem for problem in [space_error(Path(output), nbytes + _SPARE)] if problem is not None]
+    folder = local_path(output)
+    if folder is None:
+        return remote_problems(str(output), overwrite, nbytes + _SPARE)
+    found = merge_output(folder, reads, overwrite=overwrite).problems()
+    return found or [problem for problem in [space_error(folder, nbytes + _SPARE)] if problem is not None]
 
 
 @contextmanager
-def new_output(output: str | Path, overwrite: bool, reads: Sequence[Path] = ()) -> Iterator[Path]:
+def new_output(output: str | Path, overwrite: bool, reads: Sequence[Path] = ()) -> Iterator[Staging]:
     """A folder to fill, which becomes the output when everything is there; nothing is left of it after an error."""
-    if is_url(output):
-        with new_remote_output(str(output), overwrite=overwrite) as folder:
-            yield folder
+    folder = local_path(output)
+    if folder is None:
+        with new_remote_folder(str(output), check_remote(overwrite)) as staging:
+            yield staging
     else:
-        with merge_output(Path(output), reads, overwrite=overwrite).new() as folder:
-            yield folder
+        with merge_output(folder, reads, overwrite=overwrite).new() as work:
+            yield Staging(work, str(work.resolve()))
