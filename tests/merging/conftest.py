@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,30 +34,43 @@ def batches(seed: int, architecture: str, count: int = 6, size: int = 4) -> list
     return found
 
 
+def make_family(
+    place: Path,
+    architecture: str = "bert",
+    n: int = 2,
+    *,
+    statistics: bool = True,
+    fisher: str | None = None,
+    **config: Any,
+) -> tuple[Path, list[Path]]:
+    """A base model and n fine-tunes of it in a folder, with statistics in theirs."""
+    base = make_model(architecture, 0, **config)
+    base.save_pretrained(place / "base")
+    folders = []
+    for number in range(n):
+        model = make_model(architecture, 0, **config)
+        generator = torch.Generator().manual_seed(100 + number)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        folder = place / f"tuned-{number}"
+        model.save_pretrained(folder)
+        if statistics:
+            header, tensors = collect_statistics(
+                model, open_checkpoint(folder), batches(number, architecture), fisher=fisher
+            )
+            write_statistics(folder / FILE_NAME, header, tensors)
+        folders.append(folder)
+    return place / "base", folders
+
+
 @pytest.fixture
 def family(tmp_path: Path) -> Callable[..., tuple[Path, list[Path]]]:
     """``family(architecture, n)`` → the base's folder and n fine-tunes of it, statistics in their folders."""
+    return partial(make_family, tmp_path)
 
-    def make(
-        architecture: str = "bert", n: int = 2, *, statistics: bool = True, fisher: str | None = None, **config: Any
-    ) -> tuple[Path, list[Path]]:
-        base = make_model(architecture, 0, **config)
-        base.save_pretrained(tmp_path / "base")
-        folders = []
-        for number in range(n):
-            model = make_model(architecture, 0, **config)
-            generator = torch.Generator().manual_seed(100 + number)
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-            folder = tmp_path / f"tuned-{number}"
-            model.save_pretrained(folder)
-            if statistics:
-                header, tensors = collect_statistics(
-                    model, open_checkpoint(folder), batches(number, architecture), fisher=fisher
-                )
-                write_statistics(folder / FILE_NAME, header, tensors)
-            folders.append(folder)
-        return tmp_path / "base", folders
 
-    return make
+@pytest.fixture(scope="module")
+def shared_family(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, list[Path]]]:
+    """The same for all tests of a file, in a folder of its own."""
+    return partial(make_family, tmp_path_factory.mktemp("family"))

@@ -12,6 +12,7 @@ import platform
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
@@ -236,13 +237,16 @@ def located(reference: str, folder: Path) -> str:
 
 def library_versions() -> dict[str, str]:
     """Versions of what the result's bytes may depend on."""
-    found = {"python": platform.python_version()}
-    for package in ("merganser", "torch", "transformers", "safetensors"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+    packages = ("merganser", "torch", "transformers", "safetensors")
+    return {"python": platform.python_version(), **{package: _installed(package) for package in packages}}
+
+
+@cache
+def _installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def manifest_of(entry: Mapping[str, Any]) -> tuple[str, str]:

@@ -282,7 +282,7 @@ def compare(provenance: Mapping[str, Any], told: Mapping[str, Any], folder: Path
     others = [key for key in ("merganser", "transformers") if versions.get(key) != here[key]]
     groups: dict[tuple[str, bool], list[str]] = {}
     for place, have, want in _differences(found, told, growing=older):
-        words = bool(_WORDS.intersection(place)) and (bool(others) or older or _only_left_behind(have, want))
+        words = bool(_WORDS.intersection(place)) and (bool(others) or older or _only_left_behind(place, have, want))
         text = f"{_shown_place(place)} is {_shown(have)}, where {_shown(want)} follows from the recipe and its parents"
         groups.setdefault((place[0], words), []).append(text)
     problems, notes = list[UserError](), list[str]()
@@ -319,11 +319,11 @@ def _differences(
         yield place, have, want
 
 
-def _only_left_behind(have: Any, want: Any) -> bool:
+def _only_left_behind(place: Sequence[str], have: Any, want: Any) -> bool:
     """Whether notes differ in nothing but what else lies in a parent's folder, which may come and go."""
     notes = [[one] if isinstance(one, str) else one if isinstance(one, list) else [] for one in (have, want)]
     here, there = ([note for note in some if not str(note).startswith(_LEFT)] for some in notes)
-    return here == there
+    return "notes" in place and here == there
 
 
 def _shown_place(place: Sequence[str]) -> str:
