@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from merganser.checkpoints import Checkpoint
-from merganser.checkpoints.layers import load_config
+from merganser.checkpoints.layers import build_empty, load_config
 from merganser.checkpoints.reader import read_json
 from merganser.errors import CheckpointError, ErrorCollector, RecipeError, UserError, did_you_mean
 from merganser.merging.recipe import Inputs, Parent, Recipe
@@ -156,6 +156,42 @@ def merged_config(recipe: Recipe, inputs: Inputs, own: Parent, tokens: Parent | 
     if tokens is not None and tokens is not own:
         config = _overlaid(config, tokens.checkpoint.config, _TOKEN_IDS)
     return config
+
+
+def check_written(recipe: Recipe, inputs: Inputs, *, plain: bool) -> None:
+    """Refuse a configuration of transformers' own that it cannot build a model from: the result would not open.
+
+    Args:
+        recipe: for ``config_from``.
+        inputs: the open files.
+        plain: nothing else is asked of transformers. What all models say is then left to whoever opens it, as theirs.
+
+    Raises:
+        CheckpointError: the configuration that would be written cannot be used.
+    """
+    reference = inputs.reference.checkpoint
+    config = merged_config(recipe, inputs, inputs.reference, None)
+    if plain and all(person.checkpoint.config == config for person in inputs.people):
+        return
+    if config == reference.config and inputs.reference.view.model is not None:
+        return
+    try:
+        build_empty(config, reference.model_path)
+    except CheckpointError as error:
+        if _is_known(config) and not isinstance(error.__context__, ImportError):
+            mend = "correct the configuration, or take another model's with --config-from"
+            asked, people = recipe.config_from, (inputs.parents, inputs.base)
+            writer = choose_model(asked, "config_from", *people).checkpoint if asked else reference
+            where = writer.model_path / "config.json"
+            raise CheckpointError(f"{error.what} (the result would not open)", where=where, mend=mend) from None
+
+
+def _is_known(config: Mapping[str, Any]) -> bool:
+    """Whether transformers itself has the configuration's class, and no other code is named."""
+    from transformers import CONFIG_MAPPING
+
+    kind = config.get("model_type")
+    return isinstance(kind, str) and kind in CONFIG_MAPPING and not config.get("auto_map")
 
 
 def _is_the_base_s_tie(path: str, flat: Sequence[Mapping[str, Any]]) -> bool:

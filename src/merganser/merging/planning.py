@@ -20,7 +20,7 @@ from merganser.checkpoints.sources import Source
 from merganser.checkpoints.writer import TensorSpec
 from merganser.errors import ErrorCollector, RecipeError
 from merganser.merging.coefficients import check_averages
-from merganser.merging.configuration import BASE, compare_tokenizers, match_configurations
+from merganser.merging.configuration import BASE, check_written, compare_tokenizers, match_configurations
 from merganser.merging.labels import match_labels
 from merganser.merging.matching import (
     RowMap,
@@ -93,6 +93,8 @@ def plan_of(recipe: Recipe, inputs: Inputs, *, rank: int | None = None) -> Plan:
     ]
     adapter = rank is not None
     notes += match_configurations(recipe, people, base, problems, adapter=adapter)
+    if not adapter and not problems.found:
+        problems.catch(check_written, recipe, inputs, plain=plain)
     vocabulary = match_vocabularies(
         recipe, people, base, names, problems, needs_base=method.needs.base, adapter=adapter
     )
