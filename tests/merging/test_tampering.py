@@ -431,6 +431,10 @@ TAMPERED: list[tuple[str, str, str, Callable[[Record], None]]] = [
     ("the choice", "regmean", FAST, lambda record: [
         record.update(method_chosen_because="it is best"), record["plan"].update(choice="it is best")]),
     ("the choice in one place", "regmean", FAST, value_is("method_chosen_because", value=None)),
+    ("who decided how much", "regmean", DEEP, value_is("influence", "overall", value=[0.5, 0.5])),
+    ("no word of who decided", "regmean", DEEP, without("influence")),
+    ("influence where there was none", "ties", DEEP, value_is("influence", value={"of": "gram"})),
+    ("what was found of the statistics", "regmean", DEEP, value_is("judged", value=["all is well"])),
     # what the recipe says, and the files do not
     ("excluded tensors", "regmean", FAST, value_is("recipe", "exclude", value=["*.layer.1.*"])),
     ("heads kept separate", "regmean", FAST, value_is("recipe", "keep_separate", value=["classifier.*"])),
@@ -641,7 +645,7 @@ def test_malformed_records_are_refused(copied: Callable[..., Copy]) -> None:
             verify(one.folder)
         except UserError:
             continue
-        harmless = place[0] in ("versions", "card", "influence") or place[-1] in ("require_coverage", "name")
+        harmless = place[0] in ("versions", "card", "influence", "judged") or place[-1] in ("require_coverage", "name")
         assert harmless, (place, value)
     for text in ("", "[]", "{", '{"format": 4}', '{"format": true}', "[" * 10**5, '{"format": 1e400}', "\x00"):
         path.write_text(text)

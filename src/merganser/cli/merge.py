@@ -130,15 +130,17 @@ def merge_command(
     plan = prepared.plan
     if plan.choice:
         warn(f"method {plan.recipe.method}, because {plan.choice}")
-    for note in plan.notes:
+    told = plan.notes + prepared.verdict.notes
+    for note in told:
         warn(note)
     if dry_run or output is None:  # without a place only a dry run comes here
         show_plan(prepared, as_json)
         return
     keep_freed()
     result = carry_out(prepared, output, overwrite=overwrite)
-    for note in result.notes[len(plan.notes) :]:
-        warn(note)
+    for note in result.notes:
+        if note not in told:
+            warn(note)
     treated = ", ".join(f"{count} {method}" for method, count in plan.counts.items())
     warn(f"{human_bytes(plan.bytes_written)} merged in {result.seconds:.1f} s; tensors: {treated}")
     warn(f"{plan.recipe.method} reached {plan.coverage}")
@@ -163,7 +165,7 @@ def show_plan(prepared: PreparedMerge, as_json: bool) -> None:
             "peak_bytes": schedule.peak_bytes,
             "rows_at_once": {s.unit.names[0]: r for s, r in zip(plan.steps, schedule.rows, strict=True) if r},
             "uncut": [{"tensor": name, "bytes": nbytes} for name, nbytes in uncut],
-            "influence": prepared.influence and prepared.influence.to_json(),
+            **prepared.verdict.record(),
             "plan": plan.to_json(),
         }
         click.echo(json.dumps(summary, indent=1))
@@ -176,8 +178,8 @@ def show_plan(prepared: PreparedMerge, as_json: bool) -> None:
         rows,
     )
     tell(f"{plan.recipe.method} reaches {plan.coverage}")
-    if prepared.influence is not None:
-        tell(f"influence: {prepared.influence}")
+    if prepared.verdict.influence is not None:
+        tell(f"influence: {prepared.verdict.influence}")
     tell(
         f"reads {human_bytes(plan.bytes_read)}, writes {human_bytes(plan.bytes_written)}, "
         f"peak memory about {human_bytes(schedule.peak_bytes)} on {schedule.threads} threads"

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import inf, prod
+from typing import Any
 
 from merganser.errors import StatisticsError, UserError
 from merganser.merging.influence import Influence
@@ -69,6 +70,19 @@ class Verdict:
     notes: tuple[str, ...] = ()
     influence: Influence | None = None
 
+    def section(self) -> str:
+        """What a model card says of it, in Markdown."""
+        return "" if self.influence is None else self.influence.section()
+
+    def record(self) -> dict[str, Any]:
+        """What provenance says of it; nothing where no statistics were used."""
+        told = {"influence": self.influence and self.influence.to_json(), "judged": list(self.notes)}
+        return {key: value for key, value in told.items() if value}
+
+
+#: Of a merge that uses no statistics.
+NOTHING_JUDGED = Verdict()
+
 
 def judge_statistics(plan: Plan, inputs: Inputs, threads: int, budget: int) -> Verdict:
     """Read and judge every statistic that a plan uses.
@@ -81,7 +95,7 @@ def judge_statistics(plan: Plan, inputs: Inputs, threads: int, budget: int) -> V
     """
     uses = list(_uses(plan, inputs))
     if not uses:
-        return Verdict()
+        return NOTHING_JUDGED
     found = _judged(uses, inputs.parents, threads, budget)
     problems = [
         problem for number, parent in enumerate(inputs.parents) for problem in _problems(parent, found.get(number, {}))

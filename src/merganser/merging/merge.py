@@ -16,7 +16,7 @@ from merganser.files import local_path
 from merganser.merging.distributed import run_on
 from merganser.merging.execution import Merging, execute
 from merganser.merging.influence import Influence
-from merganser.merging.judging import judge_statistics
+from merganser.merging.judging import NOTHING_JUDGED, Verdict, judge_statistics
 from merganser.merging.memory import RunSettings, Schedule, available_bytes, fit
 from merganser.merging.outputs import merge_reads, output_of
 from merganser.merging.plan import Coverage, Plan, Treatment, inputs_of
@@ -46,13 +46,18 @@ class MergeResult(PathResult):
         path: of the folder, as it was given.
         plan: what was done.
         seconds: that it took.
-        influence: who decided how much, by the statistics; None where none were used, or weights stood in for them.
+        verdict: what was found of the statistics.
     """
 
     path: str | Path
     plan: Plan
     seconds: float
-    influence: Influence | None = None
+    verdict: Verdict = NOTHING_JUDGED
+
+    @property
+    def influence(self) -> Influence | None:
+        """Who decided how much, by the statistics; None where none were used, or weights stood in for them."""
+        return self.verdict.influence
 
     @property
     def method(self) -> str:
@@ -72,7 +77,7 @@ class MergeResult(PathResult):
     @property
     def notes(self) -> tuple[str, ...]:
         """What the user should know."""
-        return self.plan.notes
+        return self.plan.notes + self.verdict.notes
 
     def _repr_html_(self) -> str:
         rows = [[t.method, t.kind, t.tensors, t.reason or ""] for t in self.treatments]
@@ -179,7 +184,7 @@ class PreparedMerge:
         settings: how it is run.
         schedule: how it is fitted into memory.
         reads: every folder and file that the user named to be read, which no output takes the place of.
-        influence: who decides how much, by the statistics; None where none are used.
+        verdict: what was found of the statistics.
     """
 
     plan: Plan
@@ -187,7 +192,7 @@ class PreparedMerge:
     settings: RunSettings
     schedule: Schedule
     reads: tuple[Path, ...] = ()
-    influence: Influence | None = None
+    verdict: Verdict = NOTHING_JUDGED
 
 
 def prepare(
@@ -250,9 +255,7 @@ def prepare(
     problems.raise_all()
     verdict = judge_statistics(plan, inputs, settings.threads, schedule.budget)
     raise_all(verdict.problems)
-    new = tuple(note for note in verdict.notes if note not in plan.notes)  # a plan of record has them already
-    plan = replace(plan, notes=plan.notes + new)
-    return PreparedMerge(plan, inputs, settings, schedule, tuple(reads), verdict.influence)
+    return PreparedMerge(plan, inputs, settings, schedule, tuple(reads), verdict)
 
 
 def _hash(inputs: Inputs, threads: int) -> None:
@@ -286,7 +289,7 @@ def carry_out(prepared: PreparedMerge, output: str | Path, *, overwrite: bool = 
         if plan.rank is not None:
             with AdapterTarget(plan, inputs, folder) as adapter:
                 execute(prepared.schedule, work, adapter)
-                plan = adapter.complete(prepared.influence)
+                plan = adapter.complete(prepared.verdict)
         else:
             layout = make_layout(plan)
             write_small_files(plan, inputs, layout, folder)
@@ -301,5 +304,5 @@ def carry_out(prepared: PreparedMerge, output: str | Path, *, overwrite: bool = 
             if settings.engine is None or local_path(output) is not None:  # else the weights lie elsewhere by now
                 raise_all(check_opening(folder, inputs.reference.checkpoint))
             people, base = describe_inputs(plan, inputs)
-            complete(plan, inputs.reference, layout, folder, records, people, base, influence=prepared.influence)
-    return MergeResult(output, plan, time.monotonic() - started, prepared.influence)
+            complete(plan, inputs.reference, layout, folder, records, people, base, verdict=prepared.verdict)
+    return MergeResult(output, plan, time.monotonic() - started, prepared.verdict)

@@ -102,7 +102,8 @@ class ProvenanceRecord(BaseModel):
     versions: dict[str, str]
     as_adapter: int | None = None
     ledger: dict[str, Any] | None = None
-    influence: Any = None
+    influence: dict[str, Any] | None = None
+    judged: list[str] = []
     sha256: str | None = None
 
     @field_validator("files")

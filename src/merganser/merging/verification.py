@@ -23,7 +23,8 @@ from merganser.checkpoints import sha256_file
 from merganser.errors import CheckpointError, ErrorCollector, raise_all
 from merganser.files import scratch_folder
 from merganser.merging.folder_checks import check_files, differing_files
-from merganser.merging.memory import RunSettings
+from merganser.merging.judging import judge_statistics
+from merganser.merging.memory import RunSettings, fit
 from merganser.merging.merge import carry_out, prepare
 from merganser.merging.plan import Plan
 from merganser.merging.provenance import CARD, FILE_NAME, plan_of_record, read_provenance, recipe_of
@@ -107,6 +108,8 @@ def verify(
     if record.anew is None:
         raise CheckpointError(f"cannot be merged again: {record.reason}", where=folder, mend="leave --deep out")
     plan, inputs = record.anew
+    verdict = judge_statistics(plan, inputs, settings.threads, fit(plan.steps, settings).budget)
+    raise_all([*verdict.problems, *compare(found, {"influence": None, "judged": None} | verdict.record(), folder)[0]])
     if plan.rank is not None:
         if differing := _repeated(found, folder, None, settings, plan.notes):
             raise CheckpointError(f"made again, it differs in {', '.join(differing)}", where=folder, mend=_OTHERWISE)

@@ -29,7 +29,7 @@ from merganser.checkpoints.sources import read_source
 from merganser.checkpoints.writer import SafetensorsWriter, TensorSpec
 from merganser.errors import RecipeError
 from merganser.merging.execution import TensorRecord, storable
-from merganser.merging.influence import Influence
+from merganser.merging.judging import NOTHING_JUDGED, Verdict
 from merganser.merging.plan import Plan, Step
 from merganser.merging.provenance import describe_inputs, model_card, public_name, write_provenance
 from merganser.merging.recipe import Inputs
@@ -227,11 +227,11 @@ class AdapterTarget:
             self._file.write(byte_view(stored))
             self.records[name] = replace(record, blake3=hash_tensor(stored, self._dtype, "blake3"))
 
-    def complete(self, influence: Influence | None = None) -> Plan:
+    def complete(self, verdict: Verdict = NOTHING_JUDGED) -> Plan:
         """Write everything, when every step is finished; returns the plan with notes on what the adapter lacks.
 
         Args:
-            influence: who decided how much, for card and provenance.
+            verdict: what was found of the statistics, for card and provenance.
 
         Raises:
             RecipeError: no linear layer differs from the base's.
@@ -245,14 +245,14 @@ class AdapterTarget:
             "library_name": "peft",
             "tags": ["lora"],
         }
-        title, sections = f", as a LoRA adapter of rank {self.rank}", self._sections
-        sections += influence.section() if influence else ""
+        title, sections = f", as a LoRA adapter of rank {self.rank}", self._sections + verdict.section()
+        notes = plan.notes + verdict.notes
         card = model_card(
-            plan, people, self.records, front=front, made=_MADE, title=title, sections=sections, notes=plan.notes
+            plan, people, self.records, front=front, made=_MADE, title=title, sections=sections, notes=notes
         )
         (self._folder / "README.md").write_text(card, encoding="utf-8")
         places = {spec.name: (WEIGHTS, spec.name) for spec in specs}
-        more = {"as_adapter": self.rank} | ({} if influence is None else {"influence": influence.to_json()})
+        more = {"as_adapter": self.rank, **verdict.record()}
         write_provenance(plan, self._folder, self.records, people, base, {WEIGHTS: specs}, places, **more)
         return plan
 

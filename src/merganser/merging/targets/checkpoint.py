@@ -27,7 +27,7 @@ from merganser.errors import CheckpointError, UserError
 from merganser.files import Staging, local_path, new_remote_folder, parse_size, space_error
 from merganser.merging.configuration import merged_config
 from merganser.merging.execution import TensorRecord, storable
-from merganser.merging.influence import Influence
+from merganser.merging.judging import NOTHING_JUDGED, Verdict
 from merganser.merging.outputs import check_remote, merge_output, remote_problems
 from merganser.merging.plan import BUFFER, HEADS, KEPT, Plan, Step
 from merganser.merging.provenance import model_card, public_name, write_provenance
@@ -166,7 +166,7 @@ def complete(
     base: Mapping[str, Any] | None,
     made: str = _MADE,
     *,
-    influence: Influence | None = None,
+    verdict: Verdict = NOTHING_JUDGED,
     **more: Any,
 ) -> None:
     """Write the card and the provenance, when everything else is there.
@@ -179,7 +179,7 @@ def complete(
         records: what became of each tensor.
         people, base: see :func:`merganser.merging.provenance.describe_inputs`.
         made: what the card says of how it was made.
-        influence: who decided how much, for both.
+        verdict: what was found of the statistics, for both.
         more: what else provenance is to say.
     """
     nested = bool(reference.checkpoint.modules)
@@ -195,10 +195,12 @@ def complete(
         f"\n## Heads\n\nEach contributor's own head is kept under `{HEADS}/`; the root opens with the first. "
         f"Download the whole folder, then\n\n{listing}\n"
     )
-    sections = (heads if layout.heads else "") + (influence.section() if influence else "")
-    card = model_card(plan, people, records, front=front, made=made, sections=sections, notes=plan.notes)
+    sections = (heads if layout.heads else "") + verdict.section()
+    card = model_card(
+        plan, people, records, front=front, made=made, sections=sections, notes=plan.notes + verdict.notes
+    )
     (folder / "README.md").write_text(card, encoding="utf-8")
-    more |= {} if influence is None else {"influence": influence.to_json()}
+    more |= verdict.record()
     write_provenance(plan, folder, records, people, base, layout.files, layout.places, **more)
 
 
