@@ -1,7 +1,7 @@
 """The command line: data on standard output, progress and warnings on standard error.
 
-Exit status: 0 done, 1 unexpected, 2 something for the user to mend. Heavy imports happen inside the commands, so that
-``--help`` answers at once.
+Exit status: 0 done, 1 unexpected, 2 something for the user to mend, 128 + n stopped by signal n. Heavy imports happen
+inside the commands, so that ``--help`` answers at once.
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ from __future__ import annotations
 import gc
 import importlib
 import os
+import signal
 import sys
 
 import click
 
 from merganser import __version__
+from merganser.cli.signals import interrupted_by_signals
 from merganser.errors import UserError
 
 #: Command → module of this package that defines a click command of that name, and the line that --help shows.
@@ -82,8 +84,10 @@ def main(arguments: list[str] | None = None) -> None:
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     gc.set_threshold(200_000, 20, 50)  # importing torch makes a million objects, none of them garbage
+    signals: list[signal.Signals] = []
     try:
-        cli.main(args=arguments, prog_name="merganser", standalone_mode=False)
+        with interrupted_by_signals() as signals:
+            cli.main(args=arguments, prog_name="merganser", standalone_mode=False)
     except UserError as error:
         click.echo(f"merganser: {error}", err=True)
         sys.exit(2)
@@ -91,8 +95,9 @@ def main(arguments: list[str] | None = None) -> None:
         error.show()
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("merganser: stopped; nothing half-written is left", err=True)
-        sys.exit(1)
+        by = f" by {signals[0].name}" if signals else ""
+        click.echo(f"merganser: stopped{by}; nothing half-written is left", err=True)
+        sys.exit(128 + signals[0] if signals else 1)
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output went away
         sys.exit(0)

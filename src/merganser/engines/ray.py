@@ -12,8 +12,10 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -174,8 +176,11 @@ def _connect(ray: Any, address: str | None) -> None:
     where = f"--ray-address {given}"
     if given != "auto":
         _check_reachable(str(given), where)
+    before = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=given, log_to_driver=False, logging_level=logging.ERROR)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)  # Ray's own handler ends the process with another status
     except ConnectionError as error:
         raise UserError("there is no Ray cluster", where=where, mend=_START) from error
     except (RuntimeError, ValueError) as error:

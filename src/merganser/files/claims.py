@@ -53,10 +53,7 @@ def claimed(parent: Path, prefix: str, mode: int = 0o777) -> Iterator[Path]:
     finally:
         if os.getpid() == owner:  # a fork that unwinds its copy of the stack leaves its parent's work alone
             try:
-                _remove(folder)
-            except KeyboardInterrupt:  # an impatient user's second one is not to leave half of it
-                _remove(folder)
-                raise
+                _remove_whole(folder)
             finally:
                 _held.discard(descriptor)
                 os.close(descriptor)
@@ -202,6 +199,19 @@ def _remove(folder: Path) -> None:
                 remove(path)
         (folder / LOCK).unlink(missing_ok=True)
         folder.rmdir()
+
+
+def _remove_whole(folder: Path) -> None:
+    """Remove a claimed folder; interrupts come through afterwards, so that impatient users do not leave half of it."""
+    interrupt: KeyboardInterrupt | None = None
+    while is_there(folder):
+        try:
+            _remove(folder)
+            break
+        except KeyboardInterrupt as error:
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt
 
 
 def remove(path: Path) -> None:
