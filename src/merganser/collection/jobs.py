@@ -24,6 +24,7 @@ from merganser.collection.shards import Shard, Tally, shard_collector
 from merganser.engines import Engine, Job
 from merganser.errors import CheckpointError, DataError, UserError
 from merganser.statistics import FisherKind, Statistics, write_statistics
+from merganser.statistics.storage import Storage
 from merganser.tasks import TASKS
 from merganser.tasks.columns import Columns
 from merganser.tasks.data import Rows, read_rows, selected
@@ -106,17 +107,44 @@ def job_memory(opened: Opened, *, grams: bool, fisher: bool) -> int:
     parameters = sum(math.prod(tensor.shape) for tensor in opened.checkpoint.tensors.values())
     needed = PROCESS_BYTES + (4 + (8 if fisher else 0)) * parameters
     if grams:
-        try:
-            layers = describe_layers(opened.checkpoint)
-        except CheckpointError:  # loading it will say what is wrong
-            layers = []
-        widths = {  # layers of one parent that are as wide see the same input, mostly
-            (layer.module.rpartition(".")[0], opened.checkpoint.tensors[layer.weight].shape[layer.kind == "linear"])
-            for layer in layers
-            if layer.kind != "embedding"
-        }
-        needed += BUFFER_BYTES + sum(6 * width**2 for _, width in widths)
+        needed += BUFFER_BYTES + sum(6 * width**2 for width in input_widths(opened, experts=True))
     return needed
+
+
+def input_widths(opened: Opened, *, experts: bool) -> list[int]:
+    """About which Gram matrices there will be, from the configuration and headers: the width of each.
+
+    Args:
+        opened: the model.
+        experts: whether each expert has its own.
+    """
+    try:
+        layers = describe_layers(opened.checkpoint)
+    except CheckpointError:  # loading it will say what is wrong
+        return []
+    widths = {  # layers of one parent that are as wide see the same input, mostly
+        (layer.module.rpartition(".")[0], opened.checkpoint.tensors[layer.weight].shape[layer.kind == "linear"])
+        for layer in layers
+        if layer.kind != "embedding" and (experts or not (layer.experts or ".experts." in layer.module))
+    }
+    return [width for _, width in sorted(widths)]
+
+
+def file_bytes(opened: Opened, storage: Storage, *, grams: bool, fisher: bool, experts: bool) -> int:
+    """About how many bytes the statistics take on the disk, from the configuration and headers; rather too few.
+
+    Args:
+        opened: the model.
+        storage: of Gram matrices.
+        grams, fisher: what is collected.
+        experts: whether each expert has its own Gram matrices.
+    """
+    parameters = sum(math.prod(tensor.shape) for tensor in opened.checkpoint.tensors.values())
+    widths = input_widths(opened, experts=experts) if grams else []
+    number = 4 if storage.kind == "float32" else 2  # bytes
+    low = storage.kind == "lowrank"
+    sizes = [number * width * (storage.rank + 2 if low and storage.pays(width) else width // 2) for width in widths]
+    return sum(sizes) + (number * parameters if fisher else 0)
 
 
 def run_jobs(engine: Engine, jobs: Sequence[Job]) -> Iterator[tuple[Statistics, Tally]]:

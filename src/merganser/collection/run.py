@@ -6,6 +6,7 @@ merganser.collect("model", "reviews.jsonl")
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from typing import Any, get_args
 
 from merganser.checkpoints.places import places_read
 from merganser.collection.examples import Examples, annotated_rows, encode, find_columns
-from merganser.collection.jobs import make_jobs, run_jobs
+from merganser.collection.jobs import file_bytes, make_jobs, run_jobs
 from merganser.collection.pipeline import reason_against
 from merganser.collection.placement import choose_placement
 from merganser.collection.sampling import Sampling
@@ -25,7 +26,7 @@ from merganser.collection.stacks import INNER_RANK, Experts, is_inner
 from merganser.collection.stopping import StoppingRule
 from merganser.engines import Engine, make_engine
 from merganser.errors import ErrorCollector, StatisticsError, UserError, did_you_mean, raise_all
-from merganser.files import Output, local_path, parse_size, scratch_folder
+from merganser.files import Output, local_path, parse_size, scratch_folder, space_error
 from merganser.progress import bar
 from merganser.results import PathResult, html_table
 from merganser.statistics import FILE_NAME, FisherKind, Statistics, StatisticsHeader, write_statistics
@@ -168,6 +169,10 @@ def collect(
         if opened is None
         else errors.catch(choose_placement, device, limit_bytes, offload_folder, opened, fisher=kind is not None)
     )
+    if opened is not None and target is not None:
+        needed = file_bytes(opened, stored, grams=grams, fisher=kind is not None, experts=experts == "exact")
+        mend = "free some space, choose another disk with -o, or fewer bytes with --storage"
+        errors.add(space_error(target.path, needed, "the statistics take about", mend))
     errors.raise_all()
     if opened is None or rows is None or target is None or chosen is None or placement is None:
         raise RuntimeError("a step failed without an error")
@@ -323,7 +328,7 @@ def _target(opened: Opened, data: str | Path | Rows, output: str | Path | None, 
             mend=f"say where with -o (in a copy of the repository: {FILE_NAME})",
         )
     path = home.path / FILE_NAME if output is None else Path(output).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):  # noqa: PTH112 (of a name that is too long, or holds NUL, it says no)
         path = path / FILE_NAME
     reads = places_read(opened.checkpoint)
     allowed = reads if path.name == FILE_NAME else []  # any other file of the model's folder may be loaded with it
