@@ -72,6 +72,13 @@ def test_mistakes_exit_with_2(models: list[str], tmp_path: Path) -> None:
         assert done.returncode == 2 and done.stderr and not done.stdout and "Traceback" not in done.stderr
 
 
+def test_a_ledger_is_made_in_a_folder_of_this_machine(models: list[str], tmp_path: Path) -> None:
+    for work in (["init", "s3://bucket/sums", "--base", "base"], ["sum", "one", "two", "-o", "s3://bucket/sums"]):
+        with pytest.raises(UserError, match="looks like a URL"):
+            run(*work)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "one", "two"]
+
+
 def test_help_imports_nothing_heavy() -> None:
     spec = importlib.util.find_spec("merganser.cli.ledger")
     assert spec is not None

@@ -229,6 +229,16 @@ def test_where_nothing_can_be_written_is_said_before_work(tmp_path: Path, name: 
     assert snapshot(tmp_path) == before
 
 
+@pytest.mark.parametrize("url", ["s3://bucket/out", "file:///tmp/out", "memory://out", "hf:///x"])
+def test_a_url_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in (True, False):
+        refused(output(Path(url), folder=folder), "looks like a URL")
+    assert not list(tmp_path.iterdir())
+    Path(Path(url).parts[0]).mkdir()  # somebody's folder of that name is one
+    assert output(Path(url)).problems() == []
+
+
 @pytest.mark.parametrize("name", ["x" * 255, "ü" * 127, "out put", "größe", "-o", "'\"", "[b]"])
 def test_names_that_are_unusual_work(tmp_path: Path, name: str) -> None:
     for _ in range(2):

@@ -48,7 +48,7 @@ class Judge:
             half = [name for name, one in found.items() if name not in old and not self._same(tree, name, one, new)]
             state = "new" if found.keys() == new.keys() else "old"
         elif found == old:
-            return "old", faults
+            return ("beside" if self._is_beside(tree, new) else "old"), faults
         elif found.keys() == new.keys() and all(self._same(tree, name, one, new) for name, one in found.items()):
             return "new", faults
         elif self._is_beside(tree, new):

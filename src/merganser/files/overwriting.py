@@ -8,6 +8,7 @@ folder that holds it; and nothing is written into a folder that is read.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from merganser.errors import FileError, UserError
 from merganser.files.atomic import new_file, new_folder, remove_leftovers
 from merganser.files.claims import is_there
 
+_PROTOCOL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")  # of a URL, which as a path has one slash after it
 _SHOWN = 5  # names in a message
 _PATH_MAX = 4096 - 300  # bytes of a path, less what lies inside the folder
 
@@ -194,6 +196,8 @@ def _unusable(path: Path, folder: bool) -> Refusal | None:
     text = str(path)
     if any(ord(letter) < 32 or ord(letter) == 127 for letter in text):
         return Refusal(f"the name {text!r} has control characters", "give another name")
+    if len(path.parts) > 1 and _PROTOCOL.fullmatch(path.parts[0]) and not Path(path.parts[0]).exists():
+        return Refusal("looks like a URL, and this is written to a folder of this machine", "give a path")
     longest = max((len(os.fsencode(part)) for part in path.parts), default=0)
     if longest > 255 or len(os.fsencode(path.absolute())) > _PATH_MAX:
         size = f"{longest} bytes in one name" if longest > 255 else f"{len(os.fsencode(path.absolute()))} bytes"

@@ -11,7 +11,7 @@ import numpy as np
 
 from merganser.documents import read_json
 from merganser.errors import DataError, UserError
-from merganser.files import write_text
+from merganser.files import Output, write_text
 from merganser.lab.grid.cells import expand, models_of
 from merganser.lab.grid.compute import FORMAT, score
 from merganser.lab.grid.config import ExperimentConfig
@@ -63,6 +63,8 @@ def open_folder(folder: Path, config: ExperimentConfig, fresh: str = "") -> None
             raise DataError(what, where=marker, mend=f"{other}, or use the version that wrote them")
     elif folder.is_dir() and any(folder.iterdir()):
         raise DataError("the folder holds something else than results of an experiment", where=folder, mend=other)
+    elif not folder.exists():
+        Output(folder, lambda _: None).raise_problem()
     (folder / "cells").mkdir(parents=True, exist_ok=True)
     name = fresh or earlier.get("trained_for", "")
     values = {"format": FORMAT, "trained_for": name, "config": config.model_dump(mode="json")}

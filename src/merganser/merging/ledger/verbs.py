@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from merganser.errors import ErrorCollector, RecipeError, did_you_mean
-from merganser.files import new_folder
+from merganser.errors import ErrorCollector, RecipeError, UserError, did_you_mean
+from merganser.files import Output, new_folder
 from merganser.merging.ledger.compensated import accumulate
 from merganser.merging.ledger.contributors import (
     check_contents,
@@ -54,6 +54,13 @@ from merganser.methods.regmean import REGMEAN
 _FEWEST = 4  # digits of a hash that are taken for one
 
 
+def _place_problems(folder: Path) -> list[UserError]:
+    """Why no ledger can be made in a folder."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        return [LedgerError("the folder is not empty", where=folder, mend="give a new folder")]
+    return Output(folder, lambda _: None, overwrite=True).problems()
+
+
 def init(
     folder: str | Path,
     base: str | Path,
@@ -79,8 +86,7 @@ def init(
         UserError: anything the user can mend; several at once as ``Problems``.
     """
     target, problems, method = Path(folder), ErrorCollector(), method or REGMEAN.name
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        problems.add(LedgerError("the folder is not empty", where=target, mend="give a new folder"))
+    problems.add(*_place_problems(target))
     if method not in SUMMED:
         mend = did_you_mean(method, SUMMED)
         problems.add(RecipeError(f"there are no ledgers of method {method!r}", where="--method", mend=mend))
@@ -243,8 +249,7 @@ def combine(
         problems.add(LedgerError("a ledger is named twice", mend="name each ledger once"))
     elif len(places) < 2:
         problems.add(LedgerError("there is nothing to add up", mend="name at least two ledgers"))
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        problems.add(LedgerError("the folder is not empty", where=target, mend="give a new folder"))
+    problems.add(*_place_problems(target))
     problems.raise_all()
     with ExitStack() as stack:
         # In one order everywhere, so that two sums never wait for each other.
