@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -14,6 +15,8 @@ from merganser.engines import SerialEngine
 from merganser.errors import FileError, UserError
 from merganser.files import RemoteFolder
 from merganser.merging import ledger, merge, verify
+from s3_server import bucket as bucket
+from s3_server import endpoint as endpoint
 
 Family = Callable[..., tuple[Path, list[Path]]]
 URL = "kept://bucket/x/out"
@@ -175,3 +178,24 @@ def test_space_is_asked_for_where_the_result_is_written_first(family: Family, mo
     with pytest.raises(UserError, match="before it is uploaded"):
         merge(models, URL, method="simple")
     assert not found()
+
+
+def test_a_bucket_of_s3(family: Family, tmp_path: Path, bucket: Any) -> None:
+    _, models = family("bert", 2)
+    url = "s3://zoos/merged"
+
+    def stored() -> dict[str, bytes]:
+        bucket.invalidate_cache()
+        return {name.removeprefix("zoos/merged/"): bucket.cat_file(name) for name in bucket.find("zoos")}
+
+    for method, shards in (("simple", {}), ("regmean", SHARDS)):
+        merge(models, tmp_path / method, method=method, **shards)
+        merge(models, url, method=method, overwrite=True, **shards)
+        assert stored() == files_of(tmp_path / method)
+    for place, what in (("s3://zoos", "whole bucket"), ("s3://nobody-made-this/x", "create the bucket")):
+        with pytest.raises(FileError, match=what):
+            merge(models, place, method="simple", overwrite=True)
+    spoil(models[1])
+    with pytest.raises(UserError, match="NaN or Inf"):
+        merge(models, url, method="simple", overwrite=True)
+    assert stored() == files_of(tmp_path / "regmean")
