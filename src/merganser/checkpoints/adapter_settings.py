@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from merganser.checkpoints.adapters import CONFIG
@@ -24,6 +25,10 @@ _OTHER_KINDS = {
     "layer_replication": "LoRA on layers that are repeated",
 }
 MERGE_FIRST = "merge it into its base with peft (model.merge_and_unload().save_pretrained(...)) and give that"
+_PLAIN = re.compile(r"[\w.-]+")  # patterns that are names
+_LONGEST_PATTERN = 500  # characters
+_MOST_PATTERNS = 1000  # that are no names: each takes a fraction of a millisecond to be made ready
+_MOST_TRIALS = 20_000_000  # of patterns that are names on names, and of other patterns on letters of names
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # any other changes the base's weights
 
 
@@ -114,7 +119,9 @@ def read_settings(adapter: Checkpoint) -> AdapterSettings:
         for key, table, fits in (("rank_pattern", ranks, _is_rank), ("alpha_pattern", alphas, _is_number)):
             sound = isinstance(table, dict) and all(fits(value) for value in table.values())
             check(sound, f"{key} is malformed or holds a rank below 1: {table!r}")
-            for pattern in table if isinstance(table, dict) else ():
+            few = sound and _are_few(table, adapter)
+            check(few or not sound, f"{key} has {len(table)} patterns, too many to try on every tensor")
+            for pattern in table if few else ():
                 check(_is_pattern(pattern), f"{key}: {pattern!r} is no pattern that can be used")
         saved = raw.get("modules_to_save") or []
         check(_are_names(saved), f"modules_to_save is {saved!r}")
@@ -144,19 +151,51 @@ def read_settings(adapter: Checkpoint) -> AdapterSettings:
 
 def _by_pattern(table: Mapping[str, Any], module: str, default: Any) -> Any:
     """The entry of the first pattern that is the end of the module's name, as PEFT looks it up."""
-    matches: Callable[[str], object] = lambda key: re.match(rf"(.*\.)?({key})$", module)  # noqa: E731
-    return next((value for key, value in table.items() if matches(key)), default)
+    return next((value for pattern, value in table.items() if _fits(pattern, module)), default)
+
+
+def _fits(pattern: str, module: str) -> bool:
+    """Whether a pattern is the end of a module's name, and a whole part of it."""
+    if not _PLAIN.fullmatch(pattern):
+        return _compiled(pattern).match(module) is not None
+    before, end = module[: -len(pattern)], module[-len(pattern) :]
+    whole = len(end) == len(pattern) and (not before or before.endswith("."))
+    return whole and all(one in (".", other) for one, other in zip(pattern, end, strict=True))  # a dot is any character
+
+
+@lru_cache(maxsize=4096)
+def _compiled(pattern: str) -> Any:
+    """A pattern as PEFT reads it, in an engine whose time grows with the length of a name and not more.
+
+    Raises:
+        re2.error: it is no pattern, or one that cannot be looked for in such time.
+    """
+    import re2
+
+    options = re2.Options()
+    options.log_errors, options.never_capture = False, True
+    return re2.compile(rf"(.*\.)?({pattern})$", options)
 
 
 def _is_pattern(text: object) -> bool:
-    """A regular expression that compiles and, having no repeated group, cannot take for ever."""
-    if not isinstance(text, str) or len(text) > 500 or re.search(r"\)[*+{]", text):
+    """Whether a text is a pattern that can be looked for."""
+    import re2
+
+    if not isinstance(text, str) or len(text) > _LONGEST_PATTERN:
         return False
     try:
-        re.compile(text)
-    except (re.error, OverflowError, RecursionError):
+        return bool(_PLAIN.fullmatch(text) or _compiled(text))
+    except re2.error:
         return False
-    return True
+
+
+def _are_few(table: Mapping[str, Any], adapter: Checkpoint) -> bool:
+    """Whether all patterns of a table can be tried on every name in reasonable time."""
+    plain = sum(bool(_PLAIN.fullmatch(pattern)) for pattern in table)
+    others, letters = len(table) - plain, sum(map(len, adapter.tensors))
+    return (
+        plain * len(adapter.tensors) <= _MOST_TRIALS and others * letters <= _MOST_TRIALS and others <= _MOST_PATTERNS
+    )
 
 
 def _are_names(value: object) -> bool:

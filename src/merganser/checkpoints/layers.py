@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,12 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
+from merganser.checkpoints.configuration_checks import RESTORE
 from merganser.checkpoints.layout import Place, find_places, ties
 from merganser.checkpoints.reader import Checkpoint
 from merganser.errors import CheckpointError
@@ -35,6 +41,8 @@ _EINSUM: dict[str, Kind] = {
 }
 #: Matrices that modules hold themselves: routers, PyTorch's attention, and what is multiplied from the right.
 _BARE: dict[str, Kind] = {"weight": "linear", "in_proj_weight": "linear", "mm_input_projection_weight": "conv1d"}
+#: Modules and parameters that a model may have beside those that its tensors account for, and for each tensor.
+FEW_PARTS, PARTS_OF_A_TENSOR = 5_000, 16
 _NO_MAP = re.compile(r"Norm|Embedding|Scale")  # classes whose bare weight is no linear map
 
 
@@ -255,37 +263,82 @@ def empty_model(checkpoint: Checkpoint) -> nn.Module:
     Raises:
         CheckpointError: the architecture is not one of transformers' own.
     """
-    return build_empty(checkpoint.config, checkpoint.model_path)
+    return build_empty(checkpoint.config, checkpoint.model_path, len(checkpoint.tensors))
 
 
-def build_empty(values: Mapping[str, Any], folder: Path) -> nn.Module:
+class BadConfiguration(CheckpointError):
+    """A configuration of an architecture that transformers knows, from which it cannot make a model."""
+
+
+def build_empty(values: Mapping[str, Any], folder: Path, tensors: int) -> nn.Module:
     """The model that a configuration describes, on the meta device.
 
     Args:
         values: of ``config.json``.
         folder: that it belongs to.
+        tensors: how many are stored: a model of far more parts than these is not built.
 
     Raises:
-        CheckpointError: the architecture is not one of transformers' own.
+        BadConfiguration: transformers knows the architecture, and does not take these values.
+        CheckpointError: the architecture is not one of transformers' own, or needs a package that is not here.
     """
     import transformers
     from transformers.initialization import no_init_weights
 
-    where = folder / "config.json"
+    where, known = folder / "config.json", _is_of_transformers(values)
     try:
         config = make_config(values, folder)
         name = (getattr(config, "architectures", None) or [None])[0]
         model_class: Any = getattr(transformers, name, None) if name else None
-        with torch.device("meta"), no_init_weights():
-            if model_class is not None:
+        is_model = isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)
+        with torch.device("meta"), no_init_weights(), _at_most(FEW_PARTS + PARTS_OF_A_TENSOR * tensors):
+            if is_model:
                 return model_class(config)
             return transformers.AutoModel.from_config(config)
+    except BadConfiguration:
+        raise
     except Exception as error:  # whatever a stranger's configuration provokes
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        if known and not isinstance(error, (ImportError, OSError, NotImplementedError)):
+            what = f"transformers cannot make a model of this configuration: {said}"
+            raise BadConfiguration(what, where=where, mend=RESTORE) from None
         raise CheckpointError(
-            f"transformers cannot build this architecture: {str(error).splitlines()[0]}",
+            f"transformers cannot build this architecture: {said}",
             where=where,
             mend="use a method that needs no knowledge of the layers, such as the weighted average",
         ) from None
+
+
+@contextmanager
+def _at_most(parts: int) -> Iterator[None]:
+    """Raise an error where more modules and parameters than these are made in the block."""
+    made = 0
+
+    def count(module: nn.Module, name: str, part: object) -> None:
+        nonlocal made
+        made += 1
+        if made > parts:
+            raise ValueError(f"it has more than {parts} parts, far more than the tensors that are here")
+
+    hooks = [register_module_module_registration_hook(count), register_module_parameter_registration_hook(count)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def is_known(values: Mapping[str, Any]) -> bool:
+    """Whether transformers itself has a class for a configuration."""
+    from transformers import CONFIG_MAPPING
+
+    kind = values.get("model_type")
+    return isinstance(kind, str) and kind in CONFIG_MAPPING
+
+
+def _is_of_transformers(values: Mapping[str, Any]) -> bool:
+    """Whether this class is the one that the configuration means: it names no code of its own."""
+    return is_known(values) and not values.get("auto_map")
 
 
 def load_config(checkpoint: Checkpoint) -> Any:
@@ -293,16 +346,38 @@ def load_config(checkpoint: Checkpoint) -> Any:
     return make_config(checkpoint.config, checkpoint.model_path)
 
 
+def check_config(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint's configuration is one that transformers takes, or of a model that it does not know.
+
+    Raises:
+        UserError: it is neither; see also :attr:`~merganser.checkpoints.Checkpoint.config`.
+    """
+    if _is_of_transformers(checkpoint.config):
+        load_config(checkpoint)
+    return True
+
+
 def make_config(values: Mapping[str, Any], folder: Path) -> Any:
-    """transformers' configuration from the values of a ``config.json`` in ``folder``."""
+    """transformers' configuration from the values of a ``config.json`` in ``folder``.
+
+    Raises:
+        BadConfiguration: transformers knows the architecture, and does not take these values.
+        Exception: it does not know the architecture.
+    """
     from transformers import CONFIG_MAPPING, AutoConfig
 
-    known = values.get("model_type")
-    if isinstance(known, str) and known in CONFIG_MAPPING:
-        config_class = CONFIG_MAPPING[known]
+    if not is_known(values):
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config_class = CONFIG_MAPPING[values["model_type"]]
+    try:
         decoded = config_class._decode_special_floats(dict(values))  # JSON has no infinity
         return config_class.from_dict(deepcopy(decoded))
-    return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # whatever a stranger's values provoke
+        if not _is_of_transformers(values):
+            raise
+        said = " ".join(str(error).split()) or type(error).__name__
+        what = f"transformers does not take this configuration: {said}"
+        raise BadConfiguration(what, where=folder / "config.json", mend=RESTORE) from None
 
 
 def _of_modules(name: str, modules: list[str]) -> list[str]:

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from merganser.checkpoints.layers import Kind, Layer, build_empty, find_layers
+from merganser.checkpoints.layers import BadConfiguration, Kind, Layer, build_empty, find_layers
 from merganser.checkpoints.layout import Box, Place, find_places, seen_from, simplified, source_of, state_shapes, ties
 from merganser.checkpoints.reader import Checkpoint, align
 from merganser.checkpoints.sources import Source
@@ -67,14 +67,15 @@ class ModelView:
         names = {str(number): f"LABEL_{number}" for number in range(count + 1)}
         values = {key: value for key, value in self.config.items() if key != "num_labels"}
         ids = {label: int(number) for number, label in names.items()}
+        grown = {**values, "id2label": names, "label2id": ids}
         try:
-            larger = state_shapes(build_empty({**values, "id2label": names, "label2id": ids}, self.folder))
+            larger = state_shapes(build_empty(grown, self.folder, len(self.shapes)))
         except CheckpointError:
             return {}
         found: dict[str, int] = {}
         for name, shape in state_shapes(self.model).items():
-            grown, place = larger.get(name), self.places.get(name)
-            if place and place.is_whole and shape and grown == (shape[0] + 1, *shape[1:]):
+            larger_shape, place = larger.get(name), self.places.get(name)
+            if place and place.is_whole and shape and larger_shape == (shape[0] + 1, *shape[1:]):
                 found[place.stored[0]] = shape[0] - count
         return found
 
@@ -159,6 +160,9 @@ def make_view(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], 
         config: the values of ``config.json``.
         shapes: of the stored tensors.
         folder: that the configuration belongs to.
+
+    Raises:
+        BadConfiguration: transformers knows the architecture, and cannot make a model of this configuration.
     """
     key = json.dumps([config, list(shapes.items())], sort_keys=True)
     if key not in _views:
@@ -192,7 +196,9 @@ def aligned(reference: ModelView, other: ModelView) -> dict[str, Source]:
 
 def _new_view(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], folder: Path) -> ModelView:
     try:
-        model = build_empty(config, folder)
+        model = build_empty(config, folder, len(shapes))
+    except BadConfiguration:
+        raise
     except CheckpointError as error:
         return ModelView(shapes, reason=error.what)
     plain = {name: shape for name, shape in shapes.items() if "/" not in name}

@@ -17,6 +17,7 @@ from blake3 import blake3
 from torch import Tensor
 
 from merganser.checkpoints import side_files
+from merganser.checkpoints.configuration_checks import check_configuration
 from merganser.checkpoints.header import TensorInfo
 from merganser.checkpoints.json_files import read_json as read_json
 from merganser.checkpoints.modules import Module, main_folder, read_modules
@@ -79,8 +80,15 @@ class Checkpoint:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """``config.json``, or an empty dictionary where the folder has none."""
-        return read_json(self.model_path / "config.json", missing={})
+        """``config.json``, or an empty dictionary where the folder has none.
+
+        Raises:
+            UserError: it is damaged, or describes no model that could have these tensors.
+        """
+        where = self.model_path / "config.json"
+        found: dict[str, Any] = read_json(where, missing={})
+        check_configuration(found, self.tensors, where)
+        return found
 
     @property
     def main(self) -> str:

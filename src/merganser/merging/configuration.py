@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from merganser.checkpoints import Checkpoint
-from merganser.checkpoints.layers import build_empty, load_config
+from merganser.checkpoints.layers import BadConfiguration, build_empty, check_config, load_config
 from merganser.checkpoints.reader import read_json
 from merganser.errors import CheckpointError, ErrorCollector, RecipeError, UserError, did_you_mean
 from merganser.merging.recipe import Inputs, Parent, Recipe
+from merganser.text import shortened
 
 BASE = "base"  # what recipes call the base model where they choose a model
 _ABSENT = "absent"
@@ -39,6 +40,7 @@ _OWN = re.compile(
     r"architectures|auto_map|id2label|label2id|num_labels|problem_type|(torch_)?dtype|(decoder_)?vocab_size\w*"
 )
 _TOKEN_IDS = re.compile(r"\w+_token_ids?|\w+_token_index")
+_MOST_LISTED, _LONGEST_PATH = 20, 100  # keys that differ and are named, and characters of each
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,10 @@ def match_configurations(
     chosen = problems.catch(_chosen, recipe.config_from, "config_from", parents, base)
     below = [] if base is None or any(base is one for one in parents) else [base]
     people = [one for one in [*parents, *below] if one.checkpoint.config]
+    if any(one.checkpoint.config != people[0].checkpoint.config for one in people):
+        sound = [problems.catch(check_config, one.checkpoint) for one in people]
+        if not all(sound):
+            return []
     audible = [_audible(one.checkpoint.config) for one in people]
     if not people or all(one == audible[0] for one in audible):
         return []
@@ -99,12 +105,12 @@ def match_configurations(
     writer = chosen or parents[0]
     notes = []
     if harmless:
-        listing = "; ".join(_listing(path, people, flat) for path in harmless)
+        listing = _listings(harmless, people, flat)
         what = f"the configurations differ in what these weights do not depend on ({listing})"
         notes.append(f"{what}: {writer.title}'s is written")
     if not serious:
         return notes
-    listing = "; ".join(_listing(path, people, flat) for path in serious)
+    listing = _listings(serious, people, flat)
     if recipe.config_from is None:
         names = " or ".join(f"--config-from {name}" for name in _names(people, base))
         mend = f"merge models of one configuration, or take one's on purpose: {names}"
@@ -176,22 +182,15 @@ def check_written(recipe: Recipe, inputs: Inputs, *, plain: bool) -> None:
     if config == reference.config and inputs.reference.view.model is not None:
         return
     try:
-        build_empty(config, reference.model_path)
-    except CheckpointError as error:
-        if _is_known(config) and not isinstance(error.__context__, ImportError):
-            mend = "correct the configuration, or take another model's with --config-from"
-            asked, people = recipe.config_from, (inputs.parents, inputs.base)
-            writer = choose_model(asked, "config_from", *people).checkpoint if asked else reference
-            where = writer.model_path / "config.json"
-            raise CheckpointError(f"{error.what} (the result would not open)", where=where, mend=mend) from None
-
-
-def _is_known(config: Mapping[str, Any]) -> bool:
-    """Whether transformers itself has the configuration's class, and no other code is named."""
-    from transformers import CONFIG_MAPPING
-
-    kind = config.get("model_type")
-    return isinstance(kind, str) and kind in CONFIG_MAPPING and not config.get("auto_map")
+        build_empty(config, reference.model_path, len(reference.tensors))
+    except BadConfiguration as error:
+        mend = "correct the configuration, or take another model's with --config-from"
+        asked, people = recipe.config_from, (inputs.parents, inputs.base)
+        writer = choose_model(asked, "config_from", *people).checkpoint if asked else reference
+        where = writer.model_path / "config.json"
+        raise CheckpointError(f"{error.what} (the result would not open)", where=where, mend=mend) from None
+    except CheckpointError:  # an architecture that transformers does not know
+        pass
 
 
 def _is_the_base_s_tie(path: str, flat: Sequence[Mapping[str, Any]]) -> bool:
@@ -212,9 +211,16 @@ def _names(people: Sequence[Parent], base: Parent | None) -> list[str]:
     return list(dict.fromkeys(BASE if one is base else one.title for one in people))
 
 
+def _listings(paths: Sequence[str], people: Sequence[Parent], flat: Sequence[Mapping[str, Any]]) -> str:
+    """What the models have under each of these keys; of many keys, the first and how many more."""
+    shown = "; ".join(_listing(path, people, flat) for path in paths[:_MOST_LISTED])
+    more = len(paths) - _MOST_LISTED
+    return f"{shown}; and {more} more" if more > 0 else shown
+
+
 def _listing(path: str, people: Sequence[Parent], flat: Sequence[Mapping[str, Any]]) -> str:
     said = (f"{one.title} {_shown(values.get(path, _ABSENT))}" for one, values in zip(people, flat, strict=True))
-    return f"{path}: {', '.join(said)}"
+    return f"{shortened(path, _LONGEST_PATH)}: {', '.join(said)}"
 
 
 def _shown(value: Any) -> str:
