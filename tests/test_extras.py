@@ -21,7 +21,16 @@ from merganser.training import TrainingSettings, train
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 #: What `pip install merganser` brings not, by the names of distributions.
-NOT_IN_THE_CORE = {"datasets", "pandas", "pyarrow", "scikit-learn", "matplotlib", "jinja2", "accelerate"}
+NOT_IN_THE_CORE = {
+    "datasets",
+    "pandas",
+    "pyarrow",
+    "scikit-learn",
+    "matplotlib",
+    "jinja2",
+    "accelerate",
+    "model-signing",
+}
 
 
 def names_of(requirements: list[str]) -> set[str]:

@@ -14,18 +14,21 @@ if TYPE_CHECKING:
     from merganser.collection import collect
     from merganser.evaluation import evaluate
     from merganser.merging import Contributor, Plan, Recipe, RunSettings, ledger, make_plan, merge, reproduce, verify
+    from merganser.signing import check_signature, sign
 
 _HOMES = {
     "Contributor": "merganser.merging",
     "Plan": "merganser.merging",
     "Recipe": "merganser.merging",
     "RunSettings": "merganser.merging",
+    "check_signature": "merganser.signing",
     "collect": "merganser.collection",
     "evaluate": "merganser.evaluation",
     "ledger": "merganser.merging",
     "make_plan": "merganser.merging",
     "merge": "merganser.merging",
     "reproduce": "merganser.merging",
+    "sign": "merganser.signing",
     "verify": "merganser.merging",
 }
 
@@ -35,12 +38,14 @@ __all__ = [
     "Recipe",
     "RunSettings",
     "__version__",
+    "check_signature",
     "collect",
     "evaluate",
     "ledger",
     "make_plan",
     "merge",
     "reproduce",
+    "sign",
     "verify",
 ]
 

@@ -26,6 +26,7 @@ from merganser.merging import merge, reproduce, verify
 from merganser.merging.folder_checks import check_files
 from merganser.merging.provenance import FILE_NAME, file_digest, own_hash, read_provenance
 from merganser.merging.record_checks import check_itself
+from merganser.signing import check_signature, new_key, sign
 from merganser.tensors import DTYPE_NAMES
 from sentence_examples import save_encoder
 
@@ -622,6 +623,25 @@ def test_what_a_thorough_tamperer_may_change_unseen(
         verify(one.folder)
     one.write(thorough=True)
     verify(one.folder, deep="all")
+
+
+def test_a_signature_finds_it_all_the_same(copied: Callable[..., Copy], tmp_path: Path) -> None:
+    pytest.importorskip("model_signing", reason="the extra merganser[sign] is not installed")
+    private, public = new_key(tmp_path / "my.key")
+    signed = {kind: copied(kind) for kind in ("regmean", "ties")}
+    for one in signed.values():
+        sign(one.folder, private)
+        check_signature(one.folder, public)
+        verify(one.folder, deep="all")
+    for _, kind, change in UNSEEN:
+        one = signed[kind]
+        kept = (one.folder / FILE_NAME).read_bytes()
+        one.record = read_provenance(one.folder)
+        change(one.record)
+        one.write(thorough=True)
+        with pytest.raises(UserError, match=r"Hash mismatch for 'provenance\.json'"):
+            check_signature(one.folder, public)
+        (one.folder / FILE_NAME).write_bytes(kept)
 
 
 # ── malformed records ──

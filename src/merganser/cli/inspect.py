@@ -1,19 +1,16 @@
-"""``merganser inspect``, ``verify`` and ``reproduce``: looking at what is there."""
+"""``merganser inspect``: looking at what is there."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import click
 
-from merganser.cli.common import print_table, quiet_libraries, tell, warn
-from merganser.errors import UserError
+from merganser.cli.common import print_table, quiet_libraries, tell
 from merganser.files import human_bytes
-
-_SAMPLE = "32"  # steps that --deep merges again where it is not said how many
 
 
 @click.command("inspect")
@@ -105,61 +102,3 @@ def _statistics(path: Path, validate: bool) -> dict[str, Any]:
         **({"validated": "finite, symmetric, positive semi-definite"} if validate else {}),
         "tables": {"layers with statistics": (["kind", "layers"], [[kind, count] for kind, count in kinds.items()])},
     }
-
-
-@click.command("verify")
-@click.argument("path", type=click.Path(path_type=Path), metavar="DIR|STATISTICS", required=False)
-@click.option(
-    "--deep",
-    is_flag=False,
-    flag_value=_SAMPLE,
-    metavar="[N|all]",
-    help="Merge so many steps again, drawn at random, and compare.  [of --deep alone: 32]",
-)
-@click.option("--seed", type=click.IntRange(0), help="Of the sample; by default another one each time.")
-@click.option("--allow-rounding", is_flag=True, help="With --deep: let be what another kind of processor rounds.")
-@click.option("--allow-pickle", is_flag=True, help="Accept parents in pytorch_model.bin (weights_only).")
-@click.option("--threads", type=click.IntRange(1), help="With --deep: steps worked on at once.  [default: all cores]")
-@click.option("--max-memory", metavar="SIZE", help="With --deep: what the process may take, such as 2GB.")
-def verify_command(path: Path | None, deep: str | None, seed: int | None, **settings: Any) -> None:
-    """Check a merged folder, and its parents where they can be had, against its provenance."""
-    if path is None and deep is not None and _steps(deep) is None:  # --deep has taken the folder for its number
-        path, deep = Path(deep), _SAMPLE
-    if path is None:
-        raise click.UsageError("what is to be checked? Give a merged folder")
-    if deep is not None and _steps(deep) is None:
-        raise click.BadParameter(f"{deep!r} is neither a number nor all", param_hint="--deep")
-    quiet_libraries()
-    from merganser.merging import verify
-
-    result = verify(path, deep=None if deep is None else _steps(deep), seed=seed, **settings)
-    for reason in result.absent:
-        warn(f"not checked, because it cannot be had here: {reason}")
-    for note in result.notes:
-        warn(note)
-    line = f"{result.files} files and {result.parents} parents are as recorded"
-    if result.tensors:
-        line += f"; {result.tensors} tensors merged again are the same"
-        line += "" if result.seed is None else f" (sample --seed {result.seed})"
-    tell(f"{path}: {line}")
-
-
-def _steps(deep: str) -> int | Literal["all"] | None:
-    """The value of --deep; None where it is none."""
-    return "all" if deep == "all" else int(deep) if deep.isascii() and deep.isdigit() and 0 < len(deep) < 10 else None
-
-
-@click.command("reproduce")
-@click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Keep the repetition here.")
-@click.option("--allow-pickle", is_flag=True, help="Accept parents in pytorch_model.bin (weights_only).")
-def reproduce_command(folder: Path, output: Path | None, allow_pickle: bool) -> None:
-    """Repeat a merge from its provenance and compare byte for byte."""
-    quiet_libraries()
-    from merganser.merging import reproduce
-
-    differing = reproduce(folder, output, allow_pickle=allow_pickle)
-    if differing:
-        mend = "compare the versions in provenance.json with those installed here, and run 'merganser verify'"
-        raise UserError(f"the repetition differs in {', '.join(differing)}", where=folder, mend=mend)
-    click.echo(f"{folder}: repeated, every byte the same")

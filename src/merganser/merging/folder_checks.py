@@ -12,11 +12,10 @@ from merganser.checkpoints import open_checkpoint
 from merganser.checkpoints.side_files import is_licence
 from merganser.errors import CheckpointError, ErrorCollector, UserError
 from merganser.merging.provenance import CARD, FILE_NAME, hash_file
+from merganser.signing import SIGNATURE, SIGNATURE_ENDING
 from merganser.statistics import FILE_NAME as STATISTICS
 from merganser.statistics import Statistics
 
-#: What the signature of a folder, and what that of a file, is called.
-SIGNATURE, SIGNATURE_ENDING = "model.sig", ".sig"
 _AGAIN = "merge again, or restore the file"
 _FEW = 5  # names that a message gives
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from merganser.checkpoints import sha256_file
-from merganser.errors import CheckpointError, ErrorCollector, raise_all
+from merganser.errors import CheckpointError, ErrorCollector, RecipeError, raise_all
 from merganser.files import scratch_folder
 from merganser.merging.folder_checks import check_files, differing_files
 from merganser.merging.judging import judge_statistics
@@ -95,6 +95,8 @@ def verify(
     Raises:
         UserError: everything that differs, at once; or tensors cannot be merged again.
     """
+    if deep is not None and deep != "all" and deep < 1:
+        raise RecipeError(f"{deep} steps are none", where="deep", mend="give a positive number, or all")
     folder, settings = Path(folder), RunSettings.make(threads, max_memory, allow_pickle=allow_pickle)
     found, problems = read_provenance(folder), ErrorCollector()
     problems.add(*check_itself(found, folder), *check_files(folder, found, allow_pickle=allow_pickle))
