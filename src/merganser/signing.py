@@ -13,12 +13,14 @@ change the record too; a signature shows it of everyone without the private key.
 from __future__ import annotations
 
 import base64
+import hashlib
 import importlib
 import json
 import os
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any
 
 from merganser.errors import FileError, UserError, require
 from merganser.files import scratch_folder, write_bytes
@@ -28,6 +30,7 @@ SIGNATURE, SIGNATURE_ENDING = "model.sig", ".sig"
 #: What is no part of a published folder; whatever else a signature leaves out is an error.
 _BESIDE = (".git", ".gitattributes", ".gitignore", ".github", ".cache", ".DS_Store")
 _LARGEST_KEY = 100_000  # bytes
+_FEW = 5  # files that a message names
 _INSTALL = "pip install 'merganser[sign]'"
 
 
@@ -108,14 +111,13 @@ def check_signature(path: str | Path, key: str | Path) -> None:
     try:
         with redirect_stdout(sys.stderr):  # the library prints its warnings
             config.verify(path, signature)
-        left_out = _left_out(signature) - {*_BESIDE, SIGNATURE}
-        if left_out:
+        if left_out := set(_predicate(signature)["serialization"].get("ignore_paths", ())) - {*_BESIDE, SIGNATURE}:
             refused = f"the signature leaves out {', '.join(sorted(left_out))}"
     except InvalidSignature:
         refused = f"the signature is not by this key ({key}), or was changed"
     except Exception as error:  # whatever a stranger's file provokes, it is no good signature
-        text = f"{error}" if isinstance(error, ValueError) else f"malformed signature: {type(error).__name__}: {error}"
-        refused = f"the signature is not good: {text}"
+        changed = _changed(path, signature) if str(error).startswith("Signature mismatch") else ""
+        refused = f"the signature is not good: {changed or f'{type(error).__name__}: {error}'}"
     if refused:
         raise FileError(refused, where=path, mend=mend)
 
@@ -176,11 +178,32 @@ def _key(key: Path) -> Path:
     return key
 
 
-def _left_out(signature: Path) -> set[str]:
-    """What a signature says that it does not cover."""
+def _predicate(signature: Path) -> dict[str, Any]:
+    """What a signature that was checked says: how files were hashed, and their hashes."""
     envelope = json.loads(signature.read_bytes())["dsseEnvelope"]
-    predicate = json.loads(base64.b64decode(envelope["payload"])).get("predicate", {})
-    return set(predicate.get("serialization", {}).get("ignore_paths", ()))
+    found: dict[str, Any] = json.loads(base64.b64decode(envelope["payload"]))["predicate"]
+    return found
+
+
+def _changed(path: Path, signature: Path) -> str:
+    """Which files are not as they were signed; empty where it was signed in another way than ours."""
+    signed = {one["name"]: one["digest"] for one in _predicate(signature)["resources"]}
+    if path.is_file():
+        return "the file was changed"
+    names = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()}
+    names = {name for name in names if name != SIGNATURE and name.split("/")[0] not in _BESIDE}
+    changed = {name for name in names & set(signed) if _sha256(path / name) != signed[name]}
+    parts = {"changed": changed, "added": names - set(signed), "removed": set(signed) - names}
+    return "; ".join(f"{what} since: {_few(sorted(files))}" for what, files in parts.items() if files)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:_FEW]) + (f" and {len(names) - _FEW} more" if len(names) > _FEW else "")
 
 
 def _links_to_blobs(folder: Path) -> bool:
