@@ -164,7 +164,12 @@ def validated(model: type[M], values: Any, where: str, kind: type[UserError] = R
         return model.model_validate(values)
     except ValidationError as error:
         problems = []
-        for entry in error.errors():
+        entries = error.errors()
+        inner = [entry["loc"] for entry in entries]
+        for entry in entries:
+            above = len(entry["loc"])
+            if entry["type"] == "too_short" and any(loc[:above] == entry["loc"] for loc in inner if len(loc) > above):
+                continue  # what was left out is what is wrong inside
             place, key = ".".join(map(str, entry["loc"])), str(entry["loc"][-1]) if entry["loc"] else ""
             what, mend = entry["msg"].removeprefix("Value error, "), f"correct {key}" if key else "correct the values"
             if entry["type"] == "extra_forbidden":

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from merganser.cli import cli
 from merganser.errors import UserError
 from merganser.lab.grid.cells import expand
-from merganser.lab.grid.config import ExperimentConfig
+from merganser.lab.grid.config import ExperimentConfig, make_config
 from merganser.lab.grid.planning import Plan, plan_experiment
 from merganser.lab.grid.run import run_experiment
 
@@ -42,6 +42,11 @@ def plan(config: ExperimentConfig, folder: Path, **options: Any) -> Plan:
         ({"suite": {"name": "emotion", "root": "/nowhere"}}, "no data sets.*no such folder"),
         ({"suite": {"name": "emotion", "options": {"threshhold": 1}}}, "did you mean 'threshold'"),
         ({"resources": {"device": "cuda"}}, "torch finds no GPU"),
+        ({"suite": {"name": "emotion", "options": {"threshold": "abc"}}}, "'threshold' is 'abc'.*a finite number"),
+        ({"suite": {"name": "emotion", "options": {"threshold": True}}}, "'threshold' is True"),
+        ({"suite": {"name": "text-classification", "options": {"label_names": 5}}}, "label_names is 5"),
+        ({"methods": [{"method": "simple", "exclude": ["*.encodr.*"]}]}, "called '\\*\\.encodr"),
+        ({"contributors": {"one": {"zoo_filter": {"trainig.epochs": 1}}, "two": {}}}, "did you mean 'training.epochs'"),
     ],
 )
 def test_what_a_run_refuses_a_dry_run_names_in_the_same_words(
@@ -54,6 +59,47 @@ def test_what_a_run_refuses_a_dry_run_names_in_the_same_words(
     assert len(found.problems) == 1 and str(found.problems[0]) == str(caught.value)  # once, not once a cell
     assert len(found.lines) >= len(expand(config)) and not any(line.cached for line in found.lines)
     assert not (tmp_path / "r").exists() and not (tmp_path / "zoo").exists()
+
+
+def test_what_a_pattern_may_mean(tmp_path: Path, trial: Trial) -> None:
+    """Names of the pretrained model, and those of heads, which it does not have yet."""
+    exclude = ["classifier.*", "bert.encoder.*", "*.bias"]
+    assert not plan(trial(methods=[{"method": "simple", "exclude": exclude}]), tmp_path).problems
+
+
+def test_models_of_ones_own_that_do_not_fit(tmp_path: Path, trial: Trial, save_model: Callable[..., Path]) -> None:
+    other, few = save_model("other", "roberta"), save_model("few", "bert", num_labels=3)
+    people = {"one": {"checkpoint": str(other)}, "two": {"checkpoint": str(few)}, "three": {}}
+    text = " ".join(map(str, plan(trial(contributors=people), tmp_path).problems))
+    assert "'roberta'" in text and "its head has 3 labels, two has 16" in text
+
+
+def test_an_architecture_that_is_another(tmp_path: Path, trial: Trial) -> None:
+    config = trial()
+    pretrained = config.pretrained.model_copy(update={"architecture": "roberta"})
+    (problem,) = plan(config.model_copy(update={"pretrained": pretrained}), tmp_path).problems
+    assert "of type 'bert', not 'roberta'" in str(problem)
+
+
+def test_a_zoo_that_is_a_file(tmp_path: Path, trial: Trial) -> None:
+    (tmp_path / "zoo").write_text("")
+    assert "no folder" in str(plan(trial(), tmp_path).problems[0])
+
+
+@pytest.mark.parametrize(
+    ("methods", "said"),
+    [
+        (["simpel"], "did you mean 'simple'"),
+        ([{"method": "regmean", "options": {"alhpa": 1}}], "did you mean 'alpha'"),
+        ([{"method": "regmean", "options": {"alpha": 3}}], "less than or equal to 1"),
+        ([{"method": "ties", "options": {"scale": 1e39}}], "beyond 1e\\+18"),
+    ],
+)
+def test_methods_that_are_not_there(tmp_path: Path, methods: list[Any], said: str) -> None:
+    values = {"name": "x", "suite": {"name": "emotion"}, "pretrained": {"model": "m", "title": "m"}}
+    with pytest.raises(UserError, match=said) as caught:
+        make_config({**values, "contributors": ["a", "b"], "layout": "pairs", "methods": methods}, "x.yaml")
+    assert "problems" not in str(caught.value) and "at least 1 item" not in str(caught.value)
 
 
 def test_several_mistakes_are_named_at_once(tmp_path: Path, trial: Trial) -> None:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from merganser.errors import UserError, did_you_mean, validated
+from merganser.errors import Problems, UserError, did_you_mean, validated
 from merganser.files import parse_size
 from merganser.lab.suites import SUITES
 from merganser.methods import METHODS
@@ -166,7 +166,12 @@ class MethodConfig(_Frozen):
     def _known(self) -> MethodConfig:
         if self.method not in METHODS:
             raise ValueError(f"unknown method {self.method!r}. {did_you_mean(self.method, METHODS)}")
-        METHODS[self.method].options_type.model_validate(self.options)
+        try:
+            validated(METHODS[self.method].options_type, self.options, f"options of {self.method}")
+        except Problems as error:
+            raise ValueError("; ".join(f"{one.what} ({one.mend})" for one in error.problems)) from None
+        except UserError as error:
+            raise ValueError(f"{error.what} ({error.mend})") from None
         return self
 
     @property

@@ -7,11 +7,12 @@ know nothing of it. A new suite is one file with a subclass and one line in this
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_type_hints
 
 from merganser.errors import DataError, UserError, did_you_mean
 from merganser.tasks.base import Task
@@ -19,6 +20,7 @@ from merganser.tasks.data import Rows, joined
 
 TRAIN, DEV, TEST, ALL = "train", "dev", "test", "all"
 SPLITS = (TRAIN, DEV, TEST)
+_KINDS: dict[type, str] = {str: "text", int: "a whole number", float: "a finite number", bool: "true or false"}
 
 
 @dataclass(frozen=True)
@@ -117,11 +119,18 @@ def with_options(suite: type[Suite], root: str | Path | None, options: Mapping[s
     """A suite over a folder, with its options.
 
     Raises:
-        UserError: an option that it does not have.
+        UserError: an option that it does not have, or a value of another kind.
     """
     known = [field.name for field in fields(suite) if field.name != "root"]
     for option in options:
         if option not in known:
             mend = did_you_mean(option, known) if known else "this suite has no options"
             raise UserError(f"suite {suite.name!r} has no option {option!r}", where="suite", mend=mend)
+    hints = get_type_hints(suite)
+    for option, value in options.items():
+        kind = hints[option]
+        number = kind is float and type(value) in (int, float) and -math.inf < value < math.inf
+        if kind in _KINDS and not (number or type(value) is kind):
+            what = f"option {option!r} is {value!r}, which is not {_KINDS[kind]}"
+            raise UserError(what, where="suite.options", mend=f"give {_KINDS[kind]}")
     return suite(None if root is None else Path(root).expanduser(), **options)

@@ -49,6 +49,9 @@ class OwnFiles(Suite):
         if isinstance(self.label_names, str):
             what = f"label_names is the text {self.label_names!r}"
             raise UserError(what, where="label_names", mend="give a list of names")
+        if not isinstance(self.label_names, (list, tuple)) or not all(type(n) in (str, int) for n in self.label_names):
+            what = f"label_names is {self.label_names!r}, no list of names"
+            raise UserError(what, where="label_names", mend="give texts or whole numbers")
         object.__setattr__(self, "label_names", tuple(str(name) for name in self.label_names))  # of a list, too
         if self.label_names and len(set(self.label_names)) < max(2, len(self.label_names)):
             what = f"not at least two labels, each once: {', '.join(self.label_names)}"
