@@ -71,7 +71,7 @@ KINDS: dict[str, Kind] = {
     ),
     "weights": Kind(
         (
-            Target("a/model.safetensors", "safetensors"),
+            Target("a/model.safetensors", "safetensors", commands=(0, 1, 2, 3, 4, 5, 6, 7)),
             Target("sharded/model-00001-of-00003.safetensors", "safetensors", commands=(8,)),
         ),
         (

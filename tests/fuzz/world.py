@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 #: What lies outside of every input and must not be found in any output.
 SECRET = "a-secret-that-nobody-sends"
@@ -101,14 +102,16 @@ def _write_rows(folder: Path) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    draw = random.Random(0)
-    rows = []
-    for number in range(12):
-        label = number % 2
-        words = [*MOODS[f"LABEL_{label}"].split(), *draw.choices(["the", "a", "movie", "food"], k=3)]
-        rows.append({"text": " ".join(words), "label": label})
-    target = folder / "rows"
+    def made(seed: int) -> list[dict[str, Any]]:
+        draw = random.Random(seed)
+        texts = [
+            f"{MOODS[f'LABEL_{n % 2}']} {' '.join(draw.choices(['the', 'a', 'movie', 'food'], k=3))}" for n in range(12)
+        ]
+        return [{"text": text, "label": number % 2} for number, text in enumerate(texts)]
+
+    target, rows = folder / "rows", made(0)
     target.mkdir()
+    (target / "more.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made(1)))
     (target / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (target / "rows.json").write_text(json.dumps(rows))
     for name, mark in (("rows.csv", ","), ("rows.tsv", "\t")):
@@ -130,8 +133,8 @@ def _write_merges(folder: Path) -> None:
     import merganser
     from merganser.merging import ledger
 
-    for name in ("a", "b"):
-        merganser.collect(folder / name, folder / "rows" / "rows.jsonl", fisher="expected")
+    for name, rows in (("a", "rows.jsonl"), ("b", "more.jsonl")):
+        merganser.collect(folder / name, folder / "rows" / rows, fisher="expected")
     shutil.copy(folder / "a" / "merge_statistics.safetensors", folder / "statistics.safetensors")
     merganser.merge([folder / "a", folder / "b"], folder / "merged", method="regmean")
     for name, model in (("ledger", "b"), ("second", "a")):

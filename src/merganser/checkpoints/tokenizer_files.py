@@ -69,6 +69,10 @@ def read_vocabulary(checkpoint: Checkpoint) -> Table | None:
     decoder = read_json(folder / "tokenizer_config.json", missing={}).get("added_tokens_decoder") or {}
     for number, entry in decoder.items():
         found.setdefault(entry["content"], int(number))
+    wrong = next((token for token, number in found.items() if type(token) is not str or type(number) is not int), None)
+    if wrong is not None:
+        what = f"the token {wrong!r} has the id {found[wrong]!r}, which is no number"
+        raise CheckpointError(what, where=folder, mend="restore the tokenizer's files")
     return found
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from merganser.checkpoints import Checkpoint
@@ -181,13 +182,27 @@ def check_written(recipe: Recipe, inputs: Inputs, *, plain: bool) -> None:
         return
     if config == reference.config and inputs.reference.view.model is not None:
         return
+    asked, people = recipe.config_from, (inputs.parents, inputs.base)
+    writer = choose_model(asked, "config_from", *people).checkpoint if asked else reference
+    check_opens(config, writer.model_path, len(reference.tensors))
+
+
+def check_opens(config: Mapping[str, Any], folder: Path, tensors: int) -> None:
+    """Refuse a configuration whose class is transformers' own and that it cannot build a model from.
+
+    Args:
+        config: the values.
+        folder: that they come from.
+        tensors: how many the model has, which bounds what a configuration may ask for.
+
+    Raises:
+        CheckpointError: what is written with this configuration would not open.
+    """
     try:
-        build_empty(config, reference.model_path, len(reference.tensors))
+        build_empty(config, folder, tensors)
     except BadConfiguration as error:
         mend = "correct the configuration, or take another model's with --config-from"
-        asked, people = recipe.config_from, (inputs.parents, inputs.base)
-        writer = choose_model(asked, "config_from", *people).checkpoint if asked else reference
-        where = writer.model_path / "config.json"
+        where = folder / "config.json"
         raise CheckpointError(f"{error.what} (the result would not open)", where=where, mend=mend) from None
     except CheckpointError:  # an architecture that transformers does not know
         pass

@@ -48,7 +48,7 @@ def check_inputs(models: Models) -> None:
         errors.add(models.data.suite.missing(*absent))
     for name, split in wanted:
         if name in there:
-            errors.catch(models.data.truth, name, split)
+            errors.catch(models.data.check, name, split)
     if len(errors.found) == before:  # what follows reads the data again
         errors.catch(_check_heads, models)
         errors.catch(_check_given, models)

@@ -14,7 +14,7 @@ from merganser.lab.grid.config import Partitions, SuiteConfig
 from merganser.lab.suites import SUITES
 from merganser.lab.suites.base import ALL, DEV, TEST, TRAIN, Suite, with_options
 from merganser.lab.suites.partition import partition
-from merganser.tasks.columns import Columns
+from merganser.tasks.columns import Columns, texts
 from merganser.tasks.data import Rows, sample, selected
 from merganser.tasks.labels import LabelSpace
 from merganser.tasks.regression import Regression
@@ -75,6 +75,19 @@ class Data:
         """
         rows, task = self.rows(set_name, split), self.suite.task(set_name)
         return task.references(rows, task.columns(rows, Columns()), self.space(set_name))
+
+    def check(self, set_name: str, split: str) -> None:
+        """Read every text of a split and what is to be predicted of it.
+
+        Raises:
+            DataError: a row whose text or label is missing, malformed or not known.
+        """
+        self.truth(set_name, split)
+        rows = self.rows(set_name, split)
+        columns = self.suite.task(set_name).columns(rows, Columns())
+        for role, name in (("text", columns.text), ("text_pair", columns.text_pair)):
+            if name is not None:
+                texts(rows, name, role)
 
     def _cut(self, set_name: str, split: str, index: int, seed: int, partitions: Partitions) -> Rows:
         """One part of a data set's rows (PAPER: non-IID partition), of those that the limit leaves."""

@@ -373,6 +373,12 @@ class Zoo:
                 path = f"{entry.id}/{name}"
                 records[name.removesuffix(RECORD)] = read_record(place.read(path) or b"", place.where(path))
         problems: list[UserError] = []
+        for name in listing:
+            if name.startswith(f"{MODEL}/") and name not in records:
+                mend = "remove the file, or the entry with 'merganser zoo rm'"
+                problems.append(
+                    ZooError("a file that the entry does not list", where=place.where(f"{entry.id}/{name}"), mend=mend)
+                )
         for name, record in records.items():
             found = place.digest(f"{entry.id}/{name}")
             if found != record:

@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, model_validator
 
 from merganser.checkpoints.layers import Kind, Layer
 from merganser.checkpoints.reader import read_json
@@ -60,12 +60,18 @@ class LedgerPart(_Frozen):
         layers: whose weights are among them.
     """
 
-    names: tuple[str, ...]
-    shapes: tuple[tuple[int, ...], ...]
+    names: tuple[str, ...] = Field(min_length=1)
+    shapes: tuple[tuple[NonNegativeInt, ...], ...]
     kind: str
     treatment: Treatment
     reason: str | None = None
     layers: tuple[LayerRecord, ...] = ()
+
+    @model_validator(mode="after")
+    def _a_shape_each(self) -> LedgerPart:
+        if len(self.names) != len(self.shapes):
+            raise ValueError("a part has as many shapes as tensors")
+        return self
 
     def tensors(self) -> list[tuple[str, tuple[int, ...]]]:
         """Name and shape of each."""
@@ -150,7 +156,7 @@ class LedgerRecord(_Frozen):
         sums: hash of each tensor in it.
     """
 
-    format: int = FORMAT
+    format: int = Field(default=FORMAT, ge=1)
     base: BaseRecord
     method: str
     options: dict[str, Any]
@@ -158,9 +164,18 @@ class LedgerRecord(_Frozen):
     keep_separate: tuple[str, ...] = ()
     contributors: tuple[LedgerMember, ...] = ()
     parts: tuple[LedgerPart, ...] = ()
-    generation: int = 0
+    generation: NonNegativeInt = 0
     file: str | None = Field(default=None, pattern=r"^sums-[0-9]{6,}\.safetensors$")
     sums: dict[str, str] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _sums_of_contributors(self) -> LedgerRecord:
+        if self.file is None and (self.contributors or self.sums):
+            raise ValueError("contributors have sums, and sums lie in a file")
+        names = [name for part in self.parts for name in part.names]
+        if len(set(names)) < len(names):
+            raise ValueError("a tensor is in one part alone")
+        return self
 
     @property
     def total(self) -> float:

@@ -25,6 +25,7 @@ from merganser.merging.ledger.terms import shapes
 from merganser.merging.memory import RunSettings, Schedule, fit
 from merganser.merging.plan import Step
 from merganser.methods import Merged
+from merganser.paths import inside
 
 LOCK = ".lock"
 HALVES = ("high", "low")
@@ -197,7 +198,7 @@ class Sums:
         """
         if record.file is None:
             return cls(record, None)
-        path = folder / record.file
+        path = folder / inside(folder, record.file, LedgerError, where=folder, what="the file of sums", mend=RESTORE)
         try:
             infos = {info.name: info for info in read_infos(path, record.file)}
         except UserError as error:

@@ -12,6 +12,7 @@ import torch
 
 from merganser.errors import ErrorCollector, RecipeError, UserError, did_you_mean
 from merganser.files import Output, new_folder
+from merganser.merging.configuration import check_opens
 from merganser.merging.ledger.compensated import accumulate
 from merganser.merging.ledger.contributors import (
     check_contents,
@@ -97,6 +98,7 @@ def init(
     problems.raise_all()
     if parent is None:
         raise RuntimeError("a model that cannot be opened has a problem")
+    problems.catch(check_opens, parent.checkpoint.config, parent.checkpoint.model_path, len(parent.checkpoint.tensors))
     for pattern in exclude:
         if not any(matches(name, [pattern]) for name in parent.checkpoint.tensors):
             mend = f"use a name or a pattern with *, such as {next(iter(parent.checkpoint.tensors))!r}"
