@@ -104,9 +104,10 @@ def _write_rows(folder: Path) -> None:
 
     def made(seed: int) -> list[dict[str, Any]]:
         draw = random.Random(seed)
-        texts = [
-            f"{MOODS[f'LABEL_{n % 2}']} {' '.join(draw.choices(['the', 'a', 'movie', 'food'], k=3))}" for n in range(12)
-        ]
+        texts = []
+        for number in range(12 + seed):
+            more = draw.choices(["the", "a", "movie", "food"], k=draw.randrange(1, 6))
+            texts.append(f"{MOODS[f'LABEL_{number % 2}']} {' '.join(more)}")
         return [{"text": text, "label": number % 2} for number, text in enumerate(texts)]
 
     target, rows = folder / "rows", made(0)
