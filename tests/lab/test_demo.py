@@ -16,7 +16,7 @@ import merganser.lab.grid.compute as grid_compute
 from merganser.checkpoints import open_checkpoint
 from merganser.errors import CheckpointError, UserError
 from merganser.lab import demo
-from merganser.lab.demo import DemoSettings, demo_sections, find_base, run_demo
+from merganser.lab.demo import DemoSettings, _prepare_folder, demo_sections, find_base, run_demo
 from merganser.lab.grid.loading import load_config
 from merganser.lab.grid.planning import plan_experiment
 from merganser.lab.report.rows import ResultRow, read_rows
@@ -182,6 +182,14 @@ def test_another_demo_needs_overwrite(finished: Path, base: Path) -> None:
         run_demo(finished, base=base, domains=texts, settings=SETTINGS)
     assert snapshot(finished) == before
     (finished / "mine.txt").write_text("keep")
+    for name in ("models/thesis.docx", "models/food/notes.md", "data/mine.jsonl", "zoo/mine/x", "demo/cells/mine.txt"):
+        path = finished / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+        with pytest.raises(UserError, match=f"no part of the demo: {name}"):
+            run_demo(finished, base=base, domains=DOMAINS, settings=other, overwrite=True)
+        path.unlink()
+    assert snapshot(finished).keys() == {*before, "mine.txt"}
     run_demo(finished, base=base, domains=DOMAINS, settings=other, overwrite=True)
     assert {row.seed for row in read_rows(finished / "demo")} == {2}
     assert (finished / "mine.txt").read_text() == "keep"
@@ -194,6 +202,15 @@ def test_a_folder_of_something_else_is_left_alone(base: Path, tmp_path: Path) ->
         with pytest.raises(UserError, match="other than a demo"):
             run_demo(tmp_path / "docs", base=base, domains=DOMAINS, settings=SETTINGS, overwrite=overwrite)
     assert (tmp_path / "docs" / "data").read_text() == "mine"
+
+
+def test_a_demo_that_was_killed_as_it_began_goes_on(base: Path, tmp_path: Path) -> None:
+    staged = tmp_path / "out" / ".demo.yaml.partial-00000000"
+    staged.mkdir(parents=True)
+    (staged / "lock").write_text("")
+    (staged / "new").write_text("half of it")
+    _prepare_folder(tmp_path / "out", {}, False, 0)
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_the_tables_for_the_terminal(finished: Path) -> None:

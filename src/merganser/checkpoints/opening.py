@@ -27,6 +27,7 @@ from merganser.checkpoints.quantisation import QuantisedWeights
 from merganser.checkpoints.quantised import as_numbers
 from merganser.checkpoints.reader import Checkpoint
 from merganser.errors import CheckpointError, ErrorCollector
+from merganser.files import remove_leftovers
 from merganser.paths import inside, leads_anywhere
 
 _HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
@@ -185,6 +186,8 @@ def _open_base(place: str, adapter: Checkpoint, allow_pickle: bool) -> Checkpoin
 def _open_files(name: str, allow_pickle: bool) -> Checkpoint:
     """The files of a folder or Hub reference as they are, be it a model or an adapter."""
     path = Path(name).expanduser()
+    if not path.exists():
+        remove_leftovers(path)  # which puts a folder back that a killed command had moved away
     if path.is_dir():
         return Checkpoint(name, path, local_tensors(path, allow_pickle=allow_pickle))
     if path.exists():

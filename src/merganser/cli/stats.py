@@ -160,11 +160,12 @@ def _open(files: tuple[Path, ...], output: Path, overwrite: bool) -> tuple[list[
 
     errors = ErrorCollector()
     found = [errors.catch(Statistics.open, file) for file in files]
-    if output.is_dir() or not output.parent.is_dir():
-        state = "is a folder" if output.is_dir() else "is in no folder that exists"
-        errors.add(StatisticsError(f"the output {state}", where=output, mend="name a file with -o"))
     place = statistics_output(output, files, overwrite=overwrite, allowed=files)
-    errors.add(*place.problems())
+    problems = place.problems()
+    if not problems and not output.parent.is_dir():
+        what = "the output is in no folder that exists"
+        problems = [StatisticsError(what, where=output, mend="make the folder, or choose another with -o")]
+    errors.add(*problems)
     errors.raise_all()
     return [one for one in found if one is not None], place
 

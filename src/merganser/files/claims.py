@@ -152,7 +152,7 @@ def remove_dead(parent: Path, prefix: str, target: Path | None = None, *, privat
         How many were removed.
     """
     pattern, count = re.compile(re.escape(prefix) + rf"[0-9a-f]{{{_DIGITS}}}"), 0
-    with suppress(OSError):
+    with suppress(OSError, ValueError):  # a name that no folder can have
         for entry in os.scandir(parent):
             if pattern.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
                 if private and entry.stat(follow_symlinks=False).st_uid != os.geteuid():

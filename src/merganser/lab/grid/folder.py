@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import uuid
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 
 from merganser.documents import read_json
 from merganser.errors import DataError, UserError
-from merganser.files import Output, write_text
+from merganser.files import Output, remove_leftovers, write_text
 from merganser.lab.grid.cells import expand, models_of
 from merganser.lab.grid.compute import FORMAT, score
 from merganser.lab.grid.config import ExperimentConfig
@@ -47,28 +48,39 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def open_folder(folder: Path, config: ExperimentConfig, fresh: str = "") -> None:
-    """Make the results' folder, or check that this version may go on in it.
+    """Make the results' folder, which :func:`check_folder` has found fit, or go on in it.
 
     Args:
         folder: of the experiment.
         config: written into it.
         fresh: of :func:`results_name`; an earlier one is kept where this run has none.
     """
-    marker, other = folder / MARKER, "choose another --results folder"
+    marker = folder / MARKER
     earlier = _read(marker)
+    name = fresh or earlier.get("trained_for", "")
+    values = {"format": FORMAT, "trained_for": name, "config": config.model_dump(mode="json")}
+    write_text(marker, json.dumps(values, indent=1, ensure_ascii=False) + "\n")  # before anything else lies there
+    (folder / "cells").mkdir(exist_ok=True)
+
+
+def check_folder(folder: Path) -> None:
+    """Check that results can be written to a folder, and that it holds nothing else than such of this version.
+
+    Raises:
+        DataError: it holds something else.
+        FileError: nothing can be written there.
+    """
+    marker, other = folder / MARKER, "choose another --results folder"
+    real = folder.resolve() if os.path.isdir(folder) else folder  # noqa: PTH112 (of any name at all)
+    Output(real, lambda _: None, True).raise_problem()  # nothing in it is ever replaced
+    remove_leftovers(marker)
     if marker.is_file():
-        found = earlier.get("format", "unreadable")
+        found = _read(marker).get("format", "unreadable")
         if found != FORMAT:
             what = f"results of format {found}; this version of merganser writes {FORMAT}"
             raise DataError(what, where=marker, mend=f"{other}, or use the version that wrote them")
     elif folder.is_dir() and any(folder.iterdir()):
         raise DataError("the folder holds something else than results of an experiment", where=folder, mend=other)
-    elif not folder.exists():
-        Output(folder, lambda _: None).raise_problem()
-    (folder / "cells").mkdir(parents=True, exist_ok=True)
-    name = fresh or earlier.get("trained_for", "")
-    values = {"format": FORMAT, "trained_for": name, "config": config.model_dump(mode="json")}
-    write_text(marker, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
 
 
 def finished(folder: Path) -> set[str]:

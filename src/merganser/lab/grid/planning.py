@@ -11,7 +11,7 @@ from merganser.lab.grid.checks import check_inputs, remarks
 from merganser.lab.grid.compute import cell_id
 from merganser.lab.grid.config import ExperimentConfig, localised
 from merganser.lab.grid.estimate import Estimate, estimate
-from merganser.lab.grid.folder import finished, recorded_name, recorded_order
+from merganser.lab.grid.folder import check_folder, finished, recorded_name, recorded_order
 from merganser.lab.grid.jobs import STATISTICS_TITLES, is_there, needs_order, unique_needs
 from merganser.lab.grid.models import Models
 from merganser.lab.zoo import Zoo
@@ -69,7 +69,9 @@ def plan_experiment(
     :func:`merganser.lab.grid.run.run_experiment`.
     """
     folder, config = Path(results) / config.name, localised(config)
-    errors, fresh = ErrorCollector(), recorded_name(folder)
+    errors = ErrorCollector()
+    errors.catch(check_folder, folder)
+    fresh = "" if errors.found else recorded_name(folder)
     errors.catch(require, "lab", "an experiment", "accelerate")
     models = errors.catch(Models, config, Zoo(zoo), allow_pickle=allow_pickle, fresh=fresh)
     if models is not None:

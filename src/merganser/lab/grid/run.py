@@ -26,7 +26,7 @@ from merganser.lab.grid.cells import Cell, expand
 from merganser.lab.grid.checks import check_inputs, remarks
 from merganser.lab.grid.compute import cell_id
 from merganser.lab.grid.config import ExperimentConfig, localised
-from merganser.lab.grid.folder import compute_order, finished, open_folder, recorded_order, results_name
+from merganser.lab.grid.folder import check_folder, compute_order, finished, open_folder, recorded_order, results_name
 from merganser.lab.grid.jobs import FUNCTION, Need, model_need, needs_of, needs_order, unique_needs
 from merganser.lab.grid.models import Models
 from merganser.lab.zoo import Zoo
@@ -96,6 +96,7 @@ def run_experiment(
     """
     require("lab", "an experiment", "accelerate")
     folder = Path(results) / config.name
+    check_folder(folder)
     config, zoo = localised(config), zoo if is_url(zoo) else Path(zoo).expanduser().resolve()
     fresh = results_name(folder, config)
     models = Models(config, Zoo(zoo), allow_pickle=allow_pickle, fresh=fresh)

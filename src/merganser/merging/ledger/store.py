@@ -81,6 +81,20 @@ def check_disk(folder: Path, specs: Sequence[TensorSpec]) -> UserError | None:
     )
 
 
+def new_ledger(folder: Path, reads: Sequence[Path]) -> files.Output:
+    """The folder of a new ledger, which may be there if it is empty.
+
+    Args:
+        folder: of the ledger.
+        reads: what it is made from.
+    """
+
+    def recognise(_: Path) -> files.Refusal:
+        return files.Refusal("the folder is not empty", "give a new folder")
+
+    return files.Output(folder, recognise, True, reads)
+
+
 @dataclass
 class SumsWork:
     """The sums of each part, computed.

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from merganser.errors import ErrorCollector, RecipeError, UserError, did_you_mean
-from merganser.files import Output, new_folder
+from merganser.checkpoints.places import places_read
+from merganser.errors import ErrorCollector, RecipeError, did_you_mean
 from merganser.merging.configuration import check_opens
 from merganser.merging.ledger.compensated import accumulate
 from merganser.merging.ledger.contributors import (
@@ -40,6 +40,7 @@ from merganser.merging.ledger.store import (
     commit,
     file_name,
     locked,
+    new_ledger,
     specs,
     write_sums,
     zeros_like,
@@ -53,13 +54,6 @@ from merganser.methods import SUMMED
 from merganser.methods.regmean import REGMEAN
 
 _FEWEST = 4  # digits of a hash that are taken for one
-
-
-def _place_problems(folder: Path) -> list[UserError]:
-    """Why no ledger can be made in a folder."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        return [LedgerError("the folder is not empty", where=folder, mend="give a new folder")]
-    return Output(folder, lambda _: None, overwrite=True).problems()
 
 
 def init(
@@ -87,7 +81,7 @@ def init(
         UserError: anything the user can mend; several at once as ``Problems``.
     """
     target, problems, method = Path(folder), ErrorCollector(), method or REGMEAN.name
-    problems.add(*_place_problems(target))
+    problems.add(*new_ledger(target, ()).problems())
     if method not in SUMMED:
         mend = did_you_mean(method, SUMMED)
         problems.add(RecipeError(f"there are no ledgers of method {method!r}", where="--method", mend=mend))
@@ -117,7 +111,9 @@ def init(
         exclude=tuple(exclude),
         keep_separate=tuple(keep_separate),
     )
-    with new_folder(target) as place:
+    output = new_ledger(target, places_read(parent.checkpoint))
+    output.raise_problem()
+    with output.new() as place:
         (place / FILE_NAME).write_bytes(dump(record))
     return target
 
@@ -251,7 +247,8 @@ def combine(
         problems.add(LedgerError("a ledger is named twice", mend="name each ledger once"))
     elif len(places) < 2:
         problems.add(LedgerError("there is nothing to add up", mend="name at least two ledgers"))
-    problems.add(*_place_problems(target))
+    made = new_ledger(target, places)
+    problems.add(*made.problems())
     problems.raise_all()
     with ExitStack() as stack:
         # In one order everywhere, so that two sums never wait for each other.
@@ -279,7 +276,7 @@ def combine(
                     accumulate(*sums[term], high, low)
             return sums
 
-        with new_folder(target) as folder:
+        with made.new() as folder:
             if filled:
                 file = file_name(1)
                 hashes = write_sums(folder, file, merged, compute, RunSettings.make(threads, max_memory))
