@@ -184,3 +184,17 @@ except RuntimeError:
         assert remove_dead(tmp_path, ".out.partial-") == 1
     finally:
         os.kill(int(done.stdout), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("call", ["open", "write", "fstat"])
+def test_ctrl_c_while_a_folder_is_being_claimed_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, call, interrupted)
+        with claimed(tmp_path, "x-"):
+            raise AssertionError("claimed all the same")
+    assert not list(tmp_path.glob("x-*"))

@@ -133,6 +133,7 @@ _MERGE = ["merge", "a", "b", "--threads", "1"]
 _SHARDED = [*_MERGE, "--method", "regmean", "--max-shard-size", "20kB"]
 _OLD = ["merge", "b", "c", "--method", "simple", "--threads", "1"]
 _EXPERIMENT = ["--results", "results", "--zoo", "zoo", "--device", "cpu"]
+_EXPERIMENT_AT_URL = ["experiment", "half.yaml", *_EXPERIMENT, "--zoo", f"{PROTOCOL}://{BUCKET}/zoo"]
 _LEDGER: list[Command] = [
     ["ledger", "init", "sums", "--base", "base"],
     ["ledger", "add", "sums", "a", "--threads", "1"],
@@ -161,6 +162,8 @@ CASES = [
     Case("ledger sum", ["ledger", "sum", "sums", "site", "-o", "total"], sums("total"),
          [*_LEDGER, ["ledger", "init", "site", "--base", "base"], ["ledger", "add", "site", "b"]]),
     Case("experiment", ["experiment", "half.yaml", *_EXPERIMENT], cells("results/trial"), share=0.6,
+         replaces=True, resumed=True),
+    Case("experiment, zoo at a URL", _EXPERIMENT_AT_URL, cells("results/trial"), share=0.6,
          replaces=True, resumed=True),
     Case("experiment, a larger grid", ["experiment", "whole.yaml", *_EXPERIMENT], cells("results/trial"),
          [["experiment", "half.yaml", *_EXPERIMENT]], share=0.6, replaces=True, resumed=True),

@@ -115,7 +115,8 @@ def _work(command: Sequence[str] | Callable[[], object], world: Path, logs: Path
     log = os.open(logs / "said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    os.environ.update(TMPDIR=str(world / "tmp"), KEPT_STORE=str(world / "store"), COLUMNS="200")
+    places = {"TMPDIR": "tmp", "KEPT_STORE": "store", "XDG_CACHE_HOME": "cache"}
+    os.environ.update({name: str(world / place) for name, place in places.items()}, COLUMNS="200")
     tempfile.tempdir = str(world / "tmp")  # Python itself would try it out with a file, and a kill would leave this
     os.chdir(world)
     acts = _watch(world, stop)

@@ -94,13 +94,13 @@ class Harness:
         case, tree = judge.case, Tree(self.world)
         state, faults = judge.state(tree)
         yield from faults
-        if "Traceback" in ended.said:
-            yield "other", f"a traceback: {ended.said[-800:]}"
-        if stop.signal in _ASKED:
-            if ended.status < 0:
+        if stop.act is not None:  # by the clock it may come before the command has begun, or when it is through
+            if "Traceback" in ended.said:
+                yield "other", f"a traceback: {ended.said[-800:]}"
+            if stop.signal in _ASKED and ended.status < 0:
                 yield "other", "the signal is not answered"
-            if state != "beside":
-                yield from judge.litter(tree)
+        if stop.signal in _ASKED and state != "beside":
+            yield from judge.litter(tree)
         again = run(case.command, self.world, self.logs)
         if again.status == 2 and state in ("new", "beside") and case.again is not None:  # it is there: that is said
             now, faults = judge.state(Tree(self.world))

@@ -85,20 +85,23 @@ def _claim(parent: Path, prefix: str, mode: int) -> tuple[Path, int]:
     """Make a folder and lock it; again where another process took the new folder for a dead one's meanwhile."""
     while True:
         folder = parent / f"{prefix}{secrets.token_hex(_DIGITS // 2)}"
-        with suppress(FileExistsError, FileNotFoundError):
+        descriptor = -1
+        try:
             folder.mkdir(mode)
             descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-            try:
-                with suppress(OSError):  # a file system without locks
-                    fcntl.flock(descriptor, fcntl.LOCK_EX)
-                os.write(descriptor, " ".join(_machine()).encode())
-                if _is_at(descriptor, folder / LOCK):
-                    return folder, descriptor
-            except BaseException:
-                os.close(descriptor)
-                _remove(folder)
-                raise
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            os.write(descriptor, " ".join(_machine()).encode())
+            if _is_at(descriptor, folder / LOCK):
+                return folder, descriptor
             os.close(descriptor)
+        except (FileExistsError, FileNotFoundError):
+            pass  # the name is taken, or another process has removed the folder before the lock was there
+        except BaseException:
+            if descriptor >= 0:
+                os.close(descriptor)
+            _remove(folder)
+            raise
         if not parent.is_dir():
             raise FileNotFoundError(errno.ENOENT, "no such folder", str(parent))
 
