@@ -86,12 +86,13 @@ def check_parents(provenance: Mapping[str, Any], folder: Path, *, allow_pickle: 
     """Look for the parents, and hold their weights and statistics against the record."""
     problems, absent, hashes, missing = ErrorCollector(), list[str](), dict[str, dict[str, str]](), 0
     known: dict[str, Checkpoint] = {}
-    people = provenance["recipe"]["contributors"]
+    people, base = provenance["recipe"]["contributors"], provenance["recipe"].get("base")
+    base = located(base, folder) if isinstance(base, str) else None
     entries = [*provenance["parents"], *([provenance["base"]] if provenance.get("base") else [])]
     for number, entry in enumerate(entries):
         try:
             reference = pinned(entry) if entry.get("revision") else located(entry["model"], folder)
-            checkpoint = open_checkpoint(reference, allow_pickle=allow_pickle, known=known)
+            checkpoint = open_checkpoint(reference, allow_pickle=allow_pickle, known=known, base=base)
             kind, recorded = manifest_of(entry)
             found = checkpoint.manifest_hash(kind)
         except UserError as error:
@@ -215,9 +216,7 @@ def _told(
 def told_by_repetition(again: Mapping[str, Any], provenance: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """What a record is to say, by that of the same merge done again; hashes are left to the files themselves."""
     hashes = {"tensors", "files", "card", "versions", SELF}
-    told = as_named(
-        {key: again[key] for key in ProvenanceRecord.model_fields if key in again.keys() - hashes}, provenance, folder
-    )
+    told = as_named({key: again.get(key) for key in ProvenanceRecord.model_fields.keys() - hashes}, provenance, folder)
     told["tensors"] = {
         name: {key: entry[key] for key in ("method", "reason", "note")} for name, entry in again["tensors"].items()
     }
