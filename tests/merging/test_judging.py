@@ -232,3 +232,23 @@ def test_adding_up_statistics_judges_each(family: Family, tmp_path: Path, capsys
     run("stats", "add", *files, "-o", tmp_path / "sum.safetensors", status=2)
     assert "tuned-0" in capsys.readouterr().err
     assert not (tmp_path / "sum.safetensors").exists()
+
+
+@pytest.mark.parametrize("method", ["regmean", "fisher"])
+def test_a_ledger_refuses_who_would_decide_alone(family: Family, tmp_path: Path, method: str) -> None:
+    base, models = family("bert", 3, fisher="expected")
+    ledger.init(tmp_path / "ledger", base, method=method)
+    for model in models[:2]:
+        ledger.add(tmp_path / "ledger", model, coefficient=3)
+    whole = {path: path.read_bytes() for path in (tmp_path / "ledger").iterdir()}
+    amended = (models[2] / FILE_NAME).read_bytes()
+    for factor in (1e12, 1e-12):
+        (models[2] / FILE_NAME).write_bytes(amended)
+        amend(models[2], times(factor, kinds=("gram", "mean", "fisher")))
+        with pytest.raises(UserError, match="decides alone"):
+            ledger.add(tmp_path / "ledger", models[2])
+        assert {path: path.read_bytes() for path in (tmp_path / "ledger").iterdir()} == whole
+    ledger.add(tmp_path / "ledger", models[2], accept_scales=True)
+    ledger.remove(tmp_path / "ledger", models[2])
+    (models[2] / FILE_NAME).write_bytes(amended)
+    ledger.add(tmp_path / "ledger", models[2])

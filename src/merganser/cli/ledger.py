@@ -73,6 +73,7 @@ def init_command(
 @click.argument("model")
 @click.option("--coefficient", type=float, default=1.0, show_default=True, help="Its weight in the merge.")
 @click.option("--statistics", metavar="FILE", help="Its statistics, if not in its folder.")
+@click.option("--accept-scales", is_flag=True, help="Add statistics 10,000 times as large as those in it, or as small.")
 @_common
 def add_command(folder: Path, model: str, **keys: Any) -> None:
     """Add a contributor. Needs the base model, and nothing of the other contributors."""

@@ -28,7 +28,7 @@ from merganser.tensors import one_thread
 #: so. Beyond the second it decides alone, or counts for nothing, which only the user can want. Fisher information of
 #: models that are sure of their answers is honestly smaller by orders of magnitude; the inputs of layers are not.
 _NOTED = 100.0
-_REFUSED = {"gram": 1e4, "fisher": 1e8}
+REFUSED = {"gram": 1e4, "fisher": 1e8}
 _DECISIVE = 0.9  # share of a layer
 _FEW = 3  # layers that are named
 _BYTES = 10  # for each number of a dense matrix: its packed triangle as read, and the triangle that is factored
@@ -199,7 +199,7 @@ def _outliers(uses: Sequence[Use], sizes: Sequence[Mapping[int, float]]) -> list
     """Statistics of another size than the others'. Of two, the larger one is named: which is wrong nobody can say."""
     found = []
     for use, by_number in zip(uses, sizes, strict=True):
-        if use.kind not in _REFUSED or len(by_number) < 2:
+        if use.kind not in REFUSED or len(by_number) < 2:
             continue
         for number, size in by_number.items():
             factor = _beside(size, [other for one, other in by_number.items() if one != number])
@@ -230,7 +230,7 @@ def _scale_findings(
     for (number, kind, large), members in groups.items():
         parent, worst = parents[number], (max if large else min)(factor for _, _, factor in members)
         text = _scale_text(parent.title, kind, [use.label for _, use, _ in members], worst)
-        if plan.recipe.accept_scales or 1 / _REFUSED[kind] <= worst <= _REFUSED[kind]:
+        if plan.recipe.accept_scales or 1 / REFUSED[kind] <= worst <= REFUSED[kind]:
             notes.append(text)
         else:
             mend = f"{AGAIN}; leave {parent.title} out; or if you know why they differ so, --accept-scales"

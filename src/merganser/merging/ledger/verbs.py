@@ -13,6 +13,7 @@ import torch
 from merganser.checkpoints.places import places_read
 from merganser.errors import ErrorCollector, RecipeError, did_you_mean
 from merganser.merging.configuration import check_opens
+from merganser.merging.judging import REFUSED
 from merganser.merging.ledger.compensated import accumulate
 from merganser.merging.ledger.contributors import (
     check_contents,
@@ -51,7 +52,9 @@ from merganser.merging.memory import RunSettings
 from merganser.merging.provenance import located
 from merganser.merging.recipe import Parent, make_recipe, method_options, pin
 from merganser.methods import SUMMED
+from merganser.methods.base import input_width
 from merganser.methods.regmean import REGMEAN
+from merganser.tensors import packed_width
 
 _FEWEST = 4  # digits of a hash that are taken for one
 
@@ -128,6 +131,7 @@ def add(
     threads: int | None = None,
     max_memory: str | int | None = None,
     allow_pickle: bool = False,
+    accept_scales: bool = False,
 ) -> LedgerMember:
     """Add a contributor's share to the sums: whole or not at all, whatever happens meanwhile.
 
@@ -140,6 +144,7 @@ def add(
         threads: how many parts are worked on at once; the bytes do not depend on it.
         max_memory: what the process may take, in bytes or as ``"2GB"``; nor on this.
         allow_pickle: accept ``pytorch_model.bin``.
+        accept_scales: add statistics of which the contributor's or the others' would decide alone.
 
     Raises:
         UserError: anything the user can mend, before any work; several at once as ``Problems``.
@@ -163,12 +168,11 @@ def add(
         if problem := check_disk(place, specs(record, parts)):
             raise problem
         if parent.statistics is not None and entry.statistics is not None:
-            parent.statistics.validate(
-                settings.threads
-            )  # of a Gram matrix that is none, nobody could say later whose it was
+            # Of a Gram matrix that is none, nobody could say later whose it was.
+            parent.statistics.validate(settings.threads)
         people = (*record.contributors, entry)
         change = record.model_copy(update={"contributors": people, "parts": parts})
-        _change(place, record, change, reference, parent, 1.0, settings)
+        _change(place, record, change, reference, parent, 1.0, settings, accept_scales=accept_scales)
     return entry
 
 
@@ -293,6 +297,8 @@ def _change(
     parent: Parent,
     sign: float,
     settings: RunSettings,
+    *,
+    accept_scales: bool = True,
 ) -> None:
     """Add (sign 1) or subtract (-1) a contributor's terms, part by part, and switch to the new sums."""
     method, old = after.make_method(), Sums.open(place, before)
@@ -300,6 +306,8 @@ def _change(
     def compute(number: int, part: LedgerPart) -> dict[str, Pair]:
         terms = contribution(method, part, part.unit(), share_of(part, base, parent))
         sums = zeros_like(terms) if old.checkpoint is None else old.pairs(number, list(terms))
+        if old.checkpoint is not None and not accept_scales:
+            _check_scales(part, terms, sums, parent, before.total)
         for name, term in terms.items():
             if not bool(torch.isfinite(term).all()):
                 raise LedgerError(
@@ -314,6 +322,44 @@ def _change(
     file = file_name(generation)
     hashes = write_sums(place, file, after, compute, settings)
     commit(place, after.model_copy(update={"generation": generation, "file": file, "sums": hashes}))
+
+
+def _check_scales(
+    part: LedgerPart, terms: Mapping[str, torch.Tensor], sums: Mapping[str, Pair], parent: Parent, total: float
+) -> None:
+    """Refuse statistics beside which the others' count for nothing, or the other way round, as a merge does.
+
+    Args:
+        part: of the ledger.
+        terms: what the contributor adds.
+        sums: of those that are in.
+        parent: the contributor.
+        total: the sum of the others' coefficients.
+
+    Raises:
+        LedgerError: says how they compare.
+    """
+    name, kind = ("system", "gram") if "system" in terms else ("metric", "fisher")
+    coefficient = parent.contributor.coefficient
+    if name not in terms or not coefficient or not total:
+        return
+    inputs = input_width(part.unit().facts[0])
+    own, theirs = _size(terms[name], inputs, kind) / coefficient, _size(sums[name][0], inputs, kind) / total
+    if own <= theirs * REFUSED[kind] and theirs <= own * REFUSED[kind]:
+        return
+    compared = f"{own / theirs:.1e} times those in the ledger" if theirs else "all that there is: the ledger's are zero"
+    what = f"the statistics of {', '.join(part.names[:3])} are {compared}, so that one of both decides alone"
+    where = parent.statistics.path if parent.statistics else parent.checkpoint.name
+    mend = "collect the statistics again; or if you know why they differ so, --accept-scales"
+    raise LedgerError(what, where=where, mend=mend)
+
+
+def _size(sums: torch.Tensor, inputs: int, kind: str) -> float:
+    """The mean of a metric; of a packed system, of its diagonal, without the input that is always 1."""
+    if kind == "fisher":
+        return float(sums.mean())
+    width, rows = packed_width(sums.numel()), torch.arange(inputs)
+    return float(sums[rows * width - rows * (rows - 1) // 2].mean())
 
 
 def _find(record: LedgerRecord, parent: Parent, place: Path) -> LedgerMember:
