@@ -267,7 +267,7 @@ def _forget() -> None:
     from merganser.checkpoints import model_view
 
     for item in gc.get_objects():
-        if isinstance(item, _Cache) and str(item.__module__).startswith("merganser"):
+        if type(item) is _Cache and str(item.__module__).startswith("merganser"):
             item.cache_clear()
     model_view._views.clear()
 

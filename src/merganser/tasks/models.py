@@ -23,7 +23,9 @@ from merganser.checkpoints import AdapterCheckpoint, Checkpoint, CodedCheckpoint
 from merganser.checkpoints.layers import load_config
 from merganser.checkpoints.quantisation import refusal
 from merganser.checkpoints.reader import read_json
+from merganser.checkpoints.tokenizer_files import is_tokenizer_file
 from merganser.errors import CheckpointError, UserError
+from merganser.paths import check_file, inside
 
 SEPARATOR = "::"
 _GENERATION = "generation_config.json"
@@ -102,7 +104,26 @@ def open_model(reference: str | Path, *, allow_pickle: bool = False, codes: bool
         )  # transformers would load the codes as if they were numbers
     if not config and not checkpoint.modules:
         raise CheckpointError("no config.json here", where=name, mend="give a model folder in Hugging Face layout")
-    return Opened(name, checkpoint, root, subfolder or checkpoint.main, config)
+    opened = Opened(name, checkpoint, root, subfolder or checkpoint.main, config)
+    _check_files(opened)
+    return opened
+
+
+def _check_files(opened: Opened) -> None:
+    """Refuse files that libraries would open of a model, where they lie elsewhere or would keep a reader waiting.
+
+    Raises:
+        CheckpointError: a link that leads out of the model's folder, a pipe or a device.
+    """
+    checkpoint, root = opened.checkpoint, opened.root
+    modules = (root / module.path for module in checkpoint.modules)
+    for folder in {root, root / opened.subfolder, checkpoint.tokenizer_path, *modules}:
+        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+            if path.suffix == ".json" or is_tokenizer_file(path.name):
+                home = root if folder.is_relative_to(root) else folder
+                inside(folder, path.name, CheckpointError, root=home, where=folder, what="the file")
+                if path.exists() and not path.is_dir():
+                    check_file(path, CheckpointError)
 
 
 def _loads(method: str | None) -> bool:
