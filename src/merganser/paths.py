@@ -80,6 +80,11 @@ def _stays(path: Path, root: Path) -> bool:
     return Path(os.path.abspath(path)).is_relative_to(os.path.abspath(root))  # noqa: PTH100 (links stay as they are)
 
 
+def real(path: str | Path) -> Path:
+    """An absolute path without links. A circle of links ends where it is found, where ``Path.resolve`` raises."""
+    return Path(os.path.realpath(path))
+
+
 def is_inside(folder: Path, path: Path) -> bool:
     """Whether a path ends inside of a folder once all links are followed; the Hub cache's own blobs are no outside."""
     real = Path(os.path.realpath(path))

@@ -28,7 +28,7 @@ from merganser.checkpoints.quantised import as_numbers
 from merganser.checkpoints.reader import Checkpoint
 from merganser.errors import CheckpointError, ErrorCollector
 from merganser.files import remove_leftovers
-from merganser.paths import inside, leads_anywhere
+from merganser.paths import inside, leads_anywhere, real
 
 _HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -145,8 +145,8 @@ def _beside(adapter: Path, name: str) -> str | None:
         return None
     if Path(name).is_dir():
         return name
-    here, real = Path.cwd().resolve(), adapter.resolve()
-    for number, place in enumerate(real.parents):
+    here, found = real(Path.cwd()), real(adapter)
+    for number, place in enumerate(found.parents):
         if number and not place.is_relative_to(here):
             return None
         if (place / name).is_dir():
@@ -155,7 +155,7 @@ def _beside(adapter: Path, name: str) -> str | None:
 
 
 def _same_place(one: str, other: str) -> bool:
-    return Path(one).expanduser().resolve() == Path(other).expanduser().resolve()
+    return real(Path(one).expanduser()) == real(Path(other).expanduser())
 
 
 def _open_base(place: str, adapter: Checkpoint, allow_pickle: bool) -> Checkpoint:

@@ -14,6 +14,7 @@ from torch import Tensor
 from merganser.checkpoints import AdapterCheckpoint
 from merganser.errors import CheckpointError
 from merganser.files import scratch_folder
+from merganser.paths import real
 from merganser.tasks.columns import Columns, texts
 from merganser.tasks.data import Rows
 from merganser.tasks.embedding import Embedding, saved_type
@@ -70,7 +71,7 @@ def _folder(opened: Opened) -> Iterator[Path]:
                 if path.is_file() and not path.name.startswith("adapter_"):
                     link.parent.mkdir(parents=True, exist_ok=True)
                     link.unlink(missing_ok=True)
-                    link.symlink_to(path.resolve())
+                    link.symlink_to(real(path))
         yield scratch
 
 

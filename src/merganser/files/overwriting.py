@@ -18,6 +18,7 @@ from typing import NamedTuple
 from merganser.errors import FileError, UserError
 from merganser.files.atomic import new_file, new_folder, remove_leftovers
 from merganser.files.claims import is_there
+from merganser.paths import real
 
 _PROTOCOL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")  # of a URL, which as a path has one slash after it
 _SHOWN = 5  # names in a message
@@ -85,7 +86,7 @@ class Output:
         Raises:
             FileError: the disk is full, it cannot be written, or something has appeared there meanwhile.
         """
-        path = self.path if self.path.name not in ("", "..") else self.path.resolve()
+        path = self.path if self.path.name not in ("", "..") else real(self.path)
         with (new_folder if self.folder else new_file)(path, check=self.check) as work:
             yield work
 
@@ -181,7 +182,7 @@ def real_files(folder: Path) -> Iterable[Path]:
     if folder.is_dir():
         for name in files_below(folder):
             if (folder / name).is_symlink():
-                yield (folder / name).resolve()
+                yield real(folder / name)
 
 
 def _real(path: Path) -> Path:

@@ -22,6 +22,7 @@ from merganser.merging.outputs import OutputTarget, output_of
 from merganser.merging.plan import Plan, inputs_of
 from merganser.merging.recipe import Inputs, Parent, Recipe
 from merganser.merging.targets.checkpoint import CheckpointTarget, Layout, make_layout
+from merganser.paths import real
 
 FUNCTION = "merganser.merging.distributed:write_file"
 
@@ -126,8 +127,8 @@ def absolute(recipe: Recipe) -> Recipe:
 
 
 def _absolute(reference: str) -> str:
-    parts = [str(Path(part).resolve()) if Path(part).exists() else part for part in reference.split("+")]
-    return str(Path(reference).resolve()) if Path(reference).exists() else "+".join(parts)
+    parts = [str(real(Path(part))) if Path(part).exists() else part for part in reference.split("+")]
+    return str(real(Path(reference))) if Path(reference).exists() else "+".join(parts)
 
 
 def _differing(parent: Parent, hashes: Mapping[str, str]) -> list[CheckpointError]:

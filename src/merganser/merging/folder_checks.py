@@ -12,6 +12,7 @@ from merganser.checkpoints import open_checkpoint
 from merganser.checkpoints.side_files import is_licence
 from merganser.errors import CheckpointError, ErrorCollector, UserError
 from merganser.merging.provenance import CARD, FILE_NAME, hash_file
+from merganser.paths import real
 from merganser.signing import SIGNATURE, SIGNATURE_ENDING
 from merganser.statistics import FILE_NAME as STATISTICS
 from merganser.statistics import Statistics
@@ -121,6 +122,6 @@ def _is_beside(name: str) -> bool:
 
 def _is_inside(folder: Path, file: str) -> bool:
     """Whether a file lies in the folder; what the Hub's cache links to are its own blobs."""
-    root, path = folder.resolve(), (folder / file).resolve()
+    root, path = real(folder), real(folder / file)
     places = [root, *([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])]
     return path.is_file() and any(path.is_relative_to(place) for place in places)

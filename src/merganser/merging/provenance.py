@@ -28,6 +28,7 @@ from merganser.errors import CheckpointError, validated
 from merganser.merging.execution import TensorRecord
 from merganser.merging.plan import Plan
 from merganser.merging.recipe import Inputs, Parent, Recipe, make_recipe
+from merganser.paths import real
 from merganser.text import markdown
 
 FILE_NAME, CARD = "provenance.json", "README.md"
@@ -232,7 +233,7 @@ def located(reference: str, folder: Path) -> str:
         return reference
     if "+" in reference:  # base+adapter
         return "+".join(located(part, folder) for part in reference.split("+") if part)
-    places = (place / reference for place in folder.resolve().parents)
+    places = (place / reference for place in real(folder).parents)
     return next((str(place) for place in places if os.path.exists(place)), reference)  # noqa: PTH110
 
 

@@ -25,6 +25,7 @@ from merganser.documents import read_yaml
 from merganser.errors import ErrorCollector, RecipeError, UserError, did_you_mean, raise_all, validated
 from merganser.methods import METHODS
 from merganser.methods.base import LARGEST
+from merganser.paths import real
 from merganser.statistics import FILE_NAME, Statistics
 
 _LABELLED = re.compile(r"Classification|Detection|Segmentation")  # in the names of classes whose heads have labels
@@ -413,7 +414,7 @@ def shared_base(parents: Sequence[Parent]) -> Checkpoint | None:
     """The model that every contributor is an adapter of; None where they have no such base in common."""
     checkpoints = [parent.checkpoint for parent in parents]
     bases = [one.base for one in checkpoints if isinstance(one, AdapterCheckpoint)]
-    places = {(base.path.resolve(), base.revision) for base in bases}
+    places = {(real(base.path), base.revision) for base in bases}
     return bases[0] if len(bases) == len(checkpoints) and len(places) == 1 else None
 
 

@@ -25,6 +25,7 @@ from merganser.files import new_file, space_error
 from merganser.merging.plan import Step
 from merganser.methods import GramSums, Method, Unit
 from merganser.methods.base import elements, input_width
+from merganser.paths import real
 
 FORMAT = 4
 _SUFFIX = ".sums.safetensors"
@@ -104,8 +105,8 @@ def check_sums(folder: Path, steps: Sequence[Step], models: Iterable[Path], outp
         models: folders of the contributors.
         output: folder of the merge.
     """
-    place = folder.resolve()
-    if any(place == model.resolve() for model in (output, *models)) or output.resolve() in place.parents:
+    place = real(folder)
+    if any(place == real(model) for model in (output, *models)) or real(output) in place.parents:
         what = "the folder of running sums is a model folder"
         return [CheckpointError(what, where=folder, mend="give it a place of its own")]
     if folder.exists() and not folder.is_dir():

@@ -19,6 +19,7 @@ import transformers
 from torch import Tensor
 
 from merganser.errors import CheckpointError, DataError, UserError
+from merganser.paths import real
 from merganser.tasks.base import Config, Metric, Task, Truths, architecture
 from merganser.tasks.batches import Collation, Feature
 from merganser.tasks.columns import USUAL, Columns, another_column, column_values, texts
@@ -259,8 +260,8 @@ def _located(value: Any, rows: Rows, number: int, where: str) -> Any:
     if not isinstance(path, str):
         what = f"an image is {type(value).__name__}, neither an image nor the path of one"
         raise DataError(what, where=where, mend=another_column("image"))
-    folder = file.resolve().parent
-    found = (folder / path).resolve()
+    folder = real(file).parent
+    found = real(folder / path)
     if not file.is_file() or not found.is_relative_to(folder):
         what = f"the image {path!r} does not lie in the folder of the data file"
         raise DataError(what, where=where, mend="put the images beside the file, and give paths relative to it")

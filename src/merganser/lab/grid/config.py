@@ -15,6 +15,7 @@ from merganser.errors import Problems, UserError, did_you_mean, validated
 from merganser.files import parse_size
 from merganser.lab.suites import SUITES
 from merganser.methods import METHODS
+from merganser.paths import real
 
 
 class _Frozen(BaseModel):
@@ -377,7 +378,7 @@ def localised(config: ExperimentConfig) -> ExperimentConfig:
     """
     suite, pretrained = config.suite, config.pretrained
     if suite.root is not None:
-        suite = suite.model_copy(update={"root": str(Path(suite.root).expanduser().resolve())})
+        suite = suite.model_copy(update={"root": str(real(Path(suite.root).expanduser()))})
     model = pretrained.model
     if config.resources_dir is not None and not Path(model).expanduser().is_dir():
         names = dict.fromkeys((model.partition("@")[0], Path(model.partition("@")[0]).name))
@@ -393,4 +394,4 @@ def localised(config: ExperimentConfig) -> ExperimentConfig:
 
 def _absolute(reference: str) -> str:
     path = Path(reference).expanduser()
-    return str(path.resolve()) if path.exists() else reference
+    return str(real(path)) if path.exists() else reference

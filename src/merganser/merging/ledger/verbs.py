@@ -54,6 +54,7 @@ from merganser.merging.recipe import Parent, make_recipe, method_options, pin
 from merganser.methods import SUMMED
 from merganser.methods.base import input_width
 from merganser.methods.regmean import REGMEAN
+from merganser.paths import real
 from merganser.tensors import packed_width
 
 _FEWEST = 4  # digits of a hash that are taken for one
@@ -247,7 +248,7 @@ def combine(
     """
     places, target = [Path(folder) for folder in folders], Path(output)
     problems = ErrorCollector()
-    if len({place.resolve() for place in places}) < len(places):
+    if len({real(place) for place in places}) < len(places):
         problems.add(LedgerError("a ledger is named twice", mend="name each ledger once"))
     elif len(places) < 2:
         problems.add(LedgerError("there is nothing to add up", mend="name at least two ledgers"))
@@ -256,7 +257,7 @@ def combine(
     problems.raise_all()
     with ExitStack() as stack:
         # In one order everywhere, so that two sums never wait for each other.
-        in_order = sorted(places, key=lambda place: str(place.resolve()))
+        in_order = sorted(places, key=lambda place: str(real(place)))
         held = {place: stack.enter_context(locked(place, write=False)) for place in in_order}
         records = [held[place] for place in places]
         _check_alike(places, records)
