@@ -193,9 +193,12 @@ def _tensor_names(models: Models) -> frozenset[str]:
         for name in models.config.contributors
     }
     for name in sorted(one for one in classes if one.startswith("Auto")):  # others are the pretrained model's own
-        config = transformers.AutoConfig.from_pretrained(opened.root / opened.subfolder)
-        with torch.device("meta"):
-            names |= set(getattr(transformers, name).from_config(config).state_dict())
+        try:
+            config = transformers.AutoConfig.from_pretrained(opened.root / opened.subfolder)
+            with torch.device("meta"):
+                names |= set(getattr(transformers, name).from_config(config).state_dict())
+        except (OSError, ValueError):  # an architecture that is not transformers' own
+            return frozenset()
     return frozenset(names)
 
 
