@@ -147,6 +147,25 @@ def test_fisher_information_of_another_scale(family: Family, tmp_path: Path) -> 
     assert "tuned-1" in refused(models, tmp_path / "no", "nearly alone", method="fisher")
 
 
+def test_fisher_information_that_is_rounding_is_not_compared(family: Family, tmp_path: Path) -> None:
+    """A bias of attention keys changes no output; what gradients leave of it may be anything."""
+    _, models = family("bert", 3, fisher="expected")
+    before = merge(models, tmp_path / "before", method="fisher").notes
+    for model, size in zip(models, (1e-20, 1e-32, 0.0), strict=True):
+
+        def change(tensors: dict[str, Tensor], size: float = size) -> None:
+            for name, tensor in tensors.items():
+                if name.startswith("fisher.") and name.endswith("self.key.bias"):
+                    tensor.fill_(size)
+
+        amend(model, change)
+    assert not [note for note in merge(models, tmp_path / "out", method="fisher").notes if "key.bias" in note], before
+    amend(
+        models[0], lambda tensors: [t.fill_(1e20) for n, t in tensors.items() if n.endswith("self.key.bias")] and None
+    )
+    assert "key.bias" in refused(models, tmp_path / "no", "all that there is|nearly alone", method="fisher")
+
+
 def test_a_layer_of_another_contributor(family: Family, tmp_path: Path) -> None:
     """It is a Gram matrix of the right size, and is another's to the last digit."""
     _, models = family("bert", 3)

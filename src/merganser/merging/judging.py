@@ -30,6 +30,7 @@ from merganser.tensors import one_thread
 _NOTED = 100.0
 REFUSED = {"gram": 1e4, "fisher": 1e8}
 _DECISIVE = 0.9  # share of a layer
+_NOISE = 1e-8  # of a model's largest Fisher information: what float32 gradients leave where there is none
 _FEW = 3  # layers that are named
 _BYTES = 10  # for each number of a dense matrix: its packed triangle as read, and the triangle that is factored
 _WORDS = {"gram": "Gram matrices", "fisher": "Fisher information", "count": "token counts"}
@@ -103,13 +104,16 @@ def judge_statistics(plan: Plan, inputs: Inputs, threads: int, budget: int) -> V
     if problems:
         return Verdict(tuple(problems))
     sizes = [{number: found[number][name].size for number, name in use.names.items()} for use in uses]
-    outliers = _outliers(uses, sizes)
+    rounding = _rounding(uses, sizes)
+    told = [number for number, use in enumerate(uses) if use.label not in rounding]
+    compared = [uses[number] for number in told]
+    outliers = _outliers(compared, [sizes[number] for number in told])
     problems, notes = _scale_findings(plan, inputs.parents, outliers)
     notes += _copied(uses, inputs.parents, found)
     influence = _influence(plan, inputs.parents, uses, sizes)
     if influence is not None:
         named = {(number, use.label) for number, use, _ in outliers}
-        notes += _decisive(plan, influence, uses, named)
+        notes += _decisive(plan, influence, compared, named)
     return Verdict(tuple(problems), tuple(notes), influence)
 
 
@@ -207,6 +211,22 @@ def _outliers(uses: Sequence[Use], sizes: Sequence[Mapping[int, float]]) -> list
             if factor > _NOTED or (factor < 1 / _NOTED and not alone):
                 found.append((number, use, factor))
     return found
+
+
+def _rounding(uses: Sequence[Use], sizes: Sequence[Mapping[int, float]]) -> set[str]:
+    """Labels of Fisher information that is next to nothing beside every contributor's other tensors.
+
+    A bias of attention keys has none, for it changes no output: what gradients leave there is rounding.
+    """
+    fisher = [(use, by_number) for use, by_number in zip(uses, sizes, strict=True) if use.kind == "fisher"]
+    most: dict[int, float] = {}
+    for _, by_number in fisher:
+        most |= {number: max(size, most.get(number, 0.0)) for number, size in by_number.items()}
+    return {
+        use.label
+        for use, by_number in fisher
+        if all(size <= _NOISE * most[number] for number, size in by_number.items())
+    }
 
 
 def _beside(size: float, others: Sequence[float]) -> float:
