@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from merganser.checkpoints import hash_tensor, sha256_file
 from merganser.checkpoints.header import read_infos
+from merganser.cli import main
 from merganser.errors import UserError
 from merganser.merging import merge, reproduce, verify
 from merganser.merging.folder_checks import check_files
@@ -118,6 +119,30 @@ def test_what_nobody_has_changed_is_sound(trees: dict[str, Path], kind: str) -> 
     assert not found.absent and not found.notes and found.tensors == len(read_provenance(trees[kind])["tensors"])
     assert reproduce(trees[kind]) == []
     assert verify(trees[kind], deep=3, seed=7) == verify(trees[kind], deep=3, seed=7)
+
+
+def test_on_the_command_line(copied: Callable[..., Copy], capsys: pytest.CaptureFixture[str]) -> None:
+    """The folder may stand before --deep or behind it; the sample that was drawn can be drawn again."""
+    one = copied("ties")
+
+    def run(*arguments: object) -> int:
+        with pytest.raises(SystemExit) as end:
+            main([str(argument) for argument in arguments])
+        return int(end.value.code or 0)
+
+    for arguments in (["--deep", one.folder], [one.folder, "--deep"], [one.folder, "--deep", "3", "--seed", "7"]):
+        assert run("verify", *arguments) == 0
+    assert "3 tensors merged again are the same (sample --seed 7)" in " ".join(capsys.readouterr().out.split())
+    assert run("verify", one.folder, "--deep", "some") == 2 and run("verify", one.folder, "--deep", "0") == 2
+    path = one.folder / "model.safetensors"
+    state = load_file(path)
+    save_file(state | {"classifier.bias": state["classifier.bias"] + 1}, path, {"format": "pt"})
+    one.hash_files()
+    one.write(thorough=True)
+    assert run("verify", one.folder) == 0
+    assert run("verify", one.folder, "--deep=all") == 2
+    assert "1 of 41 recomputed tensors are not what the plan gives: classifier.bias" in capsys.readouterr().err
+    assert run("reproduce", one.folder) == 2
 
 
 # ── files ──
