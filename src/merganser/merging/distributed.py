@@ -78,8 +78,8 @@ def run_on(
     problems = ErrorCollector()
     for ended in engine.run(jobs, FUNCTION):
         if ended.result is None:
-            what = f"the work on this file failed: {ended.error}"
-            problems.add(UserError(what, where=ended.job.description, mend="run again"))
+            what = "the work on this file failed"
+            problems.add(UserError(what, where=ended.job.description, mend="run again", said=ended.error))
             continue
         records.update({name: TensorRecord(**entry) for name, entry in ended.result["records"].items()})
         for parent, hashes in zip(inputs.sources, ended.result["hashes"], strict=True):
