@@ -26,7 +26,7 @@ from merganser.collection.stacks import INNER_RANK, Experts, is_inner
 from merganser.collection.stopping import StoppingRule
 from merganser.engines import Engine, make_engine
 from merganser.errors import ErrorCollector, StatisticsError, UserError, did_you_mean, raise_all
-from merganser.files import Output, local_path, parse_size, scratch_folder, space_error
+from merganser.files import Output, local_path, parse_size, space_error, staging_folder
 from merganser.progress import bar
 from merganser.results import PathResult, html_table
 from merganser.statistics import FILE_NAME, FisherKind, Statistics, StatisticsHeader, write_statistics
@@ -195,7 +195,7 @@ def collect(
     }  # fmt: skip
     shards = fixed_shards(len(examples), shard_examples, fisher_examples, grams=grams)
     if elsewhere is not None:
-        with scratch_folder(target.path.parent) as folder:
+        with staging_folder(target.path) as folder:
             jobs = make_jobs(
                 examples, shards, folder,
                 data=data, split=split, separate=None if separate is None else dict(separate.prompts),

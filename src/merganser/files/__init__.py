@@ -3,7 +3,16 @@
 What the system refuses becomes a :class:`~merganser.errors.FileError`, which says how to mend it.
 """
 
-from merganser.files.atomic import new_file, new_folder, remove_leftovers, sync, write_bytes, write_text, writing
+from merganser.files.atomic import (
+    new_file,
+    new_folder,
+    remove_leftovers,
+    staging_folder,
+    sync,
+    write_bytes,
+    write_text,
+    writing,
+)
 from merganser.files.claims import lasting_scratch, remove, scratch_folder
 from merganser.files.locks import locked
 from merganser.files.overwriting import Output, Refusal, files_below, is_within, real_files, unlisted
@@ -35,6 +44,7 @@ __all__ = [
     "scratch_folder",
     "settle",
     "space_error",
+    "staging_folder",
     "sync",
     "unlisted",
     "write_bytes",

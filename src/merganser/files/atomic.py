@@ -111,6 +111,18 @@ def new_folder(target: Path, *, check: Check | None = None) -> Iterator[Path]:
         sync(target.parent)
 
 
+@contextmanager
+def staging_folder(target: Path) -> Iterator[Path]:
+    """A folder beside ``target`` for what it is made of, removed at the end, or by the next writer of ``target``.
+
+    Raises:
+        FileError: the disk is full, or the folder cannot be made.
+    """
+    with writing(target), _staged(target) as work:
+        (work / NEW).mkdir()
+        yield work / NEW
+
+
 def write_bytes(path: Path, data: bytes, *, check: Check | None = None) -> Path:
     """Write a file, whole or not at all; see :func:`new_file`.
 
