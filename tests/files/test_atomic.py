@@ -279,3 +279,22 @@ def test_what_is_not_complete_looks_like_nothing_that_is_read(tmp_path: Path) ->
             assert not list(tmp_path.glob(f"*{Path(name).suffix}"))
         assert [path.name for path in tmp_path.iterdir()] == [name]
         (tmp_path / name).unlink()
+
+
+def test_parts_of_an_output_are_tidied_with_it(tmp_path: Path) -> None:
+    """Shards that a collection of one file has left are removed by whoever writes the file next."""
+    with pytest.raises(KeyboardInterrupt), files.staging_folder(tmp_path / "statistics") as folder:
+        (folder / "shard").write_text("x")
+        write_text(tmp_path / "statistics", "another process's")  # a living one's parts stay
+        assert (folder / "shard").exists()
+        raise KeyboardInterrupt
+    assert names(tmp_path) == ["statistics"]
+    code = (
+        "import os, signal, sys\nfrom pathlib import Path\nfrom merganser.files import staging_folder\n"
+        "with staging_folder(Path(sys.argv[1])) as folder:\n"
+        "    (folder / 'shard').write_text('x')\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "statistics")], timeout=60)
+    assert len(names(tmp_path)) == 2
+    write_text(tmp_path / "statistics", "new")
+    assert names(tmp_path) == ["statistics"]

@@ -13,5 +13,6 @@ def places_read(checkpoint: Checkpoint) -> list[Path]:
     """The folders of a checkpoint, those of an adapter and of its base, and the files that links in them lead to."""
     if isinstance(checkpoint, AdapterCheckpoint):
         return [*places_read(checkpoint.base), *places_read(checkpoint.adapter)]
-    weights = {checkpoint.path / info.file for info in checkpoint.tensors.values()}
-    return [*real_files(checkpoint.path), *sorted(weights)]
+    weights = {checkpoint.path / file for file in {info.file for info in checkpoint.tensors.values()}}
+    apart = [path for path in weights if ".." in path.parts or not path.is_relative_to(checkpoint.path)]
+    return [*real_files(checkpoint.path), *sorted(apart)]  # such as those that the heads of a merge share
