@@ -77,7 +77,9 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
     return header, 8 + length
 
 
-def tensor_infos(header: dict[str, Any], start: int, size: int, path: Path, file: str) -> list[TensorInfo]:
+def tensor_infos(
+    header: dict[str, Any], start: int, size: int, path: Path, file: str, *, exact: bool = True
+) -> list[TensorInfo]:
     """The tensors of a header, in file order, each checked against the size of the file.
 
     Args:
@@ -86,9 +88,11 @@ def tensor_infos(header: dict[str, Any], start: int, size: int, path: Path, file
         size: of the whole file, in bytes.
         path: named in errors.
         file: recorded as :attr:`TensorInfo.file`.
+        exact: the tensors have to fill the file, as the format says; False where its size is not known.
 
     Raises:
-        CheckpointError: an entry that is malformed, of an unknown dtype, overlapping or past the end.
+        CheckpointError: an entry that is malformed, of an unknown dtype, overlapping or past the end, or bytes that
+            belong to no tensor.
     """
     infos = []
     for name, entry in header.items():
@@ -123,6 +127,10 @@ def tensor_infos(header: dict[str, Any], start: int, size: int, path: Path, file
     for before, after in pairwise(infos):
         if before.offset + before.nbytes > after.offset:
             raise CheckpointError(f"tensors {before.name!r} and {after.name!r} overlap", where=path, mend=AGAIN)
+    used = sum(info.nbytes for info in infos)
+    if exact and used != size - start:
+        what = f"{size - start - used} bytes of the file belong to no tensor"
+        raise CheckpointError(what, where=path, mend=AGAIN)
     return infos
 
 

@@ -16,7 +16,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from merganser.checkpoints import adapters
+from merganser.checkpoints import adapters, side_files
 from merganser.checkpoints.adapter_files import combine
 from merganser.checkpoints.adapter_settings import read_settings
 from merganser.checkpoints.header import TensorInfo, read_infos, tensor_infos
@@ -189,6 +189,7 @@ def _open_files(name: str, allow_pickle: bool) -> Checkpoint:
     if not path.exists():
         remove_leftovers(path)  # which puts a folder back that a killed command had moved away
     if path.is_dir():
+        side_files.check_links(path)
         return Checkpoint(name, path, local_tensors(path, allow_pickle=allow_pickle))
     if path.exists():
         raise CheckpointError("a model is a folder, this is a file", where=name, mend=f"give its folder, {path.parent}")
@@ -401,7 +402,7 @@ def open_hub(name: str, repo: str, revision: str | None, *, allow_pickle: bool =
             key: {"dtype": t.dtype, "shape": t.shape, "data_offsets": t.data_offsets}
             for key, t in parsed.tensors.items()
         }
-        infos = tensor_infos(header, 0, 1 << 62, Path(name) / file, file)
+        infos = tensor_infos(header, 0, 1 << 62, Path(name) / file, file, exact=False)
         tensors.update({info.name: info for info in infos})
     checkpoint = Checkpoint(name, folder, tensors, revision=commit)
 

@@ -30,6 +30,11 @@ _BELONGS = (
     "modules.json", "config_sentence_transformers.json", "sentence_*_config.json", "router_config.json",
     "cnn_config.json", "lstm_config.json", "wordembedding_config.json",
 )  # fmt: skip
+#: What is read of a folder though it is no part of a result.
+_READ = (
+    *_BELONGS, "model*.safetensors*", "pytorch_model*", "adapter_config.json", "adapter_model.*", "provenance.json",
+    "merge_statistics.safetensors",
+)  # fmt: skip
 _LICENCE = re.compile(r"(?i)(.*[-_ .])?(licen[cs]es?|notices?|copying|use_policy)([-_ .].*)?")
 _LICENCE_ENDINGS = ("", ".txt", ".md", ".rst")
 _TEMPLATES = "additional_chat_templates"
@@ -52,12 +57,24 @@ def belonging(folder: Path) -> list[str]:
         CheckpointError: one of them is a link that leads out of the folder (the Hub cache's own blobs are no outside).
     """
     found = sorted(_belonging(folder))
-    outside = [file for file in found if not is_inside(folder, folder / file)]
-    if outside:
-        raise CheckpointError(
-            f"links that lead out of the folder are not followed: {', '.join(outside)}", where=folder, mend=COPY
-        )
+    _refuse(folder, [file for file in found if not is_inside(folder, folder / file)])
     return found
+
+
+def check_links(folder: Path) -> None:
+    """Refuse a folder in which a file that is read with a model is a link to something outside of it.
+
+    Raises:
+        CheckpointError: names these files.
+    """
+    links = sorted(path.name for path in folder.iterdir() if path.is_symlink() and _matches(path.name, _READ))
+    _refuse(folder, [name for name in links if not is_inside(folder, folder / name)])
+
+
+def _refuse(folder: Path, outside: list[str]) -> None:
+    if outside:
+        what = f"links that lead out of the folder are not followed: {', '.join(outside)}"
+        raise CheckpointError(what, where=folder, mend=COPY)
 
 
 def left_behind(folder: Path) -> str | None:

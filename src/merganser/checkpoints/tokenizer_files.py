@@ -8,10 +8,13 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from merganser.checkpoints.reader import Checkpoint, read_json
+from merganser.checkpoints.reader import Checkpoint, read_json, sha256_file
+from merganser.documents import read_text
 from merganser.errors import CheckpointError, UserError
 
 Table = Mapping[str, int]  # the id of each token
+_RESTORE = "restore the tokenizer's files"
+_MOST_TOKENS = 2**31
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _LISTS = ("tokenizer.json", "vocab.txt", "vocab.json", "added_tokens.json", "tokenizer_config.json")
 _TOKENIZER_FILES = (
@@ -43,9 +46,22 @@ def read_vocabulary(checkpoint: Checkpoint) -> Table | None:
     """The id of each token by the files beside the weights; None where they do not tell.
 
     Raises:
-        CheckpointError: a file that is damaged.
+        CheckpointError: a file that is damaged, or a token whose id no vocabulary can have.
     """
     folder = checkpoint.tokenizer_path
+    try:
+        found = _read_tables(folder)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OSError) as error:
+        what = f"the tokenizer's files are malformed: {type(error).__name__}: {error}"
+        raise CheckpointError(what, where=folder, mend=_RESTORE) from None
+    for token, number in (found or {}).items():
+        if type(token) is not str or type(number) is not int or not 0 <= number < _MOST_TOKENS:
+            what = f"the token {token!r} has the id {number!r}, which no vocabulary has"
+            raise CheckpointError(what, where=folder, mend=_RESTORE)
+    return found
+
+
+def _read_tables(folder: Path) -> dict[str, int] | None:
     found: dict[str, int] = {}
     if whole := read_json(folder / "tokenizer.json"):
         tokens = (whole.get("model") or {}).get("vocab") or {}
@@ -56,12 +72,12 @@ def read_vocabulary(checkpoint: Checkpoint) -> Table | None:
     elif len([*folder.glob("*vocab*.json")]) > 1:  # one for each of two languages
         return None
     elif (folder / "vocab.txt").is_file():
-        lines = (folder / "vocab.txt").read_text(encoding="utf-8").split("\n")
+        lines = read_text(folder / "vocab.txt", CheckpointError).split("\n")
         found |= {line: number for number, line in enumerate(lines) if line or number < len(lines) - 1}
     elif (tokens := read_json(folder / "vocab.json")) and all(isinstance(number, int) for number in tokens.values()):
         found |= tokens
     elif any(folder.glob("*.model")):
-        return _asked_of_transformers(folder)
+        return dict(_asked_of_transformers(folder) or {}) or None
     if not found:
         return None
     for token, number in (read_json(folder / "added_tokens.json", missing={})).items():
@@ -69,10 +85,6 @@ def read_vocabulary(checkpoint: Checkpoint) -> Table | None:
     decoder = read_json(folder / "tokenizer_config.json", missing={}).get("added_tokens_decoder") or {}
     for number, entry in decoder.items():
         found.setdefault(entry["content"], int(number))
-    wrong = next((token for token, number in found.items() if type(token) is not str or type(number) is not int), None)
-    if wrong is not None:
-        what = f"the token {wrong!r} has the id {found[wrong]!r}, which is no number"
-        raise CheckpointError(what, where=folder, mend="restore the tokenizer's files")
     return found
 
 
@@ -86,7 +98,7 @@ def read_once(checkpoint: Checkpoint, known: dict[str, Table | None]) -> Table |
     digest, folder = hashlib.sha256(), checkpoint.tokenizer_path
     for file in sorted({*_LISTS, *(path.name for path in folder.glob("*.model"))}):
         place = folder / file
-        digest.update(f"{file} ".encode() + (hashlib.sha256(place.read_bytes()).digest() if place.is_file() else b""))
+        digest.update(f"{file} ".encode() + (sha256_file(place).encode() if place.is_file() else b""))
     key = digest.hexdigest()
     if key not in known:
         try:
