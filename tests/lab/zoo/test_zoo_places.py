@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import uuid
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from merganser.errors import UserError
 from merganser.lab.zoo import Zoo, ZooError, default_zoo, id_of
+from merganser.lab.zoo.places import Remote
 from merganser.lab.zoo.record import ENTRY
 from zoo_examples import KEY, make, never
 
@@ -64,6 +66,36 @@ def test_an_interrupted_upload_is_not_there_and_is_finished_by_the_next(
         there.entry(id_of(KEY))
     here.build(KEY, never)
     assert there.build(KEY, never).facts == {"score": 0.5}
+
+
+@pytest.mark.parametrize("puts", range(8))
+def test_what_is_here_is_there_after_the_next_look(
+    remote: tuple[Zoo, Zoo], monkeypatch: pytest.MonkeyPatch, puts: int
+) -> None:
+    """A maker that is stopped after so many uploads: the next one that only looks finishes them."""
+    here, there = remote
+    left = iter(range(puts))
+    original = Remote.put
+
+    def put(*arguments: Any) -> None:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        original(*arguments)
+
+    def gram(path: Path) -> None:
+        path.write_bytes(b"gram")
+
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        patch.setattr(Remote, "put", put)
+        here.attach(here.build(KEY, make), "statistics/s.bin", gram)
+    found = here.get(KEY)
+    assert (found is not None) == (puts > 0) == (there.get(KEY) is not None)  # the first is a probe
+    if found is not None:
+        if here.has(found, "statistics/s.bin"):
+            assert there.attach(found, "statistics/s.bin", never).read_bytes() == b"gram"
+        here.attach(found, "statistics/s.bin", gram)
+        assert there.attach(found, "statistics/s.bin", never).read_bytes() == b"gram"
+        assert not list((here.root / ".unshared").iterdir())
 
 
 def test_what_another_machine_uploaded_meanwhile_wins(remote: tuple[Zoo, Zoo]) -> None:

@@ -106,7 +106,13 @@ class Zoo:
         if entry is None and self._remote is not None and self._remote.read(f"{identity}/{ENTRY}") is not None:
             with self._lock(identity):
                 entry = self._here(identity) or self._download(identity)
+        elif entry is not None and self._remote is not None and self._unshared(identity).exists():
+            self._share(entry, self._remote)  # whoever made it was stopped before everybody had it
         return entry
+
+    def _unshared(self, identity: str) -> Path:
+        """A file that is there from before an entry is in the local folder until it is uploaded."""
+        return self.root / ".unshared" / identity
 
     def _here(self, identity: str) -> Entry | None:
         """The entry in the local folder, its files compared by size."""
@@ -158,6 +164,8 @@ class Zoo:
             files = record_folder(folder / MODEL)
             created = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
             entry = Entry(identity, plain(key), facts, created, self.root / identity / MODEL, files)
+            if self._remote is not None:
+                write_bytes(self._unshared(identity), b"")
             self._publish(entry, folder)
         return entry
 
@@ -184,6 +192,7 @@ class Zoo:
     def _share(self, entry: Entry, remote: Remote) -> None:
         """Upload an entry that the remote zoo lacks, ``entry.json`` last."""
         if remote.read(f"{entry.id}/{ENTRY}") is not None:
+            remove(self._unshared(entry.id))
             return
         total = sum(record.size for record in entry.files.values())
         with self._lock(entry.id), bar(total, f"uploading {entry.id}", "B", scale=True) as progress:
@@ -191,6 +200,7 @@ class Zoo:
                 remote.put(entry.path / name, f"{entry.id}/{MODEL}/{name}")
                 progress.update(record.size)
             remote.put(self.root / entry.id / ENTRY, f"{entry.id}/{ENTRY}")
+            remove(self._unshared(entry.id))
 
     def attach(self, entry: Entry, name: str, make: Callable[[Path], None]) -> Path:
         """A file beside the model, made once, whole or not at all.
@@ -232,12 +242,12 @@ class Zoo:
                 if not (self.root / entry.id / ENTRY).is_file():
                     what = f"the model {entry.id} was removed meanwhile"
                     raise ZooError(what, where=self.url, mend="build it again")
-                path.parent.mkdir(parents=True, exist_ok=True)
                 write_bytes(_beside(file), write_record(record))
+                if self._remote is not None and self._remote.read(f"{entry.id}/{name}{RECORD}") is None:
+                    self._remote.put(_beside(file), f"{entry.id}/{name}{RECORD}")
+                path.parent.mkdir(parents=True, exist_ok=True)  # what is here, others can have
                 file.replace(path)
                 _beside(file).replace(_beside(path))  # its record comes last
-            if self._remote is not None and self._remote.read(f"{entry.id}/{name}{RECORD}") is None:
-                self._remote.put(_beside(path), f"{entry.id}/{name}{RECORD}")
         return path
 
     def has(self, entry: Entry, name: str) -> bool:
