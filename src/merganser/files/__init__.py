@@ -13,7 +13,7 @@ from merganser.files.atomic import (
     write_text,
     writing,
 )
-from merganser.files.claims import lasting_scratch, remove, scratch_folder
+from merganser.files.claims import lasting_scratch, remove, remove_dead_scratch, scratch_folder
 from merganser.files.locks import locked
 from merganser.files.overwriting import Output, Refusal, files_below, is_within, real_files, unlisted
 from merganser.files.remote import RemoteFolder, is_url, local_path
@@ -40,6 +40,7 @@ __all__ = [
     "parse_size",
     "real_files",
     "remove",
+    "remove_dead_scratch",
     "remove_leftovers",
     "scratch_folder",
     "settle",

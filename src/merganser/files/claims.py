@@ -67,11 +67,16 @@ def scratch_folder(parent: Path | None = None) -> Iterator[Path]:
         parent: by default the system's folder for temporary files.
     """
     parent = Path(tempfile.gettempdir()) if parent is None else parent
-    if count := remove_dead(parent, _SCRATCH, private=True):
-        logger.warning("removed scratch of %s killed earlier from %s", _counted(count, "command"), parent)
+    remove_dead_scratch(parent)
     with claimed(parent, _SCRATCH, 0o700) as folder:
         (folder / NEW).mkdir()
         yield folder / NEW
+
+
+def remove_dead_scratch(parent: Path) -> None:
+    """Remove the scratch folders that dead processes of this user have left in a folder, and say so."""
+    if count := remove_dead(parent, _SCRATCH, private=True):
+        logger.warning("removed scratch of %s killed earlier from %s", _counted(count, "command"), parent)
 
 
 def lasting_scratch() -> Path:

@@ -157,3 +157,15 @@ def test_a_zoo_that_cannot_be_written(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(UserError, match="cannot be written"):
         Zoo(tmp_path / "zoo").build(KEY, never)
+
+
+def test_what_a_killed_maker_left_goes_with_the_next_use_though_nothing_is_made(tmp_path: Path) -> None:
+    zoo = Zoo(tmp_path / "zoo")
+    made = zoo.build(KEY, make)
+    zoo.attach(made, "statistics/s.bin", lambda path: path.write_bytes(b"gram") and None)
+    for use in (lambda: zoo.build(KEY, never), lambda: zoo.attach(made, "statistics/s.bin", never)):
+        left = zoo.root / ".partial" / "merganser-0123abcd"
+        (left / "new").mkdir(parents=True)
+        (left / "lock").write_text("")
+        use()
+        assert not left.exists()

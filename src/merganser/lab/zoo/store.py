@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from merganser.errors import ErrorCollector, UserError, did_you_mean, raise_all
-from merganser.files import is_url, locked, remove, write_bytes
+from merganser.files import is_url, locked, remove, remove_dead_scratch, scratch_folder, write_bytes
 from merganser.lab.zoo.keys import ZooError, id_of, matches, plain
 from merganser.lab.zoo.places import Folder, Remote, check_size, damaged
 from merganser.lab.zoo.record import (
@@ -81,16 +81,12 @@ class Zoo:
         """Hold the lock of an entry or of a file beside it."""
         return locked(self.root / ".locks" / f"{name}.lock", f"makes {name} in {self.root}", wait=wait)
 
-    @contextmanager
-    def _partial(self, name: str) -> Iterator[Path]:
-        """An empty folder to make something in, under the lock of that name; whatever is left in it is removed."""
-        folder = self.root / ".partial" / name
-        remove(folder)  # of a maker that was killed
-        folder.mkdir(parents=True)
-        try:
-            yield folder
-        finally:
-            remove(folder)
+    @property
+    def _partial(self) -> Path:
+        """The folder that everything is made in, in folders of their own."""
+        folder = self.root / ".partial"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
 
     def get(self, key: Mapping[str, Any]) -> Entry | None:
         """The model of a key, downloaded if need be; ``None`` where there is none.
@@ -143,6 +139,7 @@ class Zoo:
             ZooError: the key or the facts are no JSON objects, no file was written, or the entry is damaged.
         """
         identity = id_of(key)
+        remove_dead_scratch(self.root / ".partial")
         entry = self._get(identity)
         if entry is None:
             with self._lock(identity):
@@ -158,7 +155,7 @@ class Zoo:
         return entry
 
     def _make(self, identity: str, key: Mapping[str, Any], make: Callable[[Path], Mapping[str, Any]]) -> Entry:
-        with self._partial(identity) as folder:
+        with scratch_folder(self._partial) as folder:
             (folder / MODEL).mkdir()
             facts = plain(make(folder / MODEL), "what the maker returned")
             files = record_folder(folder / MODEL)
@@ -182,7 +179,7 @@ class Zoo:
         if entry is None:
             return None
         total = sum(record.size for record in entry.files.values())
-        with self._partial(identity) as folder, bar(total, f"fetching {identity}", "B", scale=True) as progress:
+        with scratch_folder(self._partial) as folder, bar(total, f"fetching {identity}", "B", scale=True) as progress:
             for name, record in entry.files.items():
                 self._remote.fetch(f"{identity}/{MODEL}/{name}", folder / MODEL / name, record)
                 progress.update(record.size)
@@ -221,6 +218,7 @@ class Zoo:
         if name == ENTRY or name.split("/")[0] == MODEL or name.endswith(RECORD):
             raise ZooError(f"the name {name!r} is the entry's own", where=entry.id, mend="give another name")
         path = self.root / entry.id / name
+        remove_dead_scratch(self.root / ".partial")
         if self._attached(entry.id, name) is not None:
             return path
         task = f"{entry.id}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
@@ -229,7 +227,7 @@ class Zoo:
                 return path
             if self._get(entry.id) is None:
                 raise ZooError(f"no model {entry.id}", where=self.url, mend="build it first")
-            with self._partial(task) as folder:
+            with scratch_folder(self._partial) as folder:
                 file = folder / path.name
                 record = self._fetch_attached(entry.id, name, file)
                 if record is None:
@@ -353,7 +351,7 @@ class Zoo:
             ZooError: there is none, several, or somebody is making it.
         """
         identity = self.resolve(prefix)
-        with self._lock(identity, wait=False), self._partial(identity) as folder:
+        with self._lock(identity, wait=False), scratch_folder(self._partial) as folder:
             if self._remote is not None:
                 self._remote.delete(identity)
             if (self.root / identity).exists():
