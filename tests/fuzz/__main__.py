@@ -17,6 +17,7 @@ from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
+from fuzz.accepted import TABLE, unnamed
 from fuzz.fuzzer import Fuzzer, Run, prepare
 from fuzz.kinds import KINDS
 
@@ -59,6 +60,8 @@ def _go(fuzzer: Fuzzer, kinds: list[str], given: argparse.Namespace) -> int:
                     print(json.dumps(asdict(run)), file=stream, flush=True)
             number += 1
     print(table(runs))
+    for one in unnamed((run.kind, run.accepted) for run in runs):
+        print(f"accepted, and not named in {TABLE.name}: {one[:160]}")
     print(f"every run: {log}")
     return int(any(run.faults for run in runs))
 

@@ -107,15 +107,12 @@ class Fuzzer:
         """Run every command once on sound inputs here, so that forks find everything imported.
 
         Raises:
-            AssertionError: one of them fails.
+            UserError: one of them fails.
         """
-        for name, kind in KINDS.items():
+        for kind in KINDS.values():
             for number in range(len(kind.commands)):
                 self._in_process(kind.commands[number])
                 self._restore()
-                run = self._finish(Run(name, number, "none", "", kind.commands[number]), kind)
-                assert run.status == 0 and not run.faults, (run.command, run.output, run.faults)
-                assert not self._restore()
         _forget()
 
     def _in_process(self, command: str) -> None:

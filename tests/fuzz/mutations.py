@@ -159,7 +159,17 @@ def _place(draw: Draw, document: Any) -> tuple[Any, Any, str]:
 
 
 def change_document(draw: Draw, document: Any, root: Path, style: str) -> tuple[Any, str]:
-    """Change one place of a JSON or YAML document.
+    """Change one place of a JSON or YAML document, until it is another one; see :func:`_change_once`."""
+    before, name = render(document), "none"
+    for _ in range(10):
+        document, name = _change_once(draw, document, root, style)
+        if isinstance(document, Raw) or render(document) != before:
+            break
+    return document, name
+
+
+def _change_once(draw: Draw, document: Any, root: Path, style: str) -> tuple[Any, str]:
+    """Change one place, perhaps into what was there.
 
     Returns:
         the document (changed in place where it is a container) and the class of the change.
