@@ -80,6 +80,14 @@ def _stays(path: Path, root: Path) -> bool:
     return Path(os.path.abspath(path)).is_relative_to(os.path.abspath(root))  # noqa: PTH100 (links stay as they are)
 
 
+def expanded(path: str | Path) -> Path:
+    """A path with the home that it begins with; one of a user who is not there stays as it is."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
 def real(path: str | Path) -> Path:
     """An absolute path without links. A circle of links ends where it is found, where ``Path.resolve`` raises."""
     return Path(os.path.realpath(path))

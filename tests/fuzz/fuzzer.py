@@ -33,6 +33,8 @@ ERROR_LINES, ERROR_CHARACTERS, OUTPUT_CHARACTERS = 60, 6_000, 200_000
 #: What a terminal would act upon: control characters but line ends and tabs, and those that turn the direction.
 _ACTS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
+#: Commands that keep something on purpose when they fail: a ledger, finished cells, a repetition that differs.
+_KEEPING = ("ledger add", "experiment", "reproduce")
 _Cache = type(lru_cache(lambda: None))
 _ERROR = re.compile(r"^[\w.]*(?:Error|Exception|Exit|Interrupt|Panic)\w*:.*", re.MULTILINE)
 
@@ -230,7 +232,7 @@ class Fuzzer:
         if SECRET in run.output and not (kind.own or run.file in run.command.split()):
             found.append("the secret was printed")
         left = [path for path in made if path.is_file() and "locks" not in str(path)]
-        if run.status == 2 and left and not any(word in run.command for word in ("ledger add", "experiment")):
+        if run.status == 2 and left and not any(word in run.command for word in _KEEPING):
             found.append(f"an output in spite of the error: {left[0].relative_to(self.out)}")
         found += [f"litter in TMPDIR: {path.name}" for path in (self.root / "tmp").iterdir()]
         own = kind.own or run.file in run.command.split()  # a file that the user names may lie anywhere

@@ -453,7 +453,7 @@ def change_file(draw: Draw, path: Path, root: Path, others: list[Path]) -> str:
         "sparse end": sparse_end,
         "pickle": lambda: shutil.copy(outside / "marked.bin", path) and None,
         "script": lambda: shutil.copy(outside / "marked.py", path) and None,
-        "other file": lambda: shutil.copy(draw.choice(others), path) and None,
+        "other file": lambda: shutil.copy(draw.choice([other for other in others if other != path]), path) and None,
     }
     name = draw.choice(list(kinds))
     shutil.copy(path, sound)

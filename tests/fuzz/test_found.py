@@ -16,6 +16,7 @@ import merganser
 from fuzz.seals import seal
 from merganser.checkpoints import open_checkpoint
 from merganser.checkpoints.tokenizer_files import read_once
+from merganser.cli import main
 from merganser.errors import CheckpointError, DataError, RecipeError, UserError
 from merganser.evaluation import evaluate
 from merganser.lab.grid.config import make_config
@@ -129,11 +130,20 @@ def test_what_would_not_open_is_not_written(save_ready: Save, tmp_path: Path, ke
     one, two = save_ready("one", "bert", 1), save_ready("two", "bert", 2)
     change(two / "config.json", lambda values: values.update({key: value}))
     for options in ({"config_from": "two"}, {"config_from": "two", "method": "ties", "base": one}):
-        with pytest.raises(UserError, match=r"would not open|compute different"):
+        with pytest.raises(UserError, match=r"cannot make a model|compute different|does not take"):
             merganser.merge([one, two], tmp_path / "out", **{"method": "simple", **options})
-    with pytest.raises(UserError, match="would not open"):
+    with pytest.raises(UserError, match=r"cannot make a model|does not take"):
         ledger.init(tmp_path / "sums", two, method="simple")
     assert not (tmp_path / "out").exists() and not (tmp_path / "sums").exists()
+
+
+@pytest.mark.parametrize("more", [b"x", bytes(4096)])
+def test_nothing_lies_behind_the_last_tensor(save_ready: Save, more: bytes) -> None:
+    model = save_ready("model")
+    path = model / "model.safetensors"
+    path.write_bytes(path.read_bytes() + more)
+    with pytest.raises(CheckpointError, match=f"{len(more)} bytes lie behind its last tensor"):
+        open_checkpoint(model)
 
 
 # -- experiments
@@ -256,3 +266,23 @@ def test_a_file_that_an_entry_does_not_list(tmp_path: Path) -> None:
     (entry.path / "modeling.py").write_text("import os")
     with pytest.raises(ZooError, match=r"modeling\.py: a file that the entry does not list"):
         zoo.verify(entry)
+
+
+@pytest.mark.parametrize("name", ["y" * 300, "~nobody-here/x", "x/" * 3000])
+@pytest.mark.parametrize("command", ["inspect {}", "merge {} {} -o o", "evaluate {} --data x.csv", "zoo ls --zoo {}"])
+def test_names_that_no_file_can_have(
+    name: str, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as left:
+        main(command.replace("{}", name).split())
+    told = capsys.readouterr().err
+    assert left.value.code == 2 or "no models" in told
+    assert len(told) < 3000 and not [*tmp_path.iterdir()]
+
+
+def test_a_tokenizer_of_gigabytes_is_not_read_whole(save_ready: Save) -> None:
+    model = save_ready("model")
+    with (model / "tokenizer.json").open("r+b") as stream:
+        stream.truncate(20 << 30)
+    assert read_once(open_checkpoint(model), {}) is None

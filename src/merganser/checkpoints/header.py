@@ -77,18 +77,15 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
     return header, 8 + length
 
 
-def tensor_infos(
-    header: dict[str, Any], start: int, size: int, path: Path, file: str, *, exact: bool = True
-) -> list[TensorInfo]:
+def tensor_infos(header: dict[str, Any], start: int, size: int | None, path: Path, file: str) -> list[TensorInfo]:
     """The tensors of a header, in file order, each checked against the size of the file.
 
     Args:
         header: what :func:`read_header` returned.
         start: offset at which the data begin.
-        size: of the whole file, in bytes.
+        size: of the whole file, in bytes; None where it is not known.
         path: named in errors.
         file: recorded as :attr:`TensorInfo.file`.
-        exact: the tensors have to fill the file, as the format says; False where its size is not known.
 
     Raises:
         CheckpointError: an entry that is malformed, of an unknown dtype, overlapping or past the end, or bytes that
@@ -116,7 +113,7 @@ def tensor_infos(
                 where=path,
                 mend=AGAIN,
             )
-        if start + end > size:
+        if size is not None and start + end > size:
             raise CheckpointError(
                 f"truncated safetensors file: tensor {name!r} ends at byte {start + end}, the file has {size}",
                 where=path,
@@ -128,7 +125,7 @@ def tensor_infos(
         if before.offset + before.nbytes > after.offset:
             raise CheckpointError(f"tensors {before.name!r} and {after.name!r} overlap", where=path, mend=AGAIN)
     used = sum(info.nbytes for info in infos)
-    if exact and used != size - start:
+    if size is not None and used != size - start:
         what = f"{size - start - used} bytes of the file belong to no tensor"
         raise CheckpointError(what, where=path, mend=AGAIN)
     return infos

@@ -28,7 +28,7 @@ from merganser.checkpoints.quantised import as_numbers
 from merganser.checkpoints.reader import Checkpoint
 from merganser.errors import CheckpointError, ErrorCollector
 from merganser.files import remove_leftovers
-from merganser.paths import inside, leads_anywhere, real
+from merganser.paths import expanded, inside, leads_anywhere, real
 
 _HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -67,7 +67,7 @@ def open_checkpoint(
     """
     name = str(reference)
     known = {} if known is None else known
-    pair = None if Path(name).expanduser().is_dir() else _pair(name)
+    pair = None if expanded(name).is_dir() else _pair(name)
     files = _open_files(name if pair is None else pair[1], allow_pickle)
     if not is_adapter(files):
         if pair is not None:
@@ -93,7 +93,7 @@ def _pair(name: str) -> tuple[str, str] | None:
     """Base and adapter of ``base+adapter``; where folders have a + in their names, the split whose parts exist."""
     splits = [(name[:at], name[at + 1 :]) for at, letter in enumerate(name) if letter == "+"]
     splits = [(base, adapter) for base, adapter in splits if base and adapter]
-    real = [pair for pair in splits if all(Path(part).expanduser().is_dir() for part in pair)]
+    real = [pair for pair in splits if all(expanded(part).is_dir() for part in pair)]
     return next(iter(real or splits), None)
 
 
@@ -123,8 +123,8 @@ def _base_of(files: Checkpoint, given: str | None) -> str:
     beside = _beside(files.path, name)
     if beside is not None:
         return beside
-    if leads_anywhere(name) and Path(name).expanduser().is_dir():
-        if given is not None and Path(given).expanduser().is_dir() and _same_place(given, name):
+    if leads_anywhere(name) and expanded(name).is_dir():
+        if given is not None and expanded(given).is_dir() and _same_place(given, name):
             return given
         raise CheckpointError(
             f"the adapter names its base by a path of this machine, {name}",
@@ -155,7 +155,7 @@ def _beside(adapter: Path, name: str) -> str | None:
 
 
 def _same_place(one: str, other: str) -> bool:
-    return real(Path(one).expanduser()) == real(Path(other).expanduser())
+    return real(expanded(one)) == real(expanded(other))
 
 
 def _open_base(place: str, adapter: Checkpoint, allow_pickle: bool) -> Checkpoint:
@@ -185,7 +185,7 @@ def _open_base(place: str, adapter: Checkpoint, allow_pickle: bool) -> Checkpoin
 
 def _open_files(name: str, allow_pickle: bool) -> Checkpoint:
     """The files of a folder or Hub reference as they are, be it a model or an adapter."""
-    path = Path(name).expanduser()
+    path = expanded(name)
     if not path.exists():
         remove_leftovers(path)  # which puts a folder back that a killed command had moved away
     if path.is_dir():
@@ -402,7 +402,7 @@ def open_hub(name: str, repo: str, revision: str | None, *, allow_pickle: bool =
             key: {"dtype": t.dtype, "shape": t.shape, "data_offsets": t.data_offsets}
             for key, t in parsed.tensors.items()
         }
-        infos = tensor_infos(header, 0, 1 << 62, Path(name) / file, file, exact=False)
+        infos = tensor_infos(header, 0, None, Path(name) / file, file)
         tensors.update({info.name: info for info in infos})
     checkpoint = Checkpoint(name, folder, tensors, revision=commit)
 

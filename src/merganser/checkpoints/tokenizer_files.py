@@ -8,8 +8,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from merganser.checkpoints.reader import Checkpoint, read_json, sha256_file
-from merganser.documents import read_text
+from merganser.checkpoints.reader import Checkpoint, read_json
+from merganser.documents import MAX_BYTES, read_text
 from merganser.errors import CheckpointError, UserError
 
 Table = Mapping[str, int]  # the id of each token
@@ -98,7 +98,7 @@ def read_once(checkpoint: Checkpoint, known: dict[str, Table | None]) -> Table |
     digest, folder = hashlib.sha256(), checkpoint.tokenizer_path
     for file in sorted({*_LISTS, *(path.name for path in folder.glob("*.model"))}):
         place = folder / file
-        digest.update(f"{file} ".encode() + (sha256_file(place).encode() if place.is_file() else b""))
+        digest.update(f"{file} ".encode() + _digest(place))
     key = digest.hexdigest()
     if key not in known:
         try:
@@ -106,6 +106,18 @@ def read_once(checkpoint: Checkpoint, known: dict[str, Table | None]) -> Table |
         except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError):  # damaged: as if there were none
             known[key] = None
     return known[key]
+
+
+def _digest(file: Path) -> bytes:
+    """The hash of a file, of as many bytes as a tokenizer may have; empty where there is none."""
+    if not file.is_file():
+        return b""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        for _ in range(MAX_BYTES >> 20):
+            digest.update(stream.read(1 << 20))
+        digest.update(str(file.stat().st_size).encode())
+    return digest.digest()
 
 
 def add_tokens(folder: Path, tokens: Sequence[str], others: Sequence[Path]) -> Any:

@@ -16,7 +16,7 @@ import click
 
 from merganser import __version__
 from merganser.cli.signals import interrupted_by_signals
-from merganser.errors import UserError
+from merganser.errors import FileError, UserError
 
 #: Command → module of this package that defines a click command of that name, and the line that --help shows.
 COMMANDS = {
@@ -102,6 +102,14 @@ def main(arguments: list[str] | None = None) -> None:
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output went away
         sys.exit(0)
+    except OSError as error:  # a name that no file can have, a folder that may not be read
+        if error.filename is None:
+            raise
+        unusable = FileError(
+            f"cannot be used: {error.strerror}", where=os.fsdecode(error.filename), mend="check the path"
+        )
+        click.echo(f"merganser: {unusable}", err=True)
+        sys.exit(2)
     finally:
         gc.freeze()  # nor is there anything to be found in them at the end
     sys.exit(0)

@@ -23,6 +23,7 @@ from merganser.collection.sampling import Sampling
 from merganser.collection.shards import Shard, Tally, shard_collector
 from merganser.engines import Engine, Job
 from merganser.errors import CheckpointError, DataError, UserError
+from merganser.paths import expanded
 from merganser.statistics import FisherKind, Statistics, write_statistics
 from merganser.statistics.storage import Storage
 from merganser.tasks import TASKS
@@ -233,6 +234,6 @@ def _differs(what: str, where: str) -> DataError:
 def _absolute(name: str) -> str:
     """A path as every working directory knows it; what follows it (``::heads/name``, ``[split]``) stays."""
     for stem in (name.partition("::")[0], name.partition("[")[0], name):
-        if Path(stem).expanduser().exists():
-            return f"{Path(stem).expanduser().absolute()}{name.removeprefix(stem)}"
+        if expanded(stem).exists():
+            return f"{expanded(stem).absolute()}{name.removeprefix(stem)}"
     return name

@@ -20,6 +20,7 @@ from merganser.checkpoints import AdapterCheckpoint
 from merganser.collection.pipeline import attach_modules
 from merganser.errors import UserError, require
 from merganser.files import scratch_folder
+from merganser.paths import expanded
 from merganser.tasks.base import Task
 from merganser.tasks.models import Opened, load_model
 
@@ -77,7 +78,7 @@ def choose_placement(
     if problem is not None:
         raise UserError(problem[0], where="--max-memory", mend=problem[1])
     require("train", "a limit of memory", "accelerate", where="--max-memory")
-    folder = None if offload_folder is None else Path(offload_folder).expanduser()
+    folder = None if offload_folder is None else expanded(offload_folder)
     if folder is not None and not folder.is_dir():
         raise UserError("there is no such folder", where=f"--offload-folder {folder}", mend="make it, or leave it out")
     return Placement(device, max_memory, folder)

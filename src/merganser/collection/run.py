@@ -27,6 +27,7 @@ from merganser.collection.stopping import StoppingRule
 from merganser.engines import Engine, make_engine
 from merganser.errors import ErrorCollector, StatisticsError, UserError, did_you_mean, raise_all
 from merganser.files import Output, local_path, parse_size, space_error, staging_folder
+from merganser.paths import expanded
 from merganser.progress import bar
 from merganser.results import PathResult, html_table
 from merganser.statistics import FILE_NAME, FisherKind, Statistics, StatisticsHeader, write_statistics
@@ -327,7 +328,7 @@ def _target(opened: Opened, data: str | Path | Rows, output: str | Path | None, 
             where=opened.name,
             mend=f"say where with -o (in a copy of the repository: {FILE_NAME})",
         )
-    path = home.path / FILE_NAME if output is None else Path(output).expanduser()
+    path = home.path / FILE_NAME if output is None else expanded(output)
     if os.path.isdir(path):  # noqa: PTH112 (of a name that is too long, or holds NUL, it says no)
         path = path / FILE_NAME
     reads = places_read(opened.checkpoint)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from merganser.errors import DataError, UserError, did_you_mean, require
+from merganser.paths import expanded
 from merganser.tasks.files import READERS, Row, read_file
 
 _SPLIT_SUFFIX = re.compile(r"(?P<source>.+)\[(?P<split>[\w.-]+)\]")
@@ -152,7 +153,7 @@ class _Request:
 
 def _read(asked: _Request) -> Rows:
     name = asked.name
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_file():
         if asked.split is not None:
             mend = "leave the split out, or give the folder that holds a file for each split"
@@ -161,7 +162,7 @@ def _read(asked: _Request) -> Rows:
     if path.is_dir():
         return _from_folder(asked, path)
     base, _, config = name.partition(":")
-    folder = Path(base).expanduser()
+    folder = expanded(base)
     if config and folder.is_dir():
         inside = folder / config
         return _from_folder(asked, inside) if inside.is_dir() else _from_subfolders(asked, folder, config)

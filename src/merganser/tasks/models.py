@@ -25,7 +25,7 @@ from merganser.checkpoints.quantisation import refusal
 from merganser.checkpoints.reader import read_json
 from merganser.checkpoints.tokenizer_files import is_tokenizer_file
 from merganser.errors import CheckpointError, UserError
-from merganser.paths import check_file, inside
+from merganser.paths import check_file, expanded, inside
 
 SEPARATOR = "::"
 _GENERATION = "generation_config.json"
@@ -85,7 +85,7 @@ def open_model(reference: str | Path, *, allow_pickle: bool = False, codes: bool
         if PurePosixPath(subfolder).is_absolute() or ".." in parts:
             mend = "give a folder inside it, as model::heads/name"
             raise CheckpointError(f"{subfolder!r} leaves the model folder", where=name, mend=mend)
-    root = Path(folder).expanduser()
+    root = expanded(folder)
     if subfolder and root.is_dir():
         if not (root / subfolder).is_dir():
             raise _no_subfolder(root, subfolder)

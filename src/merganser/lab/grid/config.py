@@ -15,7 +15,7 @@ from merganser.errors import Problems, UserError, did_you_mean, validated
 from merganser.files import parse_size
 from merganser.lab.suites import SUITES
 from merganser.methods import METHODS
-from merganser.paths import real
+from merganser.paths import expanded, real
 
 
 class _Frozen(BaseModel):
@@ -378,11 +378,11 @@ def localised(config: ExperimentConfig) -> ExperimentConfig:
     """
     suite, pretrained = config.suite, config.pretrained
     if suite.root is not None:
-        suite = suite.model_copy(update={"root": str(real(Path(suite.root).expanduser()))})
+        suite = suite.model_copy(update={"root": str(real(expanded(suite.root)))})
     model = pretrained.model
-    if config.resources_dir is not None and not Path(model).expanduser().is_dir():
+    if config.resources_dir is not None and not expanded(model).is_dir():
         names = dict.fromkeys((model.partition("@")[0], Path(model.partition("@")[0]).name))
-        places = [Path(config.resources_dir).expanduser() / name for name in names]
+        places = [expanded(config.resources_dir) / name for name in names]
         model = next((str(place) for place in places if (place / "config.json").is_file()), model)
     pretrained = pretrained.model_copy(update={"model": _absolute(model)})
     people = {
@@ -393,5 +393,5 @@ def localised(config: ExperimentConfig) -> ExperimentConfig:
 
 
 def _absolute(reference: str) -> str:
-    path = Path(reference).expanduser()
+    path = expanded(reference)
     return str(real(path)) if path.exists() else reference

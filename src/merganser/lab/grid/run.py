@@ -30,7 +30,7 @@ from merganser.lab.grid.folder import check_folder, compute_order, finished, ope
 from merganser.lab.grid.jobs import FUNCTION, Need, model_need, needs_of, needs_order, unique_needs
 from merganser.lab.grid.models import Models
 from merganser.lab.zoo import Zoo
-from merganser.paths import real
+from merganser.paths import expanded, real
 
 #: Seconds; only proportions matter.
 _COSTS = {
@@ -98,7 +98,7 @@ def run_experiment(
     require("lab", "an experiment", "accelerate")
     folder = Path(results) / config.name
     check_folder(folder)
-    config, zoo = localised(config), zoo if is_url(zoo) else real(Path(zoo).expanduser())
+    config, zoo = localised(config), zoo if is_url(zoo) else real(expanded(zoo))
     fresh = results_name(folder, config)
     models = Models(config, Zoo(zoo), allow_pickle=allow_pickle, fresh=fresh)
     check_inputs(models)

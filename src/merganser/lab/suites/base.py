@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar, get_type_hints
 
 from merganser.errors import DataError, UserError, did_you_mean
+from merganser.paths import expanded
 from merganser.tasks.base import Task
 from merganser.tasks.data import Rows, joined
 
@@ -133,4 +134,4 @@ def with_options(suite: type[Suite], root: str | Path | None, options: Mapping[s
         if kind in _KINDS and not (number or type(value) is kind):
             what = f"option {option!r} is {value!r}, which is not {_KINDS[kind]}"
             raise UserError(what, where="suite.options", mend=f"give {_KINDS[kind]}")
-    return suite(None if root is None else Path(root).expanduser(), **options)
+    return suite(None if root is None else expanded(root), **options)

@@ -36,6 +36,7 @@ from merganser.lab.zoo.record import (
     write_entry,
     write_record,
 )
+from merganser.paths import expanded
 from merganser.progress import bar
 
 
@@ -63,7 +64,7 @@ class Zoo:
         for prefix in ("file://", "local://"):
             text = text.removeprefix(prefix)
         remote = is_url(text)
-        self.url = text.rstrip("/") if remote else str(Path(text).expanduser().absolute())
+        self.url = text.rstrip("/") if remote else str(expanded(text).absolute())
         self._remote = Remote(self.url) if remote else None
         name = hashlib.sha256(self.url.encode()).hexdigest()[:16]
         self.root = (cache or _caches() / "zoo-remote").absolute() / name if remote else Path(self.url)
