@@ -11,6 +11,7 @@ from typing import Any
 from merganser.checkpoints.reader import Checkpoint, read_json
 from merganser.documents import MAX_BYTES, read_text
 from merganser.errors import CheckpointError, UserError
+from merganser.paths import inside, is_inside
 
 Table = Mapping[str, int]  # the id of each token
 _RESTORE = "restore the tokenizer's files"
@@ -72,7 +73,7 @@ def _read_tables(folder: Path) -> dict[str, int] | None:
     elif len([*folder.glob("*vocab*.json")]) > 1:  # one for each of two languages
         return None
     elif (folder / "vocab.txt").is_file():
-        lines = read_text(folder / "vocab.txt", CheckpointError).split("\n")
+        lines = _text(folder / "vocab.txt").split("\n")
         found |= {line: number for number, line in enumerate(lines) if line or number < len(lines) - 1}
     elif (tokens := read_json(folder / "vocab.json")) and all(isinstance(number, int) for number in tokens.values()):
         found |= tokens
@@ -86,6 +87,11 @@ def _read_tables(folder: Path) -> dict[str, int] | None:
     for number, entry in decoder.items():
         found.setdefault(entry["content"], int(number))
     return found
+
+
+def _text(file: Path) -> str:
+    inside(file.parent, file.name, CheckpointError, where=file.parent, what="the file")
+    return read_text(file, CheckpointError)
 
 
 def read_once(checkpoint: Checkpoint, known: dict[str, Table | None]) -> Table | None:
@@ -110,7 +116,7 @@ def read_once(checkpoint: Checkpoint, known: dict[str, Table | None]) -> Table |
 
 def _digest(file: Path) -> bytes:
     """The hash of a file, of as many bytes as a tokenizer may have; empty where there is none."""
-    if not file.is_file():
+    if not file.is_file() or not is_inside(file.parent, file):
         return b""
     digest = hashlib.sha256()
     with file.open("rb") as stream:

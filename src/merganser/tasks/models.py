@@ -24,6 +24,7 @@ from merganser.checkpoints.layers import load_config
 from merganser.checkpoints.quantisation import refusal
 from merganser.checkpoints.reader import read_json
 from merganser.checkpoints.tokenizer_files import is_tokenizer_file
+from merganser.documents import MAX_BYTES
 from merganser.errors import CheckpointError, UserError
 from merganser.paths import check_file, expanded, inside
 
@@ -122,8 +123,12 @@ def _check_files(opened: Opened) -> None:
             if path.suffix == ".json" or is_tokenizer_file(path.name):
                 home = root if folder.is_relative_to(root) else folder
                 inside(folder, path.name, CheckpointError, root=home, where=folder, what="the file")
-                if path.exists() and not path.is_dir():
-                    check_file(path, CheckpointError)
+                if not path.exists() or path.is_dir():
+                    continue
+                if path.suffix == ".json" and (size := check_file(path, CheckpointError)) > MAX_BYTES:
+                    what = f"the file has {size} bytes, {MAX_BYTES} are accepted"
+                    raise CheckpointError(what, where=path, mend="restore the file")
+                check_file(path, CheckpointError)
 
 
 def _loads(method: str | None) -> bool:
