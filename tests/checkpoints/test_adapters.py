@@ -277,7 +277,7 @@ def refused(*arguments: Any) -> str:
         ({"r": "8"}, "the rank r is '8'"),
         ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
         ({"rank_pattern": {"q": 0}}, "rank_pattern is malformed or holds a rank below 1"),
-        ({"alpha_pattern": {"(a+)+": 2}}, "no pattern that can be used"),
+        ({"alpha_pattern": {r"(a+)\1": 2}}, "no pattern that can be used"),
         ({"modules_to_save": "classifier"}, "modules_to_save is 'classifier'"),
     ],
 )

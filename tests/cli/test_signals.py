@@ -15,7 +15,7 @@ import pytest
 
 #: Runs a command whose every step prints and waits; what is to be held back is patched before.
 SLOW = """
-import signal, sys, time
+import os, signal, sys, time
 if {ignored!r}:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
 else:
@@ -24,7 +24,7 @@ else:
 import {module} as module
 whole = module.{name}
 def slow(*values, **options):
-    print("step", flush=True)
+    os.write(1, b"step\\n")  # in one piece, from whatever thread
     time.sleep({wait})
     return whole(*values, **options)
 module.{name} = slow

@@ -152,12 +152,13 @@ def test_adapters_that_sentence_transformers_saved_with_modules(tmp_path: Path, 
                 torch.nn.init.normal_(parameter)
         encoder.save(str(tmp_path / f"adapter-{seed}"), create_model_card=False)
         adapters.append(tmp_path / f"adapter-{seed}")
-    found = evaluate(adapters, sts, task="sts", device="cpu")
+    named = [f"{bert}+{adapter}" for adapter in adapters]  # their base is a path of this machine
+    found = evaluate(named, sts, task="sts", device="cpu")
     for row, adapter in zip(found.rows, adapters, strict=True):
         assert row.scores["pearson"] == pytest.approx(correlations(opened(adapter))[1], abs=1e-4)
-    alone = merge(adapters[:1], tmp_path / "alone", method="simple")
+    alone = merge(named[:1], tmp_path / "alone", method="simple")
     assert correlations(opened(Path(alone)))[1] == pytest.approx(found.rows[0].scores["pearson"], abs=1e-4)
-    both = merge(adapters, tmp_path / "both", method="simple")
+    both = merge(named, tmp_path / "both", method="simple")
     weights = [load_file(folder / "2_Dense" / "model.safetensors")["linear.weight"] for folder in (both, *adapters)]
     assert torch.allclose(weights[0], (weights[1] + weights[2]) / 2) and opened(Path(both))[1].pooling_mode == "cls"
     assert not (both / "adapter_config.json").exists()

@@ -99,7 +99,7 @@ def test_libraries_open_only_what_lies_in_the_folder(ready: tuple[Path, Path], n
     else:
         (model / name).symlink_to(data)
     for use in (evaluate, merganser.collect):
-        with pytest.raises(CheckpointError, match=r"leads out of the folder|this is a pipe"):
+        with pytest.raises(CheckpointError, match=r"leads? out of the folder|this is a pipe"):
             use(model, data)
 
 
@@ -142,7 +142,7 @@ def test_nothing_lies_behind_the_last_tensor(save_ready: Save, more: bytes) -> N
     model = save_ready("model")
     path = model / "model.safetensors"
     path.write_bytes(path.read_bytes() + more)
-    with pytest.raises(CheckpointError, match=f"{len(more)} bytes lie behind its last tensor"):
+    with pytest.raises(CheckpointError, match=f"{len(more)} bytes of the file belong to no tensor"):
         open_checkpoint(model)
 
 

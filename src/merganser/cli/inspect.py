@@ -61,8 +61,7 @@ def _checkpoint(reference: str, allow_pickle: bool) -> dict[str, Any]:
     rows = [[dtype, count, human_bytes(sizes[dtype])] for dtype, count in dtypes.items()]
     tables: dict[str, Any] = {"tensors": (["dtype", "tensors", "size"], rows)}
     if (checkpoint.home.path / STATISTICS).is_file():
-        inside(checkpoint.home.path, STATISTICS, CheckpointError, where=checkpoint.home.path, what="the file")
-        inner = _statistics(checkpoint.home.path / STATISTICS, False)
+        inner = _statistics(checkpoint.home.path, False)
         tables.update(inner.pop("tables"))
         found["statistics"] = inner
     if (checkpoint.path / FILE_NAME).is_file():

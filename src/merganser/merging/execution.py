@@ -75,15 +75,19 @@ def execute(schedule: Schedule, work: Work, target: Target, description: str = "
     Raises:
         UserError: non-finite numbers in or out, a step that cannot be computed; the first of the plan's order.
     """
-    failed, budget = threading.Event(), Budget(schedule.budget)
+    failed, stopped, budget = threading.Event(), threading.Event(), Budget(schedule.budget)
     fitted = {id(s): (r, n) for s, r, n in zip(schedule.steps, schedule.rows, schedule.sizes, strict=True)}
     steps, futures = longest_first(schedule.steps, schedule.threads), list[Future[None]]()
 
     def run(step: Step, rows: int | None, nbytes: int) -> None:
+        if stopped.is_set():
+            return
         with budget.returning(nbytes):
             try:
                 notes: dict[str, None] = {}
                 for firsts, merged in work.slices(step, rows):
+                    if stopped.is_set():  # nobody waits for the rest, however often it was interrupted
+                        return
                     notes |= {merged.note: None} if merged.note else {}
                     progress.update(target.take(step, firsts, merged))
                 target.finish(step, "; ".join(notes) or None)
@@ -110,6 +114,9 @@ def execute(schedule: Schedule, work: Work, target: Target, description: str = "
                 futures.append(pool.submit(run, step, rows, nbytes))
             for future in futures:  # in the order of the plan: the same mistake is reported every time
                 future.result()
+        except KeyboardInterrupt:
+            stopped.set()
+            raise
         finally:
             for future in futures:
                 future.cancel()

@@ -25,7 +25,7 @@ from merganser.documents import read_yaml
 from merganser.errors import ErrorCollector, RecipeError, UserError, did_you_mean, raise_all, validated
 from merganser.methods import METHODS
 from merganser.methods.base import LARGEST
-from merganser.paths import inside, real
+from merganser.paths import real
 from merganser.statistics import FILE_NAME, Statistics
 
 _LABELLED = re.compile(r"Classification|Detection|Segmentation")  # in the names of classes whose heads have labels
@@ -427,12 +427,10 @@ def _open(
 
 
 def _statistics(contributor: Contributor, checkpoint: Checkpoint, problems: ErrorCollector) -> Statistics | None:
-    place = Path(contributor.statistics) if contributor.statistics else checkpoint.home.path / FILE_NAME
-    if contributor.statistics is None and not place.is_file():
+    folder = checkpoint.home.path
+    if contributor.statistics is None and not (folder / FILE_NAME).is_file():
         return None
-    if contributor.statistics is None and not problems.catch(inside, place.parent, FILE_NAME, RecipeError):
-        return None  # a link to another's
-    return problems.catch(Statistics.open, place)
+    return problems.catch(Statistics.open, contributor.statistics or folder)
 
 
 def pin(model: str, revision: str) -> str:

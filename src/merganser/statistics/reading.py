@@ -13,6 +13,7 @@ from torch import Tensor
 from merganser.checkpoints import Checkpoint, TensorInfo, sha256_file
 from merganser.checkpoints.header import read_header, tensor_infos
 from merganser.errors import CheckpointError, StatisticsError, UserError, raise_all
+from merganser.paths import inside
 from merganser.progress import track
 from merganser.statistics.format import (
     AGAIN,
@@ -66,14 +67,15 @@ class Statistics:
         """Open a statistics file; header, names, dtypes and shapes are checked, no tensor is read.
 
         Args:
-            path: the file, or the folder that holds :data:`FILE_NAME`.
+            path: the file, or the folder that holds :data:`FILE_NAME`, and no link to another's.
 
         Raises:
             StatisticsError: missing, truncated, malformed, of a newer protocol, or with tensors that its
                 header does not explain. Several mistakes come as one :class:`~merganser.errors.Problems`.
         """
         file = Path(path)
-        file = file / FILE_NAME if file.is_dir() else file
+        if file.is_dir():
+            file = file / inside(file, FILE_NAME, StatisticsError, where=file, what="the file")
         if not file.is_file():
             raise StatisticsError("no such statistics file", where=file, mend="run merganser collect first")
         header, infos = _read_layout(file)

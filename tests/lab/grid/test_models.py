@@ -60,14 +60,13 @@ def test_hyper_parameters_are_the_published_ones_with_the_configurations_changes
 def test_a_model_of_ones_own_with_another_label_space(
     tmp_path: Path, trial: Trial, save_ready: Callable[..., Path]
 ) -> None:
-    """Two contributors with different label spaces where one is needed: the merge says which."""
+    """Two contributors with different label spaces where one is needed: it is said which, before any work."""
     foreign = save_ready("foreign", "bert", 3, num_labels=5)
     config = trial(
         seeds=[1], contributors={"one": {}, "two": {"checkpoint": str(foreign)}}, methods=["simple"], comparators=[]
     )
-    done = run_experiment(config, results=tmp_path / "r", zoo=tmp_path / "zoo")
-    assert [failure.job for failure in done.failures] == ["simple: one + two (seed 1, same heads)"]
-    assert "label" in done.failures[0].error
+    with pytest.raises(UserError, match=r"two.*checkpoint.* labels"):
+        run_experiment(config, results=tmp_path / "r", zoo=tmp_path / "zoo")
 
 
 def test_multi_task_training_is_the_same_whatever_seeds_the_single_models_have(tmp_path: Path, trial: Trial) -> None:
