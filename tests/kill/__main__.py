@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from kill.cases import CASES
 from kill.harness import Findings, Harness, table
@@ -36,6 +37,7 @@ def main() -> int:
     cases = [case for case in CASES if chosen.only is None or case.name in chosen.only]
     shares = sum(case.share for case in cases)
     register()
+    tqdm.monitor_interval = 0  # its thread may hold a lock while this process forks
     torch.set_num_threads(1)  # a fork has no other threads than the one that forked
     warm_up()
     findings: dict[str, Findings] = {}

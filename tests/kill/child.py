@@ -8,6 +8,7 @@ this does not make.
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import os
 import signal
 import sys
@@ -115,6 +116,7 @@ def _work(command: Sequence[str] | Callable[[], object], world: Path, logs: Path
     log = os.open(logs / "said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    faulthandler.dump_traceback_later(_HANGS - 20, file=log)  # where it hangs, if it does
     places = {"TMPDIR": "tmp", "KEPT_STORE": "store", "XDG_CACHE_HOME": "cache"}
     os.environ.update({name: str(world / place) for name, place in places.items()}, COLUMNS="200")
     tempfile.tempdir = str(world / "tmp")  # Python itself would try it out with a file, and a kill would leave this
