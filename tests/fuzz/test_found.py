@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 import merganser
+from adapter_examples import adapt_linears
 from fuzz.seals import seal
 from merganser.checkpoints import open_checkpoint
 from merganser.checkpoints.tokenizer_files import read_once
@@ -144,6 +145,15 @@ def test_nothing_lies_behind_the_last_tensor(save_ready: Save, more: bytes) -> N
     path.write_bytes(path.read_bytes() + more)
     with pytest.raises(CheckpointError, match=f"{len(more)} bytes of the file belong to no tensor"):
         open_checkpoint(model)
+
+
+@pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])
+@pytest.mark.parametrize("value", [10**9, [1], "x", {"a": "b"}, True])
+def test_patterns_of_an_adapter_that_are_none(save_ready: Save, tmp_path: Path, key: str, value: object) -> None:
+    adapter = adapt_linears(tmp_path / "adapter", save_ready("base"), ("query",))
+    change(adapter / "adapter_config.json", lambda values: values.update({key: value}))
+    with pytest.raises(UserError, match=key):
+        open_checkpoint(adapter)
 
 
 # -- experiments

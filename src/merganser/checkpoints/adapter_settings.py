@@ -120,7 +120,7 @@ def read_settings(adapter: Checkpoint) -> AdapterSettings:
             sound = isinstance(table, dict) and all(fits(value) for value in table.values())
             check(sound, f"{key} is malformed or holds a rank below 1: {table!r}")
             few = sound and _are_few(table, adapter)
-            check(few or not sound, f"{key} has {len(table)} patterns, too many to try on every tensor")
+            check(few or not sound, f"{key} has {len(table) if sound else 0} patterns, too many to try on every tensor")
             for pattern in table if few else ():
                 check(_is_pattern(pattern), f"{key}: {pattern!r} is no pattern that can be used")
         saved = raw.get("modules_to_save") or []
