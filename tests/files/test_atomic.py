@@ -298,3 +298,20 @@ def test_parts_of_an_output_are_tidied_with_it(tmp_path: Path) -> None:
     assert len(names(tmp_path)) == 2
     write_text(tmp_path / "statistics", "new")
     assert names(tmp_path) == ["statistics"]
+
+
+def test_what_is_left_in_a_folder_is_removed_whatever_it_was_to_become(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys\nfrom pathlib import Path\nfrom merganser.files import new_file\n"
+        "with new_file(Path(sys.argv[1])) as work:\n"
+        "    work.write_text('x')\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    for name in ("one.json", "b" * 250):
+        subprocess.run([sys.executable, "-c", code, str(tmp_path / name)], timeout=60)
+    (tmp_path / ".mine.partial-00000000").write_text("a file of somebody's")
+    with files.new_file(tmp_path / "living") as work:
+        work.write_text("y")
+        assert len(names(tmp_path)) == 4
+        files.remove_leftovers_in(tmp_path)
+        assert len(names(tmp_path)) == 2 and work.exists()
+    assert names(tmp_path) == [".mine.partial-00000000", "living"]

@@ -45,7 +45,8 @@ class Judge:
         faults = list(self._changed(tree, old))
         if self.case.resumed:  # rows come one by one
             lost = [name for name in old if found.get(name) != old[name]]
-            half = [name for name, one in found.items() if name not in old and not self._same(tree, name, one, new)]
+            made = {name: one for name, one in found.items() if ".partial-" not in name}  # the rest is litter or none
+            half = [name for name, one in made.items() if name not in old and not self._same(tree, name, one, new)]
             state = "new" if found.keys() == new.keys() else "old"
         elif found == old:
             return ("beside" if self._is_beside(tree, new) else "old"), faults

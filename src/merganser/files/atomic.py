@@ -12,6 +12,7 @@ import errno
 import hashlib
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from merganser.files.claims import NEW, OLD, claimed, is_there, remove_dead
 logger = logging.getLogger(__name__)
 
 _LONGEST = 255 - len("..partial-") - 8  # bytes of a name that staging puts its own around
+_STAGED = re.compile(r"\.(.+)\.partial-[0-9a-f]{8}")
 #: Raises where what lies at a path may not be replaced.
 Check = Callable[[Path], None]
 
@@ -151,6 +153,13 @@ def remove_leftovers(target: Path) -> None:
     if count := remove_dead(target.parent, _staging_prefix(target), target):
         what = "a command that was" if count == 1 else f"{count} commands that were"
         logger.warning("%s: removed what %s killed had left beside it", target, what)
+
+
+def remove_leftovers_in(folder: Path) -> None:
+    """The same of everything in a folder, for a command that may write none of what killed ones were writing there."""
+    names = {match[1] for path in folder.glob(".*.partial-*") if (match := _STAGED.fullmatch(path.name))}
+    for name in sorted(names):
+        remove_leftovers(folder / name)
 
 
 def sync(path: Path) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from merganser.documents import read_json
 from merganser.errors import DataError, UserError
-from merganser.files import Output, remove_leftovers, write_text
+from merganser.files import Output, remove_leftovers, remove_leftovers_in, write_text
 from merganser.lab.grid.cells import expand, models_of
 from merganser.lab.grid.compute import FORMAT, score
 from merganser.lab.grid.config import ExperimentConfig
@@ -61,6 +61,8 @@ def open_folder(folder: Path, config: ExperimentConfig, fresh: str = "") -> None
     values = {"format": FORMAT, "trained_for": name, "config": config.model_dump(mode="json")}
     write_text(marker, json.dumps(values, indent=1, ensure_ascii=False) + "\n")  # before anything else lies there
     (folder / "cells").mkdir(exist_ok=True)
+    for place in (folder, folder / "cells"):
+        remove_leftovers_in(place)
 
 
 def check_folder(folder: Path) -> None:
