@@ -24,9 +24,9 @@ from merganser.checkpoints.header import read_infos
 from merganser.cli import main
 from merganser.errors import UserError
 from merganser.merging import merge, reproduce, verify
-from merganser.merging.folder_checks import check_files
 from merganser.merging.provenance import FILE_NAME, file_digest, own_hash, read_provenance
-from merganser.merging.record_checks import check_itself
+from merganser.merging.verification.folder_checks import check_files
+from merganser.merging.verification.record_checks import check_itself
 from merganser.signing import check_signature, new_key, sign
 from merganser.tensors import DTYPE_NAMES
 from sentence_examples import save_encoder
