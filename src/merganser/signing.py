@@ -24,6 +24,7 @@ from typing import Any
 
 from merganser.errors import FileError, UserError, require
 from merganser.files import scratch_folder, write_bytes
+from merganser.paths import real
 
 #: What a folder's signature is called in it, and how a file's, which lies beside it, ends.
 SIGNATURE, SIGNATURE_ENDING = "model.sig", ".sig"
@@ -56,7 +57,7 @@ def sign(path: str | Path, key: str | Path, *, password: bytes | None = None) ->
         UserError: the extra ``sign`` is not installed.
     """
     path, key = _existing(Path(path)), _key(Path(key))
-    if path.is_dir() and key.resolve().is_relative_to(path.resolve()):
+    if path.is_dir() and real(key).is_relative_to(real(path)):
         what = "the private key lies in the folder that is to be signed, and would be published with it"
         raise FileError(what, where=key, mend="move it elsewhere")
     _require(path)
@@ -208,7 +209,7 @@ def _few(names: list[str]) -> str:
 
 def _links_to_blobs(folder: Path) -> bool:
     """Whether there are links in a folder, and all lead to the blobs of the Hub's cache that the folder is in."""
-    root = folder.resolve()
+    root = real(folder)
     links = [path for path in folder.rglob("*") if path.is_symlink()]
     blobs = root.parent.parent / "blobs"
-    return bool(links) and root.parent.name == "snapshots" and all(p.resolve().is_relative_to(blobs) for p in links)
+    return bool(links) and root.parent.name == "snapshots" and all(real(p).is_relative_to(blobs) for p in links)
