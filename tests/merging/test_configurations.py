@@ -212,3 +212,12 @@ def test_a_ledger_refuses_another_function(save: Callable[..., Path], tmp_path: 
     ledgers.init(tmp_path / "ledger", base, method="simple")
     with pytest.raises(UserError, match=r"rms_norm_eps: base 1e-06, a 0.5\n.*a ledger adds up models of one"):
         ledgers.add(tmp_path / "ledger", a)
+
+
+def test_one_is_not_true(save_ready: Callable[..., Path], tmp_path: Path) -> None:
+    """transformers takes no 1 for true, and Python holds the two for equal: an average would not open."""
+    folders = [save_ready(f"same-{seed}", "bert", seed=seed) for seed in (1, 2)]
+    path = folders[0] / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"use_cache": 1}))
+    with pytest.raises(UserError, match="use_cache"):
+        merge(folders, tmp_path / "out", method="simple")

@@ -8,6 +8,7 @@ difference is an error, unless one model's configuration is taken on purpose.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -178,7 +179,8 @@ def check_written(recipe: Recipe, inputs: Inputs, *, plain: bool) -> None:
     """
     reference = inputs.reference.checkpoint
     config = merged_config(recipe, inputs, inputs.reference, None)
-    if plain and all(person.checkpoint.config == config for person in inputs.people):
+    written = json.dumps(config, sort_keys=True)  # in which 1 is not true
+    if plain and all(json.dumps(person.checkpoint.config, sort_keys=True) == written for person in inputs.people):
         return
     if config == reference.config and inputs.reference.view.model is not None:
         return
