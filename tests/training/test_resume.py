@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from merganser.errors import UserError
 from merganser.tasks import TASKS, Rows
 from merganser.training import TrainingPart, TrainingSettings, train, train_multitask
+from merganser.training.resume import clear, last_checkpoint
 
 
 class Killed(Exception):
@@ -129,3 +130,20 @@ def test_multi_task_resumed_equals_uninterrupted(shared: bool, sentiment: Rows, 
         assert all(torch.equal(tensor, found[key]) for key, tensor in expected.items())
     assert resumed.dev_scores == whole.dev_scores
     assert not work.exists()
+
+
+def test_what_was_removed_in_part_is_not_gone_on_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (2, 4):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "model.safetensors").write_bytes(b"weights")
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
+
+    def killed(folder: Path, **_: Any) -> None:
+        (folder / "model.safetensors").unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("shutil.rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        clear(tmp_path)
+    assert last_checkpoint(tmp_path) is None

@@ -13,7 +13,7 @@ from typing import Any
 from merganser.errors import UserError
 from merganser.tasks.data import Rows
 from merganser.training.heads import Start
-from merganser.training.loop import state_of
+from merganser.training.loop import STATE, state_of
 from merganser.training.settings import TrainingSettings
 
 _JOURNAL = "training.json"  # in a work folder: what its checkpoints are of
@@ -74,8 +74,14 @@ def _journal(key: str) -> str:
 
 
 def clear(work: Path) -> None:
-    """Remove a training's checkpoints, and the folder if nothing else is in it."""
-    for path in work.glob("checkpoint-*"):
+    """Remove a training's checkpoints, and the folder if nothing else is in it.
+
+    First goes what says that a checkpoint is whole, so that none is gone on from that was removed in part.
+    """
+    checkpoints = list(work.glob("checkpoint-*"))
+    for path in checkpoints:
+        (path / STATE).unlink(missing_ok=True)
+    for path in checkpoints:
         shutil.rmtree(path, ignore_errors=True)
     (work / _JOURNAL).unlink(missing_ok=True)
     if work.is_dir() and not any(work.iterdir()):
