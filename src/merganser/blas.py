@@ -14,8 +14,6 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-import threading
-from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -28,7 +26,6 @@ _NUMBERS: dict[torch.dtype, tuple[str, Any]] = {
     torch.float64: ("d", ctypes.c_double),
 }
 _SUFFIXES = (".so", ".dylib", ".dll")
-_LOADING = threading.Lock()
 
 
 def add_product_(out: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
@@ -128,22 +125,18 @@ def _number(like: Tensor, value: float) -> Any:
 
 def _call(routine: str, like: Tensor, *arguments: Any) -> None:
     """Call a routine in the precision of ``like``; Fortran takes every argument by its address."""
-    function = _library()[f"scipy_{_NUMBERS[like.dtype][0]}{routine}_"]
+    if _LIBRARY is None:
+        raise ModuleNotFoundError("no OpenBLAS: pip install scipy-openblas32", name="scipy_openblas32")
+    function = _LIBRARY[f"scipy_{_NUMBERS[like.dtype][0]}{routine}_"]
     held = [ctypes.c_int(argument) if isinstance(argument, int) else argument for argument in arguments]
     function(*(arg if isinstance(arg, (bytes, ctypes.c_void_p)) else ctypes.byref(arg) for arg in held))
 
 
-def _library() -> ctypes.CDLL:
-    with _LOADING:
-        return _loaded()
-
-
-@cache
-def _loaded() -> ctypes.CDLL:
-    """The library, loaded without importing its package, which would offer it to SciPy."""
+def _load() -> ctypes.CDLL | None:
+    """The library, loaded without importing its package, which would offer it to SciPy; None where it is absent."""
     package = find_spec("scipy_openblas32")
     if package is None or package.origin is None:
-        raise ModuleNotFoundError("no OpenBLAS: pip install scipy-openblas32", name="scipy_openblas32")
+        return None
     files = [f for f in (Path(package.origin).parent / "lib").iterdir() if f.suffix in _SUFFIXES]
     wanted = {"OPENBLAS_NUM_THREADS": "1"}
     if _zen() and "OPENBLAS_CORETYPE" not in os.environ:
@@ -171,3 +164,7 @@ def _zen() -> bool:
     except OSError:  # another system
         return False
     return "AuthenticAMD" in text and re.search(r"^cpu family\s*: 25$", text, re.MULTILINE) is not None
+
+
+#: Loaded with this module: for that moment the environment is another, which no thread should read meanwhile.
+_LIBRARY = _load()

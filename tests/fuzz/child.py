@@ -5,6 +5,7 @@ The process that forks has imported everything, so that a run costs what the com
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import resource
 import signal
@@ -145,6 +146,7 @@ def _child(
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         sys.stdout = open(1, "w", encoding="utf-8", errors="strict", closefd=False)  # noqa: SIM115
         sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
+        faulthandler.enable(2)  # what dies of a signal says where
         resource.setrlimit(resource.RLIMIT_CPU, (CPU_LIMIT, CPU_LIMIT + 1))
         resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_LIMIT, FILE_LIMIT))
         os.fsync = lambda descriptor: None  # nobody pulls the plug here, and disks are slow
