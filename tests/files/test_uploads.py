@@ -345,3 +345,20 @@ def test_signs_of_life_are_given_until_the_end(monkeypatch: pytest.MonkeyPatch) 
         assert json.loads(first or b"")["pid"] == os.getpid()
         (staging.folder / "config.json").write_text("new")
     assert found() == {"config.json": "new"} and not beside()
+
+
+def test_stopped_when_all_is_in_place_it_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C before the manifest goes: the next command has nothing to do."""
+    start_from_old()
+    remove = RemoteFolder.remove
+
+    def stopped(self: RemoteFolder, name: str = "") -> None:
+        if name == "manifest.json":
+            monkeypatch.setattr(RemoteFolder, "remove", remove)
+            raise KeyboardInterrupt
+        remove(self, name)
+
+    monkeypatch.setattr(RemoteFolder, "remove", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        upload(NEW)
+    assert found() == NEW and not beside()

@@ -93,7 +93,7 @@ def new_remote_folder(url: str, check: RemoteCheck) -> Iterator[Staging]:
         try:
             _put_into_place(place, staged, life)
         except BaseException:
-            if _manifest(staged) is None:  # everything is in its place
+            if life.ended or _manifest(staged) is None:  # everything is in its place
                 _give_up(staged, life)
             else:
                 logger.warning("%s: the new result is whole in %s; the next command puts it here", url, staged.url)
@@ -346,6 +346,11 @@ class _SignsOfLife:
         _ours.add(self._folder.url)
         self._write()
         self._thread.start()
+
+    @property
+    def ended(self) -> bool:
+        """Whether it is not written again."""
+        return self._ended.is_set()
 
     def end(self) -> None:
         """Do not write it again."""
