@@ -68,6 +68,7 @@ def test_a_model_of_far_more_parts_than_tensors_is_not_built(save_model: Save, a
 
 
 WRONG = [
+    ("vocab_size", "(a+)+"), ("vocab_size", True), ("vocab_size", [5]), ("pad_token_id", False), ("pad_token_id", "0"),
     ("architectures", 1.5), ("architectures", [1.5]), ("architectures", "Bert"), ("architectures", ["\x1b[31mX[/b]"]),
     ("id2label", [1]), ("id2label", {"x": "y"}), ("id2label", {"0": None, "1": {}}), ("id2label", {"-1": "a"}),
     ("label2id", ["a"]), ("label2id", {"a": None}), ("model_type", []), ("model_type", "a\x1bb"),

@@ -54,7 +54,9 @@ def _wrong_types(config: Mapping[str, Any], place: str = "") -> Iterator[str]:
         "auto_map": lambda value: isinstance(value, dict) and all(map(_is_reference, value.values())),
         "dtype": _is_dtype,
         "torch_dtype": _is_dtype,
-        "num_labels": lambda value: type(value) is int and value >= 0,
+        "num_labels": _is_count,
+        "vocab_size": _is_count,
+        "pad_token_id": lambda value: type(value) is int,
         **dict.fromkeys(_QUANTISATION, lambda value: isinstance(value, dict)),
     }
     for key, value in config.items():
@@ -62,6 +64,10 @@ def _wrong_types(config: Mapping[str, Any], place: str = "") -> Iterator[str]:
             yield f"{place}{key} is {value!r}"
         elif isinstance(value, dict) and key.endswith("_config") and key not in _QUANTISATION:
             yield from _wrong_types(value, f"{place}{key}.")
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 0
 
 
 def _is_text(value: object) -> bool:

@@ -379,7 +379,8 @@ def _may_hold_copies(checkpoint: Checkpoint) -> bool:
     if any(part.get("tie_word_embeddings") is False for part in parts):
         return False
     heights = Counter(info.shape[0] for info in checkpoint.tensors.values() if len(info.shape) == 2)
-    return any(heights.get(int(part.get("vocab_size") or 0), 0) > 1 for part in parts)
+    sizes = [part.get("vocab_size") for part in parts]
+    return any(type(size) is int and heights.get(size, 0) > 1 for size in sizes)
 
 
 def open_base(
