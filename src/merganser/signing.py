@@ -25,6 +25,7 @@ from typing import Any
 from merganser.errors import FileError, UserError, require
 from merganser.files import scratch_folder, write_bytes
 from merganser.paths import real
+from merganser.text import listed
 
 #: What a folder's signature is called in it, and how a file's, which lies beside it, ends.
 SIGNATURE, SIGNATURE_ENDING = "model.sig", ".sig"
@@ -195,16 +196,12 @@ def _changed(path: Path, signature: Path) -> str:
     names = {name for name in names if name != SIGNATURE and name.split("/")[0] not in _BESIDE}
     changed = {name for name in names & set(signed) if _sha256(path / name) != signed[name]}
     parts = {"changed": changed, "added": names - set(signed), "removed": set(signed) - names}
-    return "; ".join(f"{what} since: {_few(sorted(files))}" for what, files in parts.items() if files)
+    return "; ".join(f"{what} since: {listed(sorted(files), _FEW)}" for what, files in parts.items() if files)
 
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:_FEW]) + (f" and {len(names) - _FEW} more" if len(names) > _FEW else "")
 
 
 def _links_to_blobs(folder: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 _MARKDOWN = re.compile(
     r"[\\|*<>`\[\]~$]|(?<!\w)_|_(?!\w)"  # tables, emphasis, tags, code, links, formulas
@@ -39,6 +40,12 @@ def shortened(text: str, limit: int) -> str:
         return text
     end = limit // 4
     return f"{text[: limit - end - 1]}…{text[-end:]}"
+
+
+def listed(names: Sequence[str], most: int) -> str:
+    """Names in a row, at most so many of them, and how many more there are: ``a, b and 3 more``."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(names[:most])}{more}"
 
 
 def markdown(text: object) -> str:

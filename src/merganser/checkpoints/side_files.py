@@ -19,6 +19,7 @@ from merganser.checkpoints.modules import has_weights, is_model, main_folder, re
 from merganser.documents import read_text
 from merganser.errors import CheckpointError
 from merganser.paths import COPY, is_inside, is_name
+from merganser.text import listed
 
 _BELONGS = (
     "config.json", "generation_config.json", "preprocessor_config.json", "video_preprocessor_config.json",
@@ -90,8 +91,7 @@ def left_behind(folder: Path) -> str | None:
     )
     if not names:
         return None
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return f"left behind, being no part of the model: {', '.join(names[:_NAMED])}{more}"
+    return f"left behind, being no part of the model: {listed(names, _NAMED)}"
 
 
 def _belonging(folder: Path) -> set[str]:

@@ -83,10 +83,7 @@ def new_file(target: Path, *, check: Check | None = None) -> Iterator[Path]:
     with writing(target), _staged(target) as work:
         yield work / NEW
         sync(work / NEW)
-        if check is None:
-            (work / NEW).replace(target)
-        else:
-            _put(work, target, check)
+        _put(work, target, check)
         sync(target.parent)
 
 
@@ -106,10 +103,7 @@ def new_folder(target: Path, *, check: Check | None = None) -> Iterator[Path]:
         (work / NEW).mkdir()
         yield work / NEW
         _sync_all(work / NEW)
-        if check is None:
-            (work / NEW).rename(target)
-        else:
-            _put(work, target, check)
+        _put(work, target, check)
         sync(target.parent)
 
 
@@ -205,14 +199,15 @@ def _staging_prefix(target: Path) -> str:
 # ── taking the place of something else ──
 
 
-def _put(work: Path, target: Path, check: Check) -> None:
+def _put(work: Path, target: Path, check: Check | None) -> None:
     """Rename what was made in a claimed folder to ``target``; what lay there goes into the claimed folder.
 
     ``check`` sees what lay there once it cannot change any more by its name; where it raises, everything is as it was.
+    Without one it is an ordinary rename, which replaces a file and no folder.
     """
     new, old = work / NEW, work / OLD
-    if not is_there(target):
-        new.rename(target)
+    if check is None or not is_there(target):
+        new.replace(target)
     elif _exchange(new, target):
         try:
             check(new)

@@ -19,6 +19,7 @@ from merganser.errors import FileError, UserError
 from merganser.files.atomic import new_file, new_folder, remove_leftovers
 from merganser.files.claims import is_there
 from merganser.paths import real
+from merganser.text import listed
 
 _PROTOCOL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")  # of a URL, which as a path has one slash after it
 _SHOWN = 5  # names in a message
@@ -141,8 +142,7 @@ def unlisted(names: Iterable[str], known: Collection[str], what: str) -> Refusal
     found = sorted(name for name in names if name not in known)
     if not found:
         return None
-    more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-    return Refusal(f"the output holds what is no part of {what}: {', '.join(found[:_SHOWN])}{more}", MOVE)
+    return Refusal(f"the output holds what is no part of {what}: {listed(found, _SHOWN)}", MOVE)
 
 
 def files_below(folder: Path) -> Iterator[str]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from merganser.errors import RecipeError
 from merganser.merging.plan import AVERAGE, BUFFER, Step
 from merganser.methods.base import sums_to_zero
+from merganser.text import listed
 
 _FEW = 3  # tensors that are named
 
@@ -25,7 +26,7 @@ def check_averages(steps: Sequence[Step], titles: Sequence[str]) -> None:
         return
     averaged = [name for step in steps if _is_undefined(step) for name in step.unit.names]
     if averaged:
-        named = ", ".join(map(repr, averaged[:_FEW])) + (f" and {len(averaged) - _FEW} more" * (len(averaged) > _FEW))
+        named = listed([repr(name) for name in averaged], _FEW)
         what = f"coefficients that sum to zero have no average, and {named} would be averaged"
         mend = f"--keep-separate {averaged[0]!r}, so that each contributor keeps its own, or give another sum"
         raise RecipeError(what, where="coefficients", mend=mend)

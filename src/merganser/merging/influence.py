@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from merganser.text import listed
+
 DIGITS = 6  # of a share, more than any reading of it needs
 
 
@@ -65,7 +67,7 @@ class Influence:
     def __str__(self) -> str:
         """One line: ``a 51.0%, b 49.0%``."""
         shown = [f"{title} {share:.1%}" for title, share in zip(self.contributors, self.overall, strict=True)]
-        return ", ".join(shown[:8]) + (f" and {len(shown) - 8} more" if len(shown) > 8 else "")
+        return listed(shown, 8)
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""

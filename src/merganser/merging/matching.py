@@ -16,10 +16,11 @@ from functools import cached_property
 import numpy as np
 
 from merganser.errors import CheckpointError, ErrorCollector, RecipeError, StatisticsError
-from merganser.merging.recipe import Inputs, Parent, Recipe, listed
+from merganser.merging.recipe import Inputs, Parent, Recipe, listed_coefficients
 from merganser.methods import METHODS, Method
 from merganser.methods.base import sums_to_zero
 from merganser.tensors import is_floating
+from merganser.text import listed
 
 _FEW = 4  # modules that contributors may have to themselves, such as a head of two layers and a pooler
 
@@ -133,14 +134,14 @@ def names_to_merge(
     copies = [name for name, titles in differing.items() if not titles]
     untied = tuple(name for name, titles in differing.items() if titles and name in reference.copies)
     if copies:
-        notes.append(f"stored once, since the model ties them: {_listed(copies)} (as {view.duplicates[copies[0]]})")
+        notes.append(f"stored once, since the model ties them: {listed(copies, 3)} (as {view.duplicates[copies[0]]})")
     notes += [
         f"{name} is tied to {view.duplicates[name]} no more: they differ in {', '.join(differing[name])}"
         for name in untied
     ]
     old = [name for name in names if name in view.ignored and any(name not in p.sources for p in people)]
     if old:
-        notes.append(f"left out, since the model does not read them: {_listed(old)}")
+        notes.append(f"left out, since the model does not read them: {listed(old, 3)}")
     left_out = {*copies, *old}
     return [name for name in names if name not in left_out], untied, notes
 
@@ -149,10 +150,6 @@ def _differs(parent: Parent, name: str) -> bool:
     """Whether a contributor's copy of a tied tensor is another one than the first."""
     source = parent.sources.get(name)
     return source is not None and source.tensor in parent.view.duplicates and source.tensor not in parent.copies
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def check_fitting(people: Sequence[Parent], base: Parent | None, problems: ErrorCollector) -> list[str]:
@@ -168,7 +165,7 @@ def check_fitting(people: Sequence[Parent], base: Parent | None, problems: Error
             problems.add(CheckpointError(text, where=parent.checkpoint.name, mend="restore its config.json"))
     absent = people[0].view.missing
     text = f"not in the files of {people[0].title}, so that it opens with random numbers there and here"
-    return [f"{_listed(absent)}: {text}"] if absent else []
+    return [f"{listed(absent, 3)}: {text}"] if absent else []
 
 
 def find_separate(recipe: Recipe, parents: Sequence[Parent], problems: ErrorCollector) -> tuple[tuple[str, ...], ...]:
@@ -237,9 +234,8 @@ def check_unmatched(parents: Sequence[Parent], separate: Sequence[Sequence[str]]
 
 def _tensors(names: Sequence[str]) -> str:
     """Some tensors, for the beginning of a sentence, with the verb."""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    listed = ", ".join(map(repr, names[:3]))
-    return f"tensors {listed}{more} are" if len(names) > 1 else f"tensor {listed} is"
+    few = listed([repr(name) for name in names], 3)
+    return f"tensors {few} are" if len(names) > 1 else f"tensor {few} is"
 
 
 def _separate(names: Sequence[str], why: str, before: str = "") -> str:
@@ -315,7 +311,8 @@ def _check_signs(
         problems.add(RecipeError("every coefficient is zero", where="coefficients", mend="give one that is not"))
     elif method.needs.normalised and sums_to_zero(coefficients):
         able = ", ".join(name for name, one in METHODS.items() if one.needs.signed and not one.needs.normalised)
-        what = f"coefficients {listed(coefficients)} sum to zero, and method {method.name!r} divides by their sum"
+        few = listed_coefficients(coefficients)
+        what = f"coefficients {few} sum to zero, and method {method.name!r} divides by their sum"
         mend = f"give coefficients with another sum, or a method that adds task vectors: {able}"
         problems.add(RecipeError(what, where="coefficients", mend=mend))
 

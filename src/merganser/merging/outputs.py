@@ -27,6 +27,7 @@ from merganser.files import (
 )
 from merganser.merging.provenance import FILE_NAME, read_provenance
 from merganser.merging.recipe import Inputs
+from merganser.text import listed
 
 _STAGING = ".worker-"
 _CARD = "README.md"
@@ -131,8 +132,7 @@ def _edited(provenance: Mapping[str, Any], folder: Path) -> Refusal | None:
     changed = sorted(name for name, digest in there.items() if sha256_file(folder / name) != digest)
     if not changed:
         return None
-    what = f"the output holds what was changed after the merge: {', '.join(changed[:5])}"
-    return Refusal(what + (f" and {len(changed) - 5} more" if len(changed) > 5 else ""))
+    return Refusal(f"the output holds what was changed after the merge: {listed(changed, 5)}")
 
 
 def _small_files(provenance: Mapping[str, Any]) -> dict[str, str]:

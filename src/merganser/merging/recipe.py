@@ -133,7 +133,7 @@ def coefficient_problems(coefficients: Sequence[float], where: str) -> Iterator[
     """Coefficients that are no numbers, or that float32 sums of what they multiply cannot hold."""
     for coefficient in coefficients:
         if not math.isfinite(coefficient):
-            what = f"coefficients {listed(coefficients)} are not finite"
+            what = f"coefficients {listed_coefficients(coefficients)} are not finite"
             yield RecipeError(what, where=where, mend=f"use numbers of at most {LARGEST:g}")
             return
         if coefficient and not 1 / LARGEST <= abs(coefficient) <= LARGEST:
@@ -142,7 +142,7 @@ def coefficient_problems(coefficients: Sequence[float], where: str) -> Iterator[
             yield RecipeError(what, where=where, mend=mend)
 
 
-def listed(coefficients: Sequence[float]) -> str:
+def listed_coefficients(coefficients: Sequence[float]) -> str:
     """Some coefficients, for a message."""
     shown = ", ".join(f"{one:g}" for one in coefficients[:8])
     return f"[{shown}{', …' if len(coefficients) > 8 else ''}]"

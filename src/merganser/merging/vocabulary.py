@@ -21,6 +21,7 @@ from merganser.errors import CheckpointError, ErrorCollector, RecipeError
 from merganser.merging.configuration import BASE, choose_model
 from merganser.merging.matching import RowMap
 from merganser.merging.recipe import Parent, Recipe
+from merganser.text import listed
 
 _SHOWN = 5  # tokens in a message
 
@@ -350,9 +351,8 @@ def _differences(people: Sequence[Parent], tables: Sequence[Table]) -> str:
     parts = []
     for one, table in zip(people, tables, strict=False):
         alone = sorted((token for token in table if token not in everyone), key=table.__getitem__)
-        shown = ", ".join(f"{token!r} (id {table[token]})" for token in alone[:_SHOWN])
-        more = f" and {len(alone) - _SHOWN} more" if len(alone) > _SHOWN else ""
-        parts += [f"{one.title} has {shown}{more}"] if alone else []
+        shown = listed([f"{token!r} (id {table[token]})" for token in alone], _SHOWN)
+        parts += [f"{one.title} has {shown}"] if alone else []
     return "; ".join(parts) + ", which not every contributor has"
 
 
@@ -372,9 +372,8 @@ def _said(
     if rows and any(table != known[0] for table in known):
         notes.append(f"rows are matched by token in {', '.join(rows)}")
     if added:
-        shown = ", ".join(repr(token) for token in added[:_SHOWN])
-        more = f" and {len(added) - _SHOWN} more" if len(added) > _SHOWN else ""
-        notes.append(f"the vocabulary grows to {size} rows, with {shown}{more} added to the tokenizer")
+        shown = listed([repr(token) for token in added], _SHOWN)
+        notes.append(f"the vocabulary grows to {size} rows, with {shown} added to the tokenizer")
     elif rows and known and len(set(heights[: len(people)])) > 1:
         notes.append(f"embeddings have other numbers of rows beyond their tokenizers: the result has {size}")
     table = next(iter(rows.values()), None)

@@ -16,6 +16,7 @@ from merganser.lab.report.significance import EXACT, SAMPLES
 from merganser.lab.report.tables import Table
 from merganser.lab.report.ties import RULE
 from merganser.methods.simple import SIMPLE
+from merganser.text import listed
 
 LAYOUTS = {
     "pairs": "every pair of models is merged",
@@ -77,15 +78,14 @@ def _section(rows: Sequence[ResultRow], against: str, key: str) -> Section:
         notices.append(
             f"{len(old)} older {_plural(len(old), 'cell')} of the same method, models and seed "
             f"{'was' if len(old) == 1 else 'were'} left out in favour of the one finished last: "
-            + _shortened(sorted(row.cell for row in old), 6)
+            + listed(sorted(row.cell for row in old), 6)
             + "."
         )
     truncated = {name for row in kept for name, score in row.scores.items() if score.truncated}
     if truncated:
         most = max(score.truncated or 0 for row in kept for score in row.scores.values())
         notices.append(
-            f"Texts longer than the model’s limit were cut, up to {most} a test set: "
-            f"{_shortened(sorted(truncated), 6)}."
+            f"Texts longer than the model’s limit were cut, up to {most} a test set: {listed(sorted(truncated), 6)}."
         )
     return Section(
         key=key,
@@ -209,8 +209,3 @@ def anchor(text: str) -> str:
 
 def _plural(count: int, noun: str) -> str:
     return noun if count == 1 else f"{noun}s"
-
-
-def _shortened(names: Sequence[str], most: int) -> str:
-    rest = len(names) - most
-    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")

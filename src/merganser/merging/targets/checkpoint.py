@@ -34,7 +34,7 @@ from merganser.merging.provenance import model_card, public_name, write_provenan
 from merganser.merging.recipe import Inputs, Parent
 from merganser.methods import Merged
 from merganser.tensors import DTYPES, is_floating
-from merganser.text import code
+from merganser.text import code, listed
 
 _SPARE = 64_000_000  # bytes for everything that is not weights
 _CONFIG, _INDEX = "config.json", "model.safetensors.index.json"
@@ -315,8 +315,7 @@ def check_opening(folder: Path, reference: Checkpoint) -> list[UserError]:
             wrong += [f"{name} is missing" for name in found.missing if name not in known.missing]
             wrong += [f"{name} has no place" for name in sorted(found.unused - known.unused)]
         if wrong:
-            listing = ", ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
-            text = f"the result would not open as a whole with its configuration: {listing}"
+            text = f"the result would not open as a whole with its configuration: {listed(wrong, 5)}"
             mend = "give contributors whose configurations describe their own weights"
             problems.append(CheckpointError(text, where=reference.name, mend=mend))
     return problems

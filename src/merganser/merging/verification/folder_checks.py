@@ -16,6 +16,7 @@ from merganser.paths import real
 from merganser.signing import SIGNATURE, SIGNATURE_ENDING
 from merganser.statistics import FILE_NAME as STATISTICS
 from merganser.statistics import Statistics
+from merganser.text import listed
 
 _AGAIN = "merge again, or restore the file"
 _FEW = 5  # names that a message gives
@@ -45,8 +46,7 @@ def check_files(folder: Path, provenance: Mapping[str, Any], *, allow_pickle: bo
     present = set(_walk(folder))
     added = sorted(file for file in present if file not in recorded and file != STATISTICS and not _is_beside(file))
     if added:
-        few = ", ".join(added[:_FEW]) + (f" and {len(added) - _FEW} more" if len(added) > _FEW else "")
-        what = f"{few} {'was' if len(added) == 1 else 'were'} added after the merge"
+        what = f"{listed(added, _FEW)} {'was' if len(added) == 1 else 'were'} added after the merge"
         problems.add(CheckpointError(what, where=folder, mend="remove what is not yours, and move elsewhere what is"))
     hashes: dict[str, dict[str, str]] = {}
     for file, expected in recorded.items():
@@ -90,8 +90,7 @@ def _check_tensors(
         wrong = [name for name in {**stored, **recorded} if stored.get(name) != recorded.get(name)]
     if not wrong:
         return []
-    few = ", ".join(wrong[:_FEW]) + (f" and {len(wrong) - _FEW} more" if len(wrong) > _FEW else "")
-    what = f"the record of tensors ({few}) is not that of the tensors in the files"
+    what = f"the record of tensors ({listed(wrong, _FEW)}) is not that of the tensors in the files"
     return [CheckpointError(what, where=folder / FILE_NAME, mend="merge again, or restore the file")]
 
 
