@@ -14,6 +14,7 @@ from conftest import VOCABULARY, make_model
 from merganser.checkpoints import open_checkpoint
 from merganser.collection import collect_statistics
 from merganser.statistics import FILE_NAME, write_statistics
+from tampering_examples import Copy, Family, merged_trees
 
 
 def batches(seed: int, architecture: str, count: int = 6, size: int = 4) -> list[dict[str, torch.Tensor]]:
@@ -74,3 +75,19 @@ def family(tmp_path: Path) -> Callable[..., tuple[Path, list[Path]]]:
 def shared_family(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, list[Path]]]:
     """The same for all tests of a file, in a folder of its own."""
     return partial(make_family, tmp_path_factory.mktemp("family"))
+
+
+@pytest.fixture(scope="module")
+def trees(shared_family: Family) -> dict[str, Path]:
+    """Merged folders of each kind, see :func:`tampering_examples.merged_trees`."""
+    return merged_trees(shared_family)
+
+
+@pytest.fixture
+def copied(trees: dict[str, Path], tmp_path: Path) -> Callable[..., Copy]:
+    def make(kind: str, *, parents: bool = False) -> Copy:
+        place = tmp_path / f"{kind}-{len(list(tmp_path.iterdir()))}"
+        place.mkdir()
+        return Copy(kind, trees[kind], place, parents=parents)
+
+    return make
