@@ -16,7 +16,7 @@ from merganser.files.atomic import (
 )
 from merganser.files.claims import lasting_scratch, remove, remove_dead_scratch, scratch_folder
 from merganser.files.locks import locked
-from merganser.files.overwriting import Output, Refusal, files_below, is_within, real_files, unlisted
+from merganser.files.overwriting import Output, Refusal, files_below, is_within, other_kind, real_files, unlisted
 from merganser.files.remote import RemoteFolder, is_url, local_path
 from merganser.files.space import free_bytes, human_bytes, parse_size, space_error
 from merganser.files.uploads import RemoteCheck, Staging, new_remote_folder, settle
@@ -38,6 +38,7 @@ __all__ = [
     "new_file",
     "new_folder",
     "new_remote_folder",
+    "other_kind",
     "parse_size",
     "real_files",
     "remove",

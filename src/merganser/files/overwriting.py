@@ -131,6 +131,17 @@ class Output:
         return self.recognise(path)
 
 
+def other_kind(kind: str, place: str = "file") -> Refusal:
+    """Why an output is not replaced that is not of the kind that the command writes.
+
+    Args:
+        kind: what it is not, such as ``statistics file``.
+        place: the word for what is to be given instead.
+    """
+    what = f"the output exists and is no {kind}, so it is not replaced"
+    return Refusal(what, f"give another {place}, or remove it yourself")
+
+
 def unlisted(names: Iterable[str], known: Collection[str], what: str) -> Refusal | None:
     """Why a folder is not replaced that holds other files than are known; None where it holds none.
 

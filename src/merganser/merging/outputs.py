@@ -25,12 +25,11 @@ from merganser.files import (
     space_error,
     unlisted,
 )
-from merganser.merging.provenance import FILE_NAME, read_provenance
+from merganser.merging.provenance import CARD, FILE_NAME, read_provenance
 from merganser.merging.recipe import Inputs
 from merganser.text import listed
 
 _STAGING = ".worker-"
-_CARD = "README.md"
 _LARGEST = 200_000_000  # bytes of a file that is fetched to see whether a merge wrote it
 
 
@@ -122,7 +121,7 @@ def _recognise_remote(place: RemoteFolder, files: Mapping[str, int]) -> Refusal 
 
 def foreign_to_merge(provenance: Mapping[str, Any], names: Iterable[str]) -> Refusal | None:
     """Why a folder is not replaced that holds these files, of which provenance does not say that a merge wrote them."""
-    return unlisted(names, {*provenance["files"], FILE_NAME, _CARD}, "the merge")
+    return unlisted(names, {*provenance["files"], FILE_NAME, CARD}, "the merge")
 
 
 def _edited(provenance: Mapping[str, Any], folder: Path) -> Refusal | None:
@@ -138,7 +137,7 @@ def _edited(provenance: Mapping[str, Any], folder: Path) -> Refusal | None:
 def _small_files(provenance: Mapping[str, Any]) -> dict[str, str]:
     """The hashes of a merge's files that are no weights, and of its card."""
     recorded = {name: digest for name, digest in provenance["files"].items() if ":" not in str(digest)}
-    return {**recorded, _CARD: card} if isinstance(card := provenance.get("card"), str) else recorded
+    return {**recorded, CARD: card} if isinstance(card := provenance.get("card"), str) else recorded
 
 
 class OutputTarget:

@@ -12,7 +12,7 @@ from merganser.checkpoints import TensorInfo
 from merganser.checkpoints.header import read_header
 from merganser.checkpoints.writer import SafetensorsWriter, TensorSpec
 from merganser.errors import StatisticsError, UserError, raise_all
-from merganser.files import Output, Refusal, new_file
+from merganser.files import Output, Refusal, new_file, other_kind
 from merganser.statistics.format import METADATA_KEY, StatisticsHeader, layout_problems
 from merganser.tensors import DTYPE_NAMES
 
@@ -83,8 +83,7 @@ def recognise_statistics(path: Path) -> Refusal | None:
         metadata = None
     if isinstance(metadata, dict) and METADATA_KEY in metadata:
         return None
-    what = "the output exists and is no statistics file, so it is not replaced"
-    return Refusal(what, "give another file, or remove it yourself")
+    return other_kind("statistics file")
 
 
 def write_statistics(

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from merganser.checkpoints import sha256_file
-from merganser.files import Output, Refusal, files_below, real_files, unlisted
+from merganser.documents import read_json
+from merganser.errors import UserError
+from merganser.files import Output, Refusal, files_below, other_kind, real_files, unlisted
 
 MARK = "merganser_training.json"  # lists the files of a trained model; weights without their hashes
 
@@ -43,8 +45,7 @@ def recognise_training(folder: Path) -> Refusal | None:
     """Why a folder is not replaced by a training: it is none itself, or holds something that is no part of it."""
     files = _recorded(folder / MARK)
     if files is None:
-        what = f"the output exists and is no training (no sound {MARK} is in it), so it is not replaced"
-        return Refusal(what, "give another folder, or remove it yourself")
+        return other_kind(f"training (no sound {MARK} is in it)", "folder")
     changed = [name for name, found in files.items() if found and (folder / name).is_file()]
     known = {MARK, *files} - {name for name in changed if _digest(folder / name) != files[name]}
     return unlisted(files_below(folder), known, "the training as it was written")
@@ -52,9 +53,10 @@ def recognise_training(folder: Path) -> Refusal | None:
 
 def _recorded(path: Path) -> dict[str, Any] | None:
     try:
-        files = json.loads(path.read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        found = read_json(path)
+    except UserError:
         return None
+    files = found.get("files") if isinstance(found, dict) else None
     return files if isinstance(files, dict) else None
 
 

@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 
 from merganser.errors import UserError
-from merganser.files import Output, Refusal, is_within
+from merganser.files import Output, Refusal, is_within, other_kind
 from merganser.lab.report.rows import ResultRow, row_files
 from merganser.lab.report.text import CSV_COLUMNS
 
@@ -62,9 +62,9 @@ def _recognise_report(path: Path) -> Refusal | None:
     try:
         text, _, mark = path.read_bytes().decode().removesuffix("\n").rpartition("\n")
     except (OSError, UnicodeDecodeError):
-        return _refusal("report")
+        return other_kind("report")
     if not (found := _MARK.fullmatch(f"{mark}\n")):
-        return _refusal("report")
+        return other_kind("report")
     if hashlib.sha256(f"{text}\n".encode()).hexdigest() != found[1]:
         return Refusal("the output is a report that was edited since, so it is not replaced")
     return None
@@ -76,7 +76,7 @@ def _recognise_csv(path: Path) -> Refusal | None:
             first = stream.readline(1000)
     except (OSError, UnicodeDecodeError):
         first = ""
-    return None if first.rstrip("\n") == ",".join(CSV_COLUMNS) else _refusal("report's CSV")
+    return None if first.rstrip("\n") == ",".join(CSV_COLUMNS) else other_kind("report's CSV")
 
 
 def _recognise_rows(path: Path) -> Refusal | None:
@@ -85,10 +85,5 @@ def _recognise_rows(path: Path) -> Refusal | None:
             for line in stream:
                 ResultRow.model_validate(json.loads(line))
     except (OSError, ValueError, RecursionError):  # pydantic's errors are values' errors
-        return _refusal("file of result rows")
+        return other_kind("file of result rows")
     return None
-
-
-def _refusal(kind: str) -> Refusal:
-    what = f"the output exists and is no {kind}, so it is not replaced"
-    return Refusal(what, "give another file, or remove it yourself")

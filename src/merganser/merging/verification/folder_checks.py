@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import filecmp
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from merganser.checkpoints import open_checkpoint
 from merganser.checkpoints.side_files import is_licence
 from merganser.errors import CheckpointError, ErrorCollector, UserError
+from merganser.files import files_below
 from merganser.merging.provenance import CARD, FILE_NAME, hash_file
-from merganser.paths import real
+from merganser.paths import is_inside
 from merganser.signing import SIGNATURE, SIGNATURE_ENDING
 from merganser.statistics import FILE_NAME as STATISTICS
 from merganser.statistics import Statistics
@@ -24,7 +24,7 @@ _FEW = 5  # names that a message gives
 
 def differing_files(folder: Path, other: Path) -> list[str]:
     """The files of a merged folder that are not, byte for byte, in another, and the other way round."""
-    names = {name for name in (*_walk(folder), *_walk(other)) if name not in (FILE_NAME, CARD)}
+    names = {name for name in (*files_below(folder), *files_below(other)) if name not in (FILE_NAME, CARD)}
     found = []
     for name in sorted(names):
         here, there = folder / name, other / name
@@ -43,7 +43,7 @@ def check_files(folder: Path, provenance: Mapping[str, Any], *, allow_pickle: bo
     weights that were collected since.
     """
     problems, recorded = ErrorCollector(), provenance["files"]
-    present = set(_walk(folder))
+    present = set(files_below(folder))
     added = sorted(file for file in present if file not in recorded and file != STATISTICS and not _is_beside(file))
     if added:
         what = f"{listed(added, _FEW)} {'was' if len(added) == 1 else 'were'} added after the merge"
@@ -52,7 +52,7 @@ def check_files(folder: Path, provenance: Mapping[str, Any], *, allow_pickle: bo
     for file, expected in recorded.items():
         if file not in present:
             problems.add(CheckpointError(f"{file} is missing", where=folder, mend="merge again"))
-        elif not _is_inside(folder, file):
+        elif not (folder / file).is_file() or not is_inside(folder, folder / file):
             what = f"{file} is a link that leads out of the folder, or no file"
             problems.add(CheckpointError(what, where=folder, mend="put the file itself there"))
         elif (found := problems.catch(hash_file, folder / file, expected)) is not None:
@@ -104,23 +104,9 @@ def _check_statistics(folder: Path, allow_pickle: bool) -> list[UserError]:
     return problems.found
 
 
-def _walk(folder: Path) -> Iterator[str]:
-    for place, folders, files in os.walk(folder):
-        links = [name for name in folders if (Path(place) / name).is_symlink()]
-        for name in (*files, *links):
-            yield (Path(place) / name).relative_to(folder).as_posix()
-
-
 def _is_beside(name: str) -> bool:
     """Whether nothing that opens the model reads this file."""
     path = PurePosixPath(name)
     top = len(path.parts) == 1
     signed = name in (SIGNATURE, f"{STATISTICS}{SIGNATURE_ENDING}")
     return name in (FILE_NAME, CARD) or signed or path.parts[0].startswith(".") or (top and is_licence(name))
-
-
-def _is_inside(folder: Path, file: str) -> bool:
-    """Whether a file lies in the folder; what the Hub's cache links to are its own blobs."""
-    root, path = real(folder), real(folder / file)
-    places = [root, *([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])]
-    return path.is_file() and any(path.is_relative_to(place) for place in places)
