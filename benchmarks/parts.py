@@ -191,7 +191,7 @@ def _in_pieces(base: Tensor, tuned: list[Tensor], k: int) -> list[float]:
     def magnitudes(start: int, stop: int) -> list[Tensor]:
         return [_magnitudes(base[start:stop], one[start:stop]) for one in tuned]
 
-    return kth_largest(magnitudes, base.shape[0], base.shape[1], k, len(tuned))
+    return kth_largest(magnitudes, base.shape[0], base.shape[1], [k] * len(tuned))
 
 
 def _by_torch(base: Tensor, tuned: list[Tensor], k: int) -> list[float]:

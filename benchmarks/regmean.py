@@ -35,7 +35,7 @@ from merganser.checkpoints.layers import Layer
 from merganser.merging.memory import keep_freed
 from merganser.methods import METHODS, Facts
 from merganser.methods.base import elements
-from merganser.methods.regmean import RegMeanOptions
+from merganser.methods.regression.regmean import RegMeanOptions
 from merganser.statistics import Statistics
 from merganser.tensors import one_thread
 

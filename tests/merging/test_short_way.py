@@ -70,7 +70,7 @@ def test_a_merge_by_regmean_is_short(family: Callable[..., tuple[Path, list[Path
     arguments = [sys.executable, "-c", FOLLOW, *map(str, models), str(tmp_path / "out")]
     done = subprocess.run(arguments, capture_output=True, text=True, check=True)
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["status"] == 0 and "merganser.methods.regmean" in found["modules"]
+    assert found["status"] == 0 and "merganser.methods.regression.regmean" in found["modules"]
     assert len(found["modules"]) <= MODULES, found["modules"]
     frames = [*found["stacks"]["main"], "execute", *found["stacks"]["thread"]]
     assert found["stacks"]["thread"][-1] == "add_product_" and len(frames) <= FRAMES, frames

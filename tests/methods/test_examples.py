@@ -26,13 +26,13 @@ from merganser.methods import METHODS, Facts, Method
 from merganser.methods.elementwise import Position
 from merganser.statistics import FILE_NAME, Statistics
 from merging.test_bytes import write_family
-from methods.examples.dare import DARE
+from methods.examples.great_circle import GREAT_CIRCLE
 from methods.examples.kronecker import KRONECKER
-from methods.examples.slerp import SLERP
+from methods.examples.random_drop import RANDOM_DROP
 from methods.examples.truncated_svd import TRUNCATED_SVD
 from other_device import DEVICE, OtherDevice
 
-EXAMPLES: dict[str, Method] = {m.name: m for m in (DARE, SLERP, TRUNCATED_SVD, KRONECKER)}
+EXAMPLES: dict[str, Method] = {m.name: m for m in (RANDOM_DROP, GREAT_CIRCLE, TRUNCATED_SVD, KRONECKER)}
 COEFFICIENTS = [1.0, 2.0]
 Numbers = dict[str, np.ndarray]
 
@@ -80,10 +80,10 @@ def averages(one: Numbers, two: Numbers) -> Numbers:
     return {name: (one[name] + 2 * two[name]) / 3 for name in one}
 
 
-def test_dare_drops_about_as_many_numbers_as_it_should_and_scales_up_the_rest(
+def test_random_drop_drops_about_as_many_numbers_as_it_should_and_scales_up_the_rest(
     family: tuple[Path, list[Path]], tmp_path: Path
 ) -> None:
-    out = carried_out(family, tmp_path / "out", "dare", options={"density": 0.3, "scale": 0.5})
+    out = carried_out(family, tmp_path / "out", "random_drop", options={"density": 0.3, "scale": 0.5})
     base, one, two = (numbers(folder) for folder in (family[0], *family[1]))
     found = numbers(out)
     seen: dict[tuple[bool, bool], int] = {}
@@ -101,15 +101,15 @@ def test_dare_drops_about_as_many_numbers_as_it_should_and_scales_up_the_rest(
         assert abs(seen[way] / total - share) < 5 * (share * (1 - share) / total) ** 0.5
 
 
-def test_dare_of_everything_is_task_arithmetic(family: tuple[Path, list[Path]], tmp_path: Path) -> None:
+def test_random_drop_of_everything_is_task_arithmetic(family: tuple[Path, list[Path]], tmp_path: Path) -> None:
     base, models = family
-    out = carried_out(family, tmp_path / "out", "dare", options={"density": 1.0, "scale": 0.4})
+    out = carried_out(family, tmp_path / "out", "random_drop", options={"density": 1.0, "scale": 0.4})
     plain = merge(models, tmp_path / "plain", method="task_arithmetic", base=base, coefficients=COEFFICIENTS)
     assert (out / "model.safetensors").read_bytes() == (Path(plain) / "model.safetensors").read_bytes()
 
 
-def test_slerp_is_on_the_great_circle(family: tuple[Path, list[Path]], tmp_path: Path) -> None:
-    found = numbers(carried_out(family, tmp_path / "out", "slerp", options={}))
+def test_great_circle_is_on_the_great_circle(family: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    found = numbers(carried_out(family, tmp_path / "out", "great_circle", options={}))
     one, two = (numbers(folder) for folder in family[1])
     for name, first in one.items():
         second = two[name]
@@ -162,7 +162,7 @@ def test_kronecker_solves_the_normal_equations(family: tuple[Path, list[Path]], 
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "dare": {"density": 0.3}, "slerp": {}, "truncated_svd": {}, "kronecker": {}
+    "random_drop": {"density": 0.3}, "great_circle": {}, "truncated_svd": {}, "kronecker": {}
 }  # fmt: skip
 
 
@@ -182,7 +182,7 @@ def test_seeds_and_contributors_have_random_numbers_of_their_own(
 ) -> None:
     base, (one, _) = family
     outs = [
-        numbers(Path(merge([one, one], tmp_path / f"{s}-{c}", method="dare", base=base,
+        numbers(Path(merge([one, one], tmp_path / f"{s}-{c}", method="random_drop", base=base,
                            coefficients=c, options={"density": 0.5, "seed": s})))
         for s, c in ((0, [1, 0]), (0, [0, 1]), (1, [1, 0]))
     ]  # fmt: skip
@@ -194,13 +194,13 @@ def test_seeds_and_contributors_have_random_numbers_of_their_own(
 
 def test_what_a_method_needs_is_refused_before_any_work(family: tuple[Path, list[Path]], tmp_path: Path) -> None:
     base, models = family
-    for method in ("dare", "truncated_svd", "kronecker"):
+    for method in ("random_drop", "truncated_svd", "kronecker"):
         with pytest.raises(MerganserError, match="--base"):
             merge(models, tmp_path / "out", method=method)
     with pytest.raises(MerganserError, match="exactly 2 models, 3 are given"):
-        merge([*models, models[0]], tmp_path / "out", method="slerp")
+        merge([*models, models[0]], tmp_path / "out", method="great_circle")
     with pytest.raises(MerganserError, match="negative"):
-        merge(models, tmp_path / "out", method="slerp", coefficients=[3, -1])
+        merge(models, tmp_path / "out", method="great_circle", coefficients=[3, -1])
     (models[0] / FILE_NAME).unlink()
     with pytest.raises(MerganserError, match="no statistics"):
         merge(models, tmp_path / "out", method="kronecker", base=base)
@@ -216,7 +216,9 @@ def test_provenance_says_what_was_really_used(method: str, family: tuple[Path, l
     assert all(entry["reason"] for name, entry in tensors.items() if name not in layers)
 
 
-@pytest.mark.parametrize("method", ["dare", "slerp", "truncated_svd", "ties", "task_arithmetic", "actmat"])
+@pytest.mark.parametrize(
+    "method", ["random_drop", "great_circle", "truncated_svd", "ties", "task_arithmetic", "actmat"]
+)
 def test_on_another_device_it_computes_the_same(method: str) -> None:
     """Random numbers, sums and factors lie where the weights do."""
     draw = torch.Generator().manual_seed(2)
@@ -261,7 +263,9 @@ class InMemory:
         return self.origin[start:stop].clone()
 
 
-@pytest.mark.parametrize(("method", "lines"), [("dare", 25), ("truncated_svd", 30), ("slerp", 25), ("kronecker", 40)])
+@pytest.mark.parametrize(
+    ("method", "lines"), [("random_drop", 25), ("truncated_svd", 30), ("great_circle", 25), ("kronecker", 40)]
+)
 def test_a_method_is_short(method: str, lines: int) -> None:
     text = (Path(__file__).parent / "examples" / f"{method}.py").read_text(encoding="utf-8")
     code = [line for line in text.splitlines() if line.strip() and not line.startswith('"""')]

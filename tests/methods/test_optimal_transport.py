@@ -22,7 +22,7 @@ from torch import Tensor
 from conftest import ARCHITECTURES, VOCABULARY, make_model
 from merganser.errors import RecipeError
 from merganser.merging import merge
-from merganser.methods.optimal_transport import UnitAxis, join, match, split
+from merganser.methods.alignment.optimal_transport import UnitAxis, join, match, split
 
 #: For each architecture, written out by hand: (tensors with units, axis they run along, copies, kind) of each layer.
 #: The oracle of these tests; it shares nothing with the method's own table.

@@ -24,20 +24,20 @@ def test_the_kth_largest_is_exact_however_the_sample_turns_out(
     both = [first, torch.ones_like(first)]
     expected = [first.flatten().sort(descending=True).values[k - 1].item(), 1.0]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(selection, "_PIECE", 7)
+        patch.setattr(selection, "PIECE", 7)
         patch.setattr(selection, "_SAMPLE", 6)
         patch.setattr(selection, "_PLACES", 3)
-        found = kth_largest(lambda start, stop: [t[start:stop] for t in both], height, width, k, 2)
+        found = kth_largest(lambda start, stop: [t[start:stop] for t in both], height, width, [k, k])
     assert found == expected
-    assert kth_largest(lambda start, stop: both, height, width, 0, 2) == [float("inf")] * 2
+    assert kth_largest(lambda start, stop: both, height, width, [0, 0]) == [float("inf")] * 2
 
 
 def test_a_sample_too_small_to_say_anything_does_no_harm(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("_PIECE", 7), ("_SAMPLE", 6), ("_PLACES", 3)):
+    for name, value in (("PIECE", 7), ("_SAMPLE", 6), ("_PLACES", 3)):
         monkeypatch.setattr(selection, name, value)
     numbers = torch.arange(60.0).view(60, 1)
     for k in range(1, 61):
-        assert kth_largest(lambda start, stop: [numbers[start:stop]], 60, 1, k, 1) == [60.0 - k]
+        assert kth_largest(lambda start, stop: [numbers[start:stop]], 60, 1, [k]) == [60.0 - k]
 
 
 def test_large_tensors_are_bracketed_and_not_gone_through_twice() -> None:
@@ -49,7 +49,7 @@ def test_large_tensors_are_bracketed_and_not_gone_through_twice() -> None:
         seen[0] += stop - start
         return [numbers[start:stop]]
 
-    found = kth_largest(magnitudes, 3000, 500, 300_000, 1)
+    found = kth_largest(magnitudes, 3000, 500, [300_000])
     assert found == [numbers.flatten().topk(300_000).values[-1].item()]
     assert seen[0] <= 3000 + 16 * 4 + 16
 
@@ -68,7 +68,7 @@ def test_differences_of_bfloat16_numbers_are_gone_through_once(share: float) -> 
         return [numbers[start:stop]]
 
     k = round(share * numbers.numel())
-    found = kth_largest(magnitudes, 2000, 500, k, 1)
+    found = kth_largest(magnitudes, 2000, 500, [k])
     assert found == [numbers.flatten().topk(k).values[-1].item()]
     assert seen[0] <= 2000 + 16 * 4 + 16
 

@@ -44,7 +44,7 @@ def report_command(
     --overwrite. Any other file is never replaced.
     """
     from merganser.lab.report import form_of, write_report
-    from merganser.methods.simple import SIMPLE
+    from merganser.methods.averages.simple import SIMPLE
 
     output = output or (results.parent if results.is_file() else results) / "report.html"
     outputs = {form_of(output): output}

@@ -52,10 +52,10 @@ from merganser.lab.report.sections import Section, make_sections
 from merganser.lab.report.tables import Line, Table, TableCell
 from merganser.lab.sentiment import LABEL_NAMES, PACKAGE, SDIST_SHA256, TITLES, VERSION, Domain, Example, load_domains
 from merganser.lab.zoo import Zoo
-from merganser.methods.actmat import ACTMAT
-from merganser.methods.fisher import FISHER
-from merganser.methods.regmean import REGMEAN
-from merganser.methods.simple import SIMPLE
+from merganser.methods.averages.simple import SIMPLE
+from merganser.methods.regression.actmat import ACTMAT
+from merganser.methods.regression.fisher import FISHER
+from merganser.methods.regression.regmean import REGMEAN
 from merganser.statistics import FILE_NAME as STATISTICS
 from merganser.training import prepare_base
 from merganser.training.outputs import MARK

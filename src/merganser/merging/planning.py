@@ -39,7 +39,7 @@ from merganser.merging.plan import AVERAGE, BUFFER, COPY, HEADS, KEPT, Plan, Ste
 from merganser.merging.recipe import Inputs, Parent, Recipe, method_options, open_inputs, without_collection
 from merganser.merging.vocabulary import match_vocabularies
 from merganser.methods import METHODS, UNSEEN, Facts, Method, Unit, choose
-from merganser.methods.simple import SIMPLE
+from merganser.methods.averages.simple import SIMPLE
 from merganser.tensors import DTYPE_NAMES, DTYPES, is_floating
 
 SUMMED_TIES = 4  # the protocol of statistics from which on layers that share a weight have the sum of their Grams

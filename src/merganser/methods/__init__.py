@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from merganser.methods.actmat import ACTMAT
+from merganser.methods.alignment.optimal_transport import OPTIMAL_TRANSPORT
+from merganser.methods.averages.simple import SIMPLE
 from merganser.methods.base import UNSEEN, Facts, Merged, Method, Needs, Options, Share, Unit, average, average_unit
-from merganser.methods.fisher import FISHER
 from merganser.methods.least_squares import Diagonal, Gram, Identity, LeastSquares
-from merganser.methods.optimal_transport import OPTIMAL_TRANSPORT
-from merganser.methods.regmean import REGMEAN
-from merganser.methods.simple import SIMPLE
+from merganser.methods.regression.actmat import ACTMAT
+from merganser.methods.regression.fisher import FISHER
+from merganser.methods.regression.regmean import REGMEAN
 from merganser.methods.sums import GramSums
-from merganser.methods.task_vectors import TASK_ARITHMETIC, TIES
+from merganser.methods.task_vectors.task_arithmetic import TASK_ARITHMETIC
+from merganser.methods.task_vectors.ties import TIES
 
 METHODS: dict[str, Method] = {
     method.name: method for method in (SIMPLE, FISHER, REGMEAN, ACTMAT, OPTIMAL_TRANSPORT, TASK_ARITHMETIC, TIES)

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from math import fsum, prod
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self, TypeAlias, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, model_validator
@@ -28,6 +28,16 @@ LARGEST = 1e18
 _ZERO = 1e-12  # of the largest coefficient, below which a sum is rounding
 
 
+T = TypeVar("T")
+#: An option that is one for all contributors, or a tuple with one for each of the recipe's, in their order.
+PerContributor: TypeAlias = T | tuple[T, ...]
+
+
+def of_contributor(option: PerContributor[T], number: int) -> T:
+    """An option as it is for one contributor, by its number in the recipe."""
+    return option[number] if isinstance(option, tuple) else option
+
+
 class Options(BaseModel):
     """Base class of a method's options: unknown keys are errors, and numbers that float32 sums cannot hold."""
 
@@ -35,9 +45,10 @@ class Options(BaseModel):
 
     @model_validator(mode="after")
     def _bounded(self) -> Self:
-        for name, value in self:
-            if isinstance(value, (int, float)) and abs(value) > LARGEST:
-                raise ValueError(f"{name} is {float(value):g}, beyond {LARGEST:g}, which float32 sums cannot hold")
+        for name, option in self:
+            for value in option if isinstance(option, tuple) else (option,):
+                if isinstance(value, (int, float)) and abs(value) > LARGEST:
+                    raise ValueError(f"{name} is {float(value):g}, beyond {LARGEST:g}, which float32 sums cannot hold")
         return self
 
 
@@ -196,6 +207,7 @@ class Needs:
         statistics: every contributor's Gram matrices or Fisher information; None where it reads no statistics.
         layers: which tensors are weights of linear layers; statistics say it anyway.
         models: exactly so many contributors; None: any number.
+        at_least: so many contributors, or more.
         signed: negative coefficients have a meaning.
         normalised: it divides by the sum of the coefficients, which therefore cannot be zero.
         package: a package beyond those of merganser, as (name to import, name to install).
@@ -205,6 +217,7 @@ class Needs:
     statistics: Literal["gram", "fisher"] | None = None
     layers: bool = False
     models: int | None = None
+    at_least: int = 1
     signed: bool = False
     normalised: bool = True
     package: tuple[str, str] | None = None
@@ -218,6 +231,8 @@ class Method(ABC):
         name: in recipes and commands.
         title: in tables and figures.
         summary: one line for people who choose.
+        formula: the merged parameter in one line of plain text, with θᵢ, θ₀, δᵢ = θᵢ − θ₀ and cᵢ.
+        reference: the paper or source, such as ``Yadav et al. 2023, arXiv 2306.01708``.
         needs: what the plan has to check.
         options: of this merge; an instance of the class of the method's options.
     """
@@ -225,6 +240,8 @@ class Method(ABC):
     name: str
     title: str
     summary: str
+    formula: str = ""
+    reference: str = ""
     needs: Needs = field(default_factory=Needs)
     options: Any = field(default_factory=Options)
 

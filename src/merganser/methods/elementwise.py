@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from merganser.methods.base import Facts, Merged, Method, Share, Unit, elements, separately
-from merganser.methods.selection import selection_memory
+from merganser.methods.base import Facts, Merged, Method, Options, Share, Unit, elements, separately
+from merganser.methods.selection import PIECE, selection_memory
 
 #: Random numbers come in blocks of so many 64-bit words, of which each gives two.
 _WORDS, _HALVES = 4, 2
-
-#: Rows start:stop of every contributor's δ, as far as there are so many; the caller's own.
-Reader = Callable[[int, int], Sequence[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -51,6 +48,58 @@ class Position:
         return torch.from_numpy(np.concatenate(found)).reshape(delta.shape).to(delta.device)
 
 
+@dataclass(frozen=True)
+class Whole:
+    """A whole tensor of every contributor, from which a method finds a few numbers, reading it piece by piece.
+
+    Attributes:
+        unit: of this one tensor.
+        shares: whole ones, of the contributors that take part.
+        with_base: whether the method reads the base model.
+    """
+
+    unit: Unit
+    shares: Sequence[Share]
+    with_base: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the tensor."""
+        return self.unit.facts[0].shape
+
+    @property
+    def height(self) -> int:
+        """Its rows; of a tensor of one dimension, its numbers."""
+        return self.shape[0] if self.shape else 1
+
+    @property
+    def width(self) -> int:
+        """The numbers of a row."""
+        return prod(self.shape[1:])
+
+    def pieces(self) -> list[tuple[int, int]]:
+        """Rows (start, stop) of about so many numbers as caches hold: the same ones whatever memory there is."""
+        step = max(1, PIECE // max(self.width, 1))
+        return [(start, min(start + step, self.height)) for start in range(0, self.height, step)]
+
+    def base(self, start: int, stop: int) -> Tensor:
+        """θ₀ in rows start:stop; the caller's own."""
+        return self.shares[0].base_rows(self.unit.names[0], start, min(stop, self.height))
+
+    def deltas(self, start: int, stop: int) -> list[Tensor]:
+        """Every contributor's δ (or θ, where the method reads no base) in these rows; the caller's own."""
+        (name,), stop = self.unit.names, min(stop, self.height)
+        if not self.with_base:
+            return [share.rows(name, start, stop) for share in self.shares]
+        base = self.base(start, stop)
+        return [share.rows(name, start, stop).sub_(base) for share in self.shares]
+
+    def position(self, start: int, stop: int) -> Position:
+        """Where these rows lie, for random numbers and for options that differ between contributors."""
+        (name,), rows = self.unit.names, self.unit.facts[0].rows or range(self.height)
+        return Position(name, rows[start : min(stop, self.height)], [share.number for share in self.shares])
+
+
 Function = Callable[[Any, Iterator[Tensor], Sequence[float], Any, Position], Tensor]
 
 
@@ -62,12 +111,21 @@ class Elementwise(Method):
         function: of θ₀, the δᵢ, the coefficients, the options and the position: what is added to θ₀, times the option
             ``scale`` where there is one. The δᵢ are read one at a time and are the function's own. For a method
             that needs no base model, θ₀ is None, the δᵢ are the θᵢ, and the function gives the merged numbers.
-        reduce: where the function depends on the whole tensor, what it has to know of it: a function of a reader of
-            rows, the shape, the coefficients and the options.
+        reduce: where the function depends on the whole tensor, what it has to know of it: a function of the whole,
+            the coefficients and the options.
+        by_rows: the function looks at whole rows, each by itself; a tensor of one dimension is one row.
     """
 
     function: Function
-    reduce: Callable[[Reader, tuple[int, ...], Sequence[float], Any], Any] | None = None
+    reduce: Callable[[Whole, Sequence[float], Any], Any] | None = None
+    by_rows: bool = False
+
+    def configured(self, options: Options) -> Self:
+        """With an option ``task_vectors``, the base model is read where that is true."""
+        method = super().configured(options)
+        if (reads_base := getattr(options, "task_vectors", None)) is None:
+            return method
+        return replace(method, needs=replace(method.needs, base=bool(reads_base)))
 
     def units(self, facts: Sequence[Facts]) -> tuple[list[Unit], dict[str, str]]:
         """Every tensor by itself; of those that the base model holds, where it is needed."""
@@ -78,8 +136,8 @@ class Elementwise(Method):
         return separately(facts, treat, (self.name,))
 
     def min_slice_rows(self, unit: Unit) -> int | None:
-        """Elementwise, once the whole is known."""
-        return 1
+        """Any row by itself, once the whole is known."""
+        return None if self.by_rows and len(unit.facts[0].shape) < 2 else 1
 
     def merge(self, unit: Unit, shares: Sequence[Share]) -> Merged:
         """The whole as one slice."""
@@ -89,16 +147,8 @@ class Elementwise(Method):
         """Reduce the whole tensor."""
         whole = None
         if self.reduce is not None:
-            (name,), (fact,) = unit.names, unit.facts
-
-            def read(start: int, stop: int) -> list[Tensor]:
-                stop = min(stop, fact.shape[0] if fact.shape else 1)
-                if not self.needs.base:
-                    return [share.rows(name, start, stop) for share in shares]
-                base = shares[0].base_rows(name, start, stop)
-                return [share.rows(name, start, stop).sub_(base) for share in shares]
-
-            whole = self.reduce(read, fact.shape, [share.coefficient for share in shares], self.options)
+            coefficients = [share.coefficient for share in shares]
+            whole = self.reduce(Whole(unit, shares, self.needs.base), coefficients, self.options)
         return lambda part, restricted: self._apply(part, restricted, whole)
 
     def memory(self, unit: Unit, contributors: int) -> int:

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_PIECE = 1 << 19  # numbers of a tensor that are looked at at once
+#: Numbers of a tensor that are looked at at once.
+PIECE = 1 << 19
 _SAMPLE, _PLACES = 1 << 15, 16  # numbers of a sample, and at how many places of a tensor they are taken
 _MARGIN = 0.015  # of the share of numbers that are larger, on both sides of the sample's
 _BINS = 1 << 20  # of the histogram between two bounds
@@ -18,9 +19,9 @@ Bounds = tuple[float, float]
 
 
 def kth_largest(
-    magnitudes: Callable[[int, int], Sequence[Tensor]], height: int, width: int, k: int, count: int
+    magnitudes: Callable[[int, int], Sequence[Tensor]], height: int, width: int, ks: Sequence[int]
 ) -> list[float]:
-    """The k-th largest of each of several tensors.
+    """The k-th largest of each of several tensors, each with a k of its own.
 
     A sample tells between which two numbers it very likely is. A pass counts what is above and at these two, and how
     often each number between them occurs: a few hundredths of all. That is the end of it but where the sample was
@@ -30,33 +31,31 @@ def kth_largest(
     Args:
         magnitudes: non-negative float32 numbers of rows start:stop of each tensor.
         height, width: of the tensors, in rows and numbers a row.
-        k: from 1; for 0 the answer is infinity.
-        count: the number of tensors.
+        ks: of each tensor, from 1; for 0 the answer is infinity.
     """
-    if k == 0:
-        return [inf] * count
-    step = max(1, _PIECE // max(width, 1))
+    step = max(1, PIECE // max(width, 1))
     pieces = [(start, min(start + step, height)) for start in range(0, height, step)]
     if len(pieces) == 1:
-        return [_kth_largest(numbers, k)[0] for numbers in magnitudes(*pieces[0])]
-    bounds = _sampled(magnitudes, height, width, k / (height * width), count)
-    found: list[float | None] = [None] * count
+        found_at_once = zip(magnitudes(*pieces[0]), ks, strict=True)
+        return [_kth_largest(numbers, k)[0] if k else inf for numbers, k in found_at_once]
+    bounds = _sampled(magnitudes, height, width, [k / (height * width) for k in ks])
+    found: list[float | None] = [None if k else inf for k in ks]
     while None in found:
-        counts = {i: Between(*bounds[i]) for i in range(count) if found[i] is None}
+        counts = {i: Between(*bounds[i]) for i in range(len(ks)) if found[i] is None}
         for start, stop in pieces:
             numbers = magnitudes(start, stop)
             for i, one in counts.items():
                 one.count(numbers[i])
         for i, one in counts.items():
-            bounds[i] = one.closer(k)
+            bounds[i] = one.closer(ks[i])
             found[i] = bounds[i][0] if bounds[i][0] == bounds[i][1] else None
     return [value for value in found if value is not None]
 
 
 def selection_memory(numbers: int, count: int) -> int:
     """Estimate of the bytes that :func:`kth_largest` takes for tensors of at least so many numbers each."""
-    piece = min(numbers, _PIECE) * 4 * (count + 2)
-    return piece + (9 * _BINS * count if numbers > _PIECE // 2 else 0)  # a slice may be of fewer numbers than a piece
+    piece = min(numbers, PIECE) * 4 * (count + 2)
+    return piece + (9 * _BINS * count if numbers > PIECE // 2 else 0)  # a slice may be of fewer numbers than a piece
 
 
 class Between:
@@ -114,15 +113,15 @@ class Between:
 
 
 def _sampled(
-    magnitudes: Callable[[int, int], Sequence[Tensor]], height: int, width: int, share: float, count: int
+    magnitudes: Callable[[int, int], Sequence[Tensor]], height: int, width: int, shares: Sequence[float]
 ) -> list[Bounds]:
-    """Two numbers of each tensor between which the one that ``share`` of all numbers reach very likely is."""
+    """Two numbers of each tensor between which the one that its share of all numbers reach very likely is."""
     rows = max(1, _SAMPLE // _PLACES // max(width, 1))
     places = max(1, min(_PLACES, height // rows))
     starts = [place * (height - rows) // max(places - 1, 1) for place in range(places)]
     samples = [magnitudes(start, start + rows) for start in starts]
     bounds = []
-    for number in range(count):
+    for number, share in enumerate(shares):
         values = torch.cat([sample[number].flatten() for sample in samples])
         more, fewer = (round((share + margin) * len(values)) for margin in (_MARGIN, -_MARGIN))
         inner = [k for k in (more, fewer) if 0 < k < len(values)]

@@ -15,7 +15,7 @@ from merganser.lab.report.page import render_page
 from merganser.lab.report.rows import read_rows, render_rows
 from merganser.lab.report.sections import Section, make_sections
 from merganser.lab.report.text import render_csv, render_markdown
-from merganser.methods.simple import SIMPLE
+from merganser.methods.averages.simple import SIMPLE
 
 #: Ending of a file → the form of a report that it holds.
 FORMS = {".html": "html", ".htm": "html", ".md": "markdown", ".tex": "latex", ".csv": "csv", ".jsonl": "rows"}

@@ -20,7 +20,7 @@ from merganser.lab.report.rows import Domain
 from merganser.lab.report.svg import DOWN, INK, LINE, MARKERS, MUTED, PAPER, SERIES, STYLES, UP, Figure, draw
 from merganser.lab.report.tables import DOMAIN_TITLES, compare_groups
 from merganser.lab.report.ties import RULE, PairCounts, and_tied, sign, signed, tally
-from merganser.methods.regmean import REGMEAN
+from merganser.methods.regression.regmean import REGMEAN
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from merganser.lab.report.rows import Domain, Kind, ResultRow
-from merganser.methods.fisher import FISHER
-from merganser.methods.regmean import REGMEAN
-from merganser.methods.simple import SIMPLE
+from merganser.methods.averages.simple import SIMPLE
+from merganser.methods.regression.fisher import FISHER
+from merganser.methods.regression.regmean import REGMEAN
 
 DOMAINS: tuple[Domain, ...] = ("in", "out")
 KINDS: tuple[Kind, ...] = ("individual", "ensemble", "multitask", "merge")

@@ -15,7 +15,7 @@ from merganser.lab.report.rows import ResultRow
 from merganser.lab.report.significance import EXACT, SAMPLES
 from merganser.lab.report.tables import Table
 from merganser.lab.report.ties import RULE
-from merganser.methods.simple import SIMPLE
+from merganser.methods.averages.simple import SIMPLE
 from merganser.text import listed
 
 LAYOUTS = {

@@ -53,7 +53,7 @@ from merganser.merging.provenance import located
 from merganser.merging.recipe import Parent, make_recipe, method_options, pin
 from merganser.methods import SUMMED
 from merganser.methods.base import input_width
-from merganser.methods.regmean import REGMEAN
+from merganser.methods.regression.regmean import REGMEAN
 from merganser.paths import real
 from merganser.tensors import packed_width
 

@@ -261,6 +261,8 @@ OPTIMAL_TRANSPORT = OptimalTransport(
     name="ot",
     title="Optimal transport",
     summary="average of hidden units and attention heads matched by optimal transport; needs POT",
+    formula="Σcᵢ PᵢθᵢQᵢ / Σcᵢ, with the permutations nearest to the first contributor",
+    reference="Singh & Jaggi 2020, arXiv 1910.05653",
     needs=Needs(layers=True, package=("ot", "POT")),
     options=OptimalTransportOptions.model_validate({}),
 )

@@ -7,7 +7,7 @@ from merganser.methods.base import Needs, Options
 from merganser.methods.elementwise import Elementwise, added
 
 
-class DAREOptions(Options):
+class RandomDropOptions(Options):
     density: float = Field(0.5, gt=0, le=1, description="share of each task vector that is kept")
     scale: float = Field(1.0, description="multiplier of the summed task vectors")
     seed: int = Field(0, description="of the random choice")
@@ -21,11 +21,11 @@ def _sum(base, deltas, coefficients, options, position):  # type: ignore[no-unty
     return total
 
 
-DARE = Elementwise(
-    name="dare",
-    title="DARE",
+RANDOM_DROP = Elementwise(
+    name="random_drop",
+    title="Random drop",
     summary="base model plus what is left of the differences after a random choice",
     needs=Needs(base=True, signed=True, normalised=False),
-    options=DAREOptions.model_validate({}),
+    options=RandomDropOptions.model_validate({}),
     function=_sum,
 )

@@ -28,6 +28,8 @@ FISHER = LeastSquares(
     name="fisher",
     title="Fisher",
     summary="weighted by diagonal Fisher information; needs statistics collected with --fisher",
+    formula="Σcᵢfᵢθᵢ / Σcᵢfᵢ, fᵢ the diagonal Fisher information",
+    reference="Matena & Raffel 2022, arXiv 2111.09832",
     needs=Needs(statistics="fisher"),
     options=FisherOptions.model_validate({}),
     treat=_treat,

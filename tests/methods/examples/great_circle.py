@@ -6,10 +6,10 @@ from merganser.methods.base import Needs
 from merganser.methods.elementwise import Elementwise
 
 
-def _angle(read, shape, coefficients, options):  # type: ignore[no-untyped-def]
+def _angle(whole, coefficients, options):  # type: ignore[no-untyped-def]
     sums = 0.0
-    for start in range(0, shape[0] if shape else 1, 1024):
-        one, two = (tensor.double() for tensor in read(start, start + 1024))
+    for piece in whole.pieces():
+        one, two = (tensor.double() for tensor in whole.deltas(*piece))
         sums = sums + torch.stack([(one * two).sum(), one.square().sum(), two.square().sum()])
     return torch.acos((sums[0] / (sums[1] * sums[2]).sqrt().clamp_min(1e-300)).clamp(-1, 1))
 
@@ -22,9 +22,9 @@ def _between(base, tensors, coefficients, options, position):  # type: ignore[no
     return one * weights[0] + two * weights[1]
 
 
-SLERP = Elementwise(
-    name="slerp",
-    title="SLERP",
+GREAT_CIRCLE = Elementwise(
+    name="great_circle",
+    title="Great circle",
     summary="two models along the great circle between them",
     needs=Needs(models=2),
     function=_between,

@@ -18,6 +18,8 @@ SIMPLE = LeastSquares(
     name="simple",
     title="Simple",
     summary="weighted average; needs nothing",
+    formula="Σcᵢθᵢ / Σcᵢ",
+    reference="Wortsman et al. 2022, arXiv 2203.05482; McMahan et al. 2017, arXiv 1602.05629",
     needs=Needs(signed=True),
     treat=_treat,
     rules={"average": Rule(Identity, _metric)},

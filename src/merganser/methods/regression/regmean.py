@@ -89,6 +89,8 @@ REGMEAN = LeastSquares(
     name="regmean",
     title="RegMean",
     summary="least squares on each layer's inputs; needs statistics (Gram matrices)",
+    formula="(ΣcᵢWᵢGᵢ)(ΣcᵢGᵢ)⁻¹, Gᵢ = E[xxᵀ] of the layer's inputs, off-diagonals times α",
+    reference="Jin et al. 2023, arXiv 2212.09849",
     needs=Needs(statistics="gram"),
     options=RegMeanOptions.model_validate({}),
     treat=_treat,

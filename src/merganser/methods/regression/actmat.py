@@ -69,6 +69,8 @@ ACTMAT = LeastSquares(
     name="actmat",
     title="ACTMat",
     summary="least squares on estimated inputs; needs the base model",
+    formula="(ΣcᵢWᵢGᵢ)(ΣcᵢGᵢ)⁻¹, Gᵢ = δᵢᵀδᵢ",
+    reference="arXiv 2604.01329",
     needs=Needs(base=True, layers=True),
     options=ACTMatOptions.model_validate({}),
     treat=_treat,

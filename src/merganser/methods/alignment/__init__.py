@@ -1,0 +1,1 @@
+"""Methods that put hidden units and heads into one order before they average."""

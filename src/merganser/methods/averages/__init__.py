@@ -1,0 +1,1 @@
+"""Weighted averages: of the parameters as they are, and on spheres."""

@@ -1,0 +1,1 @@
+"""Least squares: methods that are a choice of metric, see :mod:`merganser.methods.least_squares`."""
