@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 @click.command("merge")
 @click.argument("models", nargs=-1, required=True, metavar="MODEL MODEL… | RECIPE.yaml")
 @click.option("-o", "--output", metavar="FOLDER|URL", help="Where to write.")
-@click.option(
-    "--method", metavar="NAME", help="auto, or one of docs/methods.md; a wrong name lists them.  [default: auto]"
-)
+@click.option("--method", metavar="NAME", help="auto, or one that merganser methods lists.  [default: auto]")
 @click.option("--base", metavar="MODEL", help="The pre-trained model that all started from, where a method needs it.")
 @click.option("--weights", "coefficients", metavar="C1,C2,…", help="Coefficients, in the order of the models.")
 @click.option("--statistics", multiple=True, metavar="FILE", help="One for each model, if not in its folder.")

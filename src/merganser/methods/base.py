@@ -254,6 +254,11 @@ class Method(ABC):
         """The same method with other options."""
         return replace(self, options=options)
 
+    @property
+    def streaming(self) -> str:
+        """How much of a model lies in memory while it is merged, in a few words."""
+        return "one layer of every model"
+
     @abstractmethod
     def units(self, facts: Sequence[Facts]) -> tuple[list[Unit], dict[str, str]]:
         """Which of the given tensors the method treats, grouped; and for each other one, why it does not."""

@@ -120,6 +120,11 @@ class Elementwise(Method):
     reduce: Callable[[Whole, Sequence[float], Any], Any] | None = None
     by_rows: bool = False
 
+    @property
+    def streaming(self) -> str:
+        """By rows: whatever the size of a tensor."""
+        return "some rows of a tensor" + (", after a pass over the whole" if self.reduce is not None else "")
+
     def configured(self, options: Options) -> Self:
         """With an option ``task_vectors``, the base model is read where that is true."""
         method = super().configured(options)

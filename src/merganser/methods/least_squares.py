@@ -123,6 +123,14 @@ class LeastSquares(Method):
     alpha: Callable[[Any], float] = _unshrunk
 
     @property
+    def streaming(self) -> str:
+        """A system is factored as a whole; what it solves is cut into rows."""
+        forms = {rule.form for rule in self.rules.values()}
+        if forms <= {Identity, Diagonal}:
+            return "some rows of a tensor"
+        return "some rows of a layer, and its Gram matrix" if Gram in forms else "one layer of every model"
+
+    @property
     def ridge(self) -> float:
         """λ, relative to the mean of the summed metric."""
         return float(getattr(self.options, "ridge", 0.0))

@@ -1,0 +1,56 @@
+"""``merganser methods``: what there is to choose from, and one method in detail."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import click
+
+from merganser.cli.common import print_table, tell
+
+
+@click.command("methods")
+@click.argument("name", required=False, metavar="[NAME]")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def methods_command(name: str | None, as_json: bool) -> None:
+    """List the merging methods, or explain one.
+
+    \b
+    merganser methods
+    merganser methods ties
+    """
+    from merganser.errors import RecipeError, did_you_mean
+    from merganser.methods import METHODS
+    from merganser.methods.description import describe
+
+    if name is not None and name not in METHODS:
+        raise RecipeError(f"unknown method {name!r}", where="methods", mend=did_you_mean(name, METHODS))
+    found = [describe(method) for method in METHODS.values() if name in (None, method.name)]
+    if as_json:
+        listed = [asdict(one) for one in found]
+        click.echo(json.dumps(listed if name is None else listed[0], indent=1, ensure_ascii=False))
+        return
+    if name is None:
+        rows = [
+            [one.name, one.formula, "; ".join(one.needs) or "nothing", one.reference, one.streaming] for one in found
+        ]
+        print_table("", ["method", "formula", "needs", "reference", "in memory"], rows)
+        tell("merganser methods NAME explains one; docs/methods.md has them all")
+        return
+    (one,) = found
+    tell(f"{one.title} ({one.name}): {one.summary}")
+    for title, text in (
+        ("formula", one.formula),
+        ("needs", "; ".join(one.needs) or "nothing"),
+        ("reference", one.reference),
+        ("in memory at once", one.streaming),
+        ("negative coefficients", "have a meaning" if one.signed else "are refused"),
+    ):
+        tell(f"  {title}: {text}")
+    if one.options:
+        print_table(
+            "options (--option key=value)",
+            ["option", "default", "values", "meaning"],
+            [[o.name, json.dumps(o.default), o.kind, o.meaning] for o in one.options],
+        )
