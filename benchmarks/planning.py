@@ -23,8 +23,8 @@ from safetensors.torch import save_file
 from merganser.checkpoints import model_view
 from merganser.checkpoints.layers import build_empty
 from merganser.merging import RunSettings, make_plan, make_recipe
+from merganser.merging.inputs import without_collection
 from merganser.merging.memory import fit
-from merganser.merging.recipe import without_collection
 
 LAYERS = 1100
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
@@ -151,7 +151,13 @@ def did_you_mean(name: str, valid: Iterable[str]) -> str:
     return f"{hint}Valid: {shown}" if names else hint or "there is no valid name here"
 
 
-def validated(model: type[M], values: Any, where: str, kind: type[UserError] = RecipeError) -> M:
+def validated(
+    model: type[M],
+    values: Any,
+    where: str,
+    kind: type[UserError] = RecipeError,
+    called: Mapping[str, str] | None = None,
+) -> M:
     """An instance of a pydantic class, from what a user wrote.
 
     Args:
@@ -159,6 +165,8 @@ def validated(model: type[M], values: Any, where: str, kind: type[UserError] = R
         values: for its fields.
         where: the file or option that they stand in.
         kind: of the errors.
+        called: what is called otherwise elsewhere, by its name there: an unknown key that stands here is answered with
+            its name here, where that is a key in the place.
 
     Raises:
         UserError: unknown, missing or wrong values, each with its place; several come as :class:`Problems`.
@@ -178,7 +186,9 @@ def validated(model: type[M], values: Any, where: str, kind: type[UserError] = R
             place, key = ".".join(map(str, entry["loc"])), str(entry["loc"][-1]) if entry["loc"] else ""
             what, mend = entry["msg"].removeprefix("Value error, "), f"correct {key}" if key else "correct the values"
             if entry["type"] == "extra_forbidden":
-                what, mend = f"unknown key {place!r}", did_you_mean(key, _fields(model, entry["loc"]))
+                known, ours = _fields(model, entry["loc"]), (called or {}).get(key)
+                what, mend = f"unknown key {place!r}", did_you_mean(key, known)
+                mend = f"{key} is called {ours} here" if ours in known else mend
             elif entry["type"] == "missing":
                 what, mend = f"the key {place!r} is missing", f"add {key}"
             elif place:

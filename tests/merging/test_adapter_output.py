@@ -19,7 +19,7 @@ from merganser.checkpoints import AdapterCheckpoint, Checkpoint, open_checkpoint
 from merganser.engines import SerialEngine
 from merganser.errors import Problems, UserError
 from merganser.merging import make_recipe, memory, merge, reproduce, verify
-from merganser.merging.recipe import open_inputs
+from merganser.merging.inputs import open_inputs
 from merganser.merging.targets.low_rank import best_low_rank
 
 Save = Callable[..., Path]

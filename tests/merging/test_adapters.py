@@ -20,7 +20,7 @@ from merganser.collection import collect
 from merganser.errors import RecipeError, UserError
 from merganser.merging import make_plan, make_recipe, merge, reproduce, verify
 from merganser.merging.execution import Merging
-from merganser.merging.recipe import open_inputs
+from merganser.merging.inputs import open_inputs
 from merganser.statistics import FILE_NAME, Statistics
 from merganser.tasks.models import load_model, open_model
 

@@ -127,7 +127,7 @@ def test_provenance_of_format_1_is_still_checked(family, tmp_path: Path) -> None
     _, models = family("bert", 2)
     out = merge(models, tmp_path / "out", method="simple")
     found = json.loads((out / "provenance.json").read_text())
-    assert found["format"] == 4 and found["files"]["model.safetensors"].startswith("blake3:")
+    assert found["format"] == 5 and found["files"]["model.safetensors"].startswith("blake3:")
     found["format"] = 1
     for key in ("plan", "card", "sha256"):
         del found[key]

@@ -19,7 +19,8 @@ from merganser.checkpoints import Checkpoint
 from merganser.checkpoints.layers import BadConfiguration, build_empty, check_config, load_config
 from merganser.checkpoints.reader import read_json
 from merganser.errors import CheckpointError, ErrorCollector, RecipeError, UserError, did_you_mean
-from merganser.merging.recipe import Inputs, Parent, Recipe
+from merganser.merging.inputs import Inputs, Parent
+from merganser.merging.recipe import Recipe
 from merganser.text import shortened
 
 BASE = "base"  # what recipes call the base model where they choose a model

@@ -17,10 +17,11 @@ from merganser.engines import Engine, Job
 from merganser.errors import CheckpointError, ErrorCollector, UserError
 from merganser.files import scratch_folder
 from merganser.merging.execution import Merging, TensorRecord, execute
+from merganser.merging.inputs import Inputs, Parent
 from merganser.merging.memory import RunSettings, Schedule, fit
 from merganser.merging.outputs import OutputTarget, output_of
 from merganser.merging.plan import Plan, inputs_of
-from merganser.merging.recipe import Inputs, Parent, Recipe
+from merganser.merging.recipe import Recipe
 from merganser.merging.targets.checkpoint import CheckpointTarget, Layout, make_layout
 from merganser.paths import real
 

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from merganser.checkpoints.sources import read_source
 from merganser.errors import CheckpointError, RecipeError
+from merganser.merging.inputs import Inputs
 from merganser.merging.matching import RowMap
 from merganser.merging.memory import Budget, RunSettings, Schedule
 from merganser.merging.plan import BUFFER, COPY, KEPT, Step
-from merganser.merging.recipe import Inputs
 from merganser.merging.running_sums import RunningSums
 from merganser.merging.shares import ParentShare, Ranges, read_finite
 from merganser.methods import Merged, Method, Unit, average_unit

@@ -16,9 +16,9 @@ from typing import Any
 
 from merganser.errors import StatisticsError, UserError
 from merganser.merging.influence import Influence
+from merganser.merging.inputs import Inputs, Parent
 from merganser.merging.memory import Budget
 from merganser.merging.plan import Plan, Step
-from merganser.merging.recipe import Inputs, Parent
 from merganser.progress import track
 from merganser.statistics.format import AGAIN, MOST_NAMED
 from merganser.statistics.judging import Judgement
@@ -299,7 +299,7 @@ def _influence(
     kind = plan.method.needs.statistics
     if kind is None:
         return None
-    coefficients = [parent.contributor.coefficient for parent in parents]
+    coefficients = [parent.contributor.single_coefficient for parent in parents]
     parts = [
         (use.label, use.numbers, [c * by_number.get(number, 0.0) for number, c in enumerate(coefficients)])
         for use, by_number in zip(uses, sizes, strict=True)

@@ -10,8 +10,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from merganser.errors import CheckpointError, ErrorCollector, RecipeError, did_you_mean
+from merganser.merging.inputs import Parent
 from merganser.merging.matching import RowMap
-from merganser.merging.recipe import Parent, Recipe
+from merganser.merging.recipe import Recipe
 
 #: What heads are called where transformers does not know the model.
 _HEAD = re.compile(r"(^|\.)(classifier|score|out_proj|logits_proj|qa_outputs)\.(weight|bias)$")

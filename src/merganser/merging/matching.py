@@ -16,7 +16,8 @@ from functools import cached_property
 import numpy as np
 
 from merganser.errors import CheckpointError, ErrorCollector, RecipeError, StatisticsError
-from merganser.merging.recipe import Inputs, Parent, Recipe, listed_coefficients
+from merganser.merging.inputs import Inputs, Parent
+from merganser.merging.recipe import Recipe, listed_coefficients
 from merganser.methods import METHODS, Method
 from merganser.methods.base import sums_to_zero
 from merganser.tensors import is_floating
@@ -280,7 +281,7 @@ def check_needs(
                 "holds none of the contributors' tensors", where=base.checkpoint.name, mend="give the right base model"
             )
         )
-    coefficients = [parent.contributor.coefficient for parent in parents]
+    coefficients = [parent.contributor.single_coefficient for parent in parents]
     _check_signs(method, [parent.title for parent in parents], coefficients, problems)
     for parent in parents if method.needs.statistics else ():
         if parent.statistics is None:

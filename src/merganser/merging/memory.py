@@ -21,8 +21,8 @@ import torch
 from merganser.engines import Engine
 from merganser.errors import ErrorCollector, RecipeError
 from merganser.files import parse_size
+from merganser.merging.inputs import without_collection
 from merganser.merging.plan import COPY, Step
-from merganser.merging.recipe import without_collection
 from merganser.methods.base import elements
 
 _STATUS, _INFO = Path("/proc/self/status"), Path("/proc/meminfo")

@@ -16,13 +16,14 @@ from merganser.files import local_path
 from merganser.merging.distributed import run_on
 from merganser.merging.execution import Merging, execute
 from merganser.merging.influence import Influence
+from merganser.merging.inputs import Inputs, open_inputs
 from merganser.merging.judging import NOTHING_JUDGED, Verdict, judge_statistics
 from merganser.merging.memory import RunSettings, Schedule, available_bytes, fit
 from merganser.merging.outputs import merge_reads, output_of
 from merganser.merging.plan import Coverage, Plan, Treatment, inputs_of
 from merganser.merging.planning import plan_of
 from merganser.merging.provenance import describe_inputs
-from merganser.merging.recipe import Contributor, Inputs, Recipe, make_recipe, open_inputs
+from merganser.merging.recipe import Contributor, Recipe, make_recipe
 from merganser.merging.running_sums import check_sums
 from merganser.merging.targets.adapter import AdapterTarget
 from merganser.merging.targets.checkpoint import (

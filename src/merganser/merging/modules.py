@@ -14,8 +14,9 @@ from merganser.checkpoints import Checkpoint
 from merganser.checkpoints.json_files import read_json
 from merganser.checkpoints.modules import MODULES, Module
 from merganser.errors import CheckpointError, ErrorCollector, RecipeError
+from merganser.merging.inputs import Parent
 from merganser.merging.matching import matches
-from merganser.merging.recipe import Parent, Recipe
+from merganser.merging.recipe import Recipe
 
 _POOLING = "pooling_mode"
 _FLAGS = {  # how versions before 5.4 spelt the modes of pooling

@@ -25,8 +25,8 @@ from merganser.files import (
     space_error,
     unlisted,
 )
+from merganser.merging.inputs import Inputs
 from merganser.merging.provenance import CARD, FILE_NAME, read_provenance
-from merganser.merging.recipe import Inputs
 from merganser.text import listed
 
 _STAGING = ".worker-"

@@ -19,8 +19,9 @@ from pydantic import TypeAdapter, ValidationError
 from merganser.checkpoints.sources import Source
 from merganser.checkpoints.writer import TensorSpec
 from merganser.errors import RecipeError
+from merganser.merging.inputs import Inputs, open_inputs, pin
 from merganser.merging.matching import RowMap
-from merganser.merging.recipe import Inputs, Recipe, method_options, open_inputs, pin
+from merganser.merging.recipe import Recipe, method_options
 from merganser.merging.vocabulary import VocabularyChange
 from merganser.methods import METHODS, Method, Unit
 
@@ -262,7 +263,7 @@ def inputs_of(plan: Plan, *, allow_pickle: bool = False) -> Inputs:
 
     Args:
         plan: of the merge.
-        allow_pickle: see :func:`~merganser.merging.recipe.open_inputs`.
+        allow_pickle: see :func:`~merganser.merging.inputs.open_inputs`.
 
     Raises:
         UserError: what cannot be opened, or files without what the plan reads.

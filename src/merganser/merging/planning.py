@@ -21,6 +21,7 @@ from merganser.checkpoints.writer import TensorSpec
 from merganser.errors import ErrorCollector, RecipeError
 from merganser.merging.coefficients import check_averages
 from merganser.merging.configuration import BASE, check_written, compare_tokenizers, match_configurations
+from merganser.merging.inputs import Inputs, Parent, open_inputs, without_collection
 from merganser.merging.labels import match_labels
 from merganser.merging.matching import (
     RowMap,
@@ -36,7 +37,7 @@ from merganser.merging.matching import (
 )
 from merganser.merging.modules import check_modules
 from merganser.merging.plan import AVERAGE, BUFFER, COPY, HEADS, KEPT, Plan, Step
-from merganser.merging.recipe import Inputs, Parent, Recipe, method_options, open_inputs, without_collection
+from merganser.merging.recipe import Recipe, method_options
 from merganser.merging.vocabulary import match_vocabularies
 from merganser.methods import METHODS, UNSEEN, Facts, Method, Unit, choose
 from merganser.methods.averages.simple import SIMPLE
@@ -44,6 +45,7 @@ from merganser.tensors import DTYPE_NAMES, DTYPES, is_floating
 
 SUMMED_TIES = 4  # the protocol of statistics from which on layers that share a weight have the sum of their Grams
 _LITTLE = 0.9  # of the linear weights, below which a merge by a method is hardly one
+_RESERVED = ("rules", "layers", "tokens", "pad_to_multiple_of", "chat_template", "computation")
 NO_LAYER = Layer("", "linear", "", None, False)
 _CONFIGURED_HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head")  # what configurations call it
 
@@ -54,7 +56,7 @@ def make_plan(recipe: Recipe, *, rank: int | None = None, allow_pickle: bool = F
     Args:
         recipe: what to merge.
         rank: of the LoRA adapter to write; None: a full checkpoint.
-        allow_pickle: see :func:`~merganser.merging.recipe.open_inputs`.
+        allow_pickle: see :func:`~merganser.merging.inputs.open_inputs`.
 
     Raises:
         UserError: one mistake.
@@ -74,6 +76,9 @@ def plan_of(recipe: Recipe, inputs: Inputs, *, rank: int | None = None) -> Plan:
     problems.catch(reference.checkpoint.side_paths)
     if (left := side_files.left_behind(reference.checkpoint.path)) is not None:
         notes.append(left)
+    for key in _RESERVED:
+        if getattr(recipe, key) != Recipe.model_fields[key].get_default(call_default_factory=True):
+            problems.add(RecipeError("this key means nothing yet", where=key, mend=f"leave out {key}"))
     separate = find_separate(recipe, people, problems)
     chosen, choice = choose_method(recipe, inputs)
     method = METHODS[chosen].configured(method_options(recipe, chosen))
@@ -189,7 +194,7 @@ def _steps(
 ) -> list[Step]:
     """Every tensor in exactly one step: the method's units, and the average (or a copy) for what it cannot treat."""
     tensors, parents, base = inputs.reference.checkpoint.tensors, inputs.parents, inputs.base
-    coefficients = tuple(parent.contributor.coefficient for parent in parents)
+    coefficients = tuple(parent.contributor.single_coefficient for parent in parents)
     options = method.options.model_dump(mode="json")
 
     def step(unit: Unit, used: str, reason: str | None = None) -> Step:

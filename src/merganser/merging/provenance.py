@@ -26,14 +26,16 @@ from merganser.checkpoints.reader import HASHES, PIECE, begin_hash, read_json
 from merganser.checkpoints.writer import TensorSpec, file_layout
 from merganser.errors import CheckpointError, validated
 from merganser.merging.execution import TensorRecord
+from merganser.merging.inputs import Inputs, Parent
 from merganser.merging.plan import Plan
-from merganser.merging.recipe import Inputs, Parent, Recipe, make_recipe
+from merganser.merging.recipe import Recipe, make_recipe
 from merganser.paths import real
 from merganser.text import markdown
 
 FILE_NAME, CARD = "provenance.json", "README.md"
 SELF = "sha256"  # the key of provenance's hash of itself
-FORMAT = 4  # 1 had sha256 where later ones have blake3, neither 1 nor 2 had the plan, and 3 no hash of itself
+FORMAT = 5  # 1 had sha256 where later ones have blake3, neither 1 nor 2 had the plan, and 4 no rules and layers
+HASHES_ITSELF = 4  # the format from which on provenance has a hash of itself
 _KINDS = {"blake3:": "blake3", "tensors:": "sha256"}  # by how a weight file's hash begins
 _STRICT = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
@@ -48,7 +50,7 @@ class _ParentRecord(BaseModel):
     model: str
     name: str
     revision: str | None
-    coefficient: float
+    coefficient: float | list[float]
     manifest_blake3: str | None = None
     manifest_sha256: str | None = None
     statistics: _StatisticsRecord | None
@@ -390,7 +392,7 @@ def model_card(
     """
     metadata = {**front, "tags": [*front.get("tags", ()), "merge", "merganser"]}
     rows = "\n".join(
-        f"| {markdown(public_name(one['model'], one['revision']))} | {one['coefficient']:g} | "
+        f"| {markdown(public_name(one['model'], one['revision']))} | {_coefficient(one['coefficient'])} | "
         f"{one['statistics']['examples'] if one['statistics'] else '–'} |"
         for one in people
     )
@@ -420,6 +422,11 @@ def model_card(
 {sections}{said}
 The licences of the contributors apply to the result.
 """
+
+
+def _coefficient(value: float | Sequence[float]) -> str:
+    """For people; several are those over the depth of the model."""
+    return ", ".join(f"{one:g}" for one in value) if isinstance(value, Sequence) else f"{value:g}"
 
 
 def public_name(model: str, revision: str | None) -> str:

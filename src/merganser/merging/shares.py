@@ -11,8 +11,8 @@ from torch import Tensor
 
 from merganser.checkpoints.sources import Source, read_source
 from merganser.errors import CheckpointError
+from merganser.merging.inputs import Inputs, Parent
 from merganser.merging.plan import Step
-from merganser.merging.recipe import Inputs, Parent
 from merganser.methods import Unit
 from merganser.methods.base import input_width, wide
 from merganser.statistics import LayerStatistics, Statistics

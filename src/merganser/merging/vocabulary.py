@@ -19,8 +19,9 @@ from merganser.checkpoints.model_view import view_of
 from merganser.checkpoints.tokenizer_files import Table, add_tokens, has_tokenizer, read_once
 from merganser.errors import CheckpointError, ErrorCollector, RecipeError
 from merganser.merging.configuration import BASE, choose_model
+from merganser.merging.inputs import Parent
 from merganser.merging.matching import RowMap
-from merganser.merging.recipe import Parent, Recipe
+from merganser.merging.recipe import Recipe
 from merganser.text import listed
 
 _SHOWN = 5  # tokens in a message

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from merganser.checkpoints.model_view import aligned
 from merganser.errors import ErrorCollector, Problems, StatisticsError, UserError, raise_all
+from merganser.merging.inputs import Inputs, Parent, open_base, open_parents, pin
 from merganser.merging.labels import head_labels
 from merganser.merging.ledger.record import (
     RESTORE,
@@ -22,7 +23,7 @@ from merganser.merging.matching import matches
 from merganser.merging.plan import Plan, Step
 from merganser.merging.planning import plan_of
 from merganser.merging.provenance import located
-from merganser.merging.recipe import Inputs, Parent, make_recipe, open_base, open_parents, pin
+from merganser.merging.recipe import make_recipe
 from merganser.merging.shares import ParentShare
 from merganser.methods.least_squares import LeastSquares
 from merganser.tensors import is_floating
@@ -167,7 +168,7 @@ def entry_of(base: Parent, parent: Parent, plan: Plan) -> LedgerMember:
         model=parent.contributor.model,
         revision=parent.checkpoint.revision,
         manifest_sha256=parent.checkpoint.manifest_sha256(),
-        coefficient=parent.contributor.coefficient,
+        coefficient=parent.contributor.single_coefficient,
         statistics=StatisticsRecord(
             file=parent.contributor.statistics,
             sha256=statistics.sha256(),
@@ -205,7 +206,7 @@ def share_of(part: LedgerPart, base: Parent, parent: Parent) -> ParentShare:
     """What a contributor brings to a part, beside the base model."""
     sources = {name: parent.sources[name] for name in part.names if name in parent.sources}
     theirs = {name: base.sources[name] for name in part.names}
-    step = Step(part.unit(), part.kind, (sources,), (parent.contributor.coefficient,), base=theirs)
+    step = Step(part.unit(), part.kind, (sources,), (parent.contributor.single_coefficient,), base=theirs)
     return ParentShare(Inputs((parent,), base, base), step, 0)
 
 

@@ -17,6 +17,7 @@ from merganser.checkpoints.places import places_read
 from merganser.checkpoints.writer import TensorSpec
 from merganser.errors import RecipeError, raise_all
 from merganser.merging.execution import Slice, execute
+from merganser.merging.inputs import Inputs, Parent
 from merganser.merging.ledger.contributors import open_same_base, share_of
 from merganser.merging.ledger.record import BaseRecord, LedgerError, LedgerMember, LedgerRecord
 from merganser.merging.ledger.store import Sums, locked, schedule_of, specs
@@ -26,7 +27,7 @@ from merganser.merging.memory import RunSettings, fit
 from merganser.merging.merge import MergeResult
 from merganser.merging.plan import COPY, Plan, Step
 from merganser.merging.planning import nested_folders
-from merganser.merging.recipe import Inputs, Parent, make_recipe, method_options
+from merganser.merging.recipe import make_recipe, method_options
 from merganser.merging.targets.checkpoint import (
     CheckpointTarget,
     complete,

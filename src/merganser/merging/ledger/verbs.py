@@ -13,6 +13,7 @@ import torch
 from merganser.checkpoints.places import places_read
 from merganser.errors import ErrorCollector, RecipeError, did_you_mean
 from merganser.merging.configuration import check_opens
+from merganser.merging.inputs import Parent, pin
 from merganser.merging.judging import REFUSED
 from merganser.merging.ledger.compensated import accumulate
 from merganser.merging.ledger.contributors import (
@@ -50,7 +51,7 @@ from merganser.merging.ledger.terms import contribution, shapes
 from merganser.merging.matching import matches
 from merganser.merging.memory import RunSettings
 from merganser.merging.provenance import located
-from merganser.merging.recipe import Parent, make_recipe, method_options, pin
+from merganser.merging.recipe import make_recipe, method_options
 from merganser.methods import SUMMED
 from merganser.methods.base import input_width
 from merganser.methods.regression.regmean import REGMEAN
@@ -341,7 +342,7 @@ def _check_scales(
         LedgerError: says how they compare.
     """
     name, kind = ("system", "gram") if "system" in terms else ("metric", "fisher")
-    coefficient = parent.contributor.coefficient
+    coefficient = parent.contributor.single_coefficient
     if name not in terms or not coefficient or not total:
         return
     inputs = input_width(part.unit().facts[0])

@@ -29,10 +29,10 @@ from merganser.checkpoints.sources import read_source
 from merganser.checkpoints.writer import SafetensorsWriter, TensorSpec
 from merganser.errors import RecipeError
 from merganser.merging.execution import TensorRecord, storable
+from merganser.merging.inputs import Inputs
 from merganser.merging.judging import NOTHING_JUDGED, Verdict
 from merganser.merging.plan import Plan, Step
 from merganser.merging.provenance import describe_inputs, model_card, public_name, write_provenance
-from merganser.merging.recipe import Inputs
 from merganser.merging.targets.low_rank import best_low_rank
 from merganser.methods import Merged
 from merganser.methods.base import elements, input_width
@@ -195,7 +195,7 @@ class AdapterTarget:
         """The contributors' Gram matrices (or token frequencies) summed by coefficient; None where one has none."""
         total: Tensor | None = None
         for number, parent in enumerate(self.inputs.parents):
-            weight = abs(parent.contributor.coefficient)
+            weight = abs(parent.contributor.single_coefficient)
             if weight == 0:
                 continue
             statistics, own = parent.statistics, parent.sources.get(layer.weight)

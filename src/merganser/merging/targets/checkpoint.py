@@ -27,11 +27,11 @@ from merganser.errors import CheckpointError, UserError
 from merganser.files import Staging, local_path, new_remote_folder, parse_size, space_error
 from merganser.merging.configuration import merged_config
 from merganser.merging.execution import TensorRecord, storable
+from merganser.merging.inputs import Inputs, Parent
 from merganser.merging.judging import NOTHING_JUDGED, Verdict
 from merganser.merging.outputs import check_remote, merge_output, remote_problems
 from merganser.merging.plan import BUFFER, HEADS, KEPT, Plan, Step
 from merganser.merging.provenance import model_card, public_name, write_provenance
-from merganser.merging.recipe import Inputs, Parent
 from merganser.methods import Merged
 from merganser.tensors import DTYPES, is_floating
 from merganser.text import code, listed

@@ -15,9 +15,9 @@ from torch import Tensor
 from merganser.checkpoints.header import TensorInfo, read_infos
 from merganser.errors import CheckpointError, UserError
 from merganser.merging.execution import Merging, execute
+from merganser.merging.inputs import Inputs
 from merganser.merging.memory import RunSettings, fit
 from merganser.merging.plan import Plan, Step
-from merganser.merging.recipe import Inputs
 from merganser.merging.targets.checkpoint import RecordingTarget, make_layout
 from merganser.tensors import DTYPES
 

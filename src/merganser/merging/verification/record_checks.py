@@ -13,11 +13,13 @@ from merganser.checkpoints import Checkpoint, open_checkpoint, sha256_file
 from merganser.checkpoints.tokenizer_files import is_tokenizer_file
 from merganser.errors import CheckpointError, ErrorCollector, UserError
 from merganser.files import scratch_folder
+from merganser.merging.inputs import Inputs, open_inputs
 from merganser.merging.plan import Plan
 from merganser.merging.planning import choose_method, plan_of
 from merganser.merging.provenance import (
     FILE_NAME,
     FORMAT,
+    HASHES_ITSELF,
     SELF,
     ProvenanceRecord,
     describe_inputs,
@@ -31,7 +33,7 @@ from merganser.merging.provenance import (
     recipe_of,
     told_by,
 )
-from merganser.merging.recipe import Inputs, Recipe, make_recipe, open_inputs
+from merganser.merging.recipe import Recipe, make_recipe
 from merganser.merging.targets.checkpoint import make_layout, write_small_files
 from merganser.statistics import FILE_NAME as STATISTICS
 
@@ -50,7 +52,7 @@ _MEND = "give the parents that were merged, or merge again"
 def check_itself(provenance: Mapping[str, Any], folder: Path) -> list[UserError]:
     """What is wrong with a record by itself: its hash, and keys that no version of its format writes."""
     where, problems = folder / FILE_NAME, ErrorCollector()
-    if provenance["format"] >= FORMAT or SELF in provenance:
+    if provenance["format"] >= HASHES_ITSELF or SELF in provenance:
         try:
             found = own_hash(provenance)
         except (RecursionError, ValueError) as error:
@@ -241,7 +243,7 @@ def as_named(told: dict[str, Any], provenance: Mapping[str, Any], folder: Path) 
         told["base"]["model"] = told["plan"]["base"] = name
     wheres = {"contributors": recorded.model_dump(mode="json")["contributors"], "base": recorded.base}
     told["recipe"] = {**told["recipe"], **wheres}
-    if provenance["format"] < FORMAT and _PICKLE in provenance["recipe"]:
+    if provenance["format"] < HASHES_ITSELF and _PICKLE in provenance["recipe"]:
         told["recipe"][_PICKLE] = provenance["recipe"][_PICKLE]
     return told
 
@@ -305,7 +307,8 @@ def _differences(
         growing: keys that are missing from ``have`` are no difference where later formats have added some.
     """
     if isinstance(have, dict) and isinstance(want, dict):
-        lenient = growing and (not place or _GROWING.intersection(place[-1:]) or place[0] == "parents")
+        added = not place or _GROWING.intersection(place[-1:]) or "contributors" in place[-2:]
+        lenient = growing and (added or place[0] == "parents")
         for key in dict.fromkeys([*want, *have]):
             if not (lenient and key not in have):
                 yield from _differences(

@@ -22,12 +22,13 @@ from typing import Any, Literal
 from merganser.checkpoints import sha256_file
 from merganser.errors import CheckpointError, ErrorCollector, RecipeError, raise_all
 from merganser.files import scratch_folder
+from merganser.merging.inputs import Inputs
 from merganser.merging.judging import judge_statistics
 from merganser.merging.memory import RunSettings, fit
 from merganser.merging.merge import carry_out, prepare
 from merganser.merging.plan import Plan
 from merganser.merging.provenance import CARD, FILE_NAME, plan_of_record, read_provenance, recipe_of
-from merganser.merging.recipe import Inputs, Recipe
+from merganser.merging.recipe import Recipe
 from merganser.merging.verification.folder_checks import check_files, differing_files
 from merganser.merging.verification.recomputing import recompute, sample
 from merganser.merging.verification.record_checks import (
