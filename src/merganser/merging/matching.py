@@ -268,6 +268,14 @@ def check_needs(
                 mend=f"give {method.needs.models} models, or choose another method",
             )
         )
+    if len(parents) < method.needs.at_least:
+        problems.add(
+            RecipeError(
+                f"method {method.name!r} merges {method.needs.at_least} models or more, {len(parents)} is given",
+                where="contributors",
+                mend="give more models, or choose another method",
+            )
+        )
     if method.needs.base and recipe.base is None and base is None:
         problems.add(
             RecipeError(
@@ -308,6 +316,10 @@ def _check_signs(
             able = ", ".join(name for name, one in METHODS.items() if one.needs.signed)
             mend = f"use a coefficient of at least 0, or a method that takes negative ones: {able}"
             problems.add(RecipeError(what, mend=mend))
+    if not method.needs.weighted and len(set(coefficients)) > 1:
+        what = f"method {method.name!r} does not weigh models, so that coefficients {listed_coefficients(coefficients)}"
+        mend = "give every model the same coefficient, or leave them out"
+        problems.add(RecipeError(f"{what} have no meaning", where="coefficients", mend=mend))
     if not any(coefficients):
         problems.add(RecipeError("every coefficient is zero", where="coefficients", mend="give one that is not"))
     elif method.needs.normalised and sums_to_zero(coefficients):

@@ -5,18 +5,32 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from merganser.methods.alignment.optimal_transport import OPTIMAL_TRANSPORT
+from merganser.methods.averages.karcher import KARCHER, MULTISLERP
+from merganser.methods.averages.model_stock import MODEL_STOCK
+from merganser.methods.averages.nearswap import NEARSWAP
+from merganser.methods.averages.passthrough import PASSTHROUGH
 from merganser.methods.averages.simple import SIMPLE
+from merganser.methods.averages.slerp import NUSLERP, SLERP
 from merganser.methods.base import UNSEEN, Facts, Merged, Method, Needs, Options, Share, Unit, average, average_unit
 from merganser.methods.least_squares import Diagonal, Gram, Identity, LeastSquares
 from merganser.methods.regression.actmat import ACTMAT
 from merganser.methods.regression.fisher import FISHER
 from merganser.methods.regression.regmean import REGMEAN
 from merganser.methods.sums import GramSums
+from merganser.methods.task_vectors.arcee_fusion import ARCEE_FUSION
 from merganser.methods.task_vectors.task_arithmetic import TASK_ARITHMETIC
 from merganser.methods.task_vectors.ties import TIES
 
+_SPHERES = (SLERP, NUSLERP, MULTISLERP, KARCHER, MODEL_STOCK, NEARSWAP, PASSTHROUGH)
+
 METHODS: dict[str, Method] = {
-    method.name: method for method in (SIMPLE, FISHER, REGMEAN, ACTMAT, OPTIMAL_TRANSPORT, TASK_ARITHMETIC, TIES)
+    method.name: method
+    for method in (
+        *(SIMPLE, *_SPHERES),
+        *(FISHER, REGMEAN, ACTMAT),
+        *(OPTIMAL_TRANSPORT,),
+        *(TASK_ARITHMETIC, TIES, ARCEE_FUSION),
+    )
 }
 
 #: Methods whose merge is a function of sums over contributors, so that each can be added without the others.

@@ -173,7 +173,7 @@ class Unit:
             low, high = max(start, first), min(stop, last)
             if low < high:
                 ranges[fact.name] = (low - first, high - first)
-                own = range(low - first, high - first)
+                own = (range(last - first) if fact.rows is None else fact.rows)[low - first : high - first]
                 facts.append(replace(fact, shape=(len(own), *fact.shape[1:]), rows=own))
         return Unit(tuple(ranges), self.kind, tuple(facts)), ranges
 
@@ -210,6 +210,7 @@ class Needs:
         at_least: so many contributors, or more.
         signed: negative coefficients have a meaning.
         normalised: it divides by the sum of the coefficients, which therefore cannot be zero.
+        weighted: coefficients that differ have a meaning.
         package: a package beyond those of merganser, as (name to import, name to install).
     """
 
@@ -220,6 +221,7 @@ class Needs:
     at_least: int = 1
     signed: bool = False
     normalised: bool = True
+    weighted: bool = True
     package: tuple[str, str] | None = None
 
 

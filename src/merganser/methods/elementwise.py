@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, Self
 
@@ -28,12 +28,14 @@ class Position:
         rows: which rows of the whole tensor these are.
         contributors: the number of each, from 0.
         whole: what ``reduce`` found of the whole tensor.
+        notes: what a function finds noteworthy, to be added to by it: in words that are the same for every slice.
     """
 
     name: str
     rows: Sequence[int]
     contributors: Sequence[int]
     whole: Any = None
+    notes: list[str] = field(default_factory=list)
 
     def uniform(self, delta: Tensor, index: int, seed: int) -> Tensor:
         """Random numbers from [0, 1) in float32 for the δ of this index, shaped like it and on its device.
@@ -56,11 +58,13 @@ class Whole:
         unit: of this one tensor.
         shares: whole ones, of the contributors that take part.
         with_base: whether the method reads the base model.
+        differences: whether it then wants the δ, or the θ and the base apart.
     """
 
     unit: Unit
     shares: Sequence[Share]
     with_base: bool
+    differences: bool = True
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -87,9 +91,9 @@ class Whole:
         return self.shares[0].base_rows(self.unit.names[0], start, min(stop, self.height))
 
     def deltas(self, start: int, stop: int) -> list[Tensor]:
-        """Every contributor's δ (or θ, where the method reads no base) in these rows; the caller's own."""
+        """Every contributor's δ (or θ, where the method reads no base or wants no differences) in these rows."""
         (name,), stop = self.unit.names, min(stop, self.height)
-        if not self.with_base:
+        if not (self.with_base and self.differences):
             return [share.rows(name, start, stop) for share in self.shares]
         base = self.base(start, stop)
         return [share.rows(name, start, stop).sub_(base) for share in self.shares]
@@ -114,11 +118,14 @@ class Elementwise(Method):
         reduce: where the function depends on the whole tensor, what it has to know of it: a function of the whole,
             the coefficients and the options.
         by_rows: the function looks at whole rows, each by itself; a tensor of one dimension is one row.
+        differences: False for a function that takes the θᵢ, not the δᵢ, and gives the merged numbers, though it
+            reads the base: it can return what is in a model exactly.
     """
 
     function: Function
     reduce: Callable[[Whole, Sequence[float], Any], Any] | None = None
     by_rows: bool = False
+    differences: bool = True
 
     @property
     def streaming(self) -> str:
@@ -153,7 +160,7 @@ class Elementwise(Method):
         whole = None
         if self.reduce is not None:
             coefficients = [share.coefficient for share in shares]
-            whole = self.reduce(Whole(unit, shares, self.needs.base), coefficients, self.options)
+            whole = self.reduce(Whole(unit, shares, self.needs.base, self.differences), coefficients, self.options)
         return lambda part, restricted: self._apply(part, restricted, whole)
 
     def memory(self, unit: Unit, contributors: int) -> int:
@@ -167,16 +174,19 @@ class Elementwise(Method):
         (name,), (fact,) = unit.names, unit.facts
         base = shares[0].base(name) if self.needs.base else None
 
+        origin = base if self.differences else None
+
         def deltas() -> Iterator[Tensor]:
             for share in shares:
                 tensor = share.tensor(name)
-                yield tensor if base is None else tensor.sub_(base)
+                yield tensor if origin is None else tensor.sub_(origin)
 
         rows = range(fact.shape[0] if fact.shape else 1) if fact.rows is None else fact.rows
         position = Position(name, rows, [share.number for share in shares], whole)
         coefficients = [share.coefficient for share in shares]
         found = self.function(base, deltas(), coefficients, self.options, position)
-        return Merged({name: found if base is None else added(base, found, getattr(self.options, "scale", 1.0))})
+        merged = found if origin is None else added(origin, found, getattr(self.options, "scale", 1.0))
+        return Merged({name: merged}, "; ".join(dict.fromkeys(position.notes)) or None)
 
 
 def added(total: Tensor, tensor: Tensor, factor: float) -> Tensor:

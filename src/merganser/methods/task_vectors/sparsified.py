@@ -70,7 +70,7 @@ def sparsified(
     options: TaskVectorOptions,
     reduce: Callable[[Whole, Sequence[float], Any], Any] | None = None,
     by_rows: bool = False,
-    **words: str,
+    **words: Any,
 ) -> Elementwise:
     """A method of this family.
 
