@@ -17,6 +17,7 @@ from merganser.methods.averages.span import Combination, Numbers, Vectors, spann
 from merganser.methods.base import Needs, Options
 
 _SINGULAR = 1e-6  # of 1 + (N − 1)·c
+_NOTHING = 1e-12  # of the largest coefficient: a model with less does not take part
 
 
 class ModelStockOptions(Options):
@@ -31,7 +32,7 @@ class ModelStockOptions(Options):
 def _stock(gram: np.ndarray, coefficients: Sequence[float], options: ModelStockOptions) -> Combination:
     shares = np.array(coefficients) / sum(coefficients)
     reference = int(np.argmax(shares))
-    taken = [number for number, share in enumerate(shares) if share > 0]
+    taken = [number for number, share in enumerate(shares) if share > _NOTHING * shares[reference]]
     if len(taken) < 2:
         return Combination(reference, list(shares), note="a model alone has no angle to another, and stays as it is")
     cosine = _mean_cosine(gram, taken, shares)
