@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
+from types import EllipsisType
 from typing import Any, Self
 
 import numpy as np
@@ -15,8 +16,9 @@ from torch import Tensor
 from merganser.methods.base import Facts, Merged, Method, Options, Share, Unit, elements, separately
 from merganser.methods.selection import PIECE, selection_memory
 
-#: Random numbers come in blocks of so many 64-bit words, of which each gives two.
-_WORDS, _HALVES = 4, 2
+#: Numbers of a slice that a function is given at once on a processor: few enough for the caches of one core.
+BLOCK = 1 << 16
+_HALVES = 2  # random numbers that a 64-bit word gives
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,8 @@ class Position:
     def uniform(self, delta: Tensor, index: int, seed: int) -> Tensor:
         """Random numbers from [0, 1) in float32 for the δ of this index, shaped like it and on its device.
 
-        They depend on the seed, the tensor's name, the contributor's number and the place in the whole tensor
-        (counter-based: Salmon et al. 2011), and so on nothing that a run could choose.
+        They depend on the seed, the tensor's name, the contributor's number and the place in the whole tensor (PCG
+        can be entered anywhere: O'Neill 2014), and so on nothing that a run could choose.
         """
         identity = f"{seed} {self.contributors[index]} {self.name}".encode()
         key = int.from_bytes(hashlib.sha256(identity).digest()[:16], "little")
@@ -113,8 +115,9 @@ class Elementwise(Method):
 
     Attributes:
         function: of θ₀, the δᵢ, the coefficients, the options and the position: what is added to θ₀, times the option
-            ``scale`` where there is one. The δᵢ are read one at a time and are the function's own. For a method
-            that needs no base model, θ₀ is None, the δᵢ are the θᵢ, and the function gives the merged numbers.
+            ``scale`` where there is one. The δᵢ are made one at a time and are the function's own. For a method
+            that needs no base model, θ₀ is None, the δᵢ are the θᵢ, and the function gives the merged numbers. It is
+            called with a few rows at a time.
         reduce: where the function depends on the whole tensor, what it has to know of it: a function of the whole,
             the coefficients and the options.
         by_rows: the function looks at whole rows, each by itself; a tensor of one dimension is one row.
@@ -173,20 +176,30 @@ class Elementwise(Method):
     def _apply(self, unit: Unit, shares: Sequence[Share], whole: Any) -> Merged:
         (name,), (fact,) = unit.names, unit.facts
         base = shares[0].base(name) if self.needs.base else None
-
-        origin = base if self.differences else None
-
-        def deltas() -> Iterator[Tensor]:
-            for share in shares:
-                tensor = share.tensor(name)
-                yield tensor if origin is None else tensor.sub_(origin)
-
+        tensors = [share.tensor(name) for share in shares]
         rows = range(fact.shape[0] if fact.shape else 1) if fact.rows is None else fact.rows
         position = Position(name, rows, [share.number for share in shares], whole)
         coefficients = [share.coefficient for share in shares]
-        found = self.function(base, deltas(), coefficients, self.options, position)
-        merged = found if origin is None else added(origin, found, getattr(self.options, "scale", 1.0))
+        scale = getattr(self.options, "scale", 1.0)
+
+        def block(here: slice | EllipsisType) -> Tensor:
+            theirs = None if base is None else base[here]
+            origin = theirs if self.differences else None
+            deltas = (tensor[here] if origin is None else tensor[here].sub_(origin) for tensor in tensors)
+            there = position if here is ... else replace(position, rows=rows[here])
+            found = self.function(theirs, deltas, coefficients, self.options, there)
+            return found if origin is None else added(origin, found, scale)
+
+        blocks = self._blocks(tensors[0])
+        merged = block(...) if len(blocks) < 2 else torch.cat([block(here) for here in blocks])
         return Merged({name: merged}, "; ".join(dict.fromkeys(position.notes)) or None)
+
+    def _blocks(self, tensor: Tensor) -> list[slice]:
+        """Rows of a slice that are worked on at once; on other devices than processors all of them."""
+        if not tensor.dim() or (self.by_rows and tensor.dim() < 2) or tensor.device.type != "cpu":
+            return []
+        step = max(1, BLOCK // max(prod(tensor.shape[1:]), 1))
+        return [slice(start, start + step) for start in range(0, len(tensor), step)]
 
 
 def added(total: Tensor, tensor: Tensor, factor: float) -> Tensor:
@@ -203,9 +216,9 @@ def _runs(rows: Sequence[int]) -> list[tuple[int, int]]:
 
 def _uniform(key: int, start: int, stop: int) -> np.ndarray:
     """Numbers start:stop of an endless sequence."""
-    block = _WORDS * _HALVES
-    generator = np.random.Philox(key=key)
-    generator.advance(start // block)
-    words = generator.random_raw(-(-(stop - start // block * block) // _HALVES))
-    numbers = (words.view(np.uint32) >> np.uint32(8)) * np.float32(2.0**-24)
-    return numbers[start % block :][: stop - start].astype(np.float32, copy=False)
+    generator = np.random.PCG64DXSM(key)
+    generator.advance(start // _HALVES)
+    words = generator.random_raw(-(-stop // _HALVES) - start // _HALVES)
+    numbers = (words.view(np.uint32) >> np.uint32(8)).astype(np.float32)
+    numbers *= np.float32(2.0**-24)
+    return numbers[start % _HALVES :][: stop - start]
