@@ -18,18 +18,24 @@ from merganser.methods.regression.fisher import FISHER
 from merganser.methods.regression.regmean import REGMEAN
 from merganser.methods.sums import GramSums
 from merganser.methods.task_vectors.arcee_fusion import ARCEE_FUSION
+from merganser.methods.task_vectors.breadcrumbs import BREADCRUMBS, BREADCRUMBS_TIES
+from merganser.methods.task_vectors.consensus import CONSENSUS, MAGMAX
+from merganser.methods.task_vectors.dare import DARE_LINEAR, DARE_TIES
+from merganser.methods.task_vectors.della import DELLA, DELLA_LINEAR
+from merganser.methods.task_vectors.pcb import PCB
+from merganser.methods.task_vectors.ram import RAM, RAM_PLUS
+from merganser.methods.task_vectors.sce import SCE
 from merganser.methods.task_vectors.task_arithmetic import TASK_ARITHMETIC
 from merganser.methods.task_vectors.ties import TIES
-
-_SPHERES = (SLERP, NUSLERP, MULTISLERP, KARCHER, MODEL_STOCK, NEARSWAP, PASSTHROUGH)
 
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        *(SIMPLE, *_SPHERES),
+        *(SIMPLE, SLERP, NUSLERP, MULTISLERP, KARCHER, MODEL_STOCK, NEARSWAP, PASSTHROUGH),
         *(FISHER, REGMEAN, ACTMAT),
         *(OPTIMAL_TRANSPORT,),
-        *(TASK_ARITHMETIC, TIES, ARCEE_FUSION),
+        *(TASK_ARITHMETIC, TIES, DARE_LINEAR, DARE_TIES, DELLA, DELLA_LINEAR, BREADCRUMBS, BREADCRUMBS_TIES),
+        *(SCE, MAGMAX, CONSENSUS, PCB, RAM, RAM_PLUS, ARCEE_FUSION),
     )
 }
 

@@ -7,7 +7,8 @@ the sign election of TIES (Yadav et al. 2023). Each is a function here, and :fun
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -18,6 +19,9 @@ from merganser.methods.elementwise import Elementwise, Position, Whole, added
 
 #: Of δ, its index among the contributors, the options and the position: what is left of δ, which may be changed.
 Sparsify = Callable[[Tensor, int, Any, Position], Tensor]
+Reduce = Callable[[Whole, Sequence[float], Any], Any]
+#: What an election makes of sparse task vectors tᵢ, as a formula.
+ELECTED = "θ₀ + s·Σcᵢtᵢ / Σcᵢ over the i whose tᵢ has the sign of Σcᵢtᵢ"
 
 
 class TaskVectorOptions(Options):
@@ -33,6 +37,14 @@ class ElectionOptions(TaskVectorOptions):
     normalize: bool = Field(True, description="the mean of those that agree in sign, instead of their sum")
 
 
+class RescalingOptions(Options):
+    """The option of methods that choose what they keep by magnitude: nothing is scaled up unless asked for."""
+
+    rescale: Literal["none", "l1"] = Field(
+        "none", description="l1: what is kept of a tensor is scaled up to the sum of magnitudes before"
+    )
+
+
 def weighted_sum(kept: Iterator[Tensor], base: Tensor, coefficients: Sequence[float], normalize: bool) -> Tensor:
     """Σcᵢδᵢ, or that divided by Σcᵢ where it is not zero; shaped like ``base``."""
     total = torch.zeros_like(base)
@@ -41,10 +53,23 @@ def weighted_sum(kept: Iterator[Tensor], base: Tensor, coefficients: Sequence[fl
     return total.div_(sum(coefficients)) if normalize and not sums_to_zero(coefficients) else total
 
 
-def elect(kept: Iterator[Tensor], base: Tensor, coefficients: Sequence[float], normalize: bool) -> Tensor:
+def elect(
+    kept: Iterator[Tensor],
+    base: Tensor,
+    coefficients: Sequence[float],
+    normalize: bool,
+    weights: Sequence[float] | None = None,
+) -> Tensor:
     """The weighted mean (or sum) of the δᵢ whose sign is that of Σcᵢδᵢ, number by number; where it is 0, positive.
 
     A negative coefficient stands for the negated δᵢ with the coefficient's magnitude.
+
+    Args:
+        kept: the δᵢ, which are changed.
+        base: what they are shaped like.
+        coefficients: the cᵢ.
+        normalize: the mean of those that agree, instead of their sum.
+        weights: of the mean or the sum; by default the coefficients' magnitudes.
     """
     deltas = []
     elected = torch.zeros_like(base)
@@ -53,7 +78,7 @@ def elect(kept: Iterator[Tensor], base: Tensor, coefficients: Sequence[float], n
         deltas.append(delta.neg_() if coefficient < 0 else delta)
     sign = torch.copysign(torch.ones_like(elected), elected)
     agreed, weight = torch.zeros_like(elected), torch.zeros_like(elected)
-    for coefficient, delta in zip(map(abs, coefficients), deltas, strict=True):
+    for coefficient, delta in zip(weights or map(abs, coefficients), deltas, strict=True):
         delta = delta.mul(sign) if delta.dtype != sign.dtype else delta.mul_(sign)
         agreed.add_(delta.clamp_min_(0), alpha=coefficient)
         if normalize:
@@ -63,12 +88,25 @@ def elect(kept: Iterator[Tensor], base: Tensor, coefficients: Sequence[float], n
     return agreed.mul_(sign)
 
 
+@dataclass(frozen=True)
+class _Found:
+    """What is known of the whole tensor.
+
+    Attributes:
+        whole: what the method's own ``reduce`` found.
+        factors: of each δᵢ, what is left of it is multiplied by this.
+    """
+
+    whole: Any = None
+    factors: Sequence[float] | None = None
+
+
 def sparsified(
     *,
     sparsify: Sparsify,
     election: bool,
     options: TaskVectorOptions,
-    reduce: Callable[[Whole, Sequence[float], Any], Any] | None = None,
+    reduce: Reduce | None = None,
     by_rows: bool = False,
     **words: Any,
 ) -> Elementwise:
@@ -77,17 +115,48 @@ def sparsified(
     Args:
         sparsify: what is left of a task vector.
         election: put together by :func:`elect`, instead of :func:`weighted_sum`.
-        options: of the method.
+        options: of the method; where there is an option ``rescale`` and it is ``"l1"``, what is left of a tensor's
+            task vector is multiplied so that its magnitudes sum to what they were before.
         reduce, by_rows: see :class:`~merganser.methods.elementwise.Elementwise`.
         words: name, title, summary, formula and reference.
     """
     together = elect if election else weighted_sum
 
+    def known(whole: Whole, coefficients: Sequence[float], options: Any) -> _Found:
+        found = reduce(whole, coefficients, options) if reduce else None
+        if getattr(options, "rescale", None) != "l1":
+            return _Found(found)
+        pieces = [(0, whole.height)] if by_rows and len(whole.shape) < 2 else whole.pieces()
+        return _Found(found, _l1_factors(whole, pieces, sparsify, options, found))
+
     def function(
         base: Tensor, deltas: Iterator[Tensor], coefficients: Sequence[float], options: Any, position: Position
     ) -> Tensor:
-        kept = (sparsify(delta, index, options, position) for index, delta in enumerate(deltas))
+        found = position.whole or _Found()
+        here = replace(position, whole=found.whole)
+        kept = (sparsify(delta, index, options, here) for index, delta in enumerate(deltas))
+        if found.factors is not None:
+            kept = (delta.mul_(factor) for delta, factor in zip(kept, found.factors, strict=True))
         return together(kept, base, coefficients, options.normalize)
 
     needs = Needs(base=True, signed=True, normalised=False)
-    return Elementwise(**words, needs=needs, options=options, function=function, reduce=reduce, by_rows=by_rows)
+    rescales = "rescale" in type(options).model_fields
+    looks = known if reduce or rescales else None
+    return Elementwise(**words, needs=needs, options=options, function=function, reduce=looks, by_rows=by_rows)
+
+
+def _l1_factors(
+    whole: Whole, pieces: Sequence[tuple[int, int]], sparsify: Sparsify, options: Any, found: Any
+) -> list[float]:
+    """Of each δᵢ, Σ|δᵢ| over the sum of what is left of it; 1 where nothing is left."""
+    before, after = ([0.0] * len(whole.shares) for _ in range(2))
+    for start, stop in pieces:
+        position = replace(whole.position(start, stop), whole=found)
+        for index, delta in enumerate(whole.deltas(start, stop)):
+            before[index] += _l1(delta)
+            after[index] += _l1(sparsify(delta, index, options, position))
+    return [first / last if last > 0 else 1.0 for first, last in zip(before, after, strict=True)]
+
+
+def _l1(tensor: Tensor) -> float:
+    return float(tensor.abs().sum(dtype=torch.float64))

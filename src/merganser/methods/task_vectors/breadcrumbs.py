@@ -1,0 +1,124 @@
+"""Model Breadcrumbs (Davari & Belilovsky 2024, arXiv 2312.06795): no outliers, no small numbers.
+
+Of n numbers of δᵢ the ⌊γn⌋ largest magnitudes are dropped, the next ⌊density·n⌋ are kept and the rest dropped, row by
+row or over whole tensors. What would leave fewer than the density asks for drops fewer outliers. Of equal magnitudes at
+a bound, all are kept. A tensor of one dimension is one row. What is left is summed as by task arithmetic, or elected as
+by TIES.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import floor, inf, prod
+from typing import Annotated
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from merganser.methods.base import PerContributor, of_contributor
+from merganser.methods.elementwise import Position, Whole
+from merganser.methods.selection import kth_largest
+from merganser.methods.task_vectors.sparsified import (
+    ELECTED,
+    ElectionOptions,
+    RescalingOptions,
+    TaskVectorOptions,
+    sparsified,
+)
+
+
+class MiddleOptions(RescalingOptions):
+    """Options of methods that keep what is neither large nor small."""
+
+    density: PerContributor[Annotated[float, Field(ge=0, le=1)]] = Field(
+        0.15, description="share of each task vector that is kept (β)"
+    )
+    gamma: PerContributor[Annotated[float, Field(ge=0, le=1)]] = Field(
+        0.006, description="share of each task vector, its largest numbers, that is dropped before (γ)"
+    )
+    whole: bool = Field(False, description="choose over whole tensors, instead of row by row")
+
+
+class BreadcrumbsOptions(MiddleOptions, TaskVectorOptions):
+    """Options of :data:`BREADCRUMBS`."""
+
+    scale: float = Field(0.2, description="multiplier of the summed task vectors")
+
+
+class BreadcrumbsTIESOptions(MiddleOptions, ElectionOptions):
+    """Options of :data:`BREADCRUMBS_TIES`."""
+
+
+def _counts(size: int, number: int, options: MiddleOptions) -> tuple[int, int]:
+    """How many of so many numbers of a contributor are dropped as outliers, and how many are kept after them."""
+    keep = floor(of_contributor(options.density, number) * size)
+    return min(floor(of_contributor(options.gamma, number) * size), size - keep), keep
+
+
+def _bounds(whole: Whole, coefficients: Sequence[float], options: MiddleOptions) -> list[tuple[float, float]] | None:
+    """Of each contributor, the smallest and the largest magnitude that is kept; None where that is found by rows."""
+    if not options.whole:
+        return None
+    size = prod(whole.shape)
+    counts = [_counts(size, number, options) for number in whole.position(0, 0).contributors]
+
+    def magnitudes(start: int, stop: int) -> list[Tensor]:
+        deltas = [delta.abs_().to(torch.float32) for delta in whole.deltas(start, stop)]
+        return deltas + deltas
+
+    places = [drop + keep if keep else 0 for drop, keep in counts] + [drop + 1 if keep else 0 for drop, keep in counts]
+    found = kth_largest(magnitudes, whole.height, whole.width, places)
+    return list(zip(found[: len(counts)], found[len(counts) :], strict=True))
+
+
+def _middle(delta: Tensor, index: int, options: MiddleOptions, position: Position) -> Tensor:
+    magnitudes = delta.abs().to(torch.float32)
+    if position.whole is not None:
+        least, most = position.whole[index]
+    else:
+        least, most = _bounds_of_rows(magnitudes, position.contributors[index], options)
+    return delta.mul_(magnitudes.ge(least)).mul_(magnitudes.le(most))
+
+
+def _bounds_of_rows(magnitudes: Tensor, number: int, options: MiddleOptions) -> tuple[Tensor, Tensor]:
+    """The smallest and the largest magnitude that is kept of each row, in a shape that goes with all numbers'."""
+    width = prod(magnitudes.shape[1:]) if magnitudes.dim() > 1 else magnitudes.numel()
+    drop, keep = _counts(width, number, options)
+    shape = (-1,) + (1,) * (magnitudes.dim() - 1) if magnitudes.dim() > 1 else magnitudes.shape[:0]
+    if not keep:
+        return torch.tensor(inf), torch.tensor(inf)
+    ascending = np.sort(magnitudes.cpu().numpy().reshape(-1, width), axis=1)
+    bounds = (ascending[:, width - drop - keep], ascending[:, width - drop - 1])
+    least, most = (torch.from_numpy(bound.copy()).to(magnitudes.device).reshape(shape) for bound in bounds)
+    return least, most
+
+
+_REFERENCE = "Davari & Belilovsky 2024, arXiv 2312.06795"
+
+BREADCRUMBS = sparsified(
+    name="breadcrumbs",
+    title="Breadcrumbs",
+    summary="base model plus a multiple of the summed differences, without the largest and the smallest of each row",
+    formula="θ₀ + s·Σcᵢtᵢ; tᵢ: of each row of δᵢ the next largest share after the γ largest",
+    reference=_REFERENCE,
+    options=BreadcrumbsOptions.model_validate({}),
+    sparsify=_middle,
+    election=False,
+    reduce=_bounds,
+    by_rows=True,
+)
+
+BREADCRUMBS_TIES = sparsified(
+    name="breadcrumbs_ties",
+    title="Breadcrumbs with TIES' election",
+    summary="base model plus the mean of the middling differences of each row that agree in sign",
+    formula=f"{ELECTED}; tᵢ: of each row of δᵢ the next largest share after the γ largest",
+    reference=f"{_REFERENCE}; Yadav et al. 2023, arXiv 2306.01708",
+    options=BreadcrumbsTIESOptions.model_validate({}),
+    sparsify=_middle,
+    election=True,
+    reduce=_bounds,
+    by_rows=True,
+)

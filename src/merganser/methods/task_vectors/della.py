@@ -1,0 +1,116 @@
+"""DELLA (Deep et al. 2024, arXiv 2406.11617): task vectors lose numbers at random, small ones more often than large.
+
+A number of δᵢ stays with a probability that grows with the rank of its magnitude in its row, evenly from
+density − epsilon for the smallest to density + epsilon for the largest, and is divided by that probability. Equal
+magnitudes rank in the order of their columns. A tensor of one dimension is one row. What is left is elected as by TIES,
+or summed as by task arithmetic.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Annotated, Self
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from merganser.methods.base import PerContributor, of_contributor
+from merganser.methods.elementwise import Position
+from merganser.methods.task_vectors.dare import DropOptions
+from merganser.methods.task_vectors.sparsified import ELECTED, ElectionOptions, TaskVectorOptions, sparsified
+
+
+class MagnitudeDropOptions(DropOptions):
+    """Options of methods that drop at random by rank."""
+
+    density: PerContributor[Annotated[float, Field(ge=0, le=1)]] = Field(
+        0.7, description="mean probability with which a number is kept; 1 keeps and 0 drops all, whatever epsilon"
+    )
+    epsilon: PerContributor[Annotated[float, Field(ge=0, lt=0.5)]] = Field(
+        0.07, description="by how much that of the largest number of a row is above the mean, and of the smallest below"
+    )
+
+    @model_validator(mode="after")
+    def _probabilities(self) -> Self:
+        tuples = [option for option in (self.density, self.epsilon) if isinstance(option, tuple)]
+        if len({len(option) for option in tuples}) > 1:
+            raise ValueError("density and epsilon are given for different numbers of contributors")
+        for number in range(max(map(len, tuples), default=1)):
+            density, epsilon = of_contributor(self.density, number), of_contributor(self.epsilon, number)
+            if 0 < density < 1 and not 0 < density - epsilon <= density + epsilon < 1:
+                raise ValueError(
+                    f"density {density:g} ± epsilon {epsilon:g} reaches out of 0…1: take an epsilon below "
+                    f"{min(density, 1 - density):g}"
+                )
+        return self
+
+
+class DELLAOptions(MagnitudeDropOptions, ElectionOptions):
+    """Options of :data:`DELLA`."""
+
+    scale: float = Field(1.1, description="multiplier of the merged task vector")
+
+
+class DELLALinearOptions(MagnitudeDropOptions, TaskVectorOptions):
+    """Options of :data:`DELLA_LINEAR`."""
+
+    scale: float = Field(0.4, description="multiplier of the summed task vectors")
+
+
+def _dropped(delta: Tensor, index: int, options: MagnitudeDropOptions, position: Position) -> Tensor:
+    number = position.contributors[index]
+    density, epsilon = of_contributor(options.density, number), of_contributor(options.epsilon, number)
+    if density in (0, 1):
+        return delta if density else delta.zero_()
+    width = prod(delta.shape[1:]) if delta.dim() > 1 else delta.numel()
+    ranked = torch.linspace(density - epsilon, density + epsilon, width) if width > 1 else torch.tensor([density])
+    kept = _by_rank(delta.reshape(-1, width), ranked).reshape(delta.shape)
+    mask = position.uniform(delta, index, options.seed).lt_(kept)
+    delta.mul_(mask)
+    return delta.div_(kept) if options.rescale == "expected" else delta
+
+
+def _by_rank(rows: Tensor, ranked: Tensor) -> Tensor:
+    """For each number of each row, that of the given numbers that stands at the rank of its magnitude, from smallest.
+
+    The bits of a magnitude, and behind them the place, are sorted as one integer: one sort gives the ranks, and equal
+    magnitudes rank in the order of their places.
+    """
+    height, width = rows.shape
+    bits = rows.abs().to(torch.float32).cpu().numpy().view(np.int32).astype(np.int64)
+    keys = (bits << np.int64(32)) + np.arange(width)
+    keys.sort(axis=1)
+    places = (keys & np.int64(2**32 - 1)) + np.arange(height)[:, None] * width
+    found = np.empty(height * width, dtype=np.float32)
+    found[places] = ranked.numpy()
+    return torch.from_numpy(found).to(rows.device)
+
+
+_DROPPED = "δᵢ/pᵢ with probability pᵢ, else 0; pᵢ: from d − ε to d + ε by the rank of |δᵢ| in its row"
+_REFERENCE = "Deep et al. 2024, arXiv 2406.11617"
+
+DELLA = sparsified(
+    name="della",
+    title="DELLA",
+    summary="base model plus the mean of the differences that agree in sign, thinned at random, small ones more",
+    formula=f"{ELECTED}; tᵢ = {_DROPPED}",
+    reference=_REFERENCE,
+    options=DELLAOptions.model_validate({}),
+    sparsify=_dropped,
+    election=True,
+    by_rows=True,
+)
+
+DELLA_LINEAR = sparsified(
+    name="della_linear",
+    title="DELLA, summed",
+    summary="base model plus the sum of the differences, thinned at random, small ones more",
+    formula=f"θ₀ + s·Σcᵢtᵢ; tᵢ = {_DROPPED}",
+    reference=_REFERENCE,
+    options=DELLALinearOptions.model_validate({}),
+    sparsify=_dropped,
+    election=False,
+    by_rows=True,
+)
