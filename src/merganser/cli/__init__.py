@@ -23,6 +23,7 @@ COMMANDS = {
     "collect": ("collect", "Compute the statistics of a model next to its data."),
     "merge": ("merge", "Merge models into one."),
     "methods": ("methods", "List the merging methods, or explain one."),
+    "moe": ("moe", "Make a mixture of experts of dense models."),
     "ledger": ("ledger", "Keep the sums of a merge: models join and leave one at a time."),
     "evaluate": ("evaluate", "Score models on data sets."),
     "inspect": ("inspect", "Show what a model, statistics file or merge holds."),

@@ -166,7 +166,7 @@ def told_anew(plan: Plan, inputs: Inputs, provenance: Mapping[str, Any], folder:
         layout = make_layout(plan)
         with scratch_folder() as scratch:
             write_small_files(plan, inputs, layout, scratch)
-            told["files"] = {**file_digests(scratch, {}, {}), **_weight_files(plan, provenance)}
+            told["files"] = {**file_digests(scratch, {}, {}), **weight_files(plan, provenance)}
         versions = provenance["versions"].get("transformers"), library_versions()["transformers"]
         if plan.vocabulary is not None and plan.vocabulary.added and versions[0] != versions[1]:
             tokenizers = (file for file in told["files"] if is_tokenizer_file(file))  # which another version writes
@@ -190,7 +190,7 @@ def told_by_itself(provenance: Mapping[str, Any], folder: Path) -> dict[str, Any
         return {"parents": people}
     told = _told(plan, (people, provenance.get("base")), provenance, folder)
     if plan.rank is None:
-        told["files"] = {**provenance["files"], **_weight_files(plan, provenance)}
+        told["files"] = {**provenance["files"], **weight_files(plan, provenance)}
     return told
 
 
@@ -248,7 +248,7 @@ def as_named(told: dict[str, Any], provenance: Mapping[str, Any], folder: Path) 
     return told
 
 
-def _weight_files(plan: Plan, provenance: Mapping[str, Any]) -> dict[str, str]:
+def weight_files(plan: Plan, provenance: Mapping[str, Any]) -> dict[str, str]:
     """The weight files of a plan and their hashes, by those of the recorded tensors."""
     layout, tensors = make_layout(plan), provenance["tensors"]
     if set(tensors) != set(plan.specs) or not all(entry.get("blake3") for entry in tensors.values()):

@@ -30,6 +30,7 @@ from merganser.merging.plan import Plan
 from merganser.merging.provenance import CARD, FILE_NAME, plan_of_record, read_provenance, recipe_of
 from merganser.merging.recipe import Recipe
 from merganser.merging.verification.folder_checks import check_files, differing_files
+from merganser.merging.verification.mixtures import AS_A_WHOLE, is_mixture, mixture_again, mixture_anew
 from merganser.merging.verification.recomputing import recompute, sample
 from merganser.merging.verification.record_checks import (
     check_itself,
@@ -183,14 +184,19 @@ def _check_record(
     parents = check_parents(provenance, folder, allow_pickle=allow_pickle)
     problems.add(*parents.problems)
     reason, anew, told = "", None, None
-    if provenance.get("ledger") is not None:
+    if is_mixture(provenance):
+        reason = AS_A_WHOLE if not parents.absent else "it was not planned anew, since not all models can be had"
+        whole = not (parents.absent or parents.problems)
+        told = problems.catch(mixture_anew, provenance, folder, allow_pickle=allow_pickle) if whole else {}
+    elif provenance.get("ledger") is not None:
         reason = "it was solved from the sums of a ledger: what does not follow from the hashes is not checked"
     elif parents.absent:
         reason = "plan, configuration and tokenizer were not made anew, since not all parents can be had"
     elif not parents.problems:
         anew = problems.catch(plan_anew, provenance, folder, parents.hashes, allow_pickle=allow_pickle)
         told = None if anew is None else problems.catch(told_anew, *anew, provenance, folder)
-    told = problems.catch(told_by_itself, provenance, folder) if told is None else told
+    if told is None and not is_mixture(provenance):
+        told = problems.catch(told_by_itself, provenance, folder)
     wrong, notes = ([], []) if told is None else compare(provenance, told, folder)
     problems.add(*wrong)
     absent = tuple(parents.absent)
@@ -215,6 +221,11 @@ def _repeated(
     notes: tuple[str, ...],
 ) -> list[str]:
     """The files that differ between a merged folder and the same merge done again; ``notes`` are the plan's own."""
+    if is_mixture(provenance):
+        with scratch_folder() as scratch:
+            place = Path(output) if output is not None else scratch / "again"
+            mixture_again(provenance, folder, place, settings)
+            return differing_files(folder, place)
     plan = plan_of_record(provenance, folder)
     if plan is not None and plan.rank is not None:  # while an adapter is made, notes are added to the plan's
         plan = replace(plan, notes=notes)
