@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from merganser.methods.alignment.optimal_transport import OPTIMAL_TRANSPORT
+from merganser.methods.alignment.rebasin import REBASIN
 from merganser.methods.averages.karcher import KARCHER, MULTISLERP
 from merganser.methods.averages.model_stock import MODEL_STOCK
 from merganser.methods.averages.nearswap import NEARSWAP
@@ -33,7 +34,7 @@ METHODS: dict[str, Method] = {
     for method in (
         *(SIMPLE, SLERP, NUSLERP, MULTISLERP, KARCHER, MODEL_STOCK, NEARSWAP, PASSTHROUGH),
         *(FISHER, REGMEAN, ACTMAT),
-        *(OPTIMAL_TRANSPORT,),
+        *(OPTIMAL_TRANSPORT, REBASIN),
         *(TASK_ARITHMETIC, TIES, DARE_LINEAR, DARE_TIES, DELLA, DELLA_LINEAR, BREADCRUMBS, BREADCRUMBS_TIES),
         *(SCE, MAGMAX, CONSENSUS, PCB, RAM, RAM_PLUS, ARCEE_FUSION),
     )

@@ -1,4 +1,4 @@
-"""Optimal transport undoes a permutation of hidden units and heads: biases and next inputs move with them."""
+"""Alignment undoes a permutation of hidden units and heads: biases and next inputs move with them."""
 
 from __future__ import annotations
 
@@ -17,168 +17,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from scipy.optimize import linear_sum_assignment
-from torch import Tensor
 
-from conftest import ARCHITECTURES, VOCABULARY, make_model
+from conftest import ARCHITECTURES, VOCABULARY
 from merganser.errors import RecipeError
 from merganser.merging import merge
-from merganser.methods.alignment.optimal_transport import UnitAxis, join, match, split
+from merganser.methods.alignment.blocks import UnitAxis, join, split
+from merganser.methods.alignment.optimal_transport import match
+from merganser.methods.alignment.rebasin import best_order, match_many
+from permutation_examples import LAYOUTS, make, outputs, permuted, save_pair
 
-#: For each architecture, written out by hand: (tensors with units, axis they run along, copies, kind) of each layer.
-#: The oracle of these tests; it shares nothing with the method's own table.
-LAYOUTS: dict[str, list[tuple[list[str], dict[str, tuple[int, int]], str]]] = {
-    "bert": [
-        (
-            ["bert.encoder.layer.0.", "bert.encoder.layer.1."],
-            {"intermediate.dense.weight": (0, 1), "intermediate.dense.bias": (0, 1), "output.dense.weight": (1, 1)},
-            "units",
-        ),
-        (
-            ["bert.encoder.layer.0.attention.", "bert.encoder.layer.1.attention."],
-            {
-                **{f"self.{n}.{k}": (0, 1) for n in ("query", "key", "value") for k in ("weight", "bias")},
-                "output.dense.weight": (1, 1),
-            },
-            "heads",
-        ),
-    ],
-    "distilbert": [
-        (
-            ["distilbert.transformer.layer.0.ffn.", "distilbert.transformer.layer.1.ffn."],
-            {"lin1.weight": (0, 1), "lin1.bias": (0, 1), "lin2.weight": (1, 1)},
-            "units",
-        ),
-        (
-            ["distilbert.transformer.layer.0.attention.", "distilbert.transformer.layer.1.attention."],
-            {**{f"{n}_lin.{k}": (0, 1) for n in "qkv" for k in ("weight", "bias")}, "out_lin.weight": (1, 1)},
-            "heads",
-        ),
-    ],
-    "t5": [
-        (
-            [
-                f"{side}.block.{i}.layer.{j}.DenseReluDense."
-                for side, j in (("encoder", 1), ("decoder", 2))
-                for i in (0, 1)
-            ],
-            {"wi_0.weight": (0, 1), "wi_1.weight": (0, 1), "wo.weight": (1, 1)},
-            "units",
-        ),
-        (
-            [f"decoder.block.{i}.layer.1.EncDecAttention." for i in (0, 1)],
-            {"q.weight": (0, 1), "k.weight": (0, 1), "v.weight": (0, 1), "o.weight": (1, 1)},
-            "heads",
-        ),
-    ],
-    "gpt2": [
-        (
-            ["transformer.h.0.mlp.", "transformer.h.1.mlp."],
-            {"c_fc.weight": (1, 1), "c_fc.bias": (0, 1), "c_proj.weight": (0, 1)},
-            "units",
-        ),
-        (
-            ["transformer.h.0.attn.", "transformer.h.1.attn."],
-            {"c_attn.weight": (1, 3), "c_attn.bias": (0, 3), "c_proj.weight": (0, 1)},
-            "heads",
-        ),
-    ],
-    "llama": [
-        (
-            ["model.layers.0.mlp.", "model.layers.1.mlp."],
-            {"gate_proj.weight": (0, 1), "up_proj.weight": (0, 1), "down_proj.weight": (1, 1)},
-            "units",
-        )
-    ],
-    "llama-mha": [
-        (
-            ["model.layers.0.self_attn.", "model.layers.1.self_attn."],
-            {"q_proj.weight": (0, 1), "k_proj.weight": (0, 1), "v_proj.weight": (0, 1), "o_proj.weight": (1, 1)},
-            "heads",
-        )
-    ],
-}
-LAYOUTS["roberta"] = [([p.replace("bert.", "roberta.", 1) for p in ps], t, k) for ps, t, k in LAYOUTS["bert"]]
-LAYOUTS["deberta-v2"] = [
-    (
-        [p.replace("bert.", "deberta.", 1) for p in ps],
-        {n.replace("query.", "query_proj.").replace("key.", "key_proj.").replace("value.", "value_proj."): a
-         for n, a in t.items()},
-        k,
-    )
-    for ps, t, k in LAYOUTS["bert"]
-]  # fmt: skip
-LAYOUTS["deberta-v2-apart"] = [
-    LAYOUTS["deberta-v2"][0],
-    (
-        LAYOUTS["deberta-v2"][1][0],
-        LAYOUTS["deberta-v2"][1][1]
-        | {f"self.pos_{n}_proj.{k}": (0, 1) for n in ("key", "query") for k in ("weight", "bias")},
-        "heads",
-    ),
-]
-LAYOUTS["mpnet"] = [([p.replace("bert.", "mpnet.", 1) for p in LAYOUTS["bert"][0][0]], *LAYOUTS["bert"][0][1:])]
-LAYOUTS["qwen2"] = LAYOUTS["llama"]
-LAYOUTS["llama-mha"] += LAYOUTS["llama"]
-
-
-def make(name: str, seed: int = 0, heads: int = 2) -> Any:
-    """A tiny model, with ``heads`` heads of width 16 / heads; two variants beside the usual architectures."""
-    architecture = name.removesuffix("-mha").removesuffix("-apart")
-    if architecture == name and heads == 2:
-        model = make_model(name, seed)
-    else:
-        torch.manual_seed(seed)
-        make_config, model_class = ARCHITECTURES[architecture]
-        config = make_config()
-        config.num_attention_heads = heads
-        if name == "llama-mha":
-            config.num_key_value_heads, config.head_dim = heads, 16 // heads
-        if name == "deberta-v2-apart":
-            config.share_att_key = False
-        model = model_class(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return model
-
-
-def permuted(state: dict[str, Tensor], name: str, heads: int = 2, seed: int = 5) -> dict[str, Tensor]:
-    """The state of a model that computes the same with its units in another order."""
-    generator = torch.Generator().manual_seed(seed)
-    state = {key: tensor.clone() for key, tensor in state.items()}
-    for prefixes, tensors, kind in LAYOUTS[name]:
-        for prefix in prefixes:
-            (last, (axis, _)) = list(tensors.items())[-1]
-            width = state[prefix + last].shape[axis]
-            if kind == "units":
-                order = torch.randperm(width, generator=generator)
-            else:  # reversed, so that every head (of two, or but the middle one) moves
-                order = torch.arange(width).view(heads, -1).flip(0).flatten()
-            for end, (axis, copies) in tensors.items():
-                whole = torch.cat([order + copy * width for copy in range(copies)])
-                state[prefix + end] = state[prefix + end].index_select(axis, whole)
-    return state
-
-
-def outputs(model: Any) -> Tensor:
-    ids = torch.randint(3, VOCABULARY, (3, 7), generator=torch.Generator().manual_seed(1))
-    more = {"decoder_input_ids": ids[:, :4]} if model.config.is_encoder_decoder else {}
-    with torch.no_grad():
-        return model(input_ids=ids, **more).logits
-
-
-def save_pair(tmp_path: Path, name: str, heads: int = 2) -> tuple[Path, Path, Any]:
-    model = make(name, heads=heads)
-    model.save_pretrained(tmp_path / "one")
-    expected = outputs(model)
-    original = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    state = permuted(original, name, heads)
-    changed = [key for key in state if not torch.equal(state[key], original[key])]
-    assert len(changed) == len({p + end for prefixes, ends, _ in LAYOUTS[name] for p in prefixes for end in ends})
-    model.load_state_dict(state)
-    assert torch.allclose(outputs(model), expected, atol=1e-5)  # the oracle: the same function
-    model.save_pretrained(tmp_path / "two")
-    return tmp_path / "one", tmp_path / "two", expected
+PAIRWISE = ("ot", "rebasin")
 
 
 def provenance(folder: Path) -> dict[str, dict[str, Any]]:
@@ -192,9 +40,10 @@ def provenance(folder: Path) -> dict[str, dict[str, Any]]:
         *((name, 4) for name in ("bert", "distilbert", "gpt2", "llama-mha", "deberta-v2-apart")),
     ],
 )
-def test_a_model_and_its_permuted_copy_merge_to_the_model(tmp_path: Path, name: str, heads: int) -> None:
+@pytest.mark.parametrize("method", PAIRWISE)
+def test_a_model_and_its_permuted_copy_merge_to_the_model(tmp_path: Path, method: str, name: str, heads: int) -> None:
     one, two, expected = save_pair(tmp_path, name, heads)
-    out = merge([one, two], tmp_path / "out", method="ot", coefficients=[1, 3])
+    out = merge([one, two], tmp_path / "out", method=method, coefficients=[1, 3])
     original, merged = load_file(one / "model.safetensors"), load_file(out / "model.safetensors")
     for key, tensor in merged.items():
         torch.testing.assert_close(tensor, original[key], rtol=0, atol=1e-5, msg=key)
@@ -204,7 +53,7 @@ def test_a_model_and_its_permuted_copy_merge_to_the_model(tmp_path: Path, name: 
     simple = load_file(merge([one, two], tmp_path / "simple", method="simple") / "model.safetensors")
     moving = {p + end for prefixes, ends, _ in LAYOUTS[name] for p in prefixes for end in ends}
     used = provenance(out)
-    assert {key for key, entry in used.items() if entry["method"] == "ot"} == moving
+    assert {key for key, entry in used.items() if entry["method"] == method} == moving
     for key, entry in used.items():
         if key in moving:
             assert not torch.allclose(simple[key], original[key], atol=1e-2), key
@@ -213,7 +62,12 @@ def test_a_model_and_its_permuted_copy_merge_to_the_model(tmp_path: Path, name: 
             assert entry["method"] == "average" and entry["reason"], key
 
 
-def test_the_middle_of_three_follows_the_first_and_the_average_is_weighted(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "options"), [("ot", {}), ("rebasin", {}), ("rebasin", {"reference": "first"})], ids=str
+)
+def test_the_middle_of_three_follows_the_first_and_the_average_is_weighted(
+    tmp_path: Path, method: str, options: dict[str, Any]
+) -> None:
     """Against an average, made by hand, of models that are near each other before one of them is permuted."""
     model = make("bert")
     state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
@@ -223,7 +77,7 @@ def test_the_middle_of_three_follows_the_first_and_the_average_is_weighted(tmp_p
         model.load_state_dict(values)
         model.save_pretrained(tmp_path / str(number))
     c = [1.0, 2.0, 5.0]
-    out = merge([tmp_path / str(i) for i in range(3)], tmp_path / "out", method="ot", coefficients=c)
+    out = merge([tmp_path / str(i) for i in range(3)], tmp_path / "out", method=method, coefficients=c, options=options)
     for key, tensor in load_file(out / "model.safetensors").items():
         expected = sum(ci * n[key].double() for ci, n in zip(c, near, strict=True)) / sum(c)
         torch.testing.assert_close(tensor.double(), expected, rtol=0, atol=1e-6, msg=key)
@@ -289,17 +143,24 @@ def test_an_architecture_without_a_known_block_is_an_error(tmp_path: Path) -> No
     assert not (tmp_path / "out").exists()
 
 
-def test_without_pot_the_command_is_said_before_any_work(
-    save_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("method", "module", "package"), [("ot", "ot", "POT"), ("rebasin", "scipy", "scipy")])
+def test_without_its_package_the_command_is_said_before_any_work(
+    save_model: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    module: str,
+    package: str,
 ) -> None:
-    monkeypatch.setitem(sys.modules, "ot", None)
-    with pytest.raises(RecipeError, match="pip install POT"):
-        merge([save_model("one")] * 2, tmp_path / "out", method="ot")
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(RecipeError, match=f"pip install {package}"):
+        merge([save_model("one")] * 2, tmp_path / "out", method=method)
 
 
-def test_the_bytes_do_not_depend_on_threads(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", PAIRWISE)
+def test_the_bytes_do_not_depend_on_threads(tmp_path: Path, method: str) -> None:
     one, two, _ = save_pair(tmp_path, "bert")
-    first, second = (merge([one, two], tmp_path / f"out-{n}", method="ot", threads=n) for n in (1, 4))
+    first, second = (merge([one, two], tmp_path / f"out-{n}", method=method, threads=n) for n in (1, 4))
     assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
 
 
@@ -340,3 +201,89 @@ def test_split_and_join(shape: tuple[int, ...], axis: int, fused: int) -> None:
     assert torch.equal(join(parts, UnitAxis(axis, fused)), tensor)
     along = tensor.movedim(axis, 0)
     assert torch.equal(parts[1, fused - 1, 0], along[(fused - 1) * 6 + 2])
+
+
+@given(st.integers(0, 10_000), st.integers(1, 6))
+@settings(max_examples=40, deadline=None)
+def test_the_best_order_is_the_best_of_all_permutations(seed: int, count: int) -> None:
+    similarity = np.random.default_rng(seed).normal(size=(count, count))
+    order = best_order(torch.from_numpy(similarity), torch.arange(count)).numpy()
+    assert sorted(order) == list(range(count))
+
+    def gain(chosen: Any) -> float:
+        return float(similarity[np.arange(count), list(chosen)].sum())
+
+    assert gain(order) == pytest.approx(max(map(gain, itertools.permutations(range(count)))), rel=1e-9, abs=1e-9)
+
+
+def test_by_inner_products_and_by_distances_the_order_is_the_same() -> None:
+    """Σ‖a − Pb‖² = ‖a‖² + ‖b‖² − 2Σ⟨a, Pb⟩, of which only the last depends on P."""
+    rng = np.random.default_rng(4)
+    one, two = torch.from_numpy(rng.normal(size=(2, 40, 12)))
+    assert torch.equal(best_order(one @ two.T, torch.arange(40)), match(one, two))
+
+
+def test_units_that_gain_nothing_stay_where_they_are() -> None:
+    alike = torch.ones(6, 3, dtype=torch.float64)
+    current = torch.tensor([2, 0, 1, 5, 4, 3])
+    assert torch.equal(best_order(alike @ alike.T, current), current)
+    assert torch.equal(best_order(torch.zeros(6, 6, dtype=torch.float64), current), current)
+    noisy = alike @ alike.T * (1 + 1e-14 * torch.randn(6, 6, dtype=torch.float64))
+    assert torch.equal(best_order(noisy, current), current)
+
+
+@given(st.integers(0, 10_000), st.integers(2, 4), st.integers(1, 4))
+@settings(max_examples=40, deadline=None)
+def test_matching_many_ends_where_no_model_gains_by_moving(seed: int, models: int, units: int) -> None:
+    """Against every permutation of each model, the others as they are: ‖Σcᵢ Pᵢθᵢ‖ is as large as it gets."""
+    rng = np.random.default_rng(seed)
+    rows, weights = rng.normal(size=(models, units, 3)), rng.uniform(0.5, 2, models)
+    orders = match_many(lambda number: torch.from_numpy(rows[number]), weights.tolist(), 100)
+    assert orders[0].tolist() == list(range(units))
+
+    def norm(chosen: Any) -> float:
+        return float(np.linalg.norm(sum(w * r[list(o)] for w, r, o in zip(weights, rows, chosen, strict=True))))
+
+    found = norm([order.tolist() for order in orders])
+    for number in range(models):
+        for other in itertools.permutations(range(units)):
+            chosen = [order.tolist() for order in orders]
+            chosen[number] = list(other)
+            assert norm(chosen) <= found + 1e-9
+    assert found >= norm([range(units)] * models) - 1e-9
+
+
+def test_matching_many_recovers_planted_permutations() -> None:
+    rng = np.random.default_rng(1)
+    origin, planted = rng.normal(size=(30, 8)), [np.arange(30), *(rng.permutation(30) for _ in range(4))]
+    rows = [(origin + 0.05 * rng.normal(size=origin.shape))[order] for order in planted]
+    found = match_many(lambda number: torch.from_numpy(rows[number]), [1.0] * 5, 100)
+    for order, hidden in zip(found, planted, strict=True):
+        np.testing.assert_array_equal(hidden[order.numpy()], np.arange(30))
+
+
+def test_the_mean_finds_what_the_first_model_alone_cannot() -> None:
+    """Of noisy copies more units are put right, and the mean is longer."""
+    right, norms = np.zeros(2), np.zeros(2)
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        origin = rng.normal(size=(25, 10))
+        planted = [np.arange(25), *(rng.permutation(25) for _ in range(7))]
+        rows = [torch.from_numpy((origin + 0.9 * rng.normal(size=origin.shape))[order]) for order in planted]
+        by_first = [best_order(rows[0] @ row.T, torch.arange(25)) for row in rows]
+        by_mean = match_many(rows.__getitem__, [1.0] * 8, 100)
+        for place, orders in enumerate((by_first, by_mean)):
+            pairs = zip(orders, planted, strict=True)
+            right[place] += sum(int((hidden[order.numpy()] == np.arange(25)).sum()) for order, hidden in pairs)
+            norms[place] += float(sum(row[order] for row, order in zip(rows, orders, strict=True)).norm())
+    assert right[1] > 1.05 * right[0] and norms[1] > 1.02 * norms[0]
+
+
+def test_coefficients_of_zero_and_one_contributor_move_nothing(tmp_path: Path) -> None:
+    one, two, _ = save_pair(tmp_path, "bert")
+    out = merge([one, two], tmp_path / "zero", method="rebasin", coefficients=[1, 0])
+    alone = merge([one], tmp_path / "alone", method="rebasin")
+    original = load_file(one / "model.safetensors")
+    for folder in (out, alone):
+        for key, tensor in load_file(folder / "model.safetensors").items():
+            assert torch.equal(tensor, original[key]), key
