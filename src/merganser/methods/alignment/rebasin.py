@@ -6,8 +6,8 @@ nearest, so that it is that of optimal transport between uniform marginals; it n
 
 More than two models are merged as the paper's MergeMany does: each in turn is matched to the mean of the others, until
 none moves. The paper begins with models as they are, draws the turns at random and lets the order of the result drift.
-Here each is first matched to the mean of those before it, turns are in the order of the contributors, and the result has
-the order of the first: the same inputs give the same bytes, and the first mean is no blur of unlike units.
+Here each is first matched to the mean of those before it, turns are in the order of the contributors, and the result
+has the order of the first: the same inputs give the same bytes, and the first mean is no blur of unlike units.
 
 In a network whose layers feed into each other, the paper's coordinate descent goes on over layers, since the order of
 one layer's outputs is that of the next layer's inputs. In a transformer the residual stream lies between them, and its
