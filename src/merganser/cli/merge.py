@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 @click.option("--alpha", type=float, help="Multiplier of the Gram matrices' off-diagonals.")
 @click.option("--ridge", type=float, help="Pull toward the weighted average.")
 @click.option("--option", "pairs", multiple=True, metavar="KEY=VALUE", help="Any other option of the method.")
+@click.option("--data", metavar="FILE|DATASET", help="Texts at hand, for methods that look at what models do on them.")
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Tensors to average instead.")
 @click.option("--keep-separate", multiple=True, metavar="PATTERN", help="Tensors that each model keeps (heads).")
 @click.option("--labels", type=click.Choice(["same", "union"]), help="union: one head that knows every label.")
@@ -80,6 +81,7 @@ def merge_command(
     alpha: float | None,
     ridge: float | None,
     pairs: tuple[str, ...],
+    data: str | None,
     threads: int | None,
     max_memory: str | None,
     device: str,
@@ -117,7 +119,7 @@ def merge_command(
     else:
         values["contributors"] = contributors_of(models, _numbers(coefficients), statistics or None)
     flags = {key: list(v) if isinstance(v, tuple) else v for key, v in keys.items() if v not in (None, ())}
-    given = {"alpha": alpha, "ridge": ridge, **parse_options(pairs)}
+    given = {"alpha": alpha, "ridge": ridge, "data": data, **parse_options(pairs)}
     chosen = {key: value for key, value in given.items() if value is not None}
     if chosen:
         flags["options"] = {**(values.get("options") or {}), **chosen}

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from merganser.checkpoints.sources import read_source
 from merganser.errors import CheckpointError, RecipeError
+from merganser.merging.activations import Activations
 from merganser.merging.inputs import Inputs
 from merganser.merging.matching import RowMap
 from merganser.merging.memory import Budget, RunSettings, Schedule
@@ -161,11 +162,13 @@ class Merging:
     Args:
         inputs: the open files.
         settings: device, and the folder of running sums.
+        seen: what the contributors' units do on texts at hand.
     """
 
     inputs: Inputs
     settings: RunSettings = field(default_factory=RunSettings)
     mend: str = "collect the statistics again, or exclude this tensor (--exclude)"
+    seen: Activations | None = None
 
     def prefetch(self, step: Step) -> None:
         """Of every contributor and the base."""
@@ -208,8 +211,8 @@ class Merging:
 
     def shares(self, step: Step, ranges: Ranges | None = None) -> list[ParentShare]:
         """Of every contributor that takes part, of these rows of each tensor; of all by default."""
-        device = self.settings.torch_device
-        return [ParentShare(self.inputs, step, number, ranges=ranges, device=device) for number in step.takers]
+        device, seen = self.settings.torch_device, self.seen
+        return [ParentShare(self.inputs, step, n, ranges=ranges, device=device, seen=seen) for n in step.takers]
 
     def _by_rows(
         self, step: Step, table: RowMap, method: Method | None, sums: RunningSums | None, height: int | None

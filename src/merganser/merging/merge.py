@@ -13,6 +13,7 @@ from typing import Any
 from merganser.engines import Engine
 from merganser.errors import ErrorCollector, RecipeError, raise_all
 from merganser.files import local_path
+from merganser.merging.activations import recorded_activations
 from merganser.merging.distributed import run_on
 from merganser.merging.execution import Merging, execute
 from merganser.merging.influence import Influence
@@ -232,6 +233,9 @@ def prepare(
         inputs = inputs if plan.base else replace(inputs, base=None)
     schedule = fit(plan.steps, settings, extra=None if plan.rank is None else AdapterTarget.extra_bytes)
     problems = ErrorCollector()
+    if settings.engine is not None and plan.method.needs.data:
+        what = "what models do on texts is looked at by this process"
+        problems.add(RecipeError(what, where="--engine", mend="leave out the engine, or choose another method"))
     if (missing := schedule.peak_bytes - schedule.resident - available_bytes()) > 0:
         needed = f"{schedule.peak_bytes / 1e9:.2f} GB are needed, {missing / 1e9:.2f} GB more than are free"
         mend = "free some memory, or work in less: --max-memory SIZE, --threads 1"
@@ -284,8 +288,11 @@ def carry_out(prepared: PreparedMerge, output: str | Path, *, overwrite: bool = 
         UserError: non-finite numbers in or out, a full disk; nothing is left behind.
     """
     plan, inputs, settings, started = prepared.plan, prepared.inputs, prepared.settings, time.monotonic()
-    work = Merging(inputs, settings)
-    with new_output(output, overwrite, prepared.reads) as staging:
+    with (
+        new_output(output, overwrite, prepared.reads) as staging,
+        recorded_activations(plan.steps, inputs, settings) as seen,
+    ):
+        work = Merging(inputs, settings, seen=seen)
         folder = staging.folder
         if plan.rank is not None:
             with AdapterTarget(plan, inputs, folder) as adapter:

@@ -19,6 +19,7 @@ from merganser.checkpoints.opening import SINGLE
 from merganser.checkpoints.sources import Source
 from merganser.checkpoints.writer import TensorSpec
 from merganser.errors import ErrorCollector, RecipeError
+from merganser.merging.activations import check_texts
 from merganser.merging.coefficients import check_averages
 from merganser.merging.configuration import BASE, check_written, compare_tokenizers, match_configurations
 from merganser.merging.inputs import Inputs, Parent, open_inputs, without_collection
@@ -110,6 +111,7 @@ def plan_of(recipe: Recipe, inputs: Inputs, *, rank: int | None = None) -> Plan:
     if people[0] is not parents[0] and not inputs.of_ledger:  # what has no canonical name
         check_unmatched([people[0], parents[0]], ((), ()), problems)
     check_needs(method, recipe, parents, base, problems)
+    notes += check_texts(method, parents, problems)
     if rank is not None:
         check_adapter(recipe, inputs, rank, method, problems)
     problems.raise_all()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from merganser.checkpoints.sources import Source, read_source
 from merganser.errors import CheckpointError
+from merganser.merging.activations import Activations
 from merganser.merging.inputs import Inputs, Parent
 from merganser.merging.plan import Step
 from merganser.methods import Unit
@@ -35,6 +36,7 @@ class ParentShare:
         base_rows: those of the base's tensors, where they are others.
         ranges: by target, the range of rows that is meant; all by default.
         device: where tensors are put.
+        seen: what the contributors' units do on texts at hand.
     """
 
     def __init__(
@@ -47,11 +49,12 @@ class ParentShare:
         base_rows: Sequence[int] | None = None,
         ranges: Ranges | None = None,
         device: torch.device | None = None,
+        seen: Activations | None = None,
     ) -> None:
         self.parent, self.number, self.own = inputs.parents[number], number, rows
         self.coefficient = step.coefficients[number]
         self.sources, self._base_sources, self._base = step.sources[number], step.base, inputs.base
-        self._ranges, self._device = ranges or {}, device
+        self._ranges, self._device, self._seen = ranges or {}, device, seen
         self._rows = None if rows is None else torch.tensor(rows)
         self._widths = {fact.name: input_width(fact) for fact in step.unit.facts if fact.layer}
         self._theirs = self._rows if base_rows is None else torch.tensor(base_rows)
@@ -107,6 +110,12 @@ class ParentShare:
         source = self.sources[name]
         whole = self._statistics.fisher(source.tensor)
         return self._picked((whole if source.index is None else whole[source.index])[start:stop])
+
+    def activations(self, weight: str) -> Tensor:
+        """The inputs of the layer with this weight on texts at hand."""
+        if self._seen is None:
+            raise RuntimeError("nobody has looked at texts")
+        return self._placed(self._seen.of(self.number, weight))
 
     def identity(self, unit: Unit) -> list[object]:
         """Everything that what it brings to a unit depends on, as plain values."""

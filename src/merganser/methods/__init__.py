@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from merganser.methods.alignment.activations import ACTIVATIONS
 from merganser.methods.alignment.optimal_transport import OPTIMAL_TRANSPORT
 from merganser.methods.alignment.rebasin import REBASIN
 from merganser.methods.averages.karcher import KARCHER, MULTISLERP
@@ -34,7 +35,7 @@ METHODS: dict[str, Method] = {
     for method in (
         *(SIMPLE, SLERP, NUSLERP, MULTISLERP, KARCHER, MODEL_STOCK, NEARSWAP, PASSTHROUGH),
         *(FISHER, REGMEAN, ACTMAT),
-        *(OPTIMAL_TRANSPORT, REBASIN),
+        *(OPTIMAL_TRANSPORT, REBASIN, ACTIVATIONS),
         *(TASK_ARITHMETIC, TIES, DARE_LINEAR, DARE_TIES, DELLA, DELLA_LINEAR, BREADCRUMBS, BREADCRUMBS_TIES),
         *(SCE, MAGMAX, CONSENSUS, PCB, RAM, RAM_PLUS, ARCEE_FUSION),
     )

@@ -128,6 +128,9 @@ class Share(Protocol):
     def fisher(self, name: str) -> Tensor:
         """Diagonal Fisher information of a parameter, shaped like it."""
 
+    def activations(self, weight: str) -> Tensor:
+        """(tokens, inputs): the inputs of the layer with this weight on the texts at hand."""
+
 
 @dataclass(frozen=True)
 class Unit:
@@ -211,6 +214,7 @@ class Needs:
         signed: negative coefficients have a meaning.
         normalised: it divides by the sum of the coefficients, which therefore cannot be zero.
         weighted: coefficients that differ have a meaning.
+        data: texts at hand, which its options ``data``, ``tokens`` and ``seed`` name.
         package: a package beyond those of merganser, as (name to import, name to install).
     """
 
@@ -222,6 +226,7 @@ class Needs:
     signed: bool = False
     normalised: bool = True
     weighted: bool = True
+    data: bool = False
     package: tuple[str, str] | None = None
 
 

@@ -63,6 +63,8 @@ def describe(method: Method) -> MethodDescription:
         found.append("the base model")
     if needs.statistics is not None:
         found.append(_STATISTICS.get(needs.statistics, f"statistics ({needs.statistics})"))
+    if needs.data:
+        found.append("texts (--data)")
     if needs.package is not None:
         found.append(f"the package {needs.package[1]}")
     return MethodDescription(

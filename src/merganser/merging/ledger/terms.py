@@ -107,6 +107,10 @@ class _Whole:
         """Some rows of it."""
         return self.tensor(name)[start:stop]
 
+    def activations(self, weight: str) -> Tensor:
+        """None: no ledger keeps sums of them."""
+        raise NotImplementedError
+
 
 class BaseShare(_Whole):
     """The base model as a contributor without weight or statistics: what differences are taken from.

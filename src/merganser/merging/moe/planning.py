@@ -12,10 +12,11 @@ from merganser.checkpoints.model_view import make_view
 from merganser.checkpoints.sources import Source
 from merganser.checkpoints.writer import TensorSpec
 from merganser.errors import CheckpointError, ErrorCollector
+from merganser.merging.inputs import Inputs, Parent, open_inputs
 from merganser.merging.moe.architectures import DOWN, GATE, UP, Architecture, choose_architecture, new_configuration
 from merganser.merging.moe.config import RANDOM, Expert, MoeConfig
 from merganser.merging.plan import Plan, Step
-from merganser.merging.recipe import Inputs, Parent, Recipe, open_inputs
+from merganser.merging.recipe import Recipe
 from merganser.methods import Facts, Unit
 from merganser.tensors import is_floating
 from merganser.text import listed

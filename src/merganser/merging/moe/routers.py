@@ -19,9 +19,9 @@ from torch import Tensor
 
 from merganser.checkpoints.sources import read_source
 from merganser.errors import CheckpointError, ErrorCollector
+from merganser.merging.inputs import Parent
 from merganser.merging.memory import RunSettings
 from merganser.merging.moe.config import RANDOM, MoeConfig
-from merganser.merging.recipe import Parent
 from merganser.methods.elementwise import Position
 from merganser.progress import track
 from merganser.tensors import one_thread

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from merganser.checkpoints.header import TensorInfo, read_infos
 from merganser.errors import CheckpointError, UserError
+from merganser.merging.activations import recorded_activations
 from merganser.merging.execution import Merging, execute
 from merganser.merging.inputs import Inputs
 from merganser.merging.memory import RunSettings, fit
@@ -114,7 +115,8 @@ def recompute(
     """
     target = _Comparing(plan, steps, folder)
     part = replace(plan, steps=tuple(steps))
-    execute(fit(part.steps, settings), Merging(inputs, settings), target, "recomputing")
+    with recorded_activations(part.steps, inputs, settings) as seen:
+        execute(fit(part.steps, settings), Merging(inputs, settings, seen=seen), target, "recomputing")
     entries, problems, notes = provenance["tensors"], list[UserError](), list[str]()
     off = {name: d for name, d in target.deviations.items() if d.largest}
     let_be = [name for name, d in off.items() if allow_rounding and d.is_rounding(_dtype(plan, name))]

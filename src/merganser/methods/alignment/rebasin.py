@@ -48,13 +48,16 @@ class Rebasin(Aligned):
     def orders(self, unit: Unit, shares: Sequence[Share]) -> list[Tensor]:
         """By the first contributor alone, or by all others."""
         if self.options.reference == "first":
-            first = features(unit, shares[0])
+            first = self.features(unit, shares[0])
             straight = torch.arange(len(first))
-            rest = (best_order(first @ features(unit, share).T, straight) for share in shares[1:])
+            rest = (best_order(first @ self.features(unit, share).T, straight) for share in shares[1:])
             return [straight, *rest]
-        return match_many(
-            lambda number: features(unit, shares[number]), [share.coefficient for share in shares], self.options.sweeps
-        )
+        coefficients = [share.coefficient for share in shares]
+        return match_many(lambda number: self.features(unit, shares[number]), coefficients, self.options.sweeps)
+
+    def features(self, unit: Unit, share: Share) -> Tensor:
+        """What units are matched by, (units, numbers) in float64: their weights."""
+        return features(unit, share)
 
 
 def best_order(similarity: Tensor, current: Tensor) -> Tensor:
