@@ -1,8 +1,8 @@
 """Random token examples for tiny models, batches of them padded as a tokenizer would, and statistics without a model.
 
-As a script, it writes the small file of protocol 4 that the tests keep, so that every later version reads it:
+As a script, it writes the small file of protocol 5 that the tests keep, so that every later version reads it:
 
-    PYTHONPATH=tests python tests/statistics_examples.py tests/statistics/data/protocol-4.safetensors
+    PYTHONPATH=tests python tests/statistics_examples.py tests/statistics/data/protocol-5.safetensors
 """
 
 from __future__ import annotations
@@ -119,7 +119,21 @@ def with_experts(statistics: Statistics) -> tuple[StatisticsHeader, dict[str, Te
     return header, {name: statistics.packed(name) for name in statistics.tensors}
 
 
+def with_gradients(statistics: Statistics, height: int = 5) -> tuple[StatisticsHeader, dict[str, Tensor]]:
+    """The same with gradients of the linear layers' outputs, of which there are as many; of protocol 5."""
+    tensors = {name: statistics.packed(name) for name in statistics.tensors}
+    layers = []
+    for number, layer in enumerate(statistics.header.layers):
+        if layer.kind != "embedding":
+            key, g = f"{layer.module}:output", make_inputs(height, 60, 7 + number)
+            layer = layer.model_copy(update={"output": key, "output_rows": 60})
+            tensors |= {f"gram.{key}": pack_upper((g.T @ g / 60).float()), f"mean.{key}": torch.zeros(height)}
+        layers.append(layer)
+    changes = {"protocol": 5, "hash_kind": "blake3", "kfac": "sampled", "kfac_examples": 6, "layers": tuple(layers)}
+    return statistics.header.model_copy(update=changes), tensors
+
+
 if __name__ == "__main__":
     write_statistics(
-        sys.argv[1], *with_experts(make_statistics((24, 3), rows=200, fisher=False, label="kept for ever"))
+        sys.argv[1], *with_gradients(make_statistics((24, 3), rows=200, fisher=False, label="kept for ever"))
     )

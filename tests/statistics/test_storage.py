@@ -404,6 +404,22 @@ def test_protocol_3_knows_weights_by_blake3(tmp_path: Path) -> None:
         Statistics.open(rewritten(tmp_path / "s.safetensors", {}, protocol=2))
 
 
+def test_protocol_5_has_gradients_of_outputs(tmp_path: Path) -> None:
+    """One file is kept; whatever becomes of it keeps them, and older protocols cannot have them."""
+    kept = Statistics.open(Path(__file__).parent / "data" / "protocol-5.safetensors")
+    kept.validate()
+    assert (kept.header.protocol, kept.header.label) == (5, "kept for ever")
+    assert (kept.header.kfac, kept.header.kfac_examples) == ("sampled", 6)
+    assert list(kept.inputs) == ["layer.0", "layer.0:output", "layer.1", "layer.1:output"]
+    assert kept.gram("layer.0:output").shape == (5, 5)
+    again = Statistics.open(write_statistics(tmp_path / "s.safetensors", *compress(kept, "bfloat16")))
+    assert again.header.layers == kept.header.layers and again.header.protocol == 5
+    header, _ = add([kept, again])
+    assert header.protocol == 5 and [layer.output_rows for layer in header.layers] == [0, 120, 120]
+    with pytest.raises(UserError, match="protocol 4 knows no gradients of outputs"):
+        Statistics.open(rewritten(tmp_path / "s.safetensors", {}, protocol=4))
+
+
 def test_protocol_4_has_convolutions_and_experts(tmp_path: Path) -> None:
     """One file is kept; what it brought is refused in older ones, and must fit the weights."""
     from safetensors.torch import save_file

@@ -33,7 +33,14 @@ def _sample(_: click.Context, __: click.Parameter, value: str | None) -> float |
     flag_value="expected",
     help="Also per-example diagonal Fisher information; over the model's own labels unless said otherwise.",
 )
-@click.option("--fisher-examples", type=click.IntRange(1), help="Fisher information from so many examples.")
+@click.option(
+    "--kfac",
+    type=click.Choice(["auto", "expected", "sampled", "empirical"]),
+    is_flag=False,
+    flag_value="auto",
+    help="Also covariances of the gradients of layers' outputs (K-FAC); labels as above, drawn where they are many.",
+)
+@click.option("--fisher-examples", type=click.IntRange(1), help="Fisher information and K-FAC from so many examples.")
 @click.option("--no-grams", is_flag=True, help="Fisher information alone.")
 @click.option("--ignore-labels", is_flag=True, help="Do not read the labels; Gram matrices need none.")
 @click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Examples in a batch.")
@@ -96,9 +103,9 @@ def collect_command(model: str, data: str, no_grams: bool, ignore_labels: bool, 
     merganser collect my-model --data train.csv --text-column body --fisher
     merganser collect my-model --data train.jsonl --until-converged --sample-tokens
 
-    The file holds Gram matrices of layer inputs, token counts and, if asked for, Fisher information: no text and no
-    labels. It is computed from them all the same and can leak some of it: read docs/statistics.md before publishing.
-    Large data and models: docs/collecting.md.
+    The file holds Gram matrices of layer inputs, token counts and, if asked for, Fisher information and covariances of
+    gradients: no text and no labels. It is computed from them all the same and can leak some of it: read
+    docs/statistics.md before publishing. Large data and models: docs/collecting.md.
     """
     quiet_libraries()
     from merganser.collection import collect

@@ -95,6 +95,7 @@ def _statistics(path: Path, validate: bool) -> dict[str, Any]:
         "tokens": header.tokens,
         "masking": header.masking,
         "fisher": header.fisher or "none",
+        **({"kfac": header.kfac} if header.kfac else {}),
         "label": header.label,
         f"weights_{header.hash_kind}": header.manifest_hash,
         "versions": dict(header.versions),

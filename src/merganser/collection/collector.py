@@ -17,6 +17,7 @@ from merganser.checkpoints.layers import layers_of, map_parameters
 from merganser.collection.fisher import FisherCollector
 from merganser.collection.gram import Workers
 from merganser.collection.inputs import discover
+from merganser.collection.kfac import KfacChoice, KfacCollector, output_key
 from merganser.collection.masks import Batch, batch_masks, check_signals, describe_masking, take_rows
 from merganser.collection.observer import Observer
 from merganser.collection.placement import empty_twin, inputs_device, is_offloaded
@@ -43,7 +44,7 @@ def collect_statistics(
     Args:
         model, checkpoint, options: as of :class:`Collector`.
         batches: dictionaries of tensors, ready for ``model(**batch)``, batch first; read once.
-        fisher_examples: Fisher information from so many first examples; None: from all.
+        fisher_examples: Fisher information and K-FAC from so many first examples; None: from all.
 
     Returns:
         header and tensors for :func:`merganser.statistics.write_statistics`.
@@ -68,7 +69,9 @@ class Collector:
         checkpoint: the folder that the statistics will be bound to, by hash.
         grams: collect Gram matrices and means of all linear layers' inputs, and embeddings' token counts.
         fisher: collect per-example diagonal Fisher information of this kind.
-        problem: how labels are distributed given logits, for ``fisher``; None: from configuration and shapes.
+        kfac: collect covariances of the gradients of linear layers' outputs, beside the Gram matrices of their inputs;
+            see :mod:`merganser.collection.kfac`.
+        problem: how labels are distributed given logits, for these two; None: from configuration and shapes.
         sampling: of the tokens of wide inputs; None: all of them count.
         experts: ``shared``: the experts of a layer share the Gram matrix of their inputs; ``exact``: each has its own;
             ``none``: experts have no statistics.
@@ -82,6 +85,7 @@ class Collector:
         *,
         grams: bool = True,
         fisher: FisherKind | None = None,
+        kfac: KfacChoice | None = None,
         problem: Problem | None = None,
         sampling: Sampling | None = None,
         experts: Experts = "shared",
@@ -89,7 +93,7 @@ class Collector:
     ) -> None:
         self._model, self._checkpoint, self._label = model, checkpoint, label
         self._grams, self._fisher, self._problem, self._sampling = grams, fisher, problem, sampling
-        self._experts = experts
+        self._experts, self._kfac = experts, kfac if grams else None
         self._device = inputs_device(model)
         self._stack = ExitStack()
         self._observer: Observer | None = None
@@ -117,7 +121,7 @@ class Collector:
         Args:
             batches: of its examples.
             shard: its number, which seeds what is drawn.
-            fisher_examples: Fisher information from so many first examples; None: from all; 0: none.
+            fisher_examples: Fisher information and K-FAC from so many first examples; None: from all; 0: none.
             advance: told of each batch how many examples it had.
 
         Raises:
@@ -142,6 +146,11 @@ class Collector:
                 observer.start(shard)
                 notes += observer.notes
             information = FisherCollector(self._model, names, wanted, self._workers, self._problem) if wanted else None
+            factors = None
+            if observer is not None and self._kfac is not None and fisher_examples != 0:
+                factors = KfacCollector(
+                    self._model, observer.wiring, self._kfac, self._workers, self._device, self._problem
+                )
             for batch in chain([first], stream):
                 if observer is not None:
                     for piece in observer.pieces(batch):
@@ -152,6 +161,10 @@ class Collector:
                         information.add(batch, left)
                     elif observer is None:
                         break
+                if factors is not None:
+                    left = None if fisher_examples is None else fisher_examples - factors.examples
+                    if left is None or left > 0:
+                        factors.add(batch, left)
                 masks = batch_masks(batch, self._model)
                 examples += masks.examples
                 tokens += masks.real
@@ -164,6 +177,18 @@ class Collector:
                     f"no layer of {type(self._model).__name__} has statistics: {'; '.join(notes) or 'none is on disk'}"
                 )
                 raise StatisticsError(what, mend="check that the task runs the model whose weights these are")
+            if factors is not None:
+                rows, found = factors.result()
+                outputs = {name: output_key(name) for name in rows}
+                layers = tuple(
+                    layer.model_copy(update={"output": outputs[layer.module], "output_rows": rows[layer.module]})
+                    if layer.module in outputs and layer.kind != "embedding"
+                    else layer
+                    for layer in layers
+                )
+                known = {layer.output for layer in layers}
+                tensors |= {name: value for name, value in found.items() if name.partition(".")[2] in known}
+                notes += factors.notes
             if information is not None:
                 tensors |= {f"fisher.{name}": value for name, value in information.result().items()}
                 notes += information.notes
@@ -179,6 +204,8 @@ class Collector:
             masking=masking,
             fisher=wanted,
             fisher_examples=information.examples if information else 0,
+            kfac=factors.kind if factors else None,
+            kfac_examples=factors.examples if factors else 0,
             versions=_library_versions(),
             label=self._label,
             notes=tuple(notes),

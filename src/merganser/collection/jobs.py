@@ -18,6 +18,7 @@ from merganser.checkpoints import sha256_file
 from merganser.checkpoints.layers import describe_layers
 from merganser.collection.examples import Examples, encode
 from merganser.collection.gram import BUFFER_BYTES
+from merganser.collection.kfac import ROUND_BYTES, WIDEST_OUTPUT, KfacChoice
 from merganser.collection.placement import Placement
 from merganser.collection.sampling import Sampling
 from merganser.collection.shards import Shard, Tally, shard_collector
@@ -45,6 +46,7 @@ def make_jobs(
     cpus: float,
     grams: bool,
     fisher: FisherKind | None,
+    kfac: KfacChoice | None,
     sampling: Sampling | None,
     **settings: Any,
 ) -> list[Job]:
@@ -56,7 +58,7 @@ def make_jobs(
         folder: for the jobs' files.
         data: where the examples were read from.
         cpus: of each job.
-        grams, fisher, sampling: what to collect.
+        grams, fisher, kfac, sampling: what to collect.
         settings: more of what ``collect`` was given: ``labelled`` (labels go into the examples), ``split``,
             ``separate`` (the prompts of texts that are read alone, by column),
             ``batch_size``, ``experts``, ``label``, ``allow_pickle``.
@@ -70,7 +72,7 @@ def make_jobs(
     if TASKS.get(examples.task.name) != examples.task:
         what = f"task {examples.task.name!r} has options of its own, which jobs are not told of"
         raise UserError(what, where="--engine", mend="give the task by its name")
-    memory = job_memory(examples.opened, grams=grams, fisher=fisher is not None)
+    memory = job_memory(examples.opened, grams=grams, fisher=fisher is not None, kfac=kfac is not None)
     shared = {
         "model": _absolute(examples.opened.name),
         "data": _absolute(str(data)),
@@ -81,6 +83,7 @@ def make_jobs(
         "manifest": examples.opened.checkpoint.manifest_hash("blake3"),
         "grams": grams,
         "fisher": fisher,
+        "kfac": kfac,
         "sampling": asdict(sampling) if sampling else None,
         **settings,
     }
@@ -103,12 +106,14 @@ def make_jobs(
     ]
 
 
-def job_memory(opened: Opened, *, grams: bool, fisher: bool) -> int:
+def job_memory(opened: Opened, *, grams: bool, fisher: bool, kfac: bool = False) -> int:
     """About how many bytes a job takes: the model in float32, the sums, a shard's statistics and the process."""
     parameters = sum(math.prod(tensor.shape) for tensor in opened.checkpoint.tensors.values())
     needed = PROCESS_BYTES + (4 + (8 if fisher else 0)) * parameters
     if grams:
         needed += BUFFER_BYTES + sum(6 * width**2 for width in input_widths(opened, experts=True))
+    if kfac:
+        needed += ROUND_BYTES + sum(6 * height**2 for height in output_heights(opened))
     return needed
 
 
@@ -131,17 +136,34 @@ def input_widths(opened: Opened, *, experts: bool) -> list[int]:
     return [width for _, width in sorted(widths)]
 
 
-def file_bytes(opened: Opened, storage: Storage, *, grams: bool, fisher: bool, experts: bool) -> int:
+def output_heights(opened: Opened) -> list[int]:
+    """About which covariances of output gradients there will be, likewise: the number of outputs of each layer."""
+    try:
+        layers = describe_layers(opened.checkpoint)
+    except CheckpointError:  # loading it will say what is wrong
+        return []
+    shapes = {layer.weight: opened.checkpoint.tensors[layer.weight].shape for layer in layers}
+    found = {
+        layer.weight: shapes[layer.weight][layer.kind == "conv1d"]
+        for layer in layers
+        if layer.kind in ("linear", "conv1d") and layer.experts is None and len(shapes[layer.weight]) == 2
+    }
+    return [height for height in found.values() if height <= WIDEST_OUTPUT]
+
+
+def file_bytes(
+    opened: Opened, storage: Storage, *, grams: bool, fisher: bool, experts: bool, kfac: bool = False
+) -> int:
     """About how many bytes the statistics take on the disk, from the configuration and headers; rather too few.
 
     Args:
         opened: the model.
         storage: of Gram matrices.
-        grams, fisher: what is collected.
+        grams, fisher, kfac: what is collected.
         experts: whether each expert has its own Gram matrices.
     """
     parameters = sum(math.prod(tensor.shape) for tensor in opened.checkpoint.tensors.values())
-    widths = input_widths(opened, experts=experts) if grams else []
+    widths = [*(input_widths(opened, experts=experts) if grams else []), *(output_heights(opened) if kfac else [])]
     number = 4 if storage.kind == "float32" else 2  # bytes
     low = storage.kind == "lowrank"
     sizes = [number * width * (storage.rank + 2 if low and storage.pays(width) else width // 2) for width in widths]
@@ -194,7 +216,7 @@ def work(payload: Mapping[str, Any]) -> dict[str, Any]:
         raise _differs("the tokenised examples", payload["data"])
     shard = Shard(payload["number"], indices, payload["fisher_examples"])
     sampling = Sampling(**payload["sampling"]) if payload["sampling"] else None
-    wanted = {key: payload[key] for key in ("grams", "fisher", "experts", "label", "allow_pickle")}
+    wanted = {key: payload[key] for key in ("grams", "fisher", "kfac", "experts", "label", "allow_pickle")}
     with shard_collector(examples, Placement(), payload["batch_size"], sampling=sampling, **wanted) as collect_shard:
         found, tally = collect_shard(shard)
     path = Path(payload["folder"]) / f"{shard.number:06}.safetensors"

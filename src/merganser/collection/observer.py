@@ -120,6 +120,11 @@ class Observer:
         self._now = threading.local()
         self._lock = threading.Lock()
 
+    @property
+    def wiring(self) -> Wiring:
+        """Which layers see which inputs, and whose rows these hold."""
+        return self._wiring
+
     def pieces(self, batch: Batch) -> list[Batch]:
         """A batch in the pieces that had better be added, without padding; whole where a pass costs more than that."""
         most = self._capacity // PIECES if self._capacity else None

@@ -175,8 +175,8 @@ def forward(model: nn.Module, batch: Batch, parameters: Mapping[str, Tensor] | N
     output = model(**inputs) if parameters is None else torch.func.functional_call(model, dict(parameters), (), inputs)
     logits = getattr(output, "logits", None)
     if not isinstance(logits, Tensor):
-        what = f"Fisher information needs a model with a head: {type(model).__name__} has no logits"
-        raise StatisticsError(what, mend="name the task (--task), or collect without --fisher")
+        what = f"Fisher information and K-FAC need a model with a head: {type(model).__name__} has no logits"
+        raise StatisticsError(what, mend="name the task (--task), or collect without --fisher and --kfac")
     return logits
 
 

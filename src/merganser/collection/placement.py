@@ -67,7 +67,10 @@ def choose_placement(
     elif device == "cuda":
         problem = "a model that stays on the disk runs on the CPU", "leave the limit or --device out"
     elif fisher:
-        problem = "Fisher information needs all weights in memory", "leave the limit or --fisher out"
+        problem = (
+            "Fisher information needs all weights in memory, and so does K-FAC",
+            "leave the limit, or --fisher and --kfac, out",
+        )
     elif isinstance(opened.checkpoint, AdapterCheckpoint):
         what = "an adapter's base is changed in memory, so it cannot stay on the disk"
         problem = what, "leave the limit out, or merge the adapter into its base first"

@@ -17,6 +17,7 @@ from typing import Any, get_args
 from merganser.checkpoints.places import places_read
 from merganser.collection.examples import Examples, annotated_rows, encode, find_columns
 from merganser.collection.jobs import file_bytes, make_jobs, run_jobs
+from merganser.collection.kfac import KfacChoice, refuse_sequences
 from merganser.collection.pipeline import reason_against
 from merganser.collection.placement import choose_placement
 from merganser.collection.sampling import Sampling
@@ -68,6 +69,7 @@ def collect(
     *,
     task: str | Task = "auto",
     fisher: str | None = None,
+    kfac: str | None = None,
     fisher_examples: int | None = None,
     grams: bool = True,
     output: str | Path | None = None,
@@ -104,7 +106,10 @@ def collect(
         task: a name of :data:`merganser.tasks.TASKS`, or ``auto`` to go by the model's configuration.
         fisher: also collect diagonal Fisher information: ``expected`` (over the model's own labels),
             ``empirical`` (the labels of the data) or ``predicted`` (the most probable label).
-        fisher_examples: from so many of the first examples; None: from all.
+        kfac: also collect, beside the Gram matrix of each linear layer's input, the covariance of the gradients of
+            its output: ``expected`` (over the model's own labels), ``sampled`` (one drawn of them), ``empirical`` (the
+            labels of the data), or ``auto`` (expected for heads of few outputs, else sampled).
+        fisher_examples: both of these from so many of the first examples; None: from all.
         grams: collect Gram matrices, means and token counts.
         output: the file to write; by default ``merge_statistics.safetensors`` in the model folder. A model on
             the Hub needs one.
@@ -144,7 +149,7 @@ def collect(
     Raises:
         UserError: any mistake in the arguments, the model or the data, before the model is loaded.
     """
-    kind, started = _fisher_kind(fisher), time.monotonic()
+    kind, factors, started = _fisher_kind(fisher), _kfac_choice(kfac, grams), time.monotonic()
     _check_numbers(
         batch_size=batch_size, max_length=max_length, fisher_examples=fisher_examples, shard_examples=shard_examples
     )
@@ -164,14 +169,16 @@ def collect(
     opened = errors.catch(open_model, model, allow_pickle=allow_pickle)
     rows = errors.catch(_rows, data, split, limit)
     target = None if opened is None else errors.catch(_target, opened, data, output, overwrite)
-    chosen = None if opened is None else errors.catch(_task, opened, task, kind)
+    chosen = None if opened is None else errors.catch(_task, opened, task, kind, factors)
     placement = (
         None
         if opened is None
-        else errors.catch(choose_placement, device, limit_bytes, offload_folder, opened, fisher=kind is not None)
+        else errors.catch(choose_placement, device, limit_bytes, offload_folder, opened, fisher=bool(kind or factors))
     )
     if opened is not None and target is not None:
-        needed = file_bytes(opened, stored, grams=grams, fisher=kind is not None, experts=experts == "exact")
+        needed = file_bytes(
+            opened, stored, grams=grams, fisher=kind is not None, experts=experts == "exact", kfac=factors is not None
+        )
         mend = "free some space, choose another disk with -o, or fewer bytes with --storage"
         errors.add(space_error(target.path, needed, "the statistics take about", mend))
     errors.raise_all()
@@ -181,9 +188,10 @@ def collect(
     separate = separate_texts(rows, opened, given) if chosen.name == FeatureExtraction.name else None
     if separate is not None:
         rows, given = separate.apply(rows), Columns("text")
-    found, references = find_columns(rows, chosen, opened, given, kind, use_labels)
-    numbers = annotated_rows(rows, chosen, references, kind)
-    labels = None if kind is None else references
+    whose: FisherKind | None = "empirical" if factors == "empirical" else kind
+    found, references = find_columns(rows, chosen, opened, given, whose, use_labels)
+    numbers = annotated_rows(rows, chosen, references, whose)
+    labels = None if kind is None and factors is None else references
     examples = encode(rows, chosen, opened, chosen.load_reader(opened), found, labels, max_length, numbers)
     sampling, notes = _sampling(sample_tokens, examples, seed)
     if grams and (left := reason_against(opened, chosen, offloaded=limit_bytes is not None)) is not None:
@@ -191,7 +199,7 @@ def collect(
     if len(numbers) < len(rows):
         notes.append(describe_left_out(len(rows) - len(numbers)))
     wanted: dict[str, Any] = {
-        "grams": grams, "fisher": kind, "sampling": sampling, "experts": experts, "label": label,
+        "grams": grams, "fisher": kind, "kfac": factors, "sampling": sampling, "experts": experts, "label": label,
         "allow_pickle": allow_pickle,
     }  # fmt: skip
     shards = fixed_shards(len(examples), shard_examples, fisher_examples, grams=grams)
@@ -240,13 +248,15 @@ def _rows(data: str | Path | Rows, split: str | None, limit: int | None) -> Rows
     return read_rows(data, split=split, limit=limit, prefer=("train",))
 
 
-def _task(opened: Opened, task: str | Task, kind: FisherKind | None) -> Task:
+def _task(opened: Opened, task: str | Task, kind: FisherKind | None, factors: KfacChoice | None) -> Task:
     """The task, which must suit the model's head."""
     chosen = task_for(task, opened.config)
     chosen.check_head(opened)
-    if kind is not None and chosen.problem is None:
+    if (kind is not None or factors is not None) and chosen.problem is None:
+        what, where = ("Fisher information", "--fisher") if kind is not None else ("K-FAC", "--kfac")
         mend = "leave it out, or collect on a fine-tuned checkpoint"
-        raise UserError(f"Fisher information needs a head, which {chosen.name} has not", where="--fisher", mend=mend)
+        raise UserError(f"{what} needs a head, which {chosen.name} has not", where=where, mend=mend)
+    refuse_sequences(factors, chosen.problem)
     return chosen
 
 
@@ -310,6 +320,17 @@ def _fisher_kind(fisher: str | None) -> FisherKind | None:
         mend = did_you_mean(fisher, get_args(FisherKind))
         raise UserError(f"unknown kind of Fisher information {fisher!r}", where="--fisher", mend=mend)
     return kinds.get(fisher)
+
+
+def _kfac_choice(kfac: str | None, grams: bool) -> KfacChoice | None:
+    choices: dict[str | None, KfacChoice] = {choice: choice for choice in get_args(KfacChoice)}
+    if kfac is not None and kfac not in choices:
+        mend = did_you_mean(kfac, get_args(KfacChoice))
+        raise UserError(f"unknown kind of K-FAC {kfac!r}", where="--kfac", mend=mend)
+    if kfac is not None and not grams:
+        mend = "collect Gram matrices, too, or leave it out"
+        raise UserError("K-FAC stands beside the Gram matrices of the same layers", where="--kfac", mend=mend)
+    return choices.get(kfac)
 
 
 def _check_numbers(**numbers: int | None) -> None:

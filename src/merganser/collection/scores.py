@@ -35,12 +35,14 @@ from torch import Tensor, nn
 
 from merganser.collection.masks import BatchMasks, batch_masks, configured
 from merganser.errors import DataError, StatisticsError
-from merganser.statistics.format import FISHER_OF_ALL, FISHER_OF_ANNOTATED, FisherKind
+from merganser.statistics.format import FISHER_OF_ALL, FISHER_OF_ANNOTATED, FisherKind, KfacKind
 from merganser.tasks.base import Problem
 from merganser.tasks.batches import IGNORED
 
 SEQUENCES = ("tokens", "next_token", "sequence")  # problems with a label for each token
 SAMPLES = 4  # label sequences drawn for each example, where the expectation is not computed exactly
+#: Whose labels: the expectation over the model's own, one drawn of them, those of the data, the most probable one.
+ScoreKind = FisherKind | KfacKind
 
 _CONFIGURED: dict[str, Problem] = {
     "single_label_classification": "classification",
@@ -59,7 +61,7 @@ class Scored:
         labels: (B,), (B, C) or (B, T), aligned with the logits; None if not given.
         annotated: bool, what enters the information: examples (B,) in classification, outputs (B, C) in multi-label
             and regression, tokens (B, T) in sequences. Without labels everything but padding.
-        seeds: one an example, for sequences.
+        seeds: one an example, where labels are drawn.
     """
 
     logits: Tensor
@@ -70,7 +72,7 @@ class Scored:
 
 
 def scored(
-    logits: Tensor, batch: Mapping[str, Any], model: nn.Module, kind: FisherKind, problem: Problem | None
+    logits: Tensor, batch: Mapping[str, Any], model: nn.Module, kind: ScoreKind, problem: Problem | None
 ) -> Scored:
     """Find out what kind of problem a model's logits solve; labels are aligned and checked.
 
@@ -84,9 +86,10 @@ def scored(
     if kind == "predicted" and problem == "regression":
         what = "Fisher information of the predictions is zero for regression: y − f(x) is 0 at y = f(x)"
         raise StatisticsError(what, mend="use expected or empirical")
-    if problem in SEQUENCES and batch.get("input_ids") is None:
-        what = "Fisher information over sequences is seeded by their tokens, and the batches have no input_ids"
-        raise StatisticsError(what, mend="collect without Fisher information")
+    drawn = problem in SEQUENCES or kind == "sampled"
+    if drawn and batch.get("input_ids") is None:
+        what = "labels are drawn by seeds made of an example's tokens, and the batches have no input_ids"
+        raise StatisticsError(what, mend="collect without --fisher over sequences, and without --kfac sampled")
     if problem in SEQUENCES:
         labels, known = _align(problem, labels, batch, masks)
     else:
@@ -95,7 +98,7 @@ def scored(
         known = annotated(labels, problem) if labels is not None else logits.new_ones(shape, dtype=torch.bool)
     if kind == "empirical":
         _check_labels(labels, problem, logits, known)
-    seeds = _seeds(batch, masks) if problem in SEQUENCES else ()
+    seeds = _seeds(batch, masks) if drawn else ()
     return Scored(logits.detach(), problem, labels, known, seeds)
 
 
@@ -134,12 +137,14 @@ def describe_scores(outputs: Scored, kind: FisherKind) -> Iterator[str]:
         yield FISHER_OF_ANNOTATED if outputs.labels is not None else FISHER_OF_ALL
 
 
-def cotangents(outputs: Scored, kind: FisherKind) -> Iterator[Tensor]:
+def cotangents(outputs: Scored, kind: ScoreKind) -> Iterator[Tensor]:
     """Vectors v, shaped like the logits: Σ_v (Jᵀv)² of each example is its diagonal Fisher information."""
     if not bool(outputs.annotated.any()):
         return
     if kind == "expected":
         yield from _expected(outputs)
+    elif kind == "sampled":
+        yield _score(outputs, _drawn(outputs))
     else:
         yield _score(outputs, _argmax(outputs) if kind == "predicted" else outputs.labels)
 
@@ -147,7 +152,7 @@ def cotangents(outputs: Scored, kind: FisherKind) -> Iterator[Tensor]:
 def _expected(outputs: Scored) -> Iterator[Tensor]:
     logits, known = outputs.logits, outputs.annotated
     if outputs.problem in SEQUENCES:
-        for labels in _samples(outputs):
+        for labels in _samples(outputs, SAMPLES):
             yield _score(outputs, labels) / SAMPLES**0.5
     elif outputs.problem == "classification":
         for column in softmax_factor(logits):
@@ -201,14 +206,33 @@ def _argmax(outputs: Scored) -> Tensor:
     return outputs.logits.argmax(-1)
 
 
-def _samples(outputs: Scored) -> list[Tensor]:
+def _drawn(outputs: Scored) -> Tensor:
+    """Labels from the model's own distribution, shaped as the labels of the problem; each example has its own seed."""
+    if outputs.problem in SEQUENCES:
+        return _samples(outputs, 1)[0]
+    found = []
+    for row, seed in zip(outputs.logits.double().cpu(), outputs.seeds, strict=True):
+        generator = torch.Generator().manual_seed(seed)
+        if outputs.problem == "classification":
+            found.append(torch.multinomial(torch.softmax(row, -1), 1, generator=generator)[0])
+        elif outputs.problem == "multi_label":
+            found.append(
+                (torch.rand(row.shape, generator=generator, dtype=row.dtype) < torch.sigmoid(row)).to(row.dtype)
+            )
+        else:
+            found.append(row + torch.randn(row.shape, generator=generator, dtype=row.dtype))
+    return torch.stack(found).to(outputs.logits.device)
+
+
+def _samples(outputs: Scored, count: int) -> list[Tensor]:
+    """``count`` sequences of labels (B, T) from the model's own distribution."""
     logits, where = outputs.logits, outputs.annotated
-    drawn = torch.zeros(SAMPLES, *where.shape, dtype=torch.int64, device=logits.device)
+    drawn = torch.zeros(count, *where.shape, dtype=torch.int64, device=logits.device)
     for example, seed in enumerate(outputs.seeds):
         generator = torch.Generator().manual_seed(seed)
         p = torch.softmax(logits[example][where[example]].double(), -1).cpu()
         if len(p):
-            labels = torch.multinomial(p, SAMPLES, replacement=True, generator=generator)
+            labels = torch.multinomial(p, count, replacement=True, generator=generator)
             drawn[:, example, where[example]] = labels.T.to(logits.device)
     return list(drawn)
 

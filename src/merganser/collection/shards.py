@@ -34,7 +34,7 @@ class Shard:
     Attributes:
         number: its place among the shards.
         indices: of its examples.
-        fisher: how many of its first examples give Fisher information; None: all.
+        fisher: how many of its first examples give Fisher information and K-FAC; None: all.
     """
 
     number: int
@@ -166,7 +166,8 @@ class ShardSums:
 
     def inputs(self) -> Iterator[str]:
         """The inputs with a Gram matrix."""
-        return (name.removeprefix("gram.") for name in self._totals if name.startswith("gram."))
+        found = {layer.input: None for layer in self._some_header().layers if layer.input is not None}
+        return (input for input in found if f"gram.{input}" in self._totals)
 
     def gram(self, input: str) -> tuple[Tensor, int]:
         """Packed upper triangle (d·(d+1)/2,) float64 of the sum of x xᵀ, and how many rows it stands for."""
@@ -207,7 +208,9 @@ def _together(one: StatisticsHeader, two: StatisticsHeader, where: Path | None) 
         mend = "let every machine see the same model, and run the same versions of merganser, torch, transformers"
         raise StatisticsError(what, where=where, mend=mend)
     notes = tuple(dict.fromkeys((*one.notes, *two.notes)))
-    return sum_headers([one, two]).model_copy(update={"fisher": one.fisher or two.fisher, "notes": notes})
+    kinds = {"fisher": one.fisher or two.fisher, "kfac": one.kfac or two.kfac}
+    protocol = max(one.protocol, two.protocol)
+    return sum_headers([one, two]).model_copy(update={**kinds, "notes": notes, "protocol": protocol})
 
 
 def _fixed(header: StatisticsHeader) -> tuple[Any, ...]:

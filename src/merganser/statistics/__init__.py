@@ -1,6 +1,6 @@
 """Statistics that a data owner publishes with a checkpoint: the file format, reading, writing and arithmetic."""
 
-from merganser.statistics.format import FILE_NAME, PROTOCOL, FisherKind, LayerStatistics, StatisticsHeader
+from merganser.statistics.format import FILE_NAME, PROTOCOL, FisherKind, KfacKind, LayerStatistics, StatisticsHeader
 from merganser.statistics.reading import Statistics
 from merganser.statistics.writing import write_statistics
 
@@ -8,6 +8,7 @@ __all__ = [
     "FILE_NAME",
     "PROTOCOL",
     "FisherKind",
+    "KfacKind",
     "LayerStatistics",
     "Statistics",
     "StatisticsHeader",

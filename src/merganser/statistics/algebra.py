@@ -50,20 +50,28 @@ def add(parts: Sequence[Statistics]) -> tuple[StatisticsHeader, Mapping[str, Ten
 
 def sum_headers(headers: Sequence[StatisticsHeader]) -> StatisticsHeader:
     """The first header with the rows, examples and tokens of all, and the layers of any."""
-    found: dict[LayerStatistics, int] = {}
+    found: dict[LayerStatistics, list[LayerStatistics]] = {}
     for layer in (layer for header in headers for layer in header.layers):
-        unweighted = layer.model_copy(update={"rows": 0})
-        found[unweighted] = found.get(unweighted, 0) + layer.rows
-    layers = tuple(layer.model_copy(update={"rows": rows}) for layer, rows in found.items())
-    sums = {
-        field: sum(getattr(header, field) for header in headers) for field in ("examples", "tokens", "fisher_examples")
-    }
+        found.setdefault(layer.without_rows.model_copy(update={"output": None}), []).append(layer)
+    layers = tuple(
+        parts[0].model_copy(
+            update={
+                "rows": sum(part.rows for part in parts),
+                "output": next((part.output for part in parts if part.output is not None), None),
+                "output_rows": sum(part.output_rows for part in parts),
+            }
+        )
+        for parts in found.values()
+    )
+    fields = ("examples", "tokens", "fisher_examples", "kfac_examples")
+    sums = {field: sum(getattr(header, field) for header in headers) for field in fields}
     return headers[0].model_copy(update={"layers": layers, **sums})
 
 
 def weights_of(header: StatisticsHeader) -> dict[str, int]:
     """How many rows or examples each tensor is the mean of; token counts are sums and absent."""
-    rows = {f"{kind}.{layer.input}": layer.rows for layer in header.layers if layer.input for kind in ("gram", "mean")}
+    keys = [one for layer in header.layers for one in layer.gram_rows.items()]
+    rows = {f"{kind}.{key}": count for key, count in keys for kind in ("gram", "mean")}
     return rows | {f"fisher.{name}": header.fisher_examples for name in header.tensor_hashes}
 
 
@@ -96,13 +104,18 @@ def scale(statistics: Statistics, factor: float) -> tuple[StatisticsHeader, Mapp
         mend = "give a number above 0"
         raise StatisticsError(f"statistics cannot be weighted by {factor:g}", where="FACTOR", mend=mend)
     header = statistics.header
-    most = max([header.fisher_examples, *(layer.rows for layer in header.layers)])
+    counted = [max(layer.rows, layer.output_rows) for layer in header.layers]
+    most = max([header.fisher_examples, *counted])
     if most * factor > MOST_ROWS:
         mend = "give a smaller number"
         raise StatisticsError(f"{most} rows times {factor:g} are too many to count", where="FACTOR", mend=mend)
     changes = {
-        "layers": tuple(layer.model_copy(update={"rows": _scaled(layer.rows, factor)}) for layer in header.layers),
+        "layers": tuple(
+            layer.model_copy(update={name: _scaled(getattr(layer, name), factor) for name in ("rows", "output_rows")})
+            for layer in header.layers
+        ),
         "fisher_examples": _scaled(header.fisher_examples, factor),
+        "kfac_examples": _scaled(header.kfac_examples, factor),
         "notes": (*header.notes, f"weight of evidence: rows, counts and Fisher examples times {factor:g}"),
     }
     groups: list[TensorGroup] = [
@@ -119,8 +132,9 @@ def _check_same(first: Statistics, other: Statistics) -> None:
         what = "statistics of different weights cannot be added: manifest "
         what += f"{a.hash_kind} {a.manifest_hash} and {b.hash_kind} {b.manifest_hash}"
         raise StatisticsError(what, where=where, mend="collect both from the same checkpoint")
-    if a.fisher != b.fisher or not same_layers(a, b) or _shapes(first) != _shapes(other):
-        what = "the files do not hold the same statistics (layers, or kind of Fisher information)"
+    kinds = (a.fisher, a.kfac) == (b.fisher, b.kfac)
+    if not kinds or not same_layers(a, b) or _shapes(first) != _shapes(other):
+        what = "the files do not hold the same statistics (layers, or kind of Fisher information or K-FAC)"
         raise StatisticsError(what, where=where, mend="collect both with the same options")
     for input in first.inputs.keys() & other.inputs.keys():
         if first.width(input) != other.width(input):
@@ -129,8 +143,13 @@ def _check_same(first: Statistics, other: Statistics) -> None:
 
 
 def same_layers(one: StatisticsHeader, two: StatisticsHeader) -> bool:
-    """Whether both have the same layers, but for some of several experts: no token may have been sent to them."""
-    ours, theirs = ({layer.model_copy(update={"rows": 0}) for layer in header.layers} for header in (one, two))
+    """Whether both have the same layers, but for some of several experts: no token may have been sent to them.
+
+    Gradients of outputs may be missing in either: they may be of the first examples alone.
+    """
+    ours, theirs = (
+        {layer.without_rows.model_copy(update={"output": None}) for layer in header.layers} for header in (one, two)
+    )
     both = {_sort_of(layer) for layer in ours & theirs}
     return all(_sort_of(layer) in both for layer in ours ^ theirs)
 

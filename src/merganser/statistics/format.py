@@ -9,6 +9,9 @@ A safetensors file whose metadata key ``merganser`` holds a :class:`StatisticsHe
 ``fisher.<tensor>``   float32 (from protocol 2 on, or bfloat16), diagonal Fisher information of the on-disk tensor,
                       mean over examples
 
+From protocol 5 on, ``gram.<output>`` and ``mean.<output>`` in the same encodings are those of the gradients g of the
+log-likelihood with respect to a layer's outputs (K-FAC): the mean of g gᵀ over real tokens, and zeros.
+
 A file from a stranger is data: sizes are checked against the file before anything is allocated, values
 before use. A Gram matrix is built from activations of private text and can leak; hashes prove origin,
 nothing else.
@@ -37,13 +40,14 @@ from merganser.errors import StatisticsError
 from merganser.statistics.gram_encodings import layer_tensors, shape_problems, width_of
 
 FILE_NAME = "merge_statistics.safetensors"
-PROTOCOL = 4  # the newest; a file is of the oldest protocol that has all of its tensors
+PROTOCOL = 5  # the newest; a file is of the oldest protocol that has all of its tensors
 METADATA_KEY = "merganser"
 MAX_METADATA = 32 * 2**20  # bytes of header JSON; a thousand layers need a few hundred thousand
 AGAIN = "collect the statistics again, or download the file again"
 
 HashKind = Literal["sha256", "blake3"]
 FisherKind = Literal["expected", "empirical", "predicted"]
+KfacKind = Literal["expected", "sampled", "empirical"]
 
 #: Notes of multi-label files, which say whether the information is of annotated labels alone.
 FISHER_OF_ANNOTATED = "Fisher information counts only the labels that are annotated"
@@ -65,6 +69,9 @@ class LayerStatistics(BaseModel):
         tied: another layer uses the same on-disk weight.
         expert: which matrix of a stack of them the on-disk weight has here, from protocol 4 on; None where the weight
             is one matrix, or the statistics hold for all of them.
+        output: key of ``gram.`` and ``mean.`` of the gradients of its outputs, from protocol 5 on; None where there are
+            none.
+        output_rows: how many token rows these are of.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -77,11 +84,24 @@ class LayerStatistics(BaseModel):
     rows: int = Field(ge=0)
     tied: bool = False
     expert: int | None = Field(None, ge=0)
+    output: str | None = None
+    output_rows: int = Field(default=0, ge=0)
 
     @model_serializer(mode="wrap")
     def _leave_out_new(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Older protocols know no experts."""
-        return {key: value for key, value in handler(self).items() if key != "expert" or value is not None}
+        """Older protocols know no experts and no gradients of outputs."""
+        new = {"expert": None, "output": None, "output_rows": 0}
+        return {key: value for key, value in handler(self).items() if key not in new or value != new[key]}
+
+    @property
+    def gram_rows(self) -> dict[str, int]:
+        """The keys of its Gram matrices, of inputs and of gradients, and how many rows each is the mean of."""
+        return {key: n for key, n in ((self.input, self.rows), (self.output, self.output_rows)) if key is not None}
+
+    @property
+    def without_rows(self) -> LayerStatistics:
+        """The same layer, whatever was counted."""
+        return self.model_copy(update={"rows": 0, "output_rows": 0})
 
 
 class StatisticsHeader(BaseModel):
@@ -98,6 +118,8 @@ class StatisticsHeader(BaseModel):
         dtype: of the accumulators.
         fisher: kind of the Fisher information, None where there is none.
         fisher_examples: over how many examples it is the mean.
+        kfac: whose labels the gradients of outputs are of, None where there are none.
+        kfac_examples: how many examples they are of.
         versions: of the libraries.
         label: free text of whoever collected.
         notes: what was left out or assumed.
@@ -116,6 +138,8 @@ class StatisticsHeader(BaseModel):
     dtype: str = "float32"
     fisher: FisherKind | None = None
     fisher_examples: int = Field(0, ge=0)
+    kfac: KfacKind | None = None
+    kfac_examples: int = Field(0, ge=0)
     versions: dict[str, str] = Field(default_factory=dict)
     label: str = ""
     notes: tuple[str, ...] = ()
@@ -136,10 +160,14 @@ class StatisticsHeader(BaseModel):
         values = handler(self)
         kind = values.pop("hash_kind")
         hashes, manifest = values.pop("tensor_hashes"), values.pop("manifest_hash")
+        if self.kfac is None:  # which older protocols do not know
+            del values["kfac"], values["kfac_examples"]
         return {**values, f"tensor_{kind}": hashes, f"manifest_{kind}": manifest}
 
     def protocol_with(self, tensors: int) -> int:
         """The oldest protocol that has this header, where its tensors need at least the protocol ``tensors``."""
+        if self.kfac is not None or any(layer.output is not None for layer in self.layers):
+            return 5
         if any(layer.kind == "convolution" or layer.expert is not None for layer in self.layers):
             return 4
         return 3 if self.hash_kind == "blake3" else tensors
@@ -175,9 +203,14 @@ def layout_problems(header: StatisticsHeader, tensors: Mapping[str, TensorInfo])
     """What header and tensor names, dtypes and shapes say against each other."""
     if header.hash_kind == "blake3" and header.protocol < 3:
         yield f"protocol {header.protocol} knows weights by sha256, this header by blake3"
-    if header.protocol < 4 <= header.protocol_with(1):
+    needed_protocol = header.protocol_with(1)
+    if header.protocol < 5 == needed_protocol:
+        yield f"protocol {header.protocol} knows no gradients of outputs, which this header has"
+    elif header.protocol < 4 == needed_protocol:
         yield f"protocol {header.protocol} knows no convolutions and no experts, which this header has"
     needed = {name for layer in header.layers for name in layer_tensors(tensors, layer.input, layer.module)}
+    outputs = {layer.output for layer in header.layers if layer.output is not None}
+    needed |= {name for output in outputs for name in layer_tensors(tensors, output, output)}
     for name in sorted(needed - set(tensors)):
         yield f"{name} is missing"
     for name in sorted(set(tensors) - needed):
@@ -192,6 +225,10 @@ def layout_problems(header: StatisticsHeader, tensors: Mapping[str, TensorInfo])
             yield f"layer {layer.module}: an embedding has counts, any other layer an input"
         if layer.rows < 1:
             yield f"layer {layer.module}: statistics of no rows"
+        if layer.output is not None and (layer.input is None or layer.output_rows < 1 or ":" not in layer.output):
+            yield f"layer {layer.module}: gradients of outputs need an input, rows and a key of their own"
+    if bool(outputs) != (header.kfac is not None and header.kfac_examples > 0):
+        yield "the layers and the header disagree on whether there are gradients of outputs"
     has_fisher = any(name.startswith("fisher.") for name in tensors)
     if has_fisher != (header.fisher is not None and header.fisher_examples > 0):
         yield "the header and the tensors disagree on whether there is Fisher information"
@@ -240,6 +277,9 @@ def _misshapen(header: StatisticsHeader, tensors: Mapping[str, TensorInfo], chec
         width = width_of(tensors[name])
         if width != _width(layer, shape):
             yield f"{name} is of width {width}, which does not fit {layer.weight} {list(shape)}"
+        elif layer.output is not None and _height_of(layer, tensors) != _height(layer, shape):
+            found = _height_of(layer, tensors)
+            yield f"{layer.output} is of width {found}, which does not fit the outputs of {layer.weight} {list(shape)}"
         elif layer.expert is not None and (len(shape) != 3 or layer.expert >= shape[0]):
             yield f"{name} is of expert {layer.expert}, which {layer.weight} {list(shape)} does not have"
     for name, info in tensors.items():
@@ -256,3 +296,14 @@ def _width(layer: LayerStatistics, shape: tuple[int, ...]) -> int | None:
     if len(shape) not in (2, 2 if layer.kind == "embedding" else 3):
         return None
     return shape[-1] if layer.kind == "linear" else shape[-2]
+
+
+def _height_of(layer: LayerStatistics, tensors: Mapping[str, TensorInfo]) -> int:
+    return width_of(tensors[layer_tensors(tensors, layer.output, layer.module)[0]])
+
+
+def _height(layer: LayerStatistics, shape: tuple[int, ...]) -> int | None:
+    """The number of outputs of an on-disk weight that is one matrix; None for any other."""
+    if len(shape) != 2:
+        return None
+    return shape[-1] if layer.kind == "conv1d" else shape[0]

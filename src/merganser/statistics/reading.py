@@ -206,12 +206,15 @@ class Statistics:
 
     @property
     def inputs(self) -> dict[str, GramEncoding]:
-        """The inputs with a Gram matrix, and in which encoding the file holds it, in the order of the layers."""
-        return {layer.input: encoding_of(self.tensors, layer.input) for layer in self.header.layers if layer.input}
+        """What has a Gram matrix, and in which encoding the file holds it, in the order of the layers.
+
+        These are the layers' inputs and, with K-FAC, the gradients of their outputs.
+        """
+        return {key: encoding_of(self.tensors, key) for layer in self.header.layers for key in layer.gram_rows}
 
     @property
     def others(self) -> list[str]:
-        """Names of the tensors that belong to no input: token counts and Fisher information."""
+        """Names of the tensors that belong to no Gram matrix: token counts and Fisher information."""
         return [name for name in self.tensors if name.startswith(("count.", "fisher."))]
 
     def width(self, input: str) -> int:
