@@ -161,7 +161,21 @@ def read_yaml(path: Path, kind: type[UserError] = UserError, *, mend: str = _COR
     Raises:
         UserError: unreadable, no plain file, too large, not YAML, or refused (see :func:`parse_yaml`).
     """
-    return parse_yaml(read_text(path, kind, mend=mend, limit=MAX_YAML), path, kind, mend=mend)
+    return parse_yaml(read_yaml_text(path, kind, mend=mend), path, kind, mend=mend)
+
+
+def read_yaml_text(path: Path, kind: type[UserError] = UserError, *, mend: str = _CORRECT) -> str:
+    """The text of a YAML file, within the bounds of :func:`parse_yaml`.
+
+    Args:
+        path: of the file.
+        kind: of the errors.
+        mend: for a file that is no such YAML.
+
+    Raises:
+        UserError: unreadable, no plain file, or too large.
+    """
+    return read_text(path, kind, mend=mend, limit=MAX_YAML)
 
 
 def parse_yaml(text: str, where: str | Path, kind: type[UserError] = UserError, *, mend: str = _CORRECT) -> Any:
@@ -178,15 +192,35 @@ def parse_yaml(text: str, where: str | Path, kind: type[UserError] = UserError, 
             written out, keys that come twice, numbers that are too long or infinite, or text that cannot be encoded or
             has a NUL.
     """
+    found = parse_yaml_documents(text, where, kind, mend=mend)
+    if len(found) > 1:
+        what = f"not YAML: it has {len(found)} documents, one is expected"
+        raise kind(what, where=where, mend=mend)
+    return found[0] if found else None
+
+
+def parse_yaml_documents(
+    text: str, where: str | Path, kind: type[UserError] = UserError, *, mend: str = _CORRECT
+) -> list[Any]:
+    """What each document of a YAML text holds; between two documents stands a line ``---``.
+
+    Args:
+        text: the text; the bounds are those of :func:`parse_yaml`, for all documents together.
+        where, kind, mend: see :func:`parse_yaml`.
+
+    Raises:
+        UserError: see :func:`parse_yaml`.
+    """
     try:
         if len(text) > MAX_YAML:
             raise _Refused(f"it has {len(text)} characters, {MAX_YAML} are accepted")
-        loader = _PlainLoader(text)
-        node = loader.get_single_node()
-        if node is None:
-            return None
-        _written_out(node, {})
-        return loader.construct_document(node)
+        loader, values, total = _PlainLoader(text), list[Any](), 0
+        while loader.check_node() and (node := loader.get_node()) is not None:
+            total += _written_out(node, {})
+            if total > MAX_WRITTEN_OUT:
+                raise _Refused("its aliases, written out, make more of it than is accepted")
+            values.append(loader.construct_document(node))
+        return values
     except RecursionError:
         error: Exception = _Refused(_too_deep())
     except (yaml.YAMLError, ValueError, OverflowError) as found:

@@ -71,6 +71,12 @@ if TYPE_CHECKING:
 @click.option("--ray-address", metavar="HOST:PORT", help="Of the cluster.  [default: $RAY_ADDRESS, or this machine's]")
 @click.option("--as-adapter", type=int, metavar="RANK", help="Write the nearest LoRA adapter of this rank.")
 @click.option("--overwrite", is_flag=True, help="Replace what an earlier merge has written, and nothing else.")
+@click.option("--explain", is_flag=True, help="Print the recipe and write nothing; of a mergekit file, ours for it.")
+@click.option(
+    "--intermediate",
+    metavar="FOLDER",
+    help="Of a file with several merges: for all but the last.  [default: beside -o]",
+)
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="With --dry-run: the plan as JSON, tensor by tensor.")
 def merge_command(
@@ -90,6 +96,8 @@ def merge_command(
     as_adapter: int | None,
     allow_pickle: bool,
     overwrite: bool,
+    explain: bool,
+    intermediate: str | None,
     dry_run: bool,
     as_json: bool,
     **keys: Any,
@@ -101,19 +109,22 @@ def merge_command(
     merganser merge my-model-a my-model-b --base org/base --dry-run
     merganser merge recipe.yaml -o merged
 
-    A recipe is a YAML mapping with the same keys as the flags; flags win.
+    A recipe is a YAML mapping with the same keys as the flags; flags win. A configuration of mergekit is one, too.
     """
-    if output is None and not dry_run:
+    if output is None and not (dry_run or explain):
         raise click.UsageError("where to? Add -o FOLDER (or --dry-run to see the plan)")
     from merganser.merging import RunSettings, carry_out, load_recipe, make_recipe, prepare
     from merganser.merging.memory import keep_freed
     from merganser.merging.merge import contributors_of
+    from merganser.merging.mergekit import Stage, explain_stages, make_intermediates, read_stages
 
     values: dict[str, Any] = {}
+    stages = list[Stage]()
     where, reads = "command line", list[Path]()
     if len(models) == 1 and Path(models[0]).suffix in (".yaml", ".yml"):
         where, reads = models[0], [Path(models[0])]
-        values = load_recipe(Path(models[0]))
+        stages = read_stages(reads[0], Path(intermediate or f"{output or 'merged'}-intermediate"))
+        values = dict(stages[-1].recipe) if stages else load_recipe(reads[0])
         if coefficients or statistics:
             raise click.UsageError("--weights and --statistics go with models; in a recipe they belong to contributors")
     else:
@@ -123,9 +134,17 @@ def merge_command(
     chosen = {key: value for key, value in given.items() if value is not None}
     if chosen:
         flags["options"] = {**(values.get("options") or {}), **chosen}
+    earlier, notes = stages[:-1], stages[-1].notes if stages else ()
+    if explain:
+        click.echo(explain_stages([*earlier, Stage(None, {**values, **flags}, notes, where)]), nl=False)
+        return
+    for note in notes:
+        warn(note)
     recipe = make_recipe({**values, **flags}, where)
     cluster = make_cluster(engine, ray_address, "merge")
     settings = RunSettings.make(threads, max_memory, device, engine=cluster, allow_pickle=allow_pickle)
+    if earlier and not dry_run:
+        make_intermediates(earlier, flags, settings, overwrite=overwrite, reads=reads, tell=warn)
     prepared = prepare(recipe, output, settings, overwrite=overwrite, rank=as_adapter, reads=reads)
     plan = prepared.plan
     if plan.choice:
