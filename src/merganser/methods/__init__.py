@@ -13,6 +13,7 @@ from merganser.methods.averages.nearswap import NEARSWAP
 from merganser.methods.averages.passthrough import PASSTHROUGH
 from merganser.methods.averages.simple import SIMPLE
 from merganser.methods.averages.slerp import NUSLERP, SLERP
+from merganser.methods.averages.weighted_sum import WEIGHTED_SUM
 from merganser.methods.base import UNSEEN, Facts, Merged, Method, Needs, Options, Share, Unit, average, average_unit
 from merganser.methods.least_squares import Diagonal, Gram, Identity, LeastSquares
 from merganser.methods.regression.actmat import ACTMAT
@@ -33,7 +34,7 @@ from merganser.methods.task_vectors.ties import TIES
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        *(SIMPLE, SLERP, NUSLERP, MULTISLERP, KARCHER, MODEL_STOCK, NEARSWAP, PASSTHROUGH),
+        *(SIMPLE, WEIGHTED_SUM, SLERP, NUSLERP, MULTISLERP, KARCHER, MODEL_STOCK, NEARSWAP, PASSTHROUGH),
         *(FISHER, REGMEAN, ACTMAT),
         *(OPTIMAL_TRANSPORT, REBASIN, ACTIVATIONS),
         *(TASK_ARITHMETIC, TIES, DARE_LINEAR, DARE_TIES, DELLA, DELLA_LINEAR, BREADCRUMBS, BREADCRUMBS_TIES),

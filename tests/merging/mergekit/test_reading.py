@@ -46,7 +46,7 @@ def test_a_parameter_becomes_an_option_a_coefficient_or_a_rule():
     assert first["model"] == "org/a" and second["model"] == "other/a@v2" and first["name"] != second["name"]
     assert first["coefficient"] == 1 and first["options"] == {"density": [1.0, 0.7, 0.1]}
     assert second["coefficient"] == 0 and second["options"] == {"density": 0.33}
-    assert recipe["options"] == {"normalize": True, "rescale": False, "scale": 2.0}
+    assert recipe["options"] == {"normalize": True, "rescale": "none", "scale": 2.0}
     assert recipe["rules"] == [
         {"tensors": ["*mlp*"], "contributors": {second["name"]: {"coefficient": 0.5}}},
         {"tensors": ["*[[]x]*"], "contributors": {second["name"]: {"coefficient": 0.1}}},
@@ -116,9 +116,9 @@ def test_defaults_of_mergekit_are_spelled_out():
         ).recipe
 
     ties = options("ties")
-    assert ties["options"] == {"normalize": True, "rescale": False, "scale": 1.0}
+    assert ties["options"] == {"normalize": True, "rescale": "none", "scale": 1.0}
     assert ties["contributors"][0]["options"] == {"density": 1.0}
-    assert options("dare_ties")["options"] == {"normalize": False, "rescale": True, "scale": 1.0}
+    assert options("dare_ties")["options"] == {"normalize": False, "rescale": "l1", "scale": 1.0}
     assert options("della")["contributors"][0]["options"] == {"density": 1.0, "epsilon": 0.15}
     assert options("breadcrumbs", ", lambda: 0.5")["options"]["scale"] == 0.5
     assert options("task_arithmetic")["options"] == {"normalize": False, "scale": 1.0}
@@ -132,7 +132,9 @@ def test_slerp_starts_at_the_base_wherever_it_stands():
         parameters: {t: [{filter: self_attn, value: [0, 1]}, {value: 0.3}]}
         """).recipe
     assert [one["name"] for one in recipe["contributors"]] == ["b", "a"] and "base" not in recipe
-    assert recipe["options"] == {"t": 0.3} and recipe["rules"][0]["options"] == {"t": [0.0, 1.0]}
+    assert recipe["options"] == {"t": 0.3, "linear_above": 0.9995} and recipe["rules"][0]["options"] == {
+        "t": [0.0, 1.0]
+    }
     assert recipe["tokenizer_from"] == "b"
 
 
@@ -217,7 +219,7 @@ def test_what_is_skipped_is_told():
         ("{base_model: a, models: [{model: a}]}", ["merge_method", "missing"]),
         ("{merge_method: ties, models: [{model: a}], parameters: {weight: 1}}", ["needs a base", "base_model"]),
         ("{merge_method: slerp, base_model: a, models: [{model: a}], parameters: {t: 0}}", ["exactly 2"]),
-        ("{merge_method: passthrough, models: [{model: a}, {model: b}]}", ["exactly 1", "a slice of its own"]),
+        ("{merge_method: passthrough, models: [{model: a}, {model: b}]}", ["exactly 1", "a slice of its own", "are 2"]),
         ("{merge_method: karcher, models: [{model: a}, {model: a}]}", ["there twice"]),
         ("{merge_method: karcher, models: [{model: a}], dtype: int4}", ["int4", "bfloat16"]),
         (

@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 #: Whose a parameter is: the method's, every input's, or every input's but the base's.
 Scope = Literal["method", "input", "not base"]
-#: What the base model is to a method: one more input, the origin of task vectors (perhaps), or one of two ends.
-BaseRole = Literal["input", "origin", "origin if given", "end"]
+#: What the base model is to a method: one more input, the origin of task vectors (perhaps), or the first of two inputs.
+BaseRole = Literal["input", "origin", "origin if given", "first"]
 
 COEFFICIENT = "coefficient"  # what a parameter becomes that is no option
 REQUIRED = object()
@@ -46,58 +46,72 @@ class MergekitMethod:
         base: what the base model is to it.
         parameters: by mergekit's name.
         options: of ours, whatever the parameters are.
-        inputs: how many models it merges at least and at most, the base counted.
-        notes: what means something else here, and differences of the result.
+        with_base: options of ours where there is a base model.
+        inputs: how many models it merges at least and at most, besides a base that is the origin.
+        switch: a parameter that is on by default, and our method where it is off; None where there is none.
+        draws: it drops at random what a density below 1 does not keep.
+        elects: signs are elected.
     """
 
     ours: str
     base: BaseRole
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
+    with_base: Mapping[str, Any] = field(default_factory=dict)
     inputs: tuple[int, int | None] = (1, None)
-    notes: tuple[str, ...] = ()
+    switch: tuple[str, str | None] | None = None
+    draws: bool = False
+    elects: bool = False
+
+
+def _rescaled(value: bool) -> str:
+    return "l1" if value else "none"
 
 
 _WEIGHT = Parameter(float, COEFFICIENT, scope="not base")
 _INT8 = Parameter(bool, None, False)
+_ON = Parameter(bool, None, True)
 
 
 def _task_vectors(
     ours: str,
     *,
     normalize: bool,
-    rescale: bool,
-    trims: bool = True,
-    notes: tuple[str, ...] = (),
+    rescale: bool | None = None,
     more: Mapping[str, Parameter] | None = None,
+    options: Mapping[str, Any] | None = None,
+    draws: bool = False,
+    elects: bool = False,
 ) -> MergekitMethod:
-    """One of the family that mergekit calls generalised task arithmetic."""
+    """One of the family that mergekit calls generalised task arithmetic; without ``rescale`` nothing is trimmed."""
+    trims = rescale is not None
     parameters = {
         "weight": _WEIGHT,
         "density": Parameter(float, "density" if trims else None, 1.0, "not base"),
         "normalize": Parameter(bool, "normalize", normalize),
-        "rescale": Parameter(bool, "rescale" if trims else None, rescale),
+        "rescale": Parameter(bool, "rescale" if trims else None, bool(rescale), turned=_rescaled),
         "lambda": Parameter(float, "scale", 1.0),
         "int8_mask": _INT8,
+        **(more or {}),
     }
-    return MergekitMethod(ours, "origin", {**parameters, **(more or {})}, notes=notes)
+    return MergekitMethod(ours, "origin", parameters, options or {}, draws=draws, elects=elects)
 
 
-_RANDOM = (
-    "mergekit draws its masks from one generator, merganser's are seeded by tensor and place: other numbers are dropped"
-)
 _GAMMA = {"gamma": Parameter(float, "gamma", 0.01, "not base")}
-_EPSILON = {"epsilon": Parameter(float, "epsilon", 0.15, "not base")}
-_RAM = {"epsilon": Parameter(float, "epsilon", 1e-5)}
-_PAIR = (2, 2)
+_WINDOW = {"epsilon": Parameter(float, "epsilon", 0.15, "not base")}
+_CHANGED = {"epsilon": Parameter(float, "epsilon", 1e-5)}
+_TASK_VECTORS = {"task_vectors": True}
+_WHOLE = {"whole": True}
+_ONE, _PAIR = (1, 1), (2, 2)
 
 METHODS: Mapping[str, MergekitMethod] = {
     "linear": MergekitMethod(
         "simple",
         "input",
-        {"weight": Parameter(float, COEFFICIENT, scope="input"), "normalize": Parameter(bool, "normalize", True)},
+        {"weight": Parameter(float, COEFFICIENT, scope="input"), "normalize": _ON},
+        switch=("normalize", "weighted_sum"),
     ),
-    "slerp": MergekitMethod("slerp", "end", {"t": Parameter(float, "t")}, inputs=_PAIR),
+    "slerp": MergekitMethod("slerp", "first", {"t": Parameter(float, "t")}, {"linear_above": 0.9995}, inputs=_PAIR),
     "nuslerp": MergekitMethod(
         "nuslerp",
         "origin if given",
@@ -106,42 +120,54 @@ METHODS: Mapping[str, MergekitMethod] = {
             "nuslerp_flatten": Parameter(bool, "flatten", True),
             "nuslerp_row_wise": Parameter(bool, "row_wise", False),
         },
+        with_base=_TASK_VECTORS,
+        inputs=_PAIR,
     ),
     "multislerp": MergekitMethod(
         "multislerp",
         "origin if given",
-        {
-            "weight": _WEIGHT,
-            "normalize_weights": Parameter(bool, "normalize", True),
-            "eps": Parameter(float, "epsilon", 1e-8),
-        },
+        {"weight": _WEIGHT, "normalize_weights": _ON, "eps": Parameter(float, None, 1e-8)},
+        {"steps": 0},
+        with_base=_TASK_VECTORS,
+        switch=("normalize_weights", None),
     ),
     "karcher": MergekitMethod(
         "karcher",
         "input",
-        {"max_iter": Parameter(int, "max_iterations", 10), "tol": Parameter(float, "tolerance", 1e-5)},
+        {"max_iter": Parameter(int, "steps", 10), "tol": Parameter(float, "tolerance", 1e-5)},
     ),
     "model_stock": MergekitMethod(
-        "model_stock", "origin", {"filter_wise": Parameter(bool, "row_wise", False)}, inputs=(3, None)
+        "model_stock",
+        "origin",
+        {"filter_wise": Parameter(bool, "row_wise", False)},
+        {"clamp": False},
+        inputs=(2, None),
     ),
-    "nearswap": MergekitMethod("nearswap", "origin", {"t": Parameter(float, "t")}, inputs=_PAIR),
-    "arcee_fusion": MergekitMethod("arcee_fusion", "origin", inputs=_PAIR),
+    "nearswap": MergekitMethod("nearswap", "first", {"t": Parameter(float, "t")}, inputs=_PAIR),
+    "arcee_fusion": MergekitMethod("arcee_fusion", "origin", inputs=_ONE),
     "passthrough": MergekitMethod(
-        "passthrough", "input", {"scale": Parameter(float, "scale", None, "input")}, inputs=(1, 1)
+        "passthrough", "input", {"scale": Parameter(float, "scale", None, "input")}, inputs=_ONE
     ),
-    "sce": MergekitMethod("sce", "origin", {"select_topk": Parameter(float, "density", 1.0), "int8_mask": _INT8}),
-    "ram": MergekitMethod("ram", "origin", _RAM),
+    "sce": MergekitMethod(
+        "sce",
+        "origin",
+        {"select_topk": Parameter(float, "density", 1.0), "int8_mask": _INT8},
+        {"masked": True, "equal_below": 1e-6},
+    ),
+    "ram": MergekitMethod("ram", "origin", _CHANGED),
     "ramplus_tl": MergekitMethod(
-        "ram_plus", "origin", {"r": Parameter(float, "r", 0.1), "alpha": Parameter(float, "alpha", 0.2), **_RAM}
+        "ram_plus", "origin", {"r": Parameter(float, "r", 0.1), "alpha": Parameter(float, "alpha", 0.2), **_CHANGED}
     ),
-    "task_arithmetic": _task_vectors("task_arithmetic", normalize=False, rescale=False, trims=False),
-    "ties": _task_vectors("ties", normalize=True, rescale=False),
-    "dare_ties": _task_vectors("dare_ties", normalize=False, rescale=True, notes=(_RANDOM,)),
-    "dare_linear": _task_vectors("dare_linear", normalize=False, rescale=True, notes=(_RANDOM,)),
-    "breadcrumbs": _task_vectors("breadcrumbs", normalize=False, rescale=False, more=_GAMMA),
-    "breadcrumbs_ties": _task_vectors("breadcrumbs_ties", normalize=False, rescale=False, more=_GAMMA),
-    "della": _task_vectors("della", normalize=True, rescale=True, notes=(_RANDOM,), more=_EPSILON),
-    "della_linear": _task_vectors("della_linear", normalize=False, rescale=True, notes=(_RANDOM,), more=_EPSILON),
+    "task_arithmetic": _task_vectors("task_arithmetic", normalize=False),
+    "ties": _task_vectors("ties", normalize=True, rescale=False, elects=True),
+    "dare_ties": _task_vectors("dare_ties", normalize=False, rescale=True, draws=True, elects=True),
+    "dare_linear": _task_vectors("dare_linear", normalize=False, rescale=True, draws=True),
+    "breadcrumbs": _task_vectors("breadcrumbs", normalize=False, rescale=False, more=_GAMMA, options=_WHOLE),
+    "breadcrumbs_ties": _task_vectors(
+        "breadcrumbs_ties", normalize=False, rescale=False, more=_GAMMA, options=_WHOLE, elects=True
+    ),
+    "della": _task_vectors("della", normalize=True, rescale=True, more=_WINDOW, draws=True, elects=True),
+    "della_linear": _task_vectors("della_linear", normalize=False, rescale=True, more=_WINDOW, draws=True),
 }  # fmt: skip
 
 #: Parameters of any method: one that the method at hand does not take is skipped, as mergekit does, and told of.

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,28 @@ MODULES: Mapping[str, tuple[str, ...]] = {
     "encoder": ("encoder.*", "model.encoder.*"),
     "decoder": ("decoder.*", "model.decoder.*"),
     "shared": ("shared.*", "lm_head.*"),
+}
+_MASKS = (
+    "other numbers are dropped than by mergekit, and as many: its masks come from one generator, one after the other; "
+    "ours come from a seed, a tensor's name and the place in it"
+)
+_NEGATIVE = (
+    "a negative weight: mergekit divides by the sum of the weights that agree with their signs, and here it is that of "
+    "their magnitudes"
+)
+_RESCALED = (
+    "rescale: what is kept is scaled up to the sum of magnitudes before, as mergekit does; left to itself, merganser "
+    "divides by the density"
+)
+_KEPT = "density is 1 where nothing is said, so that nothing is dropped; left to itself, merganser drops some"
+#: Of (parameter, our method), or of a parameter of any method: what its name means here.
+_SAID = {
+    ("lambda", ""): "lambda is called scale here",
+    ("scale", "passthrough"): "scale multiplies the tensors; other methods' option scale multiplies task vectors here",
+    ("int8_mask", ""): "int8_mask is skipped: it saves memory that no mask takes here, and changes no result",
+    ("eps", "multislerp"): "eps is skipped: lengths that are zero are treated as such",
+    ("gamma", ""): "density is kept after the gamma largest numbers of a whole tensor are dropped, as by mergekit "
+    "0.1.5; older versions kept nothing of tensors with less than 1/gamma numbers",
 }
 
 
@@ -116,17 +138,15 @@ class _Translator:
         self._check_parameters(parts)
         self.problems.raise_all()
         self.names = _named(dict.fromkeys(source.model for part in parts for source in self._contributors(part)))
-        recipe = {"contributors": [], "method": self.method.ours, **self._base()}
         decided = [self._decided(part) for part in parts]
         self.problems.raise_all()
+        recipe = {"contributors": [], "method": self.method.ours, **self._base()}
         recipe |= self._placed(parts, decided)
         recipe |= self._dtypes()
         recipe |= self._tokens()
         if self.configuration.chat_template is not None:
             recipe["chat_template"] = self.configuration.chat_template
         self.problems.raise_all()
-        for note in self.method.notes:
-            self._note(note)
         return Translation({key: value for key, value in recipe.items() if value not in ({}, [])}, tuple(self.notes))
 
     # ── structure ──
@@ -193,14 +213,14 @@ class _Translator:
         base = self.configuration.base_model
         if self.method.base == "input" or base is None:
             return list(part.sources)
-        if self.method.base == "end":
+        if self.method.base == "first":
             return sorted(part.sources, key=lambda source: source.model != base)
         return [source for source in part.sources if source.model != base]
 
     def _base(self) -> dict[str, Any]:
         """The base model, where it is no contributor."""
         base = self.configuration.base_model
-        return {} if base is None or self.method.base in ("input", "end") else {"base": base}
+        return {} if base is None or self.method.base in ("input", "first") else {"base": base}
 
     def _check_inputs(self, part: _Part) -> None:
         """The method gets as many models as it merges, and the base that it needs, as mergekit asks of it."""
@@ -211,22 +231,23 @@ class _Translator:
             what, mend = f"{part.where}: {twice} is there twice", "name each model once; add up its weights"
             self.problems.add(RecipeError(what, where=self.where, mend=mend))
             return
-        needs_base = self.method.base in ("origin", "end")
-        if needs_base and base is None:
+        if self.method.base in ("origin", "first") and base is None:
             what = f"merge_method {name} needs a base model"
             self.problems.add(RecipeError(what, where=self.where, mend="add base_model: MODEL"))
-        elif self.method.base != "input" and base is not None and base not in models:
+            return
+        if self.method.base != "input" and base is not None and base not in models:
             what = f"{part.where}: the base model {base} is none of its sources"
             mend = "add it to the sources, with the layers that the others' weights are compared with"
             self.problems.add(RecipeError(what, where=self.where, mend=mend))
-        low, high = self.method.inputs
-        if needs_base and base is None:
-            return
-        if len(models) < low or (high is not None and len(models) > high):
-            wanted = f"at least {low}" if high is None else f"exactly {low}" if low == high else f"{low} to {high}"
-            what = f"{part.where}: merge_method {name} merges {wanted} models{', the base counted' * needs_base}; "
-            mend = "add or leave out models" + ("; put every model into a slice of its own" if high == 1 else "")
-            self.problems.add(RecipeError(f"{what}there are {len(models)}", where=self.where, mend=mend))
+        (low, high), count = self.method.inputs, len(self._contributors(part))
+        if count < low or (high is not None and count > high):
+            wanted = f"at least {low}" if high is None else f"exactly {low}"
+            beside = " besides the base model" if self.method.base.startswith("origin") and base is not None else ""
+            what = f"{part.where}: merge_method {name} merges {wanted}{beside}, and there {_are(count)}"
+            mend = "add or leave out models" + (
+                "; put every model into a slice of its own" if name == "passthrough" else ""
+            )
+            self.problems.add(RecipeError(what, where=self.where, mend=mend))
 
     # ── parameters ──
 
@@ -253,21 +274,62 @@ class _Translator:
 
     def _decided(self, part: _Part) -> _Decided:
         """Every parameter of a part as keys of a recipe."""
-        found = _Decided(options=dict(self.method.options))
+        found = _Decided(options=self._fixed_options())
         people = self._contributors(part)
         found.people = {self.names[source.model]: {} for source in people}
         for name, parameter in self.method.parameters.items():
             if parameter.scope == "method":
                 decisions = self._decisions(name, parameter, part.places, part.where)
+                if self.method.switch is not None and name == self.method.switch[0]:
+                    self._switch(name, [value for _, value in decisions])
                 self._put(found, parameter, decisions, None)
+                self._tell(name, parameter, [value for _, value in decisions], bool(_given(name, part.places)))
                 continue
             for source in people:
                 if parameter.scope == "not base" and source.model == self.configuration.base_model:
                     continue
                 where = f"{part.where}: {source.model}"
-                decisions = self._decisions(name, parameter, (source.parameters, *part.places), where)
+                places = (source.parameters, *part.places)
+                decisions = self._decisions(name, parameter, places, where)
                 self._put(found, parameter, decisions, self.names[source.model])
+                self._tell(name, parameter, [value for _, value in decisions], bool(_given(name, places)))
         return found
+
+    def _fixed_options(self) -> dict[str, Any]:
+        """Our options that no parameter says, but what the method is for mergekit."""
+        based = self.configuration.base_model is not None
+        return {**self.method.options, **(self.method.with_base if based else {})}
+
+    def _switch(self, name: str, values: Sequence[Any]) -> None:
+        """A parameter that makes another method of it where it is off."""
+        off = self.method.switch[1] if self.method.switch else None
+        if all(value is True for value in values):
+            return
+        if len(values) > 1 or isinstance(values[0], list):
+            what, mend = f"{name} is one for the whole merge here", f"give {name} one value, or merge in stages"
+            self.problems.add(RecipeError(what, where=self.where, mend=mend))
+        elif off is None:
+            what = f"{name}: false has no counterpart here, where weights are relative"
+            self.problems.add(RecipeError(what, where=self.where, mend=f"leave out {name}"))
+        else:
+            self.method = replace(self.method, ours=off, switch=None)
+
+    def _tell(self, name: str, parameter: Parameter, values: Sequence[Any], given: bool) -> None:
+        """What a reader of both tools should know of a parameter."""
+        numbers = [one for value in values for one in (value if isinstance(value, list) else [value])]
+        if name == "density" and parameter.becomes is not None:
+            if not given:
+                self._note(
+                    "density is 1 where nothing is said, so that nothing is dropped; our methods' own defaults drop"
+                )
+            elif self.method.draws and any(number < 1 for number in numbers):
+                self._note(_MASKS)
+        elif name == "weight" and self.method.elects and any(number < 0 for number in numbers):
+            self._note(_NEGATIVE)
+        elif name == "rescale" and parameter.becomes is not None and any(numbers):
+            self._note(_RESCALED)
+        elif given and (note := _SAID.get((name, self.method.ours), _SAID.get((name, "")))) is not None:
+            self._note(note)
 
     def _decisions(
         self, name: str, parameter: Parameter, places: Sequence[Parameters], where: str
@@ -369,7 +431,7 @@ class _Translator:
         What lies before the layers is the first slice's, and what lies behind them the last one's, as for mergekit.
         """
         keys["contributors"] = [{"model": one["model"], "name": one["name"]} for one in keys["contributors"]]
-        keys["options"], keys["rules"], keys["layers"] = dict(self.method.options), [], []
+        keys["options"], keys["rules"], keys["layers"] = self._fixed_options(), [], []
         for part, found in zip(parts, decided, strict=True):
             entry: dict[str, Any] = {"sources": self._ranges(part, found.people)}
             if len(entry["sources"]) > 1 or _says_anything(found):
@@ -380,7 +442,7 @@ class _Translator:
     def _by_module(self, parts: Sequence[_Part], decided: Sequence[_Decided], keys: dict[str, Any]) -> dict[str, Any]:
         """Modules of whole models: every one is rules for the names of its tensors."""
         keys["contributors"] = [{"model": one["model"], "name": one["name"]} for one in keys["contributors"]]
-        keys["options"], keys["rules"] = dict(self.method.options), []
+        keys["options"], keys["rules"] = self._fixed_options(), []
         names = {one["name"] for one in keys["contributors"]}
         for name, part, found in zip(self.configuration.modules, parts, decided, strict=True):
             if len(part.sources) == 1 and not _says_anything(found):
@@ -434,6 +496,15 @@ class _Translator:
 
 def _setting(place: Parameters, name: str) -> Setting:
     return place.get(name, ())
+
+
+def _given(name: str, places: Iterable[Parameters]) -> bool:
+    """Whether a parameter is set at any place."""
+    return any(name in place for place in places)
+
+
+def _are(count: int) -> str:
+    return "is 1" if count == 1 else f"are {count}"
 
 
 def _set(place: dict[str, Any], parameter: Parameter, value: Any, person: str | None) -> None:
