@@ -75,7 +75,7 @@ def write_family(root: Path, architecture: str, dtype: str) -> tuple[Path, list[
 
 
 def write_exact_statistics(checkpoint: Checkpoint, path: Path, seed: int) -> None:
-    draw = np.random.default_rng(1000 + seed)
+    draw, gradients = np.random.default_rng(1000 + seed), np.random.default_rng(2000 + seed)
     layers, tensors = [], {}
     for layer in describe_layers(checkpoint):
         shape = checkpoint.tensors[layer.weight].shape
@@ -84,6 +84,7 @@ def write_exact_statistics(checkpoint: Checkpoint, path: Path, seed: int) -> Non
             LayerStatistics(
                 module=layer.module, kind=layer.kind, weight=layer.weight, bias=layer.bias, tied=layer.tied,
                 input=layer.module if linear else None, rows=ROWS,
+                output=f"{layer.module}:output" if linear else None, output_rows=ROWS if linear else 0,
             )
         )  # fmt: skip
         if linear:
@@ -91,6 +92,10 @@ def write_exact_statistics(checkpoint: Checkpoint, path: Path, seed: int) -> Non
             gram = (inputs.T @ inputs) / ROWS
             tensors[f"gram.{layer.module}"] = pack_upper(torch.from_numpy(gram.astype(np.float32)))
             tensors[f"mean.{layer.module}"] = torch.from_numpy((inputs.sum(0) / ROWS).astype(np.float32))
+            outputs = gradients.integers(-8, 9, (ROWS, shape[1] if layer.kind == "conv1d" else shape[0]))
+            gram = (outputs.T @ outputs) / ROWS
+            tensors[f"gram.{layer.module}:output"] = pack_upper(torch.from_numpy(gram.astype(np.float32)))
+            tensors[f"mean.{layer.module}:output"] = torch.zeros(outputs.shape[1])
         else:
             tensors[f"count.{layer.module}"] = torch.from_numpy(draw.integers(0, 9, shape[0]))
     for name, info in checkpoint.tensors.items():
@@ -100,6 +105,7 @@ def write_exact_statistics(checkpoint: Checkpoint, path: Path, seed: int) -> Non
         manifest_sha256=checkpoint.manifest_sha256(),
         tensor_sha256={name: checkpoint.sha256(name) for name in checkpoint.tensors},
         examples=ROWS, tokens=ROWS, masking="none", fisher="expected", fisher_examples=ROWS,
+        protocol=5, kfac="expected", kfac_examples=ROWS,
     )  # fmt: skip
     write_statistics(path, header, tensors)
 

@@ -79,7 +79,7 @@ def contributors(method: Method) -> int:
 def fact_of(shape: tuple[int, ...], count: int, *, linear: bool) -> Facts:
     """A tensor of which every contributor publishes everything."""
     layer, all_do = LINEAR if linear else None, (True,) * count
-    return Facts("w", shape, layer, grams=("m",) * count, counts=all_do, fishers=all_do, in_base=True)
+    return Facts("w", shape, layer, grams=("m",) * count, counts=all_do, fishers=all_do, outputs=all_do, in_base=True)
 
 
 def merged(method: Method, base: Tensor, tuned: Sequence[Tensor], *, linear: bool) -> Tensor | None:
@@ -93,6 +93,7 @@ def merged(method: Method, base: Tensor, tuned: Sequence[Tensor], *, linear: boo
         grams=("m",) * count,
         counts=(True,) * count,
         fishers=(True,) * count,
+        outputs=(True,) * count,
         in_base=True,
     )
     units, _ = method.units([fact])

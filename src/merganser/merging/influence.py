@@ -16,8 +16,8 @@ class Influence:
     """The contributors' shares of the summed metric.
 
     Attributes:
-        of: what is summed: ``gram`` (the trace of each layer's Gram matrices, times the coefficients) or ``fisher``
-            (the Fisher information of each tensor, likewise).
+        of: what is summed: ``gram`` (the trace of each layer's Gram matrices, times the coefficients), ``fisher``
+            (the Fisher information of each tensor, likewise) or ``kfac`` (the trace of the product of both factors).
         contributors: what they are called, in the order of the merge.
         overall: the share of each in the whole merge: the mean of its shares, each layer counting by its numbers.
         layers: the share of each in each layer (for Fisher information, tensor).
@@ -77,7 +77,11 @@ class Influence:
     def section(self) -> str:
         """A section of the model card, in Markdown."""
         rows = "\n".join(f"| {' | '.join(row)} |" for row in self.rows)
-        what = {"gram": "Gram matrices", "fisher": "Fisher information"}[self.of]
+        what = {
+            "gram": "Gram matrices",
+            "fisher": "Fisher information",
+            "kfac": "Kronecker-factored Fisher information",
+        }[self.of]
         return (
             f"\n## Influence\n\nEach contributor's share of the summed {what}, which is how much it decides.\n\n"
             f"| contributor | overall | least | most |\n|---|---|---|---|\n{rows}\n"

@@ -28,12 +28,17 @@ from merganser.tensors import one_thread
 #: so. Beyond the second it decides alone, or counts for nothing, which only the user can want. Fisher information of
 #: models that are sure of their answers is honestly smaller by orders of magnitude; the inputs of layers are not.
 _NOTED = 100.0
-REFUSED = {"gram": 1e4, "fisher": 1e8}
+REFUSED = {"gram": 1e4, "fisher": 1e8, "kfac": 1e8}
 _DECISIVE = 0.9  # share of a layer
 _NOISE = 1e-8  # of a model's largest Fisher information: what float32 gradients leave where there is none
 _FEW = 3  # layers that are named
 _BYTES = 10  # for each number of a dense matrix: its packed triangle as read, and the triangle that is factored
-_WORDS = {"gram": "Gram matrices", "fisher": "Fisher information", "count": "token counts"}
+_WORDS = {
+    "gram": "Gram matrices",
+    "fisher": "Fisher information",
+    "kfac": "covariances of output gradients",
+    "count": "token counts",
+}
 
 
 @dataclass(frozen=True)
@@ -53,8 +58,9 @@ class Use:
 
     @property
     def kind(self) -> str:
-        """``gram``, ``count`` or ``fisher``."""
-        return next(iter(self.names.values())).partition(".")[0]
+        """``gram``, ``kfac`` (of gradients of outputs), ``count`` or ``fisher``."""
+        name = next(iter(self.names.values()))
+        return "kfac" if ":" in name and name.startswith("gram.") else name.partition(".")[0]
 
 
 @dataclass(frozen=True)
@@ -122,8 +128,10 @@ def _uses(plan: Plan, inputs: Inputs) -> Iterator[Use]:
     for step in plan.steps:
         if kind == "fisher" and step.method == plan.recipe.method:
             yield from _fisher_uses(step)
-        if (kind == "gram" and step.method == plan.recipe.method) or plan.rank is not None:
+        if (kind in ("gram", "kfac") and step.method == plan.recipe.method) or plan.rank is not None:
             yield from _gram_uses(step, inputs.parents)
+        if kind == "kfac" and step.method == plan.recipe.method:
+            yield from _output_uses(step, inputs.parents)
 
 
 def _fisher_uses(step: Step) -> Iterator[Use]:
@@ -152,6 +160,21 @@ def _gram_uses(step: Step, parents: Sequence[Parent]) -> Iterator[Use]:
             if names:
                 label = fact.layer.module or fact.name
                 yield Use(label if step.stack is None else f"{label}[{place}]", prod(fact.shape), names)
+
+
+def _output_uses(step: Step, parents: Sequence[Parent]) -> Iterator[Use]:
+    """Covariances of output gradients, where every contributor has one and so they are used."""
+    for fact in step.unit.facts:
+        if fact.layer is None or step.stack is not None:
+            continue
+        names = {}
+        for number, (parent, sources) in enumerate(zip(parents, step.sources, strict=True)):
+            leaf = sources[fact.name].leaf if fact.name in sources else None
+            entry = parent.statistics.layer(leaf.tensor, leaf.index) if leaf and parent.statistics else None
+            if entry is not None and entry.output is not None:
+                names[number] = f"gram.{entry.output}"
+        if names and len(names) == len(step.takers):
+            yield Use(fact.layer.module or fact.name, prod(fact.shape), names)
 
 
 def _judged(
@@ -300,8 +323,20 @@ def _influence(
     if kind is None:
         return None
     coefficients = [parent.contributor.single_coefficient for parent in parents]
+    inner = {
+        use.label: by_number
+        for use, by_number in zip(uses, sizes, strict=True)
+        if kind == "kfac" and use.kind == "gram"  # the other factor of the same layer's metric
+    }
     parts = [
-        (use.label, use.numbers, [c * by_number.get(number, 0.0) for number, c in enumerate(coefficients)])
+        (
+            use.label,
+            use.numbers,
+            [
+                c * by_number.get(number, 0.0) * inner.get(use.label, {}).get(number, 1.0)
+                for number, c in enumerate(coefficients)
+            ],
+        )
         for use, by_number in zip(uses, sizes, strict=True)
         if use.kind == kind
     ]

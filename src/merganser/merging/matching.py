@@ -292,15 +292,14 @@ def check_needs(
     coefficients = [parent.contributor.single_coefficient for parent in parents]
     _check_signs(method, [parent.title for parent in parents], coefficients, problems)
     for parent in parents if method.needs.statistics else ():
+        option = {"fisher": " --fisher", "kfac": " --kfac"}.get(method.needs.statistics or "", "")
+        mend = f"merganser collect {parent.contributor.model} --data …{option}"
         if parent.statistics is None:
-            problems.add(
-                StatisticsError(
-                    f"{parent.title} has no statistics, and method {method.name!r} needs them",
-                    where=parent.checkpoint.name,
-                    mend=f"merganser collect {parent.contributor.model} --data …"
-                    + (" --fisher" if method.needs.statistics == "fisher" else ""),
-                )
-            )
+            what = f"{parent.title} has no statistics, and method {method.name!r} needs them"
+            problems.add(StatisticsError(what, where=parent.checkpoint.name, mend=mend))
+        elif method.needs.statistics == "kfac" and parent.statistics.header.kfac is None:
+            what = f"{parent.title} publishes no gradients of outputs, and method {method.name!r} needs them"
+            problems.add(StatisticsError(what, where=parent.statistics.path, mend=f"{mend} --overwrite"))
         else:
             problems.add(*parent.statistics.check_names(parent.checkpoint))
 

@@ -285,9 +285,10 @@ def make_facts(
                 shape if stack is None else shape[1:] if len(shape) > 2 or bias_of else (shape[0] // stack, *shape[1:]),
                 layer,
                 bias_of,
-                grams=tuple(gram for gram, _, _ in known),
-                counts=tuple(count for _, count, _ in known),
-                fishers=tuple(fisher for _, _, fisher in known),
+                grams=tuple(gram for gram, _, _, _ in known),
+                counts=tuple(count for _, count, _, _ in known),
+                fishers=tuple(fisher for _, _, fisher, _ in known),
+                outputs=tuple(outputs for _, _, _, outputs in known),
                 heads=heads,
                 in_base=in_base,
                 alone=name in rows,
@@ -297,25 +298,28 @@ def make_facts(
     return facts
 
 
-def _published(parent: Parent, name: str, layer: Layer | None, stack: int | None) -> tuple[str | None, bool, bool]:
-    """What a contributor publishes of a tensor: the key of its Gram matrix, token counts, Fisher information.
+def _published(
+    parent: Parent, name: str, layer: Layer | None, stack: int | None
+) -> tuple[str | None, bool, bool, bool]:
+    """What a contributor publishes of a tensor: its Gram matrix's key, token counts, Fisher information, gradients.
 
     An expert that no token of its data reached has no Gram matrix of its own while others of its module have: the key
     is :data:`UNSEEN` then, and it has no vote.
     """
     statistics, source = parent.statistics, parent.sources.get(name)
     if statistics is None or source is None:
-        return None, False, False
+        return None, False, False, False
     leaves = [source.leaf] if stack is None else [source.one_of(number).leaf for number in range(stack)]
     entries = [statistics.layer(leaf.tensor, leaf.index) for leaf in leaves]
     entry = next((one for one in entries if one is not None), None)
     if entry is None and layer is not None and layer.module in statistics.expert_modules:
-        return UNSEEN, False, False
+        return UNSEEN, False, False, False
     if entry is not None and entry.tied and entry.input and statistics.header.protocol < SUMMED_TIES:
-        return None, False, False  # of one of the layers that share it alone
+        return None, False, False, False  # of one of the layers that share it alone
     count = entry is not None and statistics.has_count(entry.module)
     fisher = source.is_whole and statistics.has_fisher(source.tensor)
-    return entry.input if entry else None, count, fisher
+    outputs = source.is_whole and stack is None and entry is not None and entry.output is not None
+    return entry.input if entry else None, count, fisher, outputs
 
 
 def _spec(name: str, recipe: Recipe, inputs: Inputs, rows: Mapping[str, RowMap]) -> TensorSpec:

@@ -95,6 +95,14 @@ class ParentShare:
         input = self._input(weight)
         return self._placed(torch.zeros(self._widths[weight]) if input is None else self._statistics.mean(input))
 
+    def gradients(self, weight: str) -> Tensor:
+        """The covariance of the gradients of that layer's outputs, of these rows."""
+        layer = self._layer(weight)
+        if layer is None or layer.output is None:
+            raise RuntimeError(f"the plan promised gradients of the outputs of {weight}")
+        whole = self._statistics.gram(layer.output)
+        return self._placed(whole if self._rows is None else whole[self._rows][:, self._rows])
+
     def count(self, weight: str) -> Tensor:
         """The share of all tokens that each id has."""
         layer = self._layer(weight)

@@ -18,6 +18,7 @@ from merganser.methods.base import UNSEEN, Facts, Merged, Method, Needs, Options
 from merganser.methods.least_squares import Diagonal, Gram, Identity, LeastSquares
 from merganser.methods.regression.actmat import ACTMAT
 from merganser.methods.regression.fisher import FISHER
+from merganser.methods.regression.mats import MATS
 from merganser.methods.regression.regmean import REGMEAN
 from merganser.methods.sums import GramSums
 from merganser.methods.task_vectors.arcee_fusion import ARCEE_FUSION
@@ -35,7 +36,7 @@ METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         *(SIMPLE, WEIGHTED_SUM, SLERP, NUSLERP, MULTISLERP, KARCHER, MODEL_STOCK, NEARSWAP, PASSTHROUGH),
-        *(FISHER, REGMEAN, ACTMAT),
+        *(FISHER, REGMEAN, MATS, ACTMAT),
         *(OPTIMAL_TRANSPORT, REBASIN, ACTIVATIONS),
         *(TASK_ARITHMETIC, TIES, DARE_LINEAR, DARE_TIES, DELLA, DELLA_LINEAR, BREADCRUMBS, BREADCRUMBS_TIES),
         *(SCE, MAGMAX, CONSENSUS, PCB, RAM, RAM_PLUS, ARCEE_FUSION),

@@ -65,6 +65,7 @@ class Facts:
             expert that no token of its data reached.
         counts: for each contributor, whether token counts of this embedding are published.
         fishers: for each contributor, whether its Fisher information is published.
+        outputs: for each contributor, whether it publishes the covariance of the gradients of this layer's outputs.
         in_base: whether the base model holds the tensor, in the same shape.
         heads: how many attention heads the model's layers have, where its configuration says so.
         alone: contributors vote on different rows of it, so that it shares a unit with no other layer.
@@ -79,6 +80,7 @@ class Facts:
     grams: tuple[str | None, ...] = ()
     counts: tuple[bool, ...] = ()
     fishers: tuple[bool, ...] = ()
+    outputs: tuple[bool, ...] = ()
     in_base: bool = False
     heads: int | None = None
     alone: bool = False
@@ -121,6 +123,9 @@ class Share(Protocol):
 
     def mean(self, weight: str) -> Tensor:
         """(d,): the mean input of that layer."""
+
+    def gradients(self, weight: str) -> Tensor:
+        """(out, out): the mean of g gᵀ over the gradients of the outputs of that layer, of these rows."""
 
     def count(self, weight: str) -> Tensor:
         """(vocabulary,): the share of all tokens that each id has."""
@@ -207,7 +212,8 @@ class Needs:
 
     Attributes:
         base: the pre-trained model.
-        statistics: every contributor's Gram matrices or Fisher information; None where it reads no statistics.
+        statistics: every contributor's Gram matrices, Fisher information or both Kronecker factors of it (``kfac``);
+            None where it reads no statistics.
         layers: which tensors are weights of linear layers; statistics say it anyway.
         models: exactly so many contributors; None: any number.
         at_least: so many contributors, or more.
@@ -219,7 +225,7 @@ class Needs:
     """
 
     base: bool = False
-    statistics: Literal["gram", "fisher"] | None = None
+    statistics: Literal["gram", "fisher", "kfac"] | None = None
     layers: bool = False
     models: int | None = None
     at_least: int = 1

@@ -36,7 +36,9 @@ from merganser.methods.sums import BLOCK, GramSums, Solution
 _WELL = 0.95
 #: Rows of a slice where the whole metric has to be known first, so that slices cost something.
 ROWS = 64
-_TOLERANCE, _STEPS = 1e-10, 2000  # of conjugate gradients, relative to the right-hand side
+_TOLERANCE, _STEPS = 1e-10, 2000  # of conjugate gradients, relative to the first residual
+_SINGLE_TOLERANCE = 1e-5  # the same in float32
+_INDEFINITE = 1e-3  # of the largest curvature that was met: one as negative is not of rounding
 
 
 Form = TypeVar("Form", bound="Metric")
@@ -76,10 +78,20 @@ class Gram(Metric):
 
 
 class Operator(Metric):
-    """Any other metric, by what it does, such as one of Kronecker factors."""
+    """Any other metric, by what it does, such as one of Kronecker factors.
+
+    Attributes:
+        dtype: that it is applied in.
+        size: a number that M is a multiple of, so that what is applied overflows nothing and vanishes nowhere.
+        mean_diagonal: of M/size, where it is known; None: it is estimated where it is asked for.
+    """
+
+    dtype: torch.dtype = torch.float64
+    size: float = 1.0
+    mean_diagonal: float | None = None
 
     def apply(self, difference: Tensor) -> Tensor:
-        """M(Δ) in float64, for Δ shaped like the parameter; a weight is (out, in)."""
+        """M(Δ)/size, for Δ shaped like the parameter; a weight is (out, in), with the bias as one more column."""
         raise NotImplementedError
 
 
@@ -108,19 +120,24 @@ def _unshrunk(options: Any) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class LeastSquares(Method):
-    """A method that is a choice of metrics. An option ``ridge`` is λ, relative to the mean of the summed metric.
+    """A method that is a choice of metrics.
+
+    An option ``ridge`` is λ, relative to the mean of the summed metric, and an option ``steps`` the most steps of
+    conjugate gradients where they are needed.
 
     Attributes:
         treat: the rule of a tensor, by its name in ``rules``, or the reason why there is none.
         rules: by the kind of unit.
         join: makes one unit of several whose tensors share a factorisation.
         alpha: the multiplier of the off-diagonals of Gram matrices.
+        start: where conjugate gradients start; None, or what answers None: at the average.
     """
 
     treat: Callable[[Facts, Any], str]
     rules: Mapping[str, Rule] = field(default_factory=dict)
     join: Callable[[list[Unit], Mapping[str, Facts], Any], list[Unit]] = _one_by_one
     alpha: Callable[[Any], float] = _unshrunk
+    start: Callable[[Unit, Sequence[Share], Any], Tensor | None] | None = None
 
     @property
     def streaming(self) -> str:
@@ -158,14 +175,17 @@ class LeastSquares(Method):
             return self.solve(unit, sums)
         if form is Diagonal:
             return self._elementwise(unit, shares, None)
-        (name,), (fact,) = unit.names, unit.facts
+        (fact, *_), is_layer = unit.facts, unit.facts[0].layer is not None
         solution = solve_iteratively(
-            [as_matrix(share.tensor(name), fact) for share in shares],
+            (stacked(unit, share) if is_layer else as_matrix(share.tensor(fact.name), fact) for share in shares),
             [share.coefficient for share in shares],
             [self._metric(unit, share, Operator) for share in shares],
             self.ridge,
+            start=self.start and self.start(unit, shares, self.options),
+            steps=int(getattr(self.options, "steps", _STEPS)),
         )
-        return Merged({name: as_stored(solution.value, fact)}, solution.note)
+        merged = _unstacked(solution.value, unit) if is_layer else {fact.name: as_stored(solution.value, fact)}
+        return Merged(merged, solution.note)
 
     def min_slice_rows(self, unit: Unit) -> int | None:
         """Rows where the metric is diagonal, and output rows of linear layers, at the price of preparing the whole."""
@@ -228,7 +248,8 @@ class LeastSquares(Method):
             kept = 8 * contributors if unit.facts[0].rows is not None else 0
             return width**2 * (grams + kept) + elements(unit) * 11 * 4
         height = elements(unit) // max(width - 1, 1)
-        return (elements(unit) + width**2 + height**2) * 8 * contributors + elements(unit) * 8 * 8
+        read = 2 * 8 * max(width, height) ** 2  # a packed triangle, the matrix of it, its copy
+        return (width**2 + height**2) * 8 * contributors + read + elements(unit) * 8 * 9
 
     def additive(self, unit: Unit) -> bool:
         """Linear layers with Gram matrices are."""
@@ -358,53 +379,99 @@ def summed_diagonal(metrics: Iterable[Tensor], coefficients: Sequence[float]) ->
 
 
 def solve_iteratively(
-    tensors: Sequence[Tensor], coefficients: Sequence[float], metrics: Sequence[Operator], ridge: float
+    tensors: Iterable[Tensor],
+    coefficients: Sequence[float],
+    metrics: Sequence[Operator],
+    ridge: float,
+    *,
+    start: Tensor | None = None,
+    steps: int = _STEPS,
 ) -> Solution:
-    """Solution for metrics of any form, by conjugate gradients (Hestenes & Stiefel 1952) in float64.
+    """Solution for metrics of any form, by conjugate gradients (Hestenes & Stiefel 1952) in the metrics' dtype.
 
-    θ̄ + X with Σcᵢ Mᵢ(X) + λX = Σcᵢ Mᵢ(θᵢ − θ̄), λ = ridge · the mean of the summed metric's diagonal, which is
-    estimated by one random vector of signs (Hutchinson 1990), always the same.
+    R + X with Σcᵢ Mᵢ(X) + λ(X − X̄) = Σcᵢ Mᵢ(θᵢ − R), R the first tensor, X̄ = Σcᵢ(θᵢ − R)/Σcᵢ. λ is ridge times the
+    mean of the summed metric's diagonal. Where that is not known, it is estimated by one random vector of signs
+    (Hutchinson 1990), always the same.
 
     Args:
-        tensors: n tensors of one shape.
+        tensors: n tensors of one shape, which are asked for one after the other.
         coefficients: n non-negative numbers, not all zero.
         metrics: n of them.
         ridge: pull toward the average.
+        start: of that shape, where to start; None: at the average.
+        steps: the most.
 
     Raises:
         ValueError: the metrics are not positive semi-definite.
     """
-    average = weighted_average(tensors, coefficients)
-    pull = 0.0
+    dtype = torch.float64 if any(metric.dtype == torch.float64 for metric in metrics) else torch.float32
+    sizes = [coefficient * metric.size for coefficient, metric in zip(coefficients, metrics, strict=True)]
+    whole, total = float(sum(sizes)), float(sum(coefficients))
+    terms = [(size / whole, metric) for size, metric in zip(sizes, metrics, strict=True) if size > 0]
 
-    def system(direction: Tensor) -> Tensor:
-        total = direction * pull
-        for coefficient, metric in zip(coefficients, metrics, strict=True):
-            total.add_(metric.apply(direction), alpha=coefficient)
-        return total
+    def summed(direction: Tensor) -> Tensor:
+        image = torch.zeros_like(direction)
+        for weight, metric in terms:
+            image.add_(metric.apply(direction), alpha=weight)
+        return image
 
-    if ridge:
-        generator = torch.Generator().manual_seed(0)
-        signs = torch.randint(0, 2, average.shape, generator=generator, dtype=torch.float64).to(average.device)
-        signs = signs * 2 - 1
-        pull = ridge * float((signs * system(signs)).mean())
-    residual = torch.zeros_like(average)
-    for tensor, coefficient, metric in zip(tensors, coefficients, metrics, strict=True):
-        residual.add_(metric.apply(tensor.to(torch.float64) - average), alpha=coefficient)
-    solution, direction = torch.zeros_like(average), residual.clone()
-    first = left = float(residual.square().sum())
-    steps = 0
-    while left > _TOLERANCE**2 * first and steps < _STEPS:
+    reference: Tensor | None = None
+    for tensor, coefficient, size, metric in zip(tensors, coefficients, sizes, metrics, strict=True):
+        if reference is None:
+            reference = tensor
+            average, residual = (torch.zeros(tensor.shape, dtype=dtype, device=tensor.device) for _ in range(2))
+            continue
+        difference = (tensor.to(torch.float64) - reference).to(dtype)
+        average.add_(difference, alpha=coefficient / total)
+        if size > 0:
+            residual.add_(metric.apply(difference), alpha=size / whole)
+    if reference is None:
+        raise ValueError("there is no contributor to solve for")
+    if not terms:
+        return Solution(reference + average, "every metric is zero: the average")
+    solution = average.clone() if start is None else (start.to(torch.float64) - reference).to(dtype)
+    pull = ridge * _mean_diagonal(terms, summed, average) if ridge else 0.0
+    residual.sub_(summed(solution)).add_(average - solution, alpha=pull)
+    note = _conjugate_gradients(lambda d: summed(d).add_(d, alpha=pull), solution, residual, steps)
+    return Solution(reference + solution, note)
+
+
+def _mean_diagonal(terms: Sequence[tuple[float, Operator]], summed: Callable[[Tensor], Tensor], like: Tensor) -> float:
+    """The mean of the summed metric's diagonal."""
+    known = [weight * metric.mean_diagonal for weight, metric in terms if metric.mean_diagonal is not None]
+    if len(known) == len(terms):
+        return sum(known)
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.randint(0, 2, like.shape, generator=generator, dtype=torch.float64).to(like) * 2 - 1
+    return float((signs * summed(signs)).mean())
+
+
+def _conjugate_gradients(
+    system: Callable[[Tensor], Tensor], solution: Tensor, residual: Tensor, steps: int
+) -> str | None:
+    """Solve system(X) = b in place, from ``solution`` and what it leaves of b, and say where it stopped before."""
+    wide = residual.dtype == torch.float64
+    tolerance, rounding = (_TOLERANCE, 0.0) if wide else (_SINGLE_TOLERANCE, torch.finfo(torch.float32).eps)
+    direction = residual.clone()
+    first = left = _dot(residual, residual)
+    done, largest = 0, 0.0
+    while left > tolerance**2 * first and done < steps:
         image = system(direction)
-        curvature = float((direction * image).sum())
-        if curvature <= 0:
+        curvature, length = _dot(direction, image), _dot(direction, direction)
+        largest = max(largest, curvature / length)
+        if curvature < -_INDEFINITE * largest * length or not largest:
             raise ValueError("the sum of the metrics is not positive semi-definite")
+        if curvature <= rounding * largest * length:
+            break  # what is left is of directions that no metric knows, beyond rounding
         solution.add_(direction, alpha=left / curvature)
         residual.sub_(image, alpha=left / curvature)
-        before, left = left, float(residual.square().sum())
+        before, left = left, _dot(residual, residual)
         direction.mul_(left / before).add_(residual)
-        steps += 1
-    note = None
-    if left > _TOLERANCE**2 * first:
-        note = f"stopped after {steps} steps with a residual of {(left / first) ** 0.5:.0e}"
-    return Solution(average + solution, note)
+        done += 1
+    converged = left <= tolerance**2 * first
+    return None if converged else f"stopped after {done} steps with a residual of {(left / first) ** 0.5:.0e}"
+
+
+def _dot(one: Tensor, two: Tensor) -> float:
+    """The sum of products, in float64."""
+    return float((one * two).sum(-1, dtype=torch.float64).sum())

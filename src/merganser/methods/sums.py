@@ -17,7 +17,7 @@ from merganser.blas import add_product_, cholesky_, solve_cholesky_
 from merganser.tensors import mirror_upper, roomy_empty
 
 #: A pivot, relative to the diagonal, below this multiple of √d·eps(float32) is rounding noise: Grams are stored so.
-_NOISE = 4.0
+NOISE = 4.0
 #: Rows of weights in one product: fixed, so that the bytes do not depend on how a tall tensor is cut for memory.
 BLOCK = 1024
 _STRIP = 128  # rows of a triangle that are added up together
@@ -241,7 +241,7 @@ def _factor(system: Tensor, diagonal: Tensor) -> tuple[Tensor, float, str | None
         ValueError: it is not positive semi-definite.
     """
     width = system.shape[0]
-    floor = _NOISE * width**0.5 * torch.finfo(torch.float32).eps
+    floor = NOISE * width**0.5 * torch.finfo(torch.float32).eps
     if system.dtype == torch.float32:
         factor = _lower_copy(system, diagonal)
         if cholesky_(factor) and _smallest_pivot(factor, diagonal) > max(_SAFE, floor):

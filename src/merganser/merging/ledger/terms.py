@@ -139,6 +139,10 @@ class BaseShare(_Whole):
         """Zeros."""
         return self._share.base(weight).new_zeros(self._widths[weight])
 
+    def gradients(self, weight: str) -> Tensor:
+        """No ledger keeps what needs it."""
+        raise NotImplementedError
+
     def count(self, weight: str) -> Tensor:
         """Zeros."""
         return self._share.base(weight).new_zeros(len(self._share.base(weight)))
@@ -174,6 +178,10 @@ class ShapesOnly(_Whole):
     def mean(self, weight: str) -> Tensor:
         """One number an input."""
         return self.tensor(weight)[:, 0] if self._kinds[weight] == "conv1d" else self.tensor(weight)[0]
+
+    def gradients(self, weight: str) -> Tensor:
+        """No ledger keeps what needs it."""
+        raise NotImplementedError
 
     def count(self, weight: str) -> Tensor:
         """One number a row."""
