@@ -274,6 +274,7 @@ class Merging:
                 number,
                 rows=[table.own[number][row] for row in rows],
                 base_rows=theirs,
+                targets=rows,
                 device=self.settings.torch_device,
             )
             for number in owners or step.takers[:1]

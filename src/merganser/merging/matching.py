@@ -27,6 +27,37 @@ _FEW = 4  # modules that contributors may have to themselves, such as a head of 
 
 
 @dataclass(frozen=True)
+class Fill:
+    """Rows of the result that some models have from others, so that they vote on them.
+
+    Attributes:
+        takers: the models that have them so: contributors by their numbers, -1 for the base.
+        runs: (first row of the result, how many follow it, the first row of each giver's own tensor).
+        givers: the models whose mean it is; none: zeros.
+        own_mean: instead, the mean of all rows that the taker has otherwise.
+    """
+
+    takers: tuple[int, ...]
+    runs: tuple[tuple[int, ...], ...]
+    givers: tuple[int, ...] = ()
+    own_mean: bool = False
+
+    @cached_property
+    def rows(self) -> np.ndarray:
+        """(1 + givers, n): the rows of the result in ascending order, and those of each giver's tensor."""
+        parts = [np.array([first, *own])[:, None] + np.arange(length) for first, length, *own in self.runs]
+        return np.concatenate(parts, axis=1)
+
+    @classmethod
+    def of(cls, takers: Sequence[int], rows: np.ndarray, givers: Sequence[int] = (), *, own_mean: bool = False) -> Fill:
+        """From (1 + givers, n) rows, see :attr:`rows`."""
+        starts = np.flatnonzero(np.concatenate([[True], (np.diff(rows, axis=1) != 1).any(0)]))
+        lengths = np.diff(starts, append=rows.shape[1])
+        runs = ((int(rows[0, at]), int(n), *rows[1:, at].tolist()) for at, n in zip(starts, lengths, strict=True))
+        return cls(tuple(takers), tuple(runs), tuple(givers), own_mean)
+
+
+@dataclass(frozen=True)
 class RowMap:
     """The rows of one merged tensor.
 
@@ -36,18 +67,21 @@ class RowMap:
             each other from there), and -1 for rows that it does not have.
         base: the same of the base model; empty where its rows are not matched.
         columns: the rows stand in the tensors' last dimension, so that they are read transposed.
+        fills: rows that models have from others, where their own are -1.
     """
 
     size: int
     runs: tuple[tuple[tuple[int, int], ...], ...]
     base: tuple[tuple[int, int], ...] = ()
     columns: bool = False
+    fills: tuple[Fill, ...] = ()
 
     @classmethod
-    def of(cls, own: Iterable[Sequence[int]], base: Sequence[int] | None = None) -> RowMap:
+    def of(cls, own: Iterable[Sequence[int]], base: Sequence[int] | None = None, fills: Sequence[Fill] = ()) -> RowMap:
         """From the row of each contributor's own tensor that answers to each row of the result, or -1."""
         listed = list(own)
-        return cls(len(listed[0]), tuple(map(_runs, listed)), () if base is None else _runs(base))
+        runs = tuple(map(_runs, listed))
+        return cls(len(listed[0]), runs, () if base is None else _runs(base), fills=tuple(fills))
 
     @cached_property
     def own(self) -> tuple[tuple[int, ...], ...]:
@@ -72,7 +106,10 @@ class RowMap:
             ValueError: a row that exists in no model.
         """
         by_owners: dict[tuple[bool, ...], list[int]] = {}
-        for row, has in enumerate(zip(*(np.array([*self.own, self.own_base]) >= 0).tolist(), strict=True)):
+        owned = np.array([*self.own, self.own_base]) >= 0
+        for fill in self.fills:
+            owned[np.array(fill.takers)[:, None], fill.rows[0]] = True
+        for row, has in enumerate(zip(*owned.tolist(), strict=True)):
             by_owners.setdefault(has, []).append(row)
         found = []
         for (*voting, based), rows in by_owners.items():

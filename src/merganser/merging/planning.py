@@ -46,7 +46,7 @@ from merganser.tensors import DTYPE_NAMES, DTYPES, is_floating
 
 SUMMED_TIES = 4  # the protocol of statistics from which on layers that share a weight have the sum of their Grams
 _LITTLE = 0.9  # of the linear weights, below which a merge by a method is hardly one
-_RESERVED = ("rules", "layers", "tokens", "pad_to_multiple_of", "chat_template", "computation")
+_RESERVED = ("rules", "layers", "chat_template", "computation")
 NO_LAYER = Layer("", "linear", "", None, False)
 _CONFIGURED_HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head")  # what configurations call it
 

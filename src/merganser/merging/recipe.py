@@ -161,11 +161,16 @@ class Recipe(_Part):
     exclude: tuple[str, ...] = Field((), description="name patterns of tensors to average instead")
     keep_separate: tuple[str, ...] = Field((), description="name patterns of tensors that each contributor keeps")
     labels: Literal["same", "union"] = Field("same", description="union: a head that knows every label")
-    vocabulary: Literal["same", "largest", "union"] = Field(
-        "same", description="largest: that of the contributor that has every token; union: every token of any of them"
+    vocabulary: Literal["same", "largest", "union", "tokenizer"] = Field(
+        "same",
+        description="largest: that of the contributor that has every token; union: every token of any of them; "
+        "tokenizer: the tokens of the tokenizer that is written, and no others",
     )
     missing_rows: str = Field(
         "mean", description="whose row a token has that not every model knows: mean (of those that do), base, or a name"
+    )
+    fill_missing_rows: bool = Field(
+        False, description="models that do not know a token vote on its row, too, as if they had that row"
     )
     tokens: dict[str, TokenRow] = Field(default_factory=dict, description="where the rows of some tokens come from")
     pad_to_multiple_of: int | None = Field(None, ge=1, description="of which the number of tokens' rows is a multiple")

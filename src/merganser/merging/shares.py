@@ -13,6 +13,7 @@ from merganser.checkpoints.sources import Source, read_source
 from merganser.errors import CheckpointError
 from merganser.merging.activations import Activations
 from merganser.merging.inputs import Inputs, Parent
+from merganser.merging.matching import Fill
 from merganser.merging.plan import Step
 from merganser.methods import Unit
 from merganser.methods.base import input_width, wide
@@ -21,6 +22,8 @@ from merganser.tensors import is_finite
 
 #: Rows of which so many lie between the first and the last are read with all of these.
 _SPREAD = 4
+_PIECE = 4096  # rows of which a mean is summed at once
+BASE_NUMBER = -1  # the base, among the numbers of models
 
 Ranges = Mapping[str, tuple[int, int]]
 
@@ -34,6 +37,7 @@ class ParentShare:
         number: which contributor it is, from 0.
         rows: the rows of its own tensors that are meant, all by default.
         base_rows: those of the base's tensors, where they are others.
+        targets: the rows of the result that these are.
         ranges: by target, the range of rows that is meant; all by default.
         device: where tensors are put.
         seen: what the contributors' units do on texts at hand.
@@ -47,6 +51,7 @@ class ParentShare:
         *,
         rows: Sequence[int] | None = None,
         base_rows: Sequence[int] | None = None,
+        targets: Sequence[int] | None = None,
         ranges: Ranges | None = None,
         device: torch.device | None = None,
         seen: Activations | None = None,
@@ -58,10 +63,14 @@ class ParentShare:
         self._rows = None if rows is None else torch.tensor(rows)
         self._widths = {fact.name: input_width(fact) for fact in step.unit.facts if fact.layer}
         self._theirs = self._rows if base_rows is None else torch.tensor(base_rows)
+        fills = () if step.rows is None or targets is None else step.rows.fills
+        self._filling = Filling(inputs, step, torch.tensor(targets), fills) if fills and targets is not None else None
 
     def stored(self, name: str) -> Tensor:
         """Its tensor as it is stored; checked to be finite."""
-        return self._placed(_gathered(partial(self._read, name), self._rows, *self._range(name)))
+        if self._rows is None:
+            return self._placed(self._read(name, *self._range(name)))
+        return self._placed(self._gathered(name, 0, len(self._rows)))
 
     def tensor(self, name: str) -> Tensor:
         """Its tensor in float32 or wider, likewise."""
@@ -69,19 +78,21 @@ class ParentShare:
 
     def base(self, name: str) -> Tensor:
         """The base model's tensor, likewise."""
-        return wide(self._placed(_gathered(partial(self._read_base, name), self._theirs, *self._range(name))))
+        if self._theirs is None:
+            return wide(self._placed(self._read_base(name, *self._range(name))))
+        return wide(self._placed(self._gathered_base(name, 0, len(self._theirs))))
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Some of these rows, likewise."""
         if self._rows is not None:
-            return wide(self._placed(_gathered(partial(self._read, name), self._rows[start:stop])))
+            return wide(self._placed(self._gathered(name, start, stop)))
         first, _ = self._range(name)
         return wide(self._placed(self._read(name, first + start, first + stop)))
 
     def base_rows(self, name: str, start: int, stop: int) -> Tensor:
         """The base model's rows, likewise."""
         if self._theirs is not None:
-            return wide(self._placed(_gathered(partial(self._read_base, name), self._theirs[start:stop])))
+            return wide(self._placed(self._gathered_base(name, start, stop)))
         first, _ = self._range(name)
         return wide(self._placed(self._read_base(name, first + start, first + stop)))
 
@@ -141,6 +152,19 @@ class ParentShare:
             raise RuntimeError("the plan promised statistics")
         return self.parent.statistics
 
+    def _gathered(self, name: str, start: int, stop: int) -> Tensor:
+        """These of the rows that are meant, with those that other models give."""
+        if self._rows is None:
+            raise RuntimeError("all rows are meant")
+        read, own = partial(self._read, name), self._rows[start:stop]
+        return gathered(read, own) if self._filling is None else self._filling.rows(self.number, name, start, stop)
+
+    def _gathered_base(self, name: str, start: int, stop: int) -> Tensor:
+        if self._theirs is None:
+            raise RuntimeError("all rows are meant")
+        read, own = partial(self._read_base, name), self._theirs[start:stop]
+        return gathered(read, own) if self._filling is None else self._filling.rows(BASE_NUMBER, name, start, stop)
+
     def _read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         return read_finite(self.parent, self.sources[name], start, stop)
 
@@ -167,15 +191,78 @@ class ParentShare:
         return tensor if self._device is None else tensor.to(self._device)
 
 
-def _gathered(
-    read: Callable[[int, int | None], Tensor], rows: Tensor | None, start: int = 0, stop: int | None = None
-) -> Tensor:
-    """These rows, in their order, of what is read; of ``start:stop`` where none are given.
+class Filling:
+    """Rows of a model with those that it lacks, from where the plan says.
+
+    Args:
+        inputs: the open files.
+        step: what is merged.
+        targets: the rows of the result that are meant, in ascending order.
+        fills: what models have from others.
+    """
+
+    def __init__(self, inputs: Inputs, step: Step, targets: Tensor, fills: Sequence[Fill]) -> None:
+        self._inputs, self._step, self._targets, self._fills = inputs, step, targets, fills
+
+    def rows(self, model: int, name: str, start: int, stop: int) -> Tensor:
+        """Those of the rows that are meant, in float32 or wider, of a contributor, or of the base (-1)."""
+        return self._of(model, name, self._targets[start:stop])
+
+    def _of(self, model: int, name: str, targets: Tensor) -> Tensor:
+        own = self._own(model)[targets]
+        has = own >= 0
+        found = self._read(model, name, own[has])
+        if bool(has.all()):
+            return found
+        whole = found.new_zeros(len(targets), *found.shape[1:])
+        whole[has] = found
+        for fill in self._fills:
+            if model not in fill.takers:
+                continue
+            rows = torch.from_numpy(fill.rows)
+            here, at = torch.isin(targets, rows[0]), torch.isin(rows[0], targets)
+            if not bool(here.any()):
+                continue
+            if fill.own_mean:
+                given = self._mean(model, name, rows[0]).expand(int(here.sum()), *whole.shape[1:])
+            else:
+                each = [self._read(giver, name, own[at]) for giver, own in zip(fill.givers, rows[1:], strict=True)]
+                given = sum(each[1:], start=each[0]) / len(each) if each else whole[here]
+            whole = whole.to(torch.promote_types(whole.dtype, given.dtype))
+            whole[here] = given.to(whole.dtype)
+        return whole
+
+    def _mean(self, model: int, name: str, without: Tensor) -> Tensor:
+        """The mean over all rows of the result but some, read piece by piece."""
+        everything = torch.arange(self._own(model).numel())
+        rest, total = everything[~torch.isin(everything, without)], torch.zeros(())
+        for piece in rest.split(_PIECE):
+            total = total + self._of(model, name, piece).sum(0, dtype=torch.float64)
+        return (total / max(rest.numel(), 1)).to(torch.float32)
+
+    def _own(self, model: int) -> Tensor:
+        table = self._step.rows
+        if table is None:
+            raise RuntimeError("the plan promised rows")
+        return torch.tensor(table.own_base if model == BASE_NUMBER else table.own[model])
+
+    def _read(self, model: int, name: str, rows: Tensor) -> Tensor:
+        base = self._inputs.base
+        if model != BASE_NUMBER:
+            parent, source = self._inputs.parents[model], self._step.sources[model][name]
+        elif base is not None:
+            parent, source = base, self._step.base[name]
+        else:
+            raise RuntimeError("the plan promised a base model")
+        read = partial(read_finite, parent, source)
+        return wide(gathered(read, rows) if rows.numel() else read(0, 1)[:0])
+
+
+def gathered(read: Callable[[int, int | None], Tensor], rows: Tensor) -> Tensor:
+    """These rows, in their order, of what is read.
 
     Rows that lie close together are read at once, with what is between them; others run by run.
     """
-    if rows is None:
-        return read(start, stop)
     first, last = (int(rows.min()), int(rows.max()) + 1) if rows.numel() else (0, 0)
     if last - first <= _SPREAD * rows.numel():
         return read(first, last)[rows - first]

@@ -7,8 +7,8 @@ the model class: its input and output embeddings, what is tied to them, and thei
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from merganser.checkpoints.tokenizer_files import Table, add_tokens, has_tokeniz
 from merganser.errors import CheckpointError, ErrorCollector, RecipeError
 from merganser.merging.configuration import BASE, choose_model
 from merganser.merging.inputs import Parent
-from merganser.merging.matching import RowMap
+from merganser.merging.matching import Fill, RowMap
 from merganser.merging.recipe import Recipe
 from merganser.text import listed
 
@@ -86,7 +86,8 @@ def match_vocabularies(
     """
     taken = problems.catch(_tokenizer_choice, recipe, people, base)
     filler = problems.catch(_filler, recipe, people, base)
-    uses_base = base is not None and BASE in (recipe.tokenizer_from, recipe.missing_rows)
+    named = (recipe.tokenizer_from, recipe.missing_rows, *(row.take for row in recipe.tokens.values()))
+    uses_base = base is not None and BASE in named
     below = base if base is not None and (needs_base or adapter or uses_base) else None
     models = [*people, *([below] if below else [])]
     known: dict[str, Table | None] = {}
@@ -95,7 +96,8 @@ def match_vocabularies(
     if recipe.tokenizer_from is not None and taken is not None and not has_tokenizer(taken.checkpoint):
         text, mend = "has no tokenizer to take", "name a model that has one"
         problems.add(CheckpointError(text, where=taken.checkpoint.name, mend=mend))
-    if all(table == tables[0] for table in tables) and _alike(models, names):
+    as_it_is = not (recipe.tokens or recipe.pad_to_multiple_of)
+    if as_it_is and all(table == tables[0] for table in tables) and _alike(models, names):
         return VocabularyPlan({}, usual, uses_base=uses_base)
     tensors = vocabulary_tensors(people[0].checkpoint)
     merged = [name for name in tensors if name in names]
@@ -106,28 +108,34 @@ def match_vocabularies(
     notes = _unknown(models, tables, heights)
     first = next((table for table in tables[: len(people)] if table is not None), None)
     filled = [first if table is None else table for table in tables]
-    found = _order(recipe, people, filled, heights, usual, problems)
+    found = _order(recipe, models, len(people), filled, heights, usual, problems)
     if found is None:
         return VocabularyPlan({}, usual, uses_base=uses_base, notes=tuple(notes))
     order, tokens = found
+    given = _given_rows(recipe, models, len(people), filled, heights, tokens, problems)
     filled = filled if tokens else [None] * len(models)
     added = tuple(token for token in tokens if token not in (filled[order] or {}))
     size = max([heights[order], *(row + 1 for row in tokens.values())])
+    if tokens and recipe.pad_to_multiple_of is not None:
+        size = -(-(max(tokens.values()) + 1) // recipe.pad_to_multiple_of) * recipe.pad_to_multiple_of
     if not (order == usual or first is None):
         notes.append(f"the tokenizer is that of {models[order].title}, which has every token")
     rows: dict[str, RowMap] = {}
     for name in merged:
         own = [_height(one, name, tensors[name]) for one in models]
         length = size if own[order] in (heights[order], 0) else own[order]
-        table = _rows(tokens, length, filled, own, len(people), filler, needs_base=needs_base)
+        table = _rows(recipe, tokens, length, filled, own, len(people), filler, given, needs_base=needs_base)
         if table is not None:
-            rows[name] = table if not tensors[name] else RowMap(table.size, table.runs, table.base, columns=True)
+            rows[name] = replace(table, columns=tensors[name])
     kept = [name for name in tensors if name not in names and name not in people[0].copies]
     if rows and kept:
         text = f"{', '.join(kept)} is kept separate, but the rows of {', '.join(merged)} are matched by token"
         mend = " ".join(f"--keep-separate '{name}'" for name in merged)
         problems.add(RecipeError(text, where="keep_separate", mend=f"keep all of them separate: {mend}"))
-    if adapter and below is not None and (filled[-1] != tokens or heights[-1] != size) and first is not None:
+    if adapter and rows and any(table.fills for table in rows.values()):
+        text, mend = "an adapter cannot hold rows of other models", "leave out tokens and pad_to_multiple_of"
+        problems.add(RecipeError(text, where="--as-adapter", mend=f"{mend}, or write a full checkpoint"))
+    elif adapter and below is not None and (filled[-1] != tokens or heights[-1] != size) and first is not None:
         text = "an adapter has its base's vocabulary, and the result would have other tokens or another order of them"
         problems.add(RecipeError(text, where="--as-adapter", mend="write a full checkpoint"))
     notes += _said(people, filled, heights, rows, added, size, needs_base=needs_base)
@@ -240,14 +248,15 @@ def _unknown(models: Sequence[Parent], tables: Sequence[Table | None], heights: 
 
 def _order(
     recipe: Recipe,
-    people: Sequence[Parent],
+    models: Sequence[Parent],
+    count: int,
     tables: Sequence[Table | None],
     heights: Sequence[int],
     usual: int,
     problems: ErrorCollector,
 ) -> tuple[int, dict[str, int]] | None:
     """Whose order of tokens the result has (an index into ``tables``), and the id of each of its tokens."""
-    count = len(people)
+    people = models[:count]
     first = len(tables) - 1 if usual < 0 else usual
     if any(table is None for table in tables[:count]):  # then all of them are: row by row
         if recipe.vocabulary == "same" and len(set(heights[:count])) > 1:
@@ -264,9 +273,15 @@ def _order(
     if recipe.tokenizer_from is not None and whole not in (first, None):
         whole = None
     same = all(table.keys() == ours[0].keys() for table in ours)
-    if same or (recipe.vocabulary != "same" and whole is not None):
-        return (first, known[first]) if same else (whole or 0, known[whole or 0])
-    if recipe.vocabulary != "union":
+    more: list[str] = []
+    if same or recipe.vocabulary == "tokenizer":
+        chosen = first
+    elif recipe.vocabulary != "same" and whole is not None:
+        chosen = whole
+    elif recipe.vocabulary == "union":
+        in_order = (sorted(table, key=table.__getitem__) for table in known[:count])
+        chosen, more = first, [token for tokens in in_order for token in tokens]
+    else:
         offer = "largest" if whole is not None else "union"
         extra = ", the one with every token is then written" if whole is not None else ", rows by token"
         problems.add(
@@ -275,54 +290,103 @@ def _order(
             )
         )
         return None
-    return _united(people, known, heights, first, problems)
+    more = [token for token in dict.fromkeys([*more, *recipe.tokens]) if token not in known[chosen]]
+    return (
+        _extended(models, known[chosen], heights[chosen], chosen, more, problems) if more else (chosen, known[chosen])
+    )
 
 
-def _united(
-    people: Sequence[Parent], tables: Sequence[Table], heights: Sequence[int], first: int, problems: ErrorCollector
+def _extended(
+    models: Sequence[Parent], table: Table, height: int, chosen: int, more: Sequence[str], problems: ErrorCollector
 ) -> tuple[int, dict[str, int]] | None:
-    """The tokens of one model, and those of the others where its tokenizer puts them."""
-    in_order = (sorted(table, key=table.__getitem__) for table in tables[: len(people)])
-    more = list(dict.fromkeys(token for tokens in in_order for token in tokens if token not in tables[first]))
-    folders = [one.checkpoint.tokenizer_path for one in people]
-    source = people[first].checkpoint.tokenizer_path if first < len(people) else None
-    tokenizer = None if source is None else problems.catch(add_tokens, source, more, folders)
-    if source is None:
-        text, mend = "the base's tokenizer lacks tokens of the contributors", "name a contributor with --tokenizer-from"
-        problems.add(RecipeError(text, where="tokenizer_from", mend=mend))
+    """The tokens of one model, and more of them where its tokenizer puts them."""
+    folders = [one.checkpoint.tokenizer_path for one in models]
+    source = folders[chosen]
+    tokenizer = problems.catch(add_tokens, source, more, folders)
     if tokenizer is None:
         return None
     written = tokenizer.get_vocab()
     new = {token: written.get(token, -1) for token in more}
-    taken = set(tables[first].values())
-    gap = set(range(heights[first], max(new.values(), default=0))) - set(new.values())
+    taken = set(table.values())
+    gap = set(range(height, max(new.values(), default=0))) - set(new.values())
     if any(row < 0 or row in taken for row in new.values()) or len(set(new.values())) < len(new) or gap:
         mend = "name another model's tokenizer with --tokenizer-from"
         text = f"its tokenizer gives no place of their own to tokens such as {more[0]!r}"
         problems.add(CheckpointError(text, where=source, mend=mend))
         return None
-    return first, {**tables[first], **new}
+    return chosen, {**table, **new}
+
+
+@dataclass(frozen=True)
+class _GivenRow:
+    """A row that models have from somewhere: from a row of a model (its place among all of them), or zeros (None)."""
+
+    giver: int | None
+    row: int
+    force: bool
+
+
+def _given_rows(
+    recipe: Recipe,
+    models: Sequence[Parent],
+    count: int,
+    tables: Sequence[Table | None],
+    heights: Sequence[int],
+    tokens: Table,
+    problems: ErrorCollector,
+) -> dict[int, _GivenRow]:
+    """What the recipe says of single tokens, by their rows in the result."""
+    found: dict[int, _GivenRow] = {}
+    base = models[count] if len(models) > count else None
+    for token, said in recipe.tokens.items():
+        where = f"tokens: {token}"
+        if token not in tokens:
+            if not problems.found:
+                text, mend = "there is no tokenizer to find tokens in", "put the tokenizers beside the weights"
+                problems.add(RecipeError(text, where=where, mend=mend))
+        elif said.zero:
+            found[tokens[token]] = _GivenRow(None, 0, said.force)
+        elif said.take is None:
+            if said.force:
+                text, mend = "nothing is said of where its row comes from", "add take: NAME, or zero: true"
+                problems.add(RecipeError(text, where=where, mend=mend))
+        elif (giver := problems.catch(choose_model, said.take, where, models[:count], base)) is not None:
+            number, name = models.index(giver), said.token or token if said.id is None else said.id
+            row = said.id if said.id is not None else (tables[number] or {}).get(name)
+            if row is None:
+                text, mend = (
+                    f"{giver.title} has no row for {name!r}",
+                    "name another model, or its token or id for this one",
+                )
+                problems.add(RecipeError(text, where=where, mend=mend))
+            else:
+                found[tokens[token]] = _GivenRow(number, row, said.force)
+    return found
 
 
 def _rows(
+    recipe: Recipe,
     tokens: Table,
     size: int,
     tables: Sequence[Table | None],
     heights: Sequence[int],
     count: int,
     filler: int | None,
+    given: Mapping[int, _GivenRow],
     *,
     needs_base: bool,
 ) -> RowMap | None:
     """The rows of a tensor; None where every model has just these.
 
     Args:
+        recipe: for ``fill_missing_rows`` and ``pad_to_multiple_of``.
         tokens: the id of each token in the result.
         size: rows of the result.
         tables: the id of each token in each model.
         heights: rows of the tensor in each model; 0 where it has none.
         count: how many of the models are contributors; one more is the base.
         filler: see :func:`_filler`.
+        given: rows of single tokens.
         needs_base: rows that the base lacks are missing, too.
     """
     places = np.array([row for row in tokens.values() if row < size], dtype=np.int64)
@@ -333,17 +397,59 @@ def _rows(
         own[number, [row for row in ids.values() if row < size]] = -1  # no padding there
         own[number, places] = [ids.get(token, -1) for token in names]
         own[number, own[number] >= height] = -1
-    if (own == np.arange(size)).all() and all(height in (0, size) for height in heights):
+    fills = _single_rows(own, given, count, heights)
+    settled = np.isin(np.arange(size), list(given))
+    if recipe.pad_to_multiple_of is not None and tokens:
+        padding = np.setdiff1d(np.arange(size), places)
+        own[:, padding] = -1
+        fills += [Fill.of(_numbers(range(len(own)), count), padding[None], own_mean=True)] if padding.size else []
+        settled[padding] = True
+    if not fills and (own == np.arange(size)).all() and all(height in (0, size) for height in heights):
         return None
     owned, base = own[:count], own[count] if len(own) > count else np.full(size, -1)
-    nobodys = np.flatnonzero((owned < 0).all(0) & (base < 0))
+    nobodys = np.flatnonzero((owned < 0).all(0) & (base < 0) & ~settled)
     owned[:, nobodys] = np.where(nobodys < np.array(heights[:count])[:, None], nobodys, -1)
-    if filler is not None:
+    if recipe.fill_missing_rows:
+        fills += _filled_rows(own, settled, count, filler)
+    elif filler is not None:
         lacking = (owned < 0).any(0) | ((base < 0) if needs_base and len(own) > count else False)
         stands = base if filler < 0 else owned[filler]
         others = np.arange(count) != filler
-        owned[others[:, None] & lacking & (stands >= 0)] = -1
-    return RowMap.of(owned.tolist(), base.tolist() if len(own) > count else None)
+        owned[others[:, None] & lacking & ~settled & (stands >= 0)] = -1
+    return RowMap.of(owned.tolist(), base.tolist() if len(own) > count else None, fills)
+
+
+def _numbers(places: Iterable[int], count: int) -> tuple[int, ...]:
+    """Models by their numbers in a plan, of their places: the base, behind the contributors, is -1."""
+    return tuple(place if place < count else -1 for place in places)
+
+
+def _single_rows(own: np.ndarray, given: Mapping[int, _GivenRow], count: int, heights: Sequence[int]) -> list[Fill]:
+    """Rows of single tokens: of the models that lack them, or of all; taken from ``own``, which is changed."""
+    found = []
+    for row, said in sorted(given.items()):
+        if row >= own.shape[1] or (said.giver is not None and said.row >= heights[said.giver]):
+            continue
+        takers = [place for place in range(len(own)) if said.force or own[place, row] < 0]
+        if takers:
+            own[takers, row] = -1
+            givers = [] if said.giver is None else [said.giver]
+            rows = np.array([[row], *([said.row] for _ in givers)])
+            found.append(Fill.of(_numbers(takers, count), rows, _numbers(givers, count)))
+    return found
+
+
+def _filled_rows(own: np.ndarray, settled: np.ndarray, count: int, filler: int | None) -> list[Fill]:
+    """Rows that models lack: of the model that is asked first, where it has them, or the mean of those that do."""
+    found, has = [], own >= 0
+    first = None if filler is None else filler if filler >= 0 else len(own) - 1
+    wanted = np.flatnonzero(~has.all(0) & has.any(0) & ~settled)
+    for pattern in np.unique(has[:, wanted], axis=1).T if wanted.size else ():
+        rows = wanted[(has[:, wanted] == pattern[:, None]).all(0)]
+        givers = [first] if first is not None and pattern[first] else np.flatnonzero(pattern).tolist()
+        takers = np.flatnonzero(~pattern).tolist()
+        found.append(Fill.of(_numbers(takers, count), np.stack([rows, *own[givers][:, rows]]), _numbers(givers, count)))
+    return found
 
 
 def _differences(people: Sequence[Parent], tables: Sequence[Table]) -> str:

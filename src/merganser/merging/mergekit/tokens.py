@@ -10,7 +10,7 @@ from merganser.merging.mergekit.schema import Configuration, TokenOfModel, Token
 
 
 def tokenizer_keys(configuration: Configuration, known: Mapping[str, str], where: str) -> dict[str, Any]:
-    """The keys ``vocabulary``, ``missing_rows``, ``tokenizer_from``, ``tokens`` and ``pad_to_multiple_of``.
+    """The keys ``vocabulary``, ``missing_rows``, ``fill_missing_rows``, ``tokenizer_from``, ``tokens`` and the like.
 
     Args:
         configuration: what was read.
@@ -35,7 +35,9 @@ def tokenizer_keys(configuration: Configuration, known: Mapping[str, str], where
             problems.add(RecipeError(what, where=where, mend=f"name one of {', '.join(known)}"))
         return known.get(model)
 
-    found |= {"vocabulary": "union" if source == "union" else "given", "missing_rows": "fill"}
+    found |= {"vocabulary": "union" if source == "union" else "tokenizer", "fill_missing_rows": True}
+    if donor is not None:
+        found["missing_rows"] = donor
     if source not in ("union", "base"):
         found["tokenizer_from"] = name(source, "tokenizer")
     elif donor is None:
@@ -43,8 +45,8 @@ def tokenizer_keys(configuration: Configuration, known: Mapping[str, str], where
     tokens = {} if tokenizer is None else tokenizer.tokens
     if tokens:
         found["tokens"] = {token: _row(one, token, name) for token, one in tokens.items()}
-    if tokenizer is not None and tokenizer.pad_to_multiple_of is not None:
-        found["pad_to_multiple_of"] = tokenizer.pad_to_multiple_of
+    multiple = None if tokenizer is None else tokenizer.pad_to_multiple_of
+    found["pad_to_multiple_of"] = 1 if multiple is None else multiple  # mergekit drops rows that no token has
     problems.raise_all()
     return found
 
