@@ -76,6 +76,12 @@ def contributors(method: Method) -> int:
     return method.needs.models or max(3, method.needs.at_least)
 
 
+def coefficient(method: Method) -> float:
+    """Of each contributor: those of a sum that is not divided have to sum to one."""
+    divided = method.needs.normalised or method.needs.base or method.needs.models is not None
+    return 1.0 if divided else 1 / contributors(method)
+
+
 def fact_of(shape: tuple[int, ...], count: int, *, linear: bool) -> Facts:
     """A tensor of which every contributor publishes everything."""
     layer, all_do = LINEAR if linear else None, (True,) * count
@@ -102,7 +108,7 @@ def merged(method: Method, base: Tensor, tuned: Sequence[Tensor], *, linear: boo
     width = base[0].numel() if base.dim() > 1 else 1
     draw = torch.Generator().manual_seed(5)
     inputs = torch.randn(64, width, generator=draw)
-    shares = [InMemory(n, 1.0, tensor, base, inputs) for n, tensor in enumerate(tuned)]
+    shares = [InMemory(n, coefficient(method), tensor, base, inputs) for n, tensor in enumerate(tuned)]
     unit: Unit = units[0]
     return method.merge(unit, shares).tensors["w"]  # type: ignore[arg-type]
 
@@ -179,7 +185,8 @@ def carried_out(name: str, family: tuple[Path, list[Path]], out: Path, **setting
     base, models = family
     method = METHODS[name]
     count = contributors(method)
-    merge(models[:count], out, method=name, base=base if method.needs.base else None, **settings)
+    settings |= {"base": base if method.needs.base else None, "coefficients": [coefficient(method)] * count}
+    merge(models[:count], out, method=name, **settings)
     return (out / "model.safetensors").read_bytes()
 
 

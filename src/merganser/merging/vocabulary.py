@@ -352,7 +352,7 @@ def _given_rows(
                 problems.add(RecipeError(text, where=where, mend=mend))
         elif (giver := problems.catch(choose_model, said.take, where, models[:count], base)) is not None:
             number, name = models.index(giver), said.token or token if said.id is None else said.id
-            row = said.id if said.id is not None else (tables[number] or {}).get(name)
+            row = said.id if said.id is not None else (tables[number] or {}).get(said.token or token)
             if row is None:
                 text, mend = (
                     f"{giver.title} has no row for {name!r}",
