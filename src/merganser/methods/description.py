@@ -7,7 +7,11 @@ from typing import Any
 
 from merganser.methods.base import Method, Options
 
-_STATISTICS = {"gram": "statistics (Gram matrices)", "fisher": "statistics collected with --fisher"}
+_STATISTICS = {
+    "gram": "statistics (Gram matrices)",
+    "fisher": "statistics collected with --fisher",
+    "kfac": "statistics collected with --kfac",
+}
 _NAMES = {"number": "number", "integer": "whole number", "boolean": "true or false", "string": "text", "null": "none"}
 _BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 
@@ -62,9 +66,13 @@ def describe(method: Method) -> MethodDescription:
     if needs.base:
         found.append("the base model")
     if needs.statistics is not None:
-        found.append(_STATISTICS.get(needs.statistics, f"statistics ({needs.statistics})"))
+        found.append(_STATISTICS[needs.statistics])
     if needs.data:
         found.append("texts (--data)")
+    if needs.data:
+        found.append("texts at hand")
+    if not needs.weighted:
+        found.append("equal coefficients")
     if needs.package is not None:
         found.append(f"the package {needs.package[1]}")
     return MethodDescription(
