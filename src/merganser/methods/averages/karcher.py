@@ -14,10 +14,10 @@ from collections.abc import Sequence
 import numpy as np
 from pydantic import Field
 
-from merganser.methods.averages.span import Combination, spanned
+from merganser.methods.averages.span import Combination, lengths, spanned
 from merganser.methods.base import Needs, Options
 
-_OPPOSITE = 1e-8  # radians; also how short a mean of unit vectors has no direction
+_OPPOSITE = 1e-3  # radians; also how short a mean of unit vectors has no direction
 
 
 class KarcherOptions(Options):
@@ -38,16 +38,16 @@ def _mean(gram: np.ndarray, coefficients: Sequence[float], options: KarcherOptio
     count = len(coefficients)
     shares = np.array(coefficients) / sum(coefficients)
     reference = int(np.argmax(shares))
-    unit = gram[0, 0] if gram[0, 0] > 0 else gram.diagonal().max() or 1.0
-    gram = gram / unit  # so that the first length is exactly 1, and the mean of equal ones is, too
+    # So that the first length is exactly 1, and the mean of equal ones is, too.
+    gram = gram / (gram[0, 0] if lengths(gram)[0] > 0 else gram.diagonal().max() or 1.0)
     points = np.eye(count)
     points[:, 0] = 1.0  # each is the first tensor, and its difference from it
-    lengths = np.sqrt(np.maximum(np.einsum("ij,jk,ik->i", points, gram, points), 0.0))
-    taken = (lengths > 0) & (shares > 0)
-    mean = _direction(gram, points[taken] / lengths[taken, None], shares[taken], options) if taken.any() else None
+    sizes = lengths(gram)
+    taken = (sizes > 0) & (shares > 0)
+    mean = _direction(gram, points[taken] / sizes[taken, None], shares[taken], options) if taken.any() else None
     if mean is None:
         return Combination(reference, list(shares))
-    onto = mean * (1.0 + shares @ (lengths - 1.0))
+    onto = mean * (1.0 + shares @ (sizes - 1.0))
     return Combination(reference, [onto[0] - onto[1:].sum(), *onto[1:]], onto[0] - 1.0)
 
 

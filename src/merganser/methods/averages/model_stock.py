@@ -13,7 +13,7 @@ from itertools import combinations
 import numpy as np
 from pydantic import Field
 
-from merganser.methods.averages.span import Combination, Numbers, Vectors, spanned
+from merganser.methods.averages.span import Combination, Numbers, Vectors, lengths, spanned
 from merganser.methods.base import Needs, Options
 
 _SINGULAR = 1e-6  # of 1 + (N − 1)·c
@@ -64,10 +64,10 @@ def _mean_cosine(gram: np.ndarray, taken: Sequence[int], shares: np.ndarray) -> 
         found = found + gram[0, j] if j else found
         return found + gram[i, j] if i and j else found
 
-    lengths = {i: np.sqrt(np.maximum(inner(i, i), 0.0)) for i in taken}
+    sizes = lengths(gram)
     total, weight = 0.0, 0.0
     for i, j in combinations(taken, 2):
-        product = lengths[i] * lengths[j]
+        product = sizes[i] * sizes[j]
         some = product > 0
         cosine = np.where(some, inner(i, j) / np.where(some, product, 1.0), 0.0)
         total = total + shares[i] * shares[j] * np.clip(cosine, -1.0, 1.0)

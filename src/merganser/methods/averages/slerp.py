@@ -1,8 +1,9 @@
 """SLERP and NuSLERP: two models along the great circle between them (Shoemake 1985).
 
 (sin((1 − t)φ) θ₁ + sin(tφ) θ₂) / sin φ, with φ the angle between the tensors, which are not normalised before.
-Where they are parallel or opposite to each other, within 1e-8, or one of them is zero, there is no such circle or any
-number of them, and the interpolation is linear.
+Where they are parallel, within 1e-8, or opposite to each other, within 1e-3, or one of them is zero, there is no such
+circle or any number of them, and the interpolation is linear. (Near to opposite, both weights are large and nearly
+cancel out: the numbers of a float32 tensor do not tell the direction.)
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from collections.abc import Sequence
 import numpy as np
 from pydantic import Field
 
-from merganser.methods.averages.span import Combination, Numbers, Vectors, spanned
+from merganser.methods.averages.span import Combination, Numbers, Vectors, lengths, spanned
 from merganser.methods.base import Needs, Options
 
-_PARALLEL = 1e-8  # radians
+_PARALLEL, _OPPOSITE = 1e-8, 1e-3  # radians
 
 
 class SLERPOptions(Options):
@@ -47,14 +48,13 @@ def great_circle(gram: np.ndarray, t: float, linear_above: float = 1.0) -> tuple
         t: where on the way from the first to the second.
         linear_above: the magnitude of the cosine above which the interpolation is linear.
     """
-    first, along, difference = gram[0, 0], gram[0, 1], gram[1, 1]
-    length = np.sqrt(first)
-    safe = np.where(length > 0, length, 1.0)
+    first, second = lengths(gram)
+    length = np.where(first > 0, first, 1.0)
     # θ₂ in the plane of both: so much along θ₁, and so much across.
-    onward = length + along / safe
-    across = np.sqrt(np.maximum(difference - (along / safe) ** 2, 0.0))
-    angle = np.arctan2(across, onward)
-    linear = (angle < _PARALLEL) | (angle > np.pi - _PARALLEL) | (length == 0) | (np.hypot(across, onward) == 0)
+    onward = gram[0, 1] / length
+    across = np.sqrt(np.maximum(gram[1, 1] - onward**2, 0.0))
+    angle = np.arctan2(across, length + onward)
+    linear = (angle < _PARALLEL) | (angle > np.pi - _OPPOSITE) | (first == 0) | (second == 0)
     linear |= np.abs(np.cos(angle)) > linear_above
     angle = np.where(linear, 1.0, angle)
     weight = np.where(linear, t, np.sin(t * angle) / np.sin(angle))

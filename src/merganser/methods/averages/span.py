@@ -28,7 +28,10 @@ Vectors = Literal["whole", "rows", "columns"]
 Numbers: TypeAlias = Any
 
 _BLOCK = 4096  # numbers that are multiplied and summed in float32: a larger sum would lose digits
+_ROOM = 1 << 16  # numbers of each tensor that are looked at at once: caches hold them
 _TINY, _HUGE = 1e-30, 1e30  # squares outside of these leave what float32 can sum
+_SHORT, _OPPOSITE = 1e-4, 0.99  # squares of lengths, relative, and cosines for which differences do not serve
+_NOTHING = 1e-6  # of the longest: what is shorter has no direction that numbers tell
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ def spanned(
 
 def combined(tensors: Sequence[Tensor], base: Tensor | None, combination: Combination, vectors: Vectors) -> Tensor:
     """A weighted sum of tensors, which are used up."""
-    dtype = max((tensor.dtype for tensor in tensors), key=lambda dtype: dtype.itemsize)
+    dtype = _widest(tensors)
     given = [tensor.to(dtype) for tensor in tensors]
     shape, device = given[0].shape, given[0].device
 
@@ -129,6 +132,17 @@ def combined(tensors: Sequence[Tensor], base: Tensor | None, combination: Combin
     return total
 
 
+def lengths(gram: np.ndarray) -> np.ndarray:
+    """The contributors' lengths (T,) or (T, vectors); 0 for those beside the longest of which there is nothing.
+
+    Args:
+        gram: (T, T) or (T, T, vectors), inner products of the first and of the differences from it.
+    """
+    squares = np.stack([gram[0, 0], *(gram[0, 0] + 2 * gram[0, i] + gram[i, i] for i in range(1, len(gram)))])
+    found = np.sqrt(np.maximum(squares, 0.0))
+    return np.where(found > _NOTHING * found.max(0), found, 0.0)
+
+
 def _add(total: Tensor, tensor: Tensor, factor: float | Tensor) -> Tensor:
     if isinstance(factor, float):
         return total.add_(tensor, alpha=factor)
@@ -148,50 +162,86 @@ def _gram_of_whole(whole: Whole, *, columns: bool) -> np.ndarray:
     total: Tensor | float = 0.0
     for start, stop in whole.pieces():
         base = whole.base(start, stop) if whole.with_base else None
-        basis = _basis(whole.deltas(start, stop), base)
-        total = total + (_products(basis.flatten(2), 1) if columns else _blocked(basis.reshape(len(basis), -1)))
+        tensors = whole.deltas(start, stop)
+        if columns:
+            total = total + _products_of_columns(tensors, base)
+        else:
+            total = total + _products([tensor.reshape(1, -1) for tensor in tensors], _flat(base, 1))[:, :, 0]
     return torch.as_tensor(total).cpu().numpy()
 
 
 def _gram_of_rows(tensors: Sequence[Tensor], base: Tensor | None) -> np.ndarray:
     """Inner products of each row (T, T, rows) in float64."""
-    return _products(_basis(tensors, base).flatten(2), 2).cpu().numpy()
+    height = len(tensors[0])
+    return _products([tensor.reshape(height, -1) for tensor in tensors], _flat(base, height)).cpu().numpy()
 
 
-def _basis(tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
-    """The first tensor, less the base, and what the others are more than the first: (T, …)."""
-    first, *others = tensors
-    dtype = max((tensor.dtype for tensor in tensors), key=lambda dtype: dtype.itemsize)
-    basis = torch.empty((len(tensors), *first.shape), dtype=dtype, device=first.device)
-    if base is None:
-        basis[0] = first
-    else:
-        torch.sub(first, base, out=basis[0])
-    for number, other in enumerate(others, start=1):
-        torch.sub(other, first, out=basis[number])
-    return basis
+def _flat(tensor: Tensor | None, height: int) -> Tensor | None:
+    return None if tensor is None else tensor.reshape(height, -1)
 
 
-def _blocked(basis: Tensor) -> Tensor:
-    """basis @ basis.T of (T, n), summed in float32 over blocks and in float64 over these."""
-    count, size = basis.shape
-    even = size // _BLOCK * _BLOCK
-    blocks = basis[:, :even].reshape(count, -1, _BLOCK).transpose(0, 1)
-    found = torch.bmm(blocks, blocks.mT).sum(0, dtype=torch.float64)
-    rest = basis[:, even:]
-    found += rest @ rest.T
-    squares = found.diagonal()
-    doubtful = ~((squares > _TINY) & (squares < _HUGE))
-    if basis.dtype == torch.float32 and bool(basis[doubtful].any()):
-        return _blocked(basis.to(torch.float64))
+def _products(tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
+    """Inner products of the rows of tensors (rows, n) and of their differences: (T, T, rows) in float64."""
+    dtype = _widest(tensors)
+    found = _summed(tensors, base, dtype)
+    if dtype == torch.float64 or not _doubtful(found, tensors, base):
+        return found
+    return _summed(tensors, base, torch.float64)
+
+
+def _doubtful(found: Tensor, tensors: Sequence[Tensor], base: Tensor | None) -> bool:
+    """Whether float32 sums of products tell too little of the tensors' lengths and angles.
+
+    It is so where squares are too small or too large for it, and where the differences from the first tensor, which
+    serve fine-tunes, do not serve: where another is very short beside it, or opposite to it.
+    """
+    squares = found.diagonal().T  # (T, rows)
+    if not bool((squares < _HUGE).all()):
+        return True
+    for number, tensor in enumerate(tensors):
+        if bool((squares[number] < _TINY).any()):
+            origin = tensors[0] if number else base
+            if bool(tensor.any()) if origin is None else not torch.equal(tensor, origin):
+                return True
+    along = squares[0] + found[0, 1:]  # inner products of the others and the first
+    own = along + found[0, 1:] + squares[1:]
+    return bool(((own < _SHORT * squares[0]) | (along < -_OPPOSITE * (own.clamp_min(0) * squares[0]).sqrt())).any())
+
+
+def _summed(tensors: Sequence[Tensor], base: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The same by blocks of numbers that are multiplied and summed in ``dtype``, and in float64 over blocks."""
+    (height, width), count, device = tensors[0].shape, len(tensors), tensors[0].device
+    found = torch.zeros((count, count, height), dtype=torch.float64, device=device)
+    room = _ROOM if device.type == "cpu" else max(height * width, 1)
+    columns = min(width, max(room // _BLOCK, 1) * _BLOCK)
+    rows = min(height, max(room // max(columns, 1), 1))
+    blocks = -(-columns // _BLOCK)
+    size = -(-columns // blocks) if blocks else 0
+    buffer = torch.zeros((count, rows, blocks * size), dtype=dtype, device=device)
+    for top in range(0, height, max(rows, 1)):
+        for left in range(0, width, max(columns, 1)):
+            here = slice(top, top + rows), slice(left, left + columns)
+            first = tensors[0][here]
+            basis = buffer[:, : first.shape[0], : first.shape[1]]
+            buffer[:, :, first.shape[1] :] = 0
+            if base is None:
+                basis[0] = first
+            else:
+                torch.sub(first, base[here], out=basis[0])
+            for number, other in enumerate(tensors[1:], start=1):
+                torch.sub(other[here], first, out=basis[number])
+            parts = buffer[:, : first.shape[0]].reshape(count, -1, size).transpose(0, 1)
+            sums = torch.bmm(parts, parts.mT).reshape(first.shape[0], blocks, count, count)
+            found[:, :, here[0]] += sums.sum(1, dtype=torch.float64).permute(1, 2, 0)
     return found
 
 
-def _products(basis: Tensor, axis: int) -> Tensor:
-    """Inner products of the vectors that lie along an axis of (T, rows, columns): (T, T, the other axis)."""
-    count = len(basis)
-    found = basis.new_empty((count, count, basis.shape[3 - axis]), dtype=torch.float64)
-    for i in range(count):
-        for j in range(i + 1):
-            found[i, j] = found[j, i] = (basis[i].to(torch.float64) * basis[j]).sum(axis - 1)
-    return found
+def _products_of_columns(tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
+    """The same of columns: (T, T, columns)."""
+    first, *others = (tensor.flatten(1).to(torch.float64) for tensor in tensors)
+    basis = [first if base is None else first - base.flatten(1), *(other - first for other in others)]
+    return torch.stack([torch.stack([(one * two).sum(0) for two in basis]) for one in basis])
+
+
+def _widest(tensors: Sequence[Tensor]) -> torch.dtype:
+    return max((tensor.dtype for tensor in tensors), key=lambda dtype: dtype.itemsize)
