@@ -61,12 +61,14 @@ class Whole:
         shares: whole ones, of the contributors that take part.
         with_base: whether the method reads the base model.
         differences: whether it then wants the δ, or the θ and the base apart.
+        by_rows: whether a tensor of one dimension is one row, which is not cut.
     """
 
     unit: Unit
     shares: Sequence[Share]
     with_base: bool
     differences: bool = True
+    by_rows: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -85,8 +87,18 @@ class Whole:
 
     def pieces(self) -> list[tuple[int, int]]:
         """Rows (start, stop) of about so many numbers as caches hold: the same ones whatever memory there is."""
+        if self.by_rows and len(self.shape) < 2:
+            return [(0, self.height)]
         step = max(1, PIECE // max(self.width, 1))
         return [(start, min(start + step, self.height)) for start in range(0, self.height, step)]
+
+    def blocks(self) -> Iterator[tuple[int, int, list[Tensor]]]:
+        """All of it, a few rows (start, stop) at a time that fit a core's cache, and their :meth:`deltas`."""
+        for first, last in self.pieces():
+            deltas = self.deltas(first, last)
+            for here in blocks_of_rows(deltas[0], self.by_rows) or [slice(0, last - first)]:
+                start, stop = first + here.start, min(first + here.stop, last)
+                yield start, stop, [delta[here] if delta.dim() else delta for delta in deltas]
 
     def base(self, start: int, stop: int) -> Tensor:
         """θ₀ in rows start:stop; the caller's own."""
@@ -160,11 +172,12 @@ class Elementwise(Method):
 
     def prepare(self, unit: Unit, shares: Sequence[Share]) -> Callable[[Unit, Sequence[Share]], Merged]:
         """Reduce the whole tensor."""
-        whole = None
+        found = None
         if self.reduce is not None:
             coefficients = [share.coefficient for share in shares]
-            whole = self.reduce(Whole(unit, shares, self.needs.base, self.differences), coefficients, self.options)
-        return lambda part, restricted: self._apply(part, restricted, whole)
+            whole = Whole(unit, shares, self.needs.base, self.differences, self.by_rows)
+            found = self.reduce(whole, coefficients, self.options)
+        return lambda part, restricted: self._apply(part, restricted, found)
 
     def memory(self, unit: Unit, contributors: int) -> int:
         """Every δ, the base, three sums and masks; or what the search for a threshold of the whole takes."""
@@ -190,16 +203,22 @@ class Elementwise(Method):
             found = self.function(theirs, deltas, coefficients, self.options, there)
             return found if origin is None else added(origin, found, scale)
 
-        blocks = self._blocks(tensors[0])
+        blocks = blocks_of_rows(tensors[0], self.by_rows)
         merged = block(...) if len(blocks) < 2 else torch.cat([block(here) for here in blocks])
         return Merged({name: merged}, "; ".join(dict.fromkeys(position.notes)) or None)
 
-    def _blocks(self, tensor: Tensor) -> list[slice]:
-        """Rows of a slice that are worked on at once; on other devices than processors all of them."""
-        if not tensor.dim() or (self.by_rows and tensor.dim() < 2) or tensor.device.type != "cpu":
-            return []
-        step = max(1, BLOCK // max(prod(tensor.shape[1:]), 1))
-        return [slice(start, start + step) for start in range(0, len(tensor), step)]
+
+def blocks_of_rows(tensor: Tensor, by_rows: bool = False) -> list[slice]:
+    """Rows that are worked on at once, so that they fit a core's cache; none where all are, as on other devices.
+
+    Args:
+        tensor: some rows of the whole tensor.
+        by_rows: a tensor of one dimension is one row.
+    """
+    if tensor.dim() < 1 + by_rows or tensor.device.type != "cpu":
+        return []
+    step = max(1, BLOCK // max(prod(tensor.shape[1:]), 1))
+    return [slice(start, start + step) for start in range(0, len(tensor), step)]
 
 
 def added(total: Tensor, tensor: Tensor, factor: float) -> Tensor:
@@ -216,9 +235,11 @@ def _runs(rows: Sequence[int]) -> list[tuple[int, int]]:
 
 def _uniform(key: int, start: int, stop: int) -> np.ndarray:
     """Numbers start:stop of an endless sequence."""
-    generator = np.random.PCG64DXSM(key)
-    generator.advance(start // _HALVES)
-    words = generator.random_raw(-(-stop // _HALVES) - start // _HALVES)
+    bits = np.random.PCG64DXSM(key)
+    bits.advance(start // _HALVES)
+    count = -(-stop // _HALVES) - start // _HALVES
+    # Integers of the whole range are the generator's own; unlike random_raw, other threads can run meanwhile.
+    words = np.random.Generator(bits).integers(2**64 - 1, size=count, dtype=np.uint64, endpoint=True)
     numbers = (words.view(np.uint32) >> np.uint32(8)).astype(np.float32)
     numbers *= np.float32(2.0**-24)
     return numbers[start % _HALVES :][: stop - start]

@@ -16,10 +16,12 @@ _MARGIN = 0.015  # of the share of numbers that are larger, on both sides of the
 _BINS = 1 << 20  # of the histogram between two bounds
 
 Bounds = tuple[float, float]
+#: Which of the largest numbers, from 1; or that as a function of how many numbers are not 0.
+Place = int | Callable[[int], int]
 
 
 def kth_largest(
-    magnitudes: Callable[[int, int], Sequence[Tensor]], height: int, width: int, ks: Sequence[int]
+    magnitudes: Callable[[int, int], Sequence[Tensor]], height: int, width: int, ks: Sequence[Place]
 ) -> list[float]:
     """The k-th largest of each of several tensors, each with a k of its own.
 
@@ -31,25 +33,39 @@ def kth_largest(
     Args:
         magnitudes: non-negative float32 numbers of rows start:stop of each tensor.
         height, width: of the tensors, in rows and numbers a row.
-        ks: of each tensor, from 1; for 0 the answer is infinity.
+        ks: of each tensor, from 1, or a function of how many of its numbers are not 0; for 0 the answer is infinity.
     """
     step = max(1, PIECE // max(width, 1))
     pieces = [(start, min(start + step, height)) for start in range(0, height, step)]
     if len(pieces) == 1:
-        found_at_once = zip(magnitudes(*pieces[0]), ks, strict=True)
-        return [_kth_largest(numbers, k)[0] if k else inf for numbers, k in found_at_once]
-    bounds = _sampled(magnitudes, height, width, [k / (height * width) for k in ks])
+        tensors = magnitudes(*pieces[0])
+        places = [_place(k, _varying(numbers) if callable(k) else 0) for numbers, k in zip(tensors, ks, strict=True)]
+        return [_kth_largest(numbers, k)[0] if k else inf for numbers, k in zip(tensors, places, strict=True)]
+    bounds = _sampled(magnitudes, height, width, ks)
     found: list[float | None] = [None if k else inf for k in ks]
     while None in found:
         counts = {i: Between(*bounds[i]) for i in range(len(ks)) if found[i] is None}
+        varying = dict.fromkeys(counts, 0)
         for start, stop in pieces:
             numbers = magnitudes(start, stop)
             for i, one in counts.items():
                 one.count(numbers[i])
+                varying[i] += _varying(numbers[i]) if callable(ks[i]) else 0
         for i, one in counts.items():
-            bounds[i] = one.closer(ks[i])
+            if not (k := _place(ks[i], varying[i])):
+                found[i] = inf
+                continue
+            bounds[i] = one.closer(k)
             found[i] = bounds[i][0] if bounds[i][0] == bounds[i][1] else None
     return [value for value in found if value is not None]
+
+
+def _place(k: Place, varying: int) -> int:
+    return k(varying) if callable(k) else k
+
+
+def _varying(numbers: Tensor) -> int:
+    return int(np.count_nonzero(numbers.cpu().numpy()))
 
 
 def selection_memory(numbers: int, count: int) -> int:
@@ -113,16 +129,17 @@ class Between:
 
 
 def _sampled(
-    magnitudes: Callable[[int, int], Sequence[Tensor]], height: int, width: int, shares: Sequence[float]
+    magnitudes: Callable[[int, int], Sequence[Tensor]], height: int, width: int, ks: Sequence[Place]
 ) -> list[Bounds]:
-    """Two numbers of each tensor between which the one that its share of all numbers reach very likely is."""
+    """Two numbers of each tensor between which the k-th largest very likely is."""
     rows = max(1, _SAMPLE // _PLACES // max(width, 1))
     places = max(1, min(_PLACES, height // rows))
     starts = [place * (height - rows) // max(places - 1, 1) for place in range(places)]
     samples = [magnitudes(start, start + rows) for start in starts]
     bounds = []
-    for number, share in enumerate(shares):
+    for number, k in enumerate(ks):
         values = torch.cat([sample[number].flatten() for sample in samples])
+        share = k(_varying(values)) / len(values) if callable(k) else k / (height * width)
         more, fewer = (round((share + margin) * len(values)) for margin in (_MARGIN, -_MARGIN))
         inner = [k for k in (more, fewer) if 0 < k < len(values)]
         found = dict(zip(inner, _kth_largest(values, *inner), strict=True))

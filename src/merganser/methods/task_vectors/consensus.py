@@ -55,8 +55,8 @@ def _agreed(
     users = torch.zeros_like(total)
     for number, delta in zip(position.contributors, task_vectors, strict=True):
         others = (total - delta).abs_().mul_(of_contributor(options.tall_lambda, number))
-        users.add_(delta.abs() >= others)
-    return total.mul_(users >= min(options.k, len(task_vectors)))
+        users.add_(delta.abs().ge_(others))
+    return total.mul_(users.ge_(min(options.k, len(task_vectors))))
 
 
 _NEEDS = Needs(base=True, signed=True, normalised=False)

@@ -71,15 +71,13 @@ class _Competition:
 def _competition(whole: Whole, coefficients: Sequence[float], options: PCBOptions) -> _Competition:
     pairs = list(combinations_with_replacement(range(len(coefficients)), 2))
     lowest, highest, mass = dict.fromkeys(pairs, inf), dict.fromkeys(pairs, -inf), dict.fromkeys(pairs, 0.0)
-    for piece in whole.pieces():
-        deltas = whole.deltas(*piece)
+    for _, _, deltas in whole.blocks():
         for i, j in pairs:
             least, most = torch.aminmax(deltas[i] * deltas[j])
             lowest[i, j], highest[i, j] = min(lowest[i, j], float(least)), max(highest[i, j], float(most))
     found = _Competition(lowest, highest)
     size = prod(whole.shape)
-    for piece in whole.pieces():
-        deltas = whole.deltas(*piece)
+    for _, _, deltas in whole.blocks():
         for i, j in pairs:
             mass[i, j] += float(found.norm(deltas[i] * deltas[j], (i, j)).exp_().sum(dtype=torch.float64)) / size
     found = _Competition(lowest, highest, mass)

@@ -34,13 +34,13 @@ class RAMPlusOptions(RAMOptions):
 def _factors(whole: Whole, coefficients: Sequence[float], options: RAMPlusOptions) -> list[float]:
     """By how much each contributor's single changes are enlarged."""
     shared, single = ([0] * len(coefficients) for _ in range(2))
-    for piece in whole.pieces():
-        changed = [delta.abs() > options.epsilon for delta in whole.deltas(*piece)]
-        alone = torch.stack(changed).sum(0) == 1
+    for _, _, deltas in whole.blocks():
+        changed = [delta.abs_() > options.epsilon for delta in deltas]
+        several = torch.stack(changed).sum(0) > 1
         for index, mask in enumerate(changed):
-            mine = int((mask & alone).sum())
-            single[index] += mine
-            shared[index] += int(mask.sum()) - mine
+            both = int(torch.count_nonzero(mask & several))
+            shared[index] += both
+            single[index] += int(torch.count_nonzero(mask)) - both
     return [1 + options.r * min(s / max(u, 1), options.alpha) for s, u in zip(shared, single, strict=True)]
 
 
@@ -52,7 +52,7 @@ def _merge(
     total, single = torch.zeros_like(base), torch.zeros_like(base)
     weight, count = torch.zeros_like(base), torch.zeros_like(base)
     for delta, coefficient, factor in zip(deltas, coefficients, factors, strict=True):
-        changed = (delta.abs() > options.epsilon).to(delta.dtype)
+        changed = delta.abs().gt_(options.epsilon)
         delta = delta.mul_(changed)
         total, single = added(total, delta, coefficient), added(single, delta, coefficient * factor)
         weight, count = added(weight, changed, abs(coefficient)), added(count, changed, 1.0)

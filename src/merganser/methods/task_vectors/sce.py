@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from merganser.methods.base import Needs, Options
-from merganser.methods.elementwise import Elementwise, Position, Whole
+from merganser.methods.elementwise import Elementwise, Position, Whole, blocks_of_rows
 from merganser.methods.selection import kth_largest
 from merganser.methods.task_vectors.sparsified import elect
 
@@ -44,19 +44,22 @@ def _spread(deltas: Sequence[Tensor]) -> Tensor:
 
 def _threshold(whole: Whole, density: float) -> float:
     """The smallest spread that is selected; infinite where none is."""
-    if density == 1:
-        return -1.0
-    varying = sum(int(torch.count_nonzero(_spread(whole.deltas(*piece)))) for piece in whole.pieces())
-    keep = floor(density * varying)
-    return kth_largest(lambda *rows: [_spread(whole.deltas(*rows))], whole.height, whole.width, [keep])[0]
+
+    def spread(start: int, stop: int) -> list[Tensor]:
+        deltas = whole.deltas(start, stop)
+        blocks = blocks_of_rows(deltas[0])
+        return [
+            torch.cat([_spread([delta[here] for delta in deltas]) for here in blocks]) if blocks else _spread(deltas)
+        ]
+
+    return kth_largest(spread, whole.height, whole.width, [lambda varying: floor(density * varying)])[0]
 
 
 def _weighed(whole: Whole, coefficients: Sequence[float], options: SCEOptions) -> tuple[float, list[float]]:
     """The smallest spread that is selected, and the weights."""
-    threshold = _threshold(whole, options.density)
+    threshold = _threshold(whole, options.density) if options.density < 1 else -1.0
     squares = [0.0] * len(coefficients)
-    for piece in whole.pieces() if threshold < inf else ():
-        deltas = whole.deltas(*piece)
+    for _, _, deltas in whole.blocks() if threshold < inf else ():
         selected = _spread(deltas).ge_(threshold)
         for index, delta in enumerate(deltas):
             squares[index] += float(delta.square_().mul_(selected).sum(dtype=torch.float64))

@@ -126,8 +126,7 @@ def sparsified(
         found = reduce(whole, coefficients, options) if reduce else None
         if getattr(options, "rescale", None) != "l1":
             return _Found(found)
-        pieces = [(0, whole.height)] if by_rows and len(whole.shape) < 2 else whole.pieces()
-        return _Found(found, _l1_factors(whole, pieces, sparsify, options, found))
+        return _Found(found, _l1_factors(whole, sparsify, options, found))
 
     def function(
         base: Tensor, deltas: Iterator[Tensor], coefficients: Sequence[float], options: Any, position: Position
@@ -145,14 +144,12 @@ def sparsified(
     return Elementwise(**words, needs=needs, options=options, function=function, reduce=looks, by_rows=by_rows)
 
 
-def _l1_factors(
-    whole: Whole, pieces: Sequence[tuple[int, int]], sparsify: Sparsify, options: Any, found: Any
-) -> list[float]:
+def _l1_factors(whole: Whole, sparsify: Sparsify, options: Any, found: Any) -> list[float]:
     """Of each δᵢ, Σ|δᵢ| over the sum of what is left of it; 1 where nothing is left."""
     before, after = ([0.0] * len(whole.shares) for _ in range(2))
-    for start, stop in pieces:
+    for start, stop, deltas in whole.blocks():
         position = replace(whole.position(start, stop), whole=found)
-        for index, delta in enumerate(whole.deltas(start, stop)):
+        for index, delta in enumerate(deltas):
             before[index] += _l1(delta)
             after[index] += _l1(sparsify(delta, index, options, position))
     return [first / last if last > 0 else 1.0 for first, last in zip(before, after, strict=True)]
