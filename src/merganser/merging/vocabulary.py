@@ -351,13 +351,11 @@ def _given_rows(
                 text, mend = "nothing is said of where its row comes from", "add take: NAME, or zero: true"
                 problems.add(RecipeError(text, where=where, mend=mend))
         elif (giver := problems.catch(choose_model, said.take, where, models[:count], base)) is not None:
-            number, name = models.index(giver), said.token or token if said.id is None else said.id
-            row = said.id if said.id is not None else (tables[number] or {}).get(said.token or token)
-            if row is None:
-                text, mend = (
-                    f"{giver.title} has no row for {name!r}",
-                    "name another model, or its token or id for this one",
-                )
+            number, name = models.index(giver), said.token or token
+            row = said.id if said.id is not None else (tables[number] or {}).get(name)
+            if row is None or row >= heights[number]:
+                text = f"{giver.title} has no row " + (f"for {name!r}" if said.id is None else str(said.id))
+                mend = "name another model, or its token or id for this one"
                 problems.add(RecipeError(text, where=where, mend=mend))
             else:
                 found[tokens[token]] = _GivenRow(number, row, said.force)
