@@ -1,4 +1,4 @@
-"""Products, Cholesky factors and triangular systems, in place, without copies and without holding the interpreter.
+"""Products, Cholesky and eigenvalue factors, triangular systems, in place and without holding the interpreter.
 
 On the CPU by an OpenBLAS of merganser's own (the package ``scipy-openblas32``), called through ctypes: on Zen 4,
 products take four fifths of the time of torch's (MKL). It is apart from those that NumPy and
@@ -76,6 +76,56 @@ def cholesky_(matrix: Tensor, *, upper: bool = False) -> bool:
         matrix.copy_(factor)
         done = not int(info)
     return done and bool(matrix.diagonal().isfinite().all())
+
+
+def add_gram_(out: Tensor, matrix: Tensor) -> Tensor:
+    """The lower triangle of ``out`` + ``matrix @ matrix.T``, in place, and returned; half the work of a product.
+
+    Args:
+        out: (d, d); on the CPU, what is above its diagonal stays as it is.
+        matrix: (d, n), which shares no memory with ``out``, or the transpose of what could be given.
+
+    Raises:
+        ValueError: as :func:`add_product_`.
+    """
+    d, n = matrix.shape
+    turned = matrix.stride(0) == 1 and d > 1
+    _check(out, (d, d))
+    _check(matrix.T if turned else matrix, (n, d) if turned else (d, n), out.dtype)
+    if out.device.type != "cpu":
+        return out.addmm_(matrix, matrix.T)
+    if d and n:
+        one, flag = _number(out, 1.0), b"N" if turned else b"T"
+        _call("syrk", out, b"U", flag, d, n, one, *_matrix(matrix.T if turned else matrix), one, *_matrix(out))
+    return out
+
+
+def eigh_(matrix: Tensor) -> Tensor:
+    """Eigenvalues (d,) of a symmetric matrix (d, d), the smallest first; the matrix then holds eigenvectors as rows.
+
+    By divide and conquer (Cuppen 1981). Beside the matrix, this takes room for two more of them.
+
+    Args:
+        matrix: only the lower triangle is read.
+
+    Raises:
+        ValueError: as :func:`add_product_`, or it does not converge.
+    """
+    width = len(matrix)
+    _check(matrix, (width, width))
+    if matrix.device.type != "cpu":
+        values, vectors = torch.linalg.eigh(matrix, UPLO="L")
+        matrix.copy_(vectors.T)
+        return values
+    values, failed = matrix.new_empty(width), ctypes.c_int()
+    if width:
+        work = matrix.new_empty(1 + 6 * width + 2 * width**2)
+        whole = torch.empty(3 + 5 * width, dtype=torch.int32)
+        room = (ctypes.c_void_p(work.data_ptr()), len(work), ctypes.c_void_p(whole.data_ptr()), len(whole))
+        _call("syevd", matrix, b"V", b"U", width, *_matrix(matrix), ctypes.c_void_p(values.data_ptr()), *room, failed)
+    if failed.value:
+        raise ValueError("the eigenvalues of a symmetric matrix were not found")
+    return values
 
 
 def solve_cholesky_(right: Tensor, lower: Tensor) -> Tensor:

@@ -16,10 +16,16 @@ from merganser.methods.averages.slerp import NUSLERP, SLERP
 from merganser.methods.averages.weighted_sum import WEIGHTED_SUM
 from merganser.methods.base import UNSEEN, Facts, Merged, Method, Needs, Options, Share, Unit, average, average_unit
 from merganser.methods.least_squares import Diagonal, Gram, Identity, LeastSquares
+from merganser.methods.regression.ace import ACE
 from merganser.methods.regression.actmat import ACTMAT
 from merganser.methods.regression.fisher import FISHER
+from merganser.methods.regression.lot import LOT
 from merganser.methods.regression.mats import MATS
 from merganser.methods.regression.regmean import REGMEAN
+from merganser.methods.regression.tact import TACT
+from merganser.methods.regression.wudi import WUDI
+from merganser.methods.spectral.isotropic import ISO_C, ISO_CTS
+from merganser.methods.spectral.tsv_m import TSV_M
 from merganser.methods.sums import GramSums
 from merganser.methods.task_vectors.arcee_fusion import ARCEE_FUSION
 from merganser.methods.task_vectors.breadcrumbs import BREADCRUMBS, BREADCRUMBS_TIES
@@ -36,7 +42,8 @@ METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         *(SIMPLE, WEIGHTED_SUM, SLERP, NUSLERP, MULTISLERP, KARCHER, MODEL_STOCK, NEARSWAP, PASSTHROUGH),
-        *(FISHER, REGMEAN, MATS, ACTMAT),
+        *(FISHER, REGMEAN, LOT, MATS, ACTMAT, TACT, ACE, WUDI),
+        *(TSV_M, ISO_C, ISO_CTS),
         *(OPTIMAL_TRANSPORT, REBASIN, ACTIVATIONS),
         *(TASK_ARITHMETIC, TIES, DARE_LINEAR, DARE_TIES, DELLA, DELLA_LINEAR, BREADCRUMBS, BREADCRUMBS_TIES),
         *(SCE, MAGMAX, CONSENSUS, PCB, RAM, RAM_PLUS, ARCEE_FUSION),

@@ -125,6 +125,9 @@ class LeastSquares(Method):
     An option ``ridge`` is λ, relative to the mean of the summed metric, and an option ``steps`` the most steps of
     conjugate gradients where they are needed.
 
+    With an option ``toward`` of ``base``, λ and whatever the metrics say nothing of pull to the base model, as the
+    pseudo-inverse of a sum over task vectors does, instead of to the average.
+
     Attributes:
         treat: the rule of a tensor, by its name in ``rules``, or the reason why there is none.
         rules: by the kind of unit.
@@ -151,6 +154,11 @@ class LeastSquares(Method):
     def ridge(self) -> float:
         """λ, relative to the mean of the summed metric."""
         return float(getattr(self.options, "ridge", 0.0))
+
+    @property
+    def toward_base(self) -> bool:
+        """Whether λ pulls to the base model; it is an option of methods that need one."""
+        return getattr(self.options, "toward", "average") == "base"
 
     def form(self, unit: Unit) -> type[Metric]:
         """The class of a unit's metrics."""
@@ -218,13 +226,14 @@ class LeastSquares(Method):
                 kept[share.number] = gram
             stored = share.rows(unit.names[0], 0, 1).dtype
             whole.add(gram.new_empty(0, gram.shape[0], dtype=stored), gram, share.coefficient, alpha)
-        factored = whole.factor(self.ridge)
+        factored = whole.factor(self.ridge, toward_reference=self.toward_base)
 
         def solve(part: Unit, restricted: Sequence[Share]) -> Merged:
             sums = GramSums(dtype=whole.dtype)  # that of the system, whatever the slice
             for share in restricted:
                 gram = self._gram(part, share) if local else kept[share.number]
-                sums.add_right(stacked(part, share), gram, share.coefficient, alpha)
+                self._refer(part, share, gram, sums)
+                sums.add_right(stacked(part, share.tensor), gram, share.coefficient, alpha)
             return Merged(_unstacked(factored.solve(sums), part), factored.note)
 
         return solve
@@ -261,12 +270,18 @@ class LeastSquares(Method):
 
     def add(self, unit: Unit, share: Share, sums: GramSums) -> None:
         """Count a contributor: its weights stacked, its Gram matrix once."""
-        weights = stacked(unit, share)
-        sums.add(weights, self._gram(unit, share), share.coefficient, self.alpha(self.options))
+        gram = self._gram(unit, share)
+        self._refer(unit, share, gram, sums)
+        sums.add(stacked(unit, share.tensor), gram, share.coefficient, self.alpha(self.options))
+
+    def _refer(self, unit: Unit, share: Share, gram: Tensor, sums: GramSums) -> None:
+        """Make the base model the reference of new sums, where that is what λ pulls to."""
+        if self.toward_base and sums.reference is None:
+            sums.add_right(stacked(unit, share.base), gram, 0.0)
 
     def solve(self, unit: Unit, sums: GramSums) -> Merged:
         """One factorisation for all layers that share the input."""
-        solution = sums.solve(self.ridge)
+        solution = sums.solve(self.ridge, toward_reference=self.toward_base)
         return Merged(_unstacked(solution.value, unit), solution.note)
 
     def _gram(self, unit: Unit, share: Share) -> Tensor:
@@ -290,6 +305,7 @@ class LeastSquares(Method):
             [self.diagonal(unit, share) for share in shares],
             self.ridge,
             mean,
+            shares[0].base(name) if self.toward_base else None,
         )
         return Merged({name: solution.value}, solution.note)
 
@@ -300,16 +316,21 @@ def layers_of(unit: Unit) -> tuple[list[Layer], bool]:
     return layers, len(unit.names) > len(layers)
 
 
-def stacked(unit: Unit, share: Share) -> Tensor:
-    """The weights (out, in) of layers that share an input, on top of each other; the bias as one more column."""
+def stacked(unit: Unit, read: Callable[[str], Tensor]) -> Tensor:
+    """The weights (out, in) of layers that share an input, on top of each other; the bias as one more column.
+
+    Args:
+        unit: of the layers.
+        read: a tensor by its name: a share's own or the base model's.
+    """
     pieces = []
     _, with_bias = layers_of(unit)
     for fact in unit.facts:
         if fact.layer is None:
             continue
-        weight = as_matrix(share.tensor(fact.name), fact)
+        weight = as_matrix(read(fact.name), fact)
         if with_bias and fact.layer.bias:
-            weight = torch.cat([weight, share.tensor(fact.layer.bias)[:, None]], dim=1)
+            weight = torch.cat([weight, read(fact.layer.bias)[:, None]], dim=1)
         pieces.append(weight)
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
@@ -348,10 +369,11 @@ def solve_diagonal(
     metrics: Sequence[Tensor],
     ridge: float,
     mean: float | None = None,
+    toward: Tensor | None = None,
 ) -> Solution:
     """Elementwise solution for diagonal metrics: θ̄ + Σcᵢmᵢ(θᵢ − θ̄) / (Σcᵢmᵢ + λ), λ = ridge · mean(Σcᵢmᵢ).
 
-    Where all metrics are zero, the weighted average.
+    Where all metrics are zero, the weighted average θ̄.
 
     Args:
         tensors: n tensors of one shape.
@@ -359,8 +381,9 @@ def solve_diagonal(
         metrics: n non-negative tensors, broadcastable to that shape.
         ridge: pull toward the average, relative to the mean of the summed metric.
         mean: that mean, where these are some rows only of a larger tensor.
+        toward: what stands in the place of θ̄.
     """
-    average = weighted_average(tensors, coefficients)
+    average = weighted_average(tensors, coefficients) if toward is None else toward.to(torch.float64)
     weight = summed_diagonal(metrics, coefficients)
     correction = torch.zeros_like(average)
     for tensor, coefficient, metric in zip(tensors, coefficients, metrics, strict=True):

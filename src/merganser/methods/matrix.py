@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self, overload
 
 from torch import Tensor
 
@@ -13,49 +13,112 @@ from merganser.methods.base import (
     Facts,
     Merged,
     Method,
+    Options,
     Share,
     Unit,
     as_matrix,
     as_stored,
+    average,
     elements,
     input_width,
+    output_height,
     separately,
-)
+)  # fmt: skip
+
+#: The kind of a unit that is no linear layer, of which the option ``rest`` says how it is merged.
+REST = "the base model plus a multiple of the averaged task vectors"
+
+
+class Weights(Sequence[Tensor]):
+    """The contributors' weights of one layer, (out, in) in float32 or wider: read when asked for, anew each time.
+
+    Args:
+        shares: of the contributors.
+        fact: of the layer's weight.
+    """
+
+    def __init__(self, shares: Sequence[Share], fact: Facts) -> None:
+        self._shares, self._fact = shares, fact
+
+    def __len__(self) -> int:
+        return len(self._shares)
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Weights: ...
+
+    def __getitem__(self, index: int | slice) -> Tensor | Weights:
+        if isinstance(index, slice):
+            return Weights(self._shares[index], self._fact)
+        return as_matrix(self._shares[index].tensor(self._fact.name), self._fact)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Matrix(Method):
     """A method that computes each weight of a linear layer as a whole; it has ``Needs(layers=True)``.
 
+    Everything else is averaged. Where the method has an option ``rest``, it is the base model plus so many times the
+    averaged task vectors: 1 is the average, 0 the base model.
+
     Attributes:
-        function: of the base model's weight (None for a method that needs no base model), the contributors' weights,
-            all (out, in) in float32 or wider, the coefficients and the options: the merged weight.
+        function: of the base model's weight (None for a method that needs no base model), the contributors' weights
+            (see :class:`Weights`), the coefficients and the options: the merged weight. All are (out, in) in float32 or
+            wider, and the function's own.
+        room: of the outputs, the inputs and the number of contributors: the bytes that the function holds at its worst
+            moment; by default it is taken to hold a few float64 matrices of each contributor.
     """
 
     function: Callable[[Any, Sequence[Tensor], Sequence[float], Any], Tensor]
+    room: Callable[[int, int, int], int] | None = None
+
+    @property
+    def rest(self) -> float:
+        """What the averaged task vectors of everything else are multiplied by."""
+        return float(getattr(self.options, "rest", 1.0))
+
+    def configured(self, options: Options) -> Self:
+        """Where the rest is part of the way between base model and average, coefficients have to have a sum."""
+        method = super().configured(options)
+        if method.rest in (0, 1):
+            return method
+        return replace(method, needs=replace(method.needs, normalised=True))
 
     def units(self, facts: Sequence[Facts]) -> tuple[list[Unit], dict[str, str]]:
         """The weight of every linear layer; of those that the base model holds, where it is needed."""
 
         def treat(fact: Facts) -> str:
             if fact.layer is None or fact.layer.kind == "embedding":
-                return "not the weight of a linear layer"
+                return REST if self.rest != 1 and fact.in_base else "not the weight of a linear layer"
             if fact.layer.kind == "unknown":
                 return UNKNOWN
             return self.name if fact.in_base or not self.needs.base else "not in the base model"
 
-        return separately(facts, treat, (self.name,))
+        return separately(facts, treat, (self.name, REST))
 
     def merge(self, unit: Unit, shares: Sequence[Share]) -> Merged:
         """One call."""
         (name,), (fact,) = unit.names, unit.facts
+        if unit.kind == REST:
+            return Merged({name: self._of_rest(name, shares)})
         base = as_matrix(shares[0].base(name), fact) if self.needs.base else None
-        weights = [as_matrix(share.tensor(name), fact) for share in shares]
         coefficients = [share.coefficient for share in shares]
-        return Merged({name: as_stored(self.function(base, weights, coefficients, self.options), fact)})
+        return Merged({name: as_stored(self.function(base, Weights(shares, fact), coefficients, self.options), fact)})
+
+    def _of_rest(self, name: str, shares: Sequence[Share]) -> Tensor:
+        base = shares[0].base(name)
+        return base if self.rest == 0 else base + self.rest * (average(name, shares) - base)
+
+    def min_slice_rows(self, unit: Unit) -> int | None:
+        """The rest is merged number by number."""
+        return 1 if unit.kind == REST else None
 
     def memory(self, unit: Unit, contributors: int) -> int:
-        """A few matrices of each contributor in float64, and factors that are square on the wider side."""
-        width = input_width(unit.facts[0])
-        side = max(width, elements(unit) // max(width, 1))
-        return elements(unit) * 8 * (2 * contributors + 4) + side**2 * 8 * 2
+        """What the function holds, the base model's weight, and one contributor's as it is read."""
+        if unit.kind == REST:
+            return elements(unit) * 4 * 6
+        height, width = output_height(unit.facts[0]), input_width(unit.facts[0])
+        if self.room is not None:
+            return self.room(height, width, contributors) + elements(unit) * 4 * 3
+        return elements(unit) * 8 * (2 * contributors + 4) + max(height, width) ** 2 * 8 * 2

@@ -124,17 +124,21 @@ class GramSums:
                 setattr(self, name, None if held is None else held.to(torch.float64))
         return self.dtype
 
-    def solve(self, ridge: float) -> Solution:
+    def solve(self, ridge: float, *, toward_reference: bool = False) -> Solution:
         """W̄ + (Σcᵢ(Wᵢ − W̄)Gᵢ)(ΣcᵢGᵢ + λI)⁻¹ with λ = ridge · tr(ΣcᵢGᵢ)/d; the sums stay as they are.
+
+        Toward the reference, it is R + (Σcᵢ(Wᵢ − R)Gᵢ)(ΣcᵢGᵢ + λI)⁻¹.
 
         Raises:
             ValueError: nothing was added, or the summed Gram matrix is not positive semi-definite.
         """
-        factored = self.factor(ridge)
+        factored = self.factor(ridge, toward_reference=toward_reference)
         return Solution(factored.solve(self), factored.note)
 
-    def factor(self, ridge: float) -> FactoredSystem:
+    def factor(self, ridge: float, *, toward_reference: bool = False) -> FactoredSystem:
         """The system ΣcᵢGᵢ + λI, factored once for any number of right-hand sides.
+
+        What says nothing, and the ridge, is drawn to the average, or to R where that is asked for.
 
         Where a pivot of the Cholesky factor is, beside its entry of the diagonal, no larger than the rounding of Grams
         kept in float32, the directions below it carry no information; a ridge of that size, relative to the diagonal,
@@ -148,14 +152,15 @@ class GramSums:
             raise ValueError("there is no contributor to solve for")
         diagonal = self.system.diagonal().to(torch.float64)
         if not bool((diagonal > 0).any()):
-            return FactoredSystem(None, None, "every Gram matrix is zero: the average")
+            zero = f"every Gram matrix is zero: the {'base model' if toward_reference else 'average'}"
+            return FactoredSystem(None, None, zero, toward_reference)
         pull = torch.full_like(diagonal, float(ridge * diagonal.mean()))
         diagonal = diagonal + pull
         # An input that is always zero constrains nothing: unit diagonal and the average's right-hand side.
         unused = diagonal <= 0
         pull[unused] = diagonal[unused] = 1.0
         factor, extra, note = _factor(self.system, diagonal)
-        return FactoredSystem(factor, (pull + extra * diagonal).to(factor.dtype), note)
+        return FactoredSystem(factor, (pull + extra * diagonal).to(factor.dtype), note, toward_reference)
 
     def tensors(self) -> dict[str, Tensor]:
         """The sums by name, as they go into a file: whole and contiguous; a contributor must have been added."""
@@ -198,24 +203,26 @@ class FactoredSystem:
         pull: (in,), how strongly each input's weights are drawn to the average: λ and what the factor needed; None
             likewise.
         note: what had to be done to factor it.
+        toward_reference: they are drawn to R instead.
     """
 
     factor: Tensor | None
     pull: Tensor | None
     note: str | None
+    toward_reference: bool = False
 
     def solve(self, sums: GramSums) -> Tensor:
         """The merged weights (out, in) for these sums' right-hand side; the sums stay as they are.
 
-        R + X with X(ΣcᵢGᵢ + diag(pull)) = Σcᵢ(Wᵢ − R)Gᵢ + (W̄ − R) diag(pull).
+        R + X with X(ΣcᵢGᵢ + diag(pull)) = Σcᵢ(Wᵢ − R)Gᵢ + (W̄ − R) diag(pull), without the last term toward R.
         """
         if sums.reference is None or sums.right is None or sums.offset is None:
             raise ValueError("there is no contributor to solve for")
         if self.factor is None or self.pull is None:
-            return sums.reference + sums.offset / sums.total
+            return sums.reference.clone() if self.toward_reference else sums.reference + sums.offset / sums.total
         height, width = sums.reference.shape
         merged = roomy_empty(height, width, self.factor)
-        drawn = bool(self.pull.any())
+        drawn = bool(self.pull.any()) and not self.toward_reference
         for rows in blocks(len(merged)):
             part = merged[rows].copy_(sums.right[rows])
             if drawn:

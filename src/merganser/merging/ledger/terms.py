@@ -70,6 +70,8 @@ def solve(method: LeastSquares, part: LedgerPart, unit: Unit, sums: Terms, total
     (name,) = unit.names
     merged = sums["offset"].div_(total)
     if part.treatment == "diagonal":
+        if method.toward_base:
+            merged.zero_()
         metric = sums["metric"]
         correction = sums["right"] - metric * merged
         weight = metric + method.ridge * metric.mean()

@@ -8,13 +8,27 @@ is ‖Δbᵢ‖² for a bias, and that of one-hot inputs is the diagonal of ‖�
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import prod
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from merganser.methods.base import UNKNOWN, Facts, Needs, Options, Share, Unit, input_width, transposed
+from merganser.methods.base import (
+    UNKNOWN,
+    Facts,
+    Needs,
+    Options,
+    PerContributor,
+    Share,
+    Unit,
+    input_width,
+    of_contributor,
+    transposed,
+)
 from merganser.methods.least_squares import Diagonal, Gram, LeastSquares, Rule
+from merganser.methods.selection import kth_largest
 from merganser.methods.sums import BLOCK
 
 
@@ -22,6 +36,12 @@ class ACTMatOptions(Options):
     """Options of :data:`ACTMAT`."""
 
     ridge: float = Field(0.01, ge=0, description="pull toward the average, relative to tr(G)/d")
+    toward: Literal["average", "base"] = Field("average", description="what the ridge pulls to")
+    density: PerContributor[Annotated[float, Field(gt=0, le=1)]] = Field(
+        1.0, description="share of each task vector, by magnitude, that inputs are estimated from"
+    )
+    biases: bool = Field(True, description="weigh biases by how far they moved, instead of averaging them")
+    embeddings: bool = Field(True, description="weigh rows of embeddings by how far they moved, instead of averaging")
 
 
 def _treat(fact: Facts, options: ACTMatOptions) -> str:
@@ -33,36 +53,57 @@ def _treat(fact: Facts, options: ACTMatOptions) -> str:
     if not fact.in_base:
         return "not in the base model"
     if fact.layer is None:
-        return "bias change"
-    return "row changes" if layer.kind == "embedding" else "estimated gram"
+        return "bias change" if options.biases else "biases are switched off"
+    if layer.kind == "embedding":
+        return "row changes" if options.embeddings else "embeddings are switched off"
+    return "estimated gram"
 
 
 def _gram(unit: Unit, share: Share, options: ACTMatOptions) -> Gram:
     width = input_width(unit.facts[0])
     gram = torch.zeros(width, width, dtype=torch.float64, device=share.rows(unit.names[0], 0, 1).device)
-    for part in _changes(unit, share):
+    for part in _changes(unit, share, options):
         if transposed(unit.facts[0]):
             part = part.T
         gram.addmm_(part.T, part)
     return Gram(gram)
 
 
-def _changes(unit: Unit, share: Share) -> Iterator[Tensor]:
-    """Δ in float64, in blocks of rows; as a whole where inputs lie along the rows."""
+def _changes(unit: Unit, share: Share, options: ACTMatOptions) -> Iterator[Tensor]:
+    """Δ in float64, in blocks of rows; as a whole where inputs lie along the rows. What is too small is 0."""
     (name,), (fact,) = unit.names, unit.facts
+    density = of_contributor(options.density, share.number)
+    threshold = 0.0 if density == 1 else _threshold(unit, share, density)
     step = fact.shape[0] if transposed(fact) else BLOCK
     for start in range(0, fact.shape[0], step):
-        stop = min(start + step, fact.shape[0])
-        change = share.rows(name, start, stop).to(torch.float64) - share.base_rows(name, start, stop)
+        change = _change(name, share, start, min(start + step, fact.shape[0]))
+        if threshold:
+            change[change.abs().to(torch.float32) < threshold] = 0
         yield change.flatten(1) if change.dim() > 2 else change
 
 
+def _change(name: str, share: Share, start: int, stop: int) -> Tensor:
+    return share.rows(name, start, stop).to(torch.float64) - share.base_rows(name, start, stop)
+
+
+def _threshold(unit: Unit, share: Share, density: float) -> float:
+    """The smallest magnitude that is kept."""
+    (name,), (fact,) = unit.names, unit.facts
+    height, width = fact.shape[0], prod(fact.shape[1:])
+
+    def magnitudes(start: int, stop: int) -> list[Tensor]:
+        return [_change(name, share, start, min(stop, height)).abs_().to(torch.float32)]
+
+    (found,) = kth_largest(magnitudes, height, width, [max(1, int(density * height * width))])
+    return found
+
+
 def _rows(unit: Unit, share: Share, options: ACTMatOptions) -> Diagonal:
-    return Diagonal(torch.cat([part.square().sum(1, keepdim=True) for part in _changes(unit, share)]))
+    return Diagonal(torch.cat([part.square().sum(1, keepdim=True) for part in _changes(unit, share, options)]))
 
 
 def _bias(unit: Unit, share: Share, options: ACTMatOptions) -> Diagonal:
-    return Diagonal(torch.cat([part.square() for part in _changes(unit, share)]).sum(0, keepdim=True))
+    return Diagonal(torch.cat([part.square() for part in _changes(unit, share, options)]).sum(0, keepdim=True))
 
 
 ACTMAT = LeastSquares(
