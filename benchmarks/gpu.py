@@ -43,7 +43,7 @@ SHAPES = {
 }
 #: What each method is tried on: whole systems of 14336 inputs take minutes on a processor, and say nothing more.
 WIDEST = {"regmean": 4096, "tsv_m": 4096}
-METHOD_NAMES = ("simple", "ties", "dare_ties", "regmean")
+METHOD_NAMES = ("simple", "ties", "dare_ties", "regmean", "tsv_m")
 CONTRIBUTORS, TOKENS, RUNS = 3, 2048, 3
 #: Largest differences that count as equal, relative to the largest change: of float32 sums, and of systems.
 BOUNDS = {"simple": 1e-5, "ties": 1e-5, "dare_ties": 1e-5, "regmean": 1e-3, "tsv_m": 1e-3, "collect": 1e-3}

@@ -2,9 +2,9 @@
 
 The eigenvalues of M Mᵀ are squares of singular values, so one below √eps of the largest is lost in its rounding. What
 is found of the large ones is therefore taken out of M, and the small ones are found again in what is left, whose
-largest singular value is small: they are as accurate as a full SVD's in the same precision. Where rounding in float32 would
-show, which an estimate tells, a matrix is decomposed in float64; where its numbers themselves are rounded too much for
-that, :class:`Imprecise` says so, and the caller begins again in float64.
+largest singular value is small: they are as accurate as a full SVD's in the same precision. Where rounding in float32
+would show, which an estimate tells, a matrix is decomposed in float64; where its numbers themselves are rounded too
+much for that, :class:`Imprecise` says so, and the caller begins again in float64.
 """
 
 from __future__ import annotations
