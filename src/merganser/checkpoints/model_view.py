@@ -20,6 +20,7 @@ from torch import nn
 
 from merganser.checkpoints.layers import BadConfiguration, Kind, Layer, build_empty, find_layers
 from merganser.checkpoints.layout import Box, Place, find_places, seen_from, simplified, source_of, state_shapes, ties
+from merganser.checkpoints.parts import Part, find_parts
 from merganser.checkpoints.reader import Checkpoint, align
 from merganser.checkpoints.sources import Source
 from merganser.errors import CheckpointError
@@ -120,6 +121,11 @@ class ModelView:
         for layer in sorted(found, key=lambda layer: layer.kind != "embedding"):  # a tied head is an embedding
             layers.setdefault(layer.weight, layer)
         return layers
+
+    @cached_property
+    def parts(self) -> dict[str, Part]:
+        """What each stored tensor is for, and in which layer it lies, by its name."""
+        return find_parts(self.model, self.shapes, self.uses, self.layers)
 
     def source_in(self, other: ModelView, name: str) -> Source | None:
         """Where another view of this model has what this one stores as ``name``; None: it has no such thing."""

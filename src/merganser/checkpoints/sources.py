@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -136,6 +137,24 @@ class RenamedCheckpoint(Checkpoint):
     def config(self) -> dict[str, Any]:
         """As the files have it."""
         return self._stored.config
+
+    @property
+    def modules_path(self) -> Path:
+        """As the files have it."""
+        return self._stored.modules_path
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """As the files have it."""
+        return self._stored.tokenizer_path
+
+    def side_paths(self) -> dict[str, Path]:
+        """As the files have it."""
+        return self._stored.side_paths()
+
+    def side_files(self) -> list[str]:
+        """As the files have it."""
+        return self._stored.side_files()
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Tensor ``name``, or its rows ``start:stop``."""

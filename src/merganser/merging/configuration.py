@@ -20,6 +20,7 @@ from merganser.checkpoints.layers import BadConfiguration, build_empty, check_co
 from merganser.checkpoints.reader import read_json
 from merganser.errors import CheckpointError, ErrorCollector, RecipeError, UserError, did_you_mean
 from merganser.merging.inputs import Inputs, Parent
+from merganser.merging.layer_stacking import StackedCheckpoint
 from merganser.merging.recipe import Recipe
 from merganser.text import shortened
 
@@ -73,7 +74,13 @@ def choose_model(name: str, option: str, parents: Sequence[Parent], base: Parent
 
 
 def match_configurations(
-    recipe: Recipe, parents: Sequence[Parent], base: Parent | None, problems: ErrorCollector, *, adapter: bool = False
+    recipe: Recipe,
+    parents: Sequence[Parent],
+    base: Parent | None,
+    problems: ErrorCollector,
+    *,
+    adapter: bool = False,
+    per_layer: frozenset[str] = frozenset(),
 ) -> list[str]:
     """Compare the configurations of contributors and base; one error names all keys that change the function.
 
@@ -83,6 +90,7 @@ def match_configurations(
         base: the base model, where there is one.
         problems: receives the error.
         adapter: the result is an adapter, which is opened with the base's configuration.
+        per_layer: keys that say something of the layers, which the result has others of.
 
     Returns:
         what to tell the user.
@@ -102,6 +110,9 @@ def match_configurations(
     flat = [one.values for one in resolved]
     paths = list(dict.fromkeys(path for values in flat for path in values))
     differing = [path for path in paths if any(v.get(path) != flat[0].get(path) for v in flat)]
+    differing = [path for path in differing if path not in per_layer]
+    if not differing:
+        return []
     harmless = [path for path in differing if path in unknown or _unused(path, flat)]
     said = flat[: len(people) - len([one for one in below if one.checkpoint.config])]
     serious = [path for path in differing if path not in harmless and not _is_the_base_s_tie(path, said)]
@@ -162,6 +173,8 @@ def merged_config(recipe: Recipe, inputs: Inputs, own: Parent, tokens: Parent | 
     if recipe.config_from is not None:
         chosen = choose_model(recipe.config_from, "config_from", inputs.parents, inputs.base)
         config = _overlaid(_overlaid(chosen.checkpoint.config, config, _OWN), config, _TOKEN_IDS)
+    if isinstance(inputs.reference.checkpoint, StackedCheckpoint):
+        config = inputs.reference.checkpoint.restacked(config)
     if tokens is not None and tokens is not own:
         config = _overlaid(config, tokens.checkpoint.config, _TOKEN_IDS)
     return config

@@ -24,7 +24,7 @@ from merganser.merging.activations import Activations
 from merganser.merging.inputs import Inputs
 from merganser.merging.matching import RowMap
 from merganser.merging.memory import Budget, RunSettings, Schedule
-from merganser.merging.plan import BUFFER, COPY, KEPT, Step
+from merganser.merging.plan import BUFFER, COPY, KEPT, TAKEN, Step
 from merganser.merging.running_sums import RunningSums
 from merganser.merging.shares import ParentShare, Ranges, read_finite
 from merganser.methods import Merged, Method, Unit, average_unit
@@ -193,7 +193,7 @@ class Merging:
         keeps = sums is not None and method is not None and method.additive(unit)
         if step.reason == BUFFER and self._is_one(step):
             yield from self._copies(step, None)
-        elif step.method in (COPY, KEPT):
+        elif step.method in (COPY, KEPT) or (step.method == TAKEN and step.rows is None):
             yield from self._copies(step, rows)
         elif step.rows is not None:
             yield from self._by_rows(step, step.rows, method, sums if keeps else None, rows)
@@ -287,9 +287,14 @@ class Merging:
         return all(torch.equal(stored[0], one) for one in stored[1:])
 
     def _copies(self, step: Step, rows: int | None) -> Iterator[Slice]:
-        """A tensor as the first contributor has it; the others that have it are to agree."""
-        (name,), (first, *others) = step.unit.names, step.takers
-        parent, source = self.inputs.parents[first], step.sources[first][name]
+        """A tensor as the first contributor has it, or the base; the others that have it are to agree."""
+        (name,), others = step.unit.names, step.takers[1:]
+        if step.takers:
+            parent, source = self.inputs.parents[step.takers[0]], step.sources[step.takers[0]][name]
+        elif self.inputs.base is not None:
+            parent, source = self.inputs.base, step.base[name]
+        else:
+            raise RuntimeError("the plan promised a base model")
         whole = read_source(parent.checkpoint, source) if others else torch.empty(0)
         for number in others:
             other, theirs = self.inputs.parents[number], step.sources[number][name]

@@ -14,6 +14,7 @@ from merganser.checkpoints import AdapterCheckpoint, Checkpoint, TensorInfo, ope
 from merganser.checkpoints.model_view import ModelView, aligned, canonical_shapes, make_view, view_of
 from merganser.checkpoints.sources import RenamedCheckpoint, Source
 from merganser.errors import ErrorCollector, RecipeError
+from merganser.merging.layer_stacking import Stacking, stack_layers
 from merganser.merging.recipe import Contributor, Recipe
 from merganser.paths import real
 from merganser.statistics import FILE_NAME, Statistics
@@ -94,11 +95,13 @@ class Inputs:
         parents: the contributors.
         base: the base model, where there is one.
         reference: whose names and side files the result takes: the first contributor, or a ledger's base.
+        stacking: what becomes of the layers, where the recipe says it.
     """
 
     parents: tuple[Parent, ...]
     base: Parent | None
     reference: Parent
+    stacking: Stacking | None = None
 
     @property
     def people(self) -> tuple[Parent, ...]:
@@ -110,6 +113,8 @@ class Inputs:
     @cached_property
     def alike(self) -> bool:
         """Whether all have tensors of the same names and shapes in one class, so that nothing has to be found."""
+        if self.stacking is not None:
+            return False
         return not _may_hold_copies(self.reference.checkpoint) and all(
             _same_files(self.reference.checkpoint, parent.checkpoint) for parent in self.people
         )
@@ -152,12 +157,35 @@ def open_inputs(recipe: Recipe, *, allow_pickle: bool = False) -> Inputs:
     parents = open_parents(recipe, problems, allow_pickle=allow_pickle)
     problems.raise_all()
     reference = parents[0]
-    if recipe.names == "canonical":
+    if recipe.names == "canonical" and not recipe.layers:
         reference = _canonical(recipe, reference)
         parents = [replace(parent, sources=aligned(reference.view, parent.view)) for parent in parents]
     base = open_base(recipe, reference, problems, parents, allow_pickle=allow_pickle)
     problems.raise_all()
-    return Inputs(tuple(parents), base, reference)
+    return _stacked(recipe, parents, base) if recipe.layers else Inputs(tuple(parents), base, reference)
+
+
+def _stacked(recipe: Recipe, parents: Sequence[Parent], base: Parent | None) -> Inputs:
+    """The models with their layers where the result has them.
+
+    Raises:
+        UserError: layers that do not exist or do not fit together, or a recipe that means the names in the files.
+    """
+    if recipe.keep_separate:
+        what = "heads that are kept separate cannot go with layers that are stacked"
+        raise RecipeError(what, where="keep_separate", mend="leave out keep_separate or layers")
+    everyone = [*parents, *([base] if base else [])]
+    found = stack_layers(
+        recipe,
+        [parent.title for parent in parents],
+        [one.checkpoint for one in everyone],
+        [one.view for one in everyone],
+        [one.sources for one in everyone],
+    )
+    people = [replace(one, sources=dict(own)) for one, own in zip(everyone, found.sources, strict=True)]
+    own = {name: Source(name) for name in found.checkpoint.tensors}
+    reference = Parent(parents[0].contributor, found.checkpoint, None, own)
+    return Inputs(tuple(people[: len(parents)]), people[-1] if base else None, reference, found)
 
 
 def _canonical(recipe: Recipe, first: Parent) -> Parent:

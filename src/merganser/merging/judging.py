@@ -124,13 +124,13 @@ def judge_statistics(plan: Plan, inputs: Inputs, threads: int, budget: int) -> V
 
 
 def _uses(plan: Plan, inputs: Inputs) -> Iterator[Use]:
-    kind = plan.method.needs.statistics
     for step in plan.steps:
-        if kind == "fisher" and step.method == plan.recipe.method:
+        kind = None if step.treatment is None else step.treatment.needs.statistics
+        if kind == "fisher":
             yield from _fisher_uses(step)
-        if (kind in ("gram", "kfac") and step.method == plan.recipe.method) or plan.rank is not None:
+        if kind in ("gram", "kfac") or plan.rank is not None:
             yield from _gram_uses(step, inputs.parents)
-        if kind == "kfac" and step.method == plan.recipe.method:
+        if kind == "kfac":
             yield from _output_uses(step, inputs.parents)
 
 
@@ -319,7 +319,7 @@ def _copied(uses: Sequence[Use], parents: Sequence[Parent], found: Mapping[int, 
 def _influence(
     plan: Plan, parents: Sequence[Parent], uses: Sequence[Use], sizes: Sequence[Mapping[int, float]]
 ) -> Influence | None:
-    kind = plan.method.needs.statistics
+    kind = next(iter(sorted(plan.statistics, key=lambda one: one != plan.method.needs.statistics)), None)
     if kind is None:
         return None
     coefficients = [parent.contributor.single_coefficient for parent in parents]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 
@@ -23,6 +23,7 @@ from merganser.methods.base import sums_to_zero
 from merganser.tensors import is_floating
 from merganser.text import listed
 
+BASE_NUMBER = -1  # the base, among the numbers of models
 _FEW = 4  # modules that contributors may have to themselves, such as a head of two layers and a pooler
 
 
@@ -92,6 +93,26 @@ class RowMap:
     def own_base(self) -> tuple[int, ...]:
         """For each row of the result, the row of the base's tensor, or -1."""
         return _unrolled(self.base) if self.base else (-1,) * self.size
+
+    def preferring(self, number: int) -> RowMap:
+        """The same with each row of one model's alone, where it has it, if only from others; of the base with -1."""
+        has = np.array(self.own[number] if number >= 0 else self.own_base) >= 0
+        for fill in self.fills:
+            if number in fill.takers:
+                has[fill.rows[0]] = True
+
+        def left(rows: Sequence[int], one: int) -> list[int]:
+            return np.where(has & (one != number), -1, rows).tolist()
+
+        fills = []
+        for fill in self.fills:
+            others, rows = [one for one in fill.takers if one != number], fill.rows[:, ~has[fill.rows[0]]]
+            fills += [replace(fill, takers=(number,))] if number in fill.takers else []
+            if others and rows.size:
+                fills.append(Fill.of(others, rows, fill.givers, own_mean=fill.own_mean))
+        own = [left(rows, one) for one, rows in enumerate(self.own)]
+        base = left(self.own_base, BASE_NUMBER) if self.base else None
+        return replace(RowMap.of(own, base, fills), columns=self.columns)
 
     def shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
         """Of the result, where a tensor on disk has the shape ``stored``."""
@@ -286,37 +307,52 @@ def _separate(names: Sequence[str], why: str, before: str = "") -> str:
 
 
 def check_needs(
-    method: Method, recipe: Recipe, parents: Sequence[Parent], base: Parent | None, problems: ErrorCollector
+    method: Method,
+    recipe: Recipe,
+    parents: Sequence[Parent],
+    base: Parent | None,
+    problems: ErrorCollector,
+    coefficients: Sequence[float],
+    place: str | None = None,
+    *,
+    partly: bool = False,
 ) -> None:
-    """The method has what it needs: a package, base model, statistics of these tensors, coefficients with a meaning."""
+    """The method has what it needs: a package, base model, statistics of these tensors, coefficients with a meaning.
+
+    Args:
+        method: with its options.
+        recipe: for the base that it names.
+        parents: those who have a say where this method is used.
+        base: the base model, where there is one.
+        problems: receives what is missing.
+        coefficients: of these parents, as they are for some tensors.
+        place: of the recipe that asks for this method; None: the recipe's own.
+        partly: other tensors have coefficients that are not all 0. Those where all are 0 are the base's.
+    """
     if method.needs.package and importlib.util.find_spec(method.needs.package[0]) is None:
         problems.add(
             RecipeError(
                 f"method {method.name!r} needs {method.needs.package[1]}, which is not installed",
-                where="method",
+                where=place or "method",
                 mend=f"pip install {method.needs.package[1]}",
             )
         )
-    if method.needs.models is not None and len(parents) != method.needs.models:
+    exactly, least = method.needs.models, method.needs.at_least
+    if (exactly is not None and len(parents) != exactly) or len(parents) < least:
+        wanted = f"exactly {exactly} models" if exactly is not None else f"{least} models or more"
+        are = "is" if len(parents) == 1 else "are"
         problems.add(
             RecipeError(
-                f"method {method.name!r} merges exactly {method.needs.models} models, {len(parents)} are given",
-                where="contributors",
-                mend=f"give {method.needs.models} models, or choose another method",
-            )
-        )
-    if len(parents) < method.needs.at_least:
-        problems.add(
-            RecipeError(
-                f"method {method.name!r} merges {method.needs.at_least} models or more, {len(parents)} is given",
-                where="contributors",
-                mend="give more models, or choose another method",
+                f"method {method.name!r} merges {wanted}, {len(parents)} {are} given",
+                where=place or "contributors",
+                mend=f"give {wanted.removeprefix('exactly ')}, or choose another method",
             )
         )
     if method.needs.base and recipe.base is None and base is None:
         problems.add(
             RecipeError(
                 f"method {method.name!r} needs the pre-trained model that the contributors started from",
+                where=place,
                 mend="add --base MODEL",
             )
         )
@@ -326,8 +362,7 @@ def check_needs(
                 "holds none of the contributors' tensors", where=base.checkpoint.name, mend="give the right base model"
             )
         )
-    coefficients = [parent.contributor.single_coefficient for parent in parents]
-    _check_signs(method, [parent.title for parent in parents], coefficients, problems)
+    _check_signs(method, [parent.title for parent in parents], coefficients, problems, place, partly=partly)
     for parent in parents if method.needs.statistics else ():
         option = {"fisher": " --fisher", "kfac": " --kfac"}.get(method.needs.statistics or "", "")
         mend = f"merganser collect {parent.contributor.model} --data …{option}"
@@ -342,7 +377,13 @@ def check_needs(
 
 
 def _check_signs(
-    method: Method, titles: Sequence[str], coefficients: Sequence[float], problems: ErrorCollector
+    method: Method,
+    titles: Sequence[str],
+    coefficients: Sequence[float],
+    problems: ErrorCollector,
+    place: str | None,
+    *,
+    partly: bool,
 ) -> None:
     """Negative coefficients, and those that sum to zero, are for methods in which they have a meaning."""
     for title, coefficient in zip(titles, coefficients, strict=True):
@@ -351,13 +392,16 @@ def _check_signs(
             what += f"{method.name!r}"
             able = ", ".join(name for name, one in METHODS.items() if one.needs.signed)
             mend = f"use a coefficient of at least 0, or a method that takes negative ones: {able}"
-            problems.add(RecipeError(what, mend=mend))
-    if not method.needs.weighted and len(set(coefficients)) > 1:
+            problems.add(RecipeError(what, where=place, mend=mend))
+    if not any(coefficients) and partly and method.needs.base:
+        return
+    if not method.needs.weighted and len({one for one in coefficients if one}) > 1:
         what = f"method {method.name!r} does not weigh models, so that coefficients {listed_coefficients(coefficients)}"
         mend = "give every model the same coefficient, or leave them out"
-        problems.add(RecipeError(f"{what} have no meaning", where="coefficients", mend=mend))
+        problems.add(RecipeError(f"{what} have no meaning", where=place or "coefficients", mend=mend))
     if not any(coefficients):
-        problems.add(RecipeError("every coefficient is zero", where="coefficients", mend="give one that is not"))
+        what = "every coefficient is zero"
+        problems.add(RecipeError(what, where=place or "coefficients", mend="give one that is not"))
     elif method.needs.normalised and sums_to_zero(coefficients):
         able = ", ".join(name for name, one in METHODS.items() if one.needs.signed and not one.needs.normalised)
         few = listed_coefficients(coefficients)
@@ -366,7 +410,7 @@ def _check_signs(
         problems.add(RecipeError(what, where="coefficients", mend=mend))
 
 
-def check_adapter(recipe: Recipe, inputs: Inputs, rank: int, method: Method, problems: ErrorCollector) -> None:
+def check_adapter(recipe: Recipe, inputs: Inputs, rank: int, uses_statistics: bool, problems: ErrorCollector) -> None:
     """The result can be a LoRA adapter: there is a base that is a full model, and one adapter holds all of it."""
     base, where = inputs.base, "--as-adapter"
     if rank < 1:
@@ -383,6 +427,9 @@ def check_adapter(recipe: Recipe, inputs: Inputs, rank: int, method: Method, pro
     if recipe.vocabulary != "same":
         mend = "write a full checkpoint"
         problems.add(RecipeError("an adapter cannot hold another vocabulary than its base's", where=where, mend=mend))
-    if not method.needs.statistics:  # otherwise they are checked already
+    if recipe.layers:
+        what, mend = "an adapter has its base's layers, and cannot stack, skip or repeat any", "write a full checkpoint"
+        problems.add(RecipeError(what, where=where, mend=mend))
+    if not uses_statistics:  # otherwise they are checked already
         for parent in inputs.parents:
             problems.add(*(parent.statistics.check_names(parent.checkpoint) if parent.statistics else []))

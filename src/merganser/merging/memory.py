@@ -198,7 +198,7 @@ def step_bytes(step: Step, rows: int | None = None) -> int:
     largest = max((prod(fact.shape) for fact in unit.facts), default=0)
     method = step.treatment
     held = elements(unit) * 4 * 4 if method is None else method.memory(unit, len(step.takers))
-    return held + largest * 4 * _PIECES
+    return (held + largest * 4 * _PIECES) * (2 if step.computation == "F64" else 1)
 
 
 def anonymous_bytes() -> int:

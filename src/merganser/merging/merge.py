@@ -233,7 +233,7 @@ def prepare(
         inputs = inputs if plan.base else replace(inputs, base=None)
     schedule = fit(plan.steps, settings, extra=None if plan.rank is None else AdapterTarget.extra_bytes)
     problems = ErrorCollector()
-    if settings.engine is not None and plan.method.needs.data:
+    if settings.engine is not None and any(s.treatment is not None and s.treatment.needs.data for s in plan.steps):
         what = "what models do on texts is looked at by this process"
         problems.add(RecipeError(what, where="--engine", mend="leave out the engine, or choose another method"))
     if (missing := schedule.peak_bytes - schedule.resident - available_bytes()) > 0:
@@ -253,7 +253,7 @@ def prepare(
     if waiting and isinstance(recipe, Recipe):  # whether copies of tied tensors are equal is known only now
         plan = plan_of(recipe, inputs, rank=rank)
         schedule = fit(plan.steps, settings, extra=None if plan.rank is None else AdapterTarget.extra_bytes)
-    if plan.method.needs.statistics or plan.rank is not None:
+    if plan.statistics or plan.rank is not None:
         _hash(inputs, settings.threads)
         for parent in inputs.parents:
             problems.add(*(parent.statistics.check_binding(parent.checkpoint) if parent.statistics else []))

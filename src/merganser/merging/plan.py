@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -21,11 +21,11 @@ from merganser.checkpoints.writer import TensorSpec
 from merganser.errors import RecipeError
 from merganser.merging.inputs import Inputs, open_inputs, pin
 from merganser.merging.matching import RowMap
-from merganser.merging.recipe import Recipe, method_options
+from merganser.merging.recipe import Recipe
 from merganser.merging.vocabulary import VocabularyChange
 from merganser.methods import METHODS, Method, Unit
 
-AVERAGE, COPY, KEPT = "average", "copy", "kept separate"
+AVERAGE, COPY, KEPT, TAKEN = "average", "copy", "kept separate", "taken"
 BUFFER = "a buffer, which nothing trains"  # the reason why a tensor is averaged
 HEADS = "heads"
 
@@ -40,7 +40,8 @@ class Step:
     Attributes:
         unit: the targets: names in the result, shapes, and the method's word for how.
         method: one of :data:`merganser.methods.METHODS`, or how it is done without: ``average``, ``copy`` for what is
-            no floating point, ``kept separate`` for what one contributor keeps to itself.
+            no floating point, ``kept separate`` for what one contributor keeps to itself, ``taken`` for what is as it
+            is in one model.
         sources: for each contributor, where it has each target; empty for one that takes no part.
         coefficients: of each contributor.
         options: of the method, all of them.
@@ -49,6 +50,9 @@ class Step:
         rows: which rows of which contributor answer to which of the result, where they differ.
         stack: how many such units lie behind each other in each target, as experts do, each merged by itself; the unit
             has the shapes of one. None: the unit is the whole.
+        asked: the method that a rule asks for; None: the recipe's.
+        rule: the rule that gives these tensors something else than the recipe's own method and options.
+        computation: the dtype to compute in; None: float32, and float64 where a tensor is stored so.
     """
 
     unit: Unit
@@ -60,6 +64,9 @@ class Step:
     reason: str | None = None
     rows: RowMap | None = None
     stack: int | None = None
+    asked: str | None = None
+    rule: str | None = None
+    computation: Literal["F64", "F32"] | None = None
 
     def height_of(self, name: str) -> int:
         """The rows of a target, of one of the stack."""
@@ -96,6 +103,7 @@ class Treatment:
         method: that was used.
         kind: the method's word for how.
         reason: why it is not the method that was asked for.
+        rule: the rule that gives these tensors something else than the recipe's own method and options.
         tensors, nbytes: how many, and their size.
     """
 
@@ -104,6 +112,7 @@ class Treatment:
     reason: str | None
     tensors: int
     nbytes: int
+    rule: str | None = None
 
 
 @dataclass(frozen=True)
@@ -172,8 +181,14 @@ class Plan:
 
     @property
     def method(self) -> Method:
-        """The method that was asked for, with its options."""
-        return METHODS[self.recipe.method].configured(method_options(self.recipe, self.recipe.method))
+        """The method that was asked for; what it does to each tensor is said by the steps."""
+        return METHODS[self.recipe.method]
+
+    @cached_property
+    def statistics(self) -> frozenset[str]:
+        """The kinds of statistics that the steps' methods read: gram, fisher."""
+        methods = (step.treatment for step in self.steps)
+        return frozenset(kind for one in methods if one is not None and (kind := one.needs.statistics) is not None)
 
     @cached_property
     def specs(self) -> dict[str, TensorSpec]:
@@ -196,7 +211,7 @@ class Plan:
                     continue
                 count = prod(fact.shape) * (step.stack or 1)
                 linear += count
-                if step.method == self.recipe.method:
+                if step.method in (step.asked or self.recipe.method, TAKEN):
                     reached += count
                 else:
                     others[step.reason or step.method] += count
@@ -205,12 +220,15 @@ class Plan:
     @property
     def treatments(self) -> list[Treatment]:
         """What is treated how, and why."""
-        groups: dict[tuple[str, str, str | None], list[TensorSpec]] = {}
+        groups: dict[tuple[str, str, str | None, str | None], list[TensorSpec]] = {}
         for step in self.steps:
             reason = "as the recipe says" if step.method == KEPT else step.reason
-            found = groups.setdefault((step.method, step.unit.kind, reason), [])
+            found = groups.setdefault((step.method, step.unit.kind, reason, step.rule), [])
             found += [self.specs[name] for name in step.unit.names]
-        return [Treatment(*key, len(found), sum(s.nbytes for s in found)) for key, found in groups.items()]
+        return [
+            Treatment(method, kind, reason, len(found), sum(spec.nbytes for spec in found), rule)
+            for (method, kind, reason, rule), found in groups.items()
+        ]
 
     @property
     def counts(self) -> dict[str, int]:

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 
 from merganser.checkpoints import Checkpoint, side_files
-from merganser.checkpoints.layers import Layer
-from merganser.checkpoints.module_layers import module_layers
 from merganser.checkpoints.opening import SINGLE
 from merganser.checkpoints.sources import Source
 from merganser.checkpoints.writer import TensorSpec
@@ -22,9 +20,11 @@ from merganser.errors import ErrorCollector, RecipeError
 from merganser.merging.activations import check_texts
 from merganser.merging.coefficients import check_averages
 from merganser.merging.configuration import BASE, check_written, compare_tokenizers, match_configurations
-from merganser.merging.inputs import Inputs, Parent, open_inputs, without_collection
+from merganser.merging.inputs import Inputs, open_inputs, without_collection
 from merganser.merging.labels import match_labels
+from merganser.merging.layer_stacking import Stacking
 from merganser.merging.matching import (
+    BASE_NUMBER,
     RowMap,
     check_adapter,
     check_architectures,
@@ -33,22 +33,20 @@ from merganser.merging.matching import (
     check_unmatched,
     find_separate,
     match_shapes,
-    matches,
     names_to_merge,
 )
 from merganser.merging.modules import check_modules
-from merganser.merging.plan import AVERAGE, BUFFER, COPY, HEADS, KEPT, Plan, Step
-from merganser.merging.recipe import Recipe, method_options
+from merganser.merging.plan import BUFFER, COPY, HEADS, KEPT, TAKEN, Plan, Step
+from merganser.merging.recipe import Recipe, recorded_options
+from merganser.merging.rules import Assignment, assign, is_plain, needs_parts
+from merganser.merging.steps import find_all_layers, make_steps, method_of
 from merganser.merging.vocabulary import match_vocabularies
-from merganser.methods import METHODS, UNSEEN, Facts, Method, Unit, choose
+from merganser.methods import Facts, Unit, choose
 from merganser.methods.averages.simple import SIMPLE
 from merganser.tensors import DTYPE_NAMES, DTYPES, is_floating
 
-SUMMED_TIES = 4  # the protocol of statistics from which on layers that share a weight have the sum of their Grams
 _LITTLE = 0.9  # of the linear weights, below which a merge by a method is hardly one
-_RESERVED = ("rules", "layers", "chat_template", "computation")
-NO_LAYER = Layer("", "linear", "", None, False)
-_CONFIGURED_HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head")  # what configurations call it
+_RESERVED = ("chat_template",)
 
 
 def make_plan(recipe: Recipe, *, rank: int | None = None, allow_pickle: bool = False) -> Plan:
@@ -82,13 +80,19 @@ def plan_of(recipe: Recipe, inputs: Inputs, *, rank: int | None = None) -> Plan:
             problems.add(RecipeError("this key means nothing yet", where=key, mend=f"leave out {key}"))
     separate = find_separate(recipe, people, problems)
     chosen, choice = choose_method(recipe, inputs)
-    method = METHODS[chosen].configured(method_options(recipe, chosen))
+    options = recorded_options(recipe, chosen)
+    settled = recipe.model_copy(update={"method": chosen})
     # The average of files that are alike asks nothing of the model: transformers takes longer to import than it takes.
-    plain = chosen == SIMPLE.name and inputs.alike
+    plain = chosen == SIMPLE.name and inputs.alike and is_plain(recipe)
     names, untied, left_out = names_to_merge(recipe, people, reference, plain=plain)
     notes += left_out
     if not plain:
         notes += check_fitting(people, base, problems)
+    parts = reference.view.parts if needs_parts(recipe) else {}
+    scopes = {} if inputs.stacking is None else inputs.stacking.scopes
+    assignments = assign(settled, names, [parent.title for parent in parents], parts, scopes, problems)
+    methods = [method_of(one) for one in {one.key: one for one in assignments.values() if one.taken is None}.values()]
+    needs_base = any(one.needs.base for one in methods) or any(one.taken == BASE_NUMBER for one in assignments.values())
     labels = match_labels(recipe, people, names, problems)
     rows = dict(labels.rows) if labels else {}
     notes += labels.notes if labels else ()
@@ -98,47 +102,46 @@ def plan_of(recipe: Recipe, inputs: Inputs, *, rank: int | None = None) -> Plan:
         if (found := person.checkpoint.quantisation) is not None and found.codes
     ]
     adapter = rank is not None
-    notes += match_configurations(recipe, people, base, problems, adapter=adapter)
+    per_layer = frozenset() if inputs.stacking is None else inputs.stacking.checkpoint.per_layer
+    notes += match_configurations(recipe, people, base, problems, adapter=adapter, per_layer=per_layer)
     if not adapter and not problems.found:
         problems.catch(check_written, recipe, inputs, plain=plain)
-    vocabulary = match_vocabularies(
-        recipe, people, base, names, problems, needs_base=method.needs.base, adapter=adapter
-    )
+    vocabulary = match_vocabularies(recipe, people, base, names, problems, needs_base=needs_base, adapter=adapter)
     notes += vocabulary.notes
     rows |= vocabulary.rows
-    match_shapes(people, names, rows, problems)
-    check_unmatched(people, separate, problems)
-    if people[0] is not parents[0] and not inputs.of_ledger:  # what has no canonical name
+    if inputs.stacking is None:
+        match_shapes(people, names, rows, problems)
+        check_unmatched(people, separate, problems)
+    else:
+        check_stacked(inputs, inputs.stacking, assignments, rows, problems)
+    if people[0] is not parents[0] and not inputs.of_ledger and inputs.stacking is None:  # what has no canonical name
         check_unmatched([people[0], parents[0]], ((), ()), problems)
-    check_needs(method, recipe, parents, base, problems)
-    notes += check_texts(method, parents, problems)
+    check_all_needs(settled, assignments.values(), inputs, problems)
+    for one in methods:
+        notes += check_texts(one, parents, problems)
     if rank is not None:
-        check_adapter(recipe, inputs, rank, method, problems)
+        check_adapter(recipe, inputs, rank, any(one.needs.statistics for one in methods), problems)
     problems.raise_all()
 
-    steps = _steps(method, recipe, names, rows, inputs, {} if plain else _layers(inputs))
-    if not any(step.method == chosen for step in steps):
-        reasons = Counter(step.reason for step in steps)
-        raise RecipeError(
-            f"method {chosen!r} can treat no tensor of these models ({reasons.most_common(1)[0][0]})",
-            where="recipe",
-            mend=f"publish the statistics it needs, or choose --method {SIMPLE.name}",
-        )
+    steps = make_steps(settled, assignments, rows, inputs, {} if plain else find_all_layers(inputs), problems)
+    problems.raise_all()
+    check_treated(steps, chosen)
     check_averages(steps, [parent.title for parent in parents])
-    notes += check_coverage(recipe, steps, chosen, None if plain else reference.view.reason)
+    notes += check_coverage(settled, steps, None if plain else reference.view.reason)
     outputs = [_spec(name, recipe, inputs, rows) for name in names]
     folders = nested_folders(reference.checkpoint)
     if not inputs.of_ledger and any(separate):
         kept, specs = _kept(inputs, separate, folders)
         steps, outputs = [*steps, *kept], [*outputs, *specs]
-    reads_base = method.needs.base or rank is not None or vocabulary.uses_base or recipe.config_from == BASE
+    reads_base = needs_base or any(step.base for step in steps) or rank is not None
+    reads_base = reads_base or vocabulary.uses_base or recipe.config_from == BASE
     if recipe.base is not None and not reads_base:
-        notes.append(f"method {method.name} makes no use of the base model")
+        notes.append(f"method {chosen} makes no use of the base model")
     used = base if base is not None and reads_base else None
     tokenizers = base if vocabulary.tokenizer < 0 and base is not None else people[vocabulary.tokenizer]
     notes += compare_tokenizers(people, tokenizers) if rank is None else []
     return Plan(
-        recipe=recipe.model_copy(update={"method": chosen, "options": method.options.model_dump(mode="json")}),
+        recipe=settled.model_copy(update={"options": options}),
         steps=tuple(steps),
         outputs=tuple(outputs),
         folders=folders,
@@ -153,18 +156,89 @@ def plan_of(recipe: Recipe, inputs: Inputs, *, rank: int | None = None) -> Plan:
         rank=rank,
         choice=choice,
         notes=tuple(notes),
-        bytes_read=_bytes_read(method, replace(inputs, base=used)),
+        bytes_read=_bytes_read(replace(inputs, base=used), statistics=any(one.needs.statistics for one in methods)),
     )
 
 
-def check_coverage(recipe: Recipe, steps: Sequence[Step], method: str, unknown: str | None) -> list[str]:
+def check_all_needs(
+    recipe: Recipe, assignments: Iterable[Assignment], inputs: Inputs, problems: ErrorCollector
+) -> None:
+    """Every method that some tensor gets has what it needs.
+
+    Args:
+        recipe: whose method is chosen.
+        assignments: of all tensors.
+        inputs: the open files.
+        problems: receives what is missing.
+    """
+    different = {one.key: one for one in assignments if one.taken is None}
+    partly = any(any(one.coefficients) for one in different.values())
+    for one in different.values():
+        people = [inputs.parents[number] for number in one.participants]
+        coefficients = [one.coefficients[number] for number in one.participants]
+        check_needs(method_of(one), recipe, people, inputs.base, problems, coefficients, one.why, partly=partly)
+
+
+def check_stacked(
+    inputs: Inputs,
+    stacking: Stacking,
+    assignments: Mapping[str, Assignment],
+    rows: Mapping[str, RowMap],
+    problems: ErrorCollector,
+) -> None:
+    """Everything fits where the result's layers are others than the contributors'.
+
+    Args:
+        inputs: the open files.
+        stacking: what becomes of the layers.
+        assignments: of all tensors.
+        rows: of tensors whose rows are matched.
+        problems: receives what does not fit.
+    """
+    for name, one in assignments.items():
+        if one.taken is None and name in stacking.baseless and inputs.base is not None and method_of(one).needs.base:
+            where = f"layers.{stacking.scopes[name].number}"
+            what = f"method {one.method!r} needs the base's layer, and the sources are of different ones"
+            mend = "add {contributor: base, range: […]} to the sources"
+            problems.add(RecipeError(what, where=where, mend=mend))
+            break
+    outside = [name for name in assignments if name not in stacking.scopes or not stacking.scopes[name].inside]
+    match_shapes(inputs.people, outside, rows, problems)
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for name in (name for name in assignments if name not in outside):
+        groups.setdefault(assignments[name].participants, []).append(name)
+    for participants, names in groups.items():
+        match_shapes([inputs.reference, *(inputs.parents[n] for n in participants)], names, rows, problems)
+    check_unmatched(inputs.parents, [[*names] for names in stacking.skipped], problems)
+
+
+def check_treated(steps: Sequence[Step], chosen: str) -> None:
+    """Every method that is asked for treats some of the tensors that it is asked for.
+
+    Raises:
+        RecipeError: it can treat none of them.
+    """
+    merged = [step for step in steps if step.method not in (TAKEN, COPY) and step.reason != BUFFER]
+    asked = {step.asked or chosen for step in merged}
+    for method in sorted(asked - {step.method for step in steps}, key=lambda one: one != chosen):
+        own = [step for step in merged if (step.asked or chosen) == method]
+        why, of_rule = Counter(step.reason for step in own).most_common(1)[0][0], own[0].rule
+        what = "these models" if of_rule is None else of_rule
+        raise RecipeError(
+            f"method {method!r} can treat no tensor of {what} ({why})",
+            where="recipe",
+            mend=f"publish the statistics it needs, or choose --method {SIMPLE.name}",
+        )
+
+
+def check_coverage(recipe: Recipe, steps: Sequence[Step], unknown: str | None) -> list[str]:
     """A note where the method reaches little of the linear weights, or where it is not known which these are.
 
     Raises:
         RecipeError: it reaches less than the recipe requires.
     """
-    found = Plan(recipe.model_copy(update={"method": method}), tuple(steps), ()).coverage
-    text = f"method {method!r} reaches only {found}"
+    found = Plan(recipe, tuple(steps), ()).coverage
+    text = f"method {recipe.method!r} reaches only {found}"
     if recipe.require_coverage is not None and found.share < recipe.require_coverage:
         mend = "mend what the reasons name, choose another method, or require less"
         raise RecipeError(text, where="require_coverage", mend=mend)
@@ -184,142 +258,6 @@ def choose_method(recipe: Recipe, inputs: Inputs) -> tuple[str, str | None]:
         published.add("fisher")
     missing = ", ".join(p.title for p in inputs.parents if p.statistics is None) or "some contributors"
     return choose(published, inputs.base is not None, missing)
-
-
-def _steps(
-    method: Method,
-    recipe: Recipe,
-    names: Sequence[str],
-    rows: Mapping[str, RowMap],
-    inputs: Inputs,
-    layers: Mapping[str, Layer],
-) -> list[Step]:
-    """Every tensor in exactly one step: the method's units, and the average (or a copy) for what it cannot treat."""
-    tensors, parents, base = inputs.reference.checkpoint.tensors, inputs.parents, inputs.base
-    coefficients = tuple(parent.contributor.single_coefficient for parent in parents)
-    options = method.options.model_dump(mode="json")
-
-    def step(unit: Unit, used: str, reason: str | None = None) -> Step:
-        table = None if used == COPY else next((rows[name] for name in unit.names if name in rows), None)
-        turned = table is not None and table.columns
-
-        def own(parent: Parent) -> dict[str, Source]:
-            found = {name: parent.sources[name] for name in unit.names if name in parent.sources}
-            if used == method.name and unit.facts[0].stack is not None:
-                found = {n: _apart(s, unit.facts[0].stack, len(tensors[n].shape), parent) for n, s in found.items()}
-            return {name: replace(source, transposed=True) for name, source in found.items()} if turned else found
-
-        needed = (used == method.name and method.needs.base) or (table is not None and table.base)
-        theirs = own(base) if base and needed else {}
-        settings, stack = (options, unit.facts[0].stack) if used == method.name else ({}, None)
-        bare, sources = unit.without_publications(), tuple(own(parent) for parent in parents)
-        return Step(bare, used, sources, coefficients, settings, theirs, reason, table, stack)
-
-    def untreated(fact: Facts, used: str, reason: str) -> Step:
-        whole = fact if fact.stack is None else replace(fact, shape=tensors[fact.name].shape, stack=None)
-        return step(Unit((fact.name,), used, (whole,)), used, reason)
-
-    facts = make_facts(names, inputs, layers, rows)
-    reasons = {f.name: f"excluded by {p!r}" for f in facts if (p := matches(f.name, recipe.exclude))}
-    if inputs.of_ledger:
-        reasons |= {f.name: "packed experts, of which a ledger keeps no sums" for f in facts if f.stack is not None}
-    buffers = inputs.reference.view.buffers if layers else ()
-    reasons |= {f.name: BUFFER for f in facts if f.name in buffers}
-    copied = {f.name for f in facts if not is_floating(tensors[f.name].dtype)}
-    units, others = method.units([f for f in facts if f.name not in reasons and f.name not in copied])
-    reasons |= others
-    steps = [step(unit, method.name) for unit in units]
-    for fact in facts:
-        if fact.name in copied:
-            steps.append(untreated(fact, COPY, "not floating point"))
-        elif fact.name in reasons:
-            steps.append(untreated(fact, AVERAGE, reasons[fact.name]))
-    first = {name: number for number, name in enumerate(names)}
-    return sorted(steps, key=lambda one: min(first[name] for name in one.unit.names))
-
-
-def _apart(source: Source, stack: int, dims: int, parent: Parent) -> Source:
-    """A stack whose matrices lie behind each other in the rows of one, as a stack of parts; any other as it is."""
-    if dims > 2 or not source.is_whole or (shape := parent.checkpoint.tensors[source.tensor].shape)[0] == stack:
-        return source
-    height = shape[0] // stack
-    parts = (replace(source, rows=(number * height, (number + 1) * height)) for number in range(stack))
-    return Source(parts=tuple(parts), stacked=True)
-
-
-def _layers(inputs: Inputs) -> Mapping[str, Layer]:
-    """The layers by the reference's name of their weight: the model's, or what the first statistics say of another."""
-    first, view = inputs.parents[0], inputs.reference.view
-    if view.model is not None or first.statistics is None:
-        return {**view.layers, **module_layers(inputs.reference.checkpoint)}
-    ours = {source.tensor: name for name, source in first.sources.items()}
-    layers: dict[str, Layer] = {}
-    for x in first.statistics.header.layers:
-        if x.weight in ours:
-            layers.setdefault(ours[x.weight], Layer(x.module, x.kind, ours[x.weight], ours.get(x.bias or ""), x.tied))
-    return layers
-
-
-def make_facts(
-    names: Sequence[str], inputs: Inputs, layers: Mapping[str, Layer], rows: Mapping[str, RowMap]
-) -> list[Facts]:
-    """What the method may know of each tensor."""
-    by_bias = {layer.bias: layer for layer in layers.values() if layer.bias}
-    config = inputs.reference.checkpoint.config
-    heads = next((config[key] for key in _CONFIGURED_HEADS if isinstance(config.get(key), int)), None)
-    facts = []
-    for name in names:
-        shape = inputs.reference.checkpoint.tensors[name].shape
-        layer, bias_of = layers.get(name), by_bias.get(name)
-        stack = (layer or bias_of or NO_LAYER).experts
-        known = [_published(parent, name, layer, stack) for parent in inputs.parents]
-        base_info = inputs.base.info(name) if inputs.base else None
-        in_base = base_info is not None and base_info.shape == shape
-        if name in rows:
-            shape = rows[name].shape(shape)
-            in_base = base_info is not None and bool(rows[name].base) and rows[name].shape(base_info.shape) == shape
-            shape = shape[::-1] if rows[name].columns else shape
-        facts.append(
-            Facts(
-                name,
-                shape if stack is None else shape[1:] if len(shape) > 2 or bias_of else (shape[0] // stack, *shape[1:]),
-                layer,
-                bias_of,
-                grams=tuple(gram for gram, _, _, _ in known),
-                counts=tuple(count for _, count, _, _ in known),
-                fishers=tuple(fisher for _, _, fisher, _ in known),
-                outputs=tuple(outputs for _, _, _, outputs in known),
-                heads=heads,
-                in_base=in_base,
-                alone=name in rows,
-                stack=stack,
-            )
-        )
-    return facts
-
-
-def _published(
-    parent: Parent, name: str, layer: Layer | None, stack: int | None
-) -> tuple[str | None, bool, bool, bool]:
-    """What a contributor publishes of a tensor: its Gram matrix's key, token counts, Fisher information, gradients.
-
-    An expert that no token of its data reached has no Gram matrix of its own while others of its module have: the key
-    is :data:`UNSEEN` then, and it has no vote.
-    """
-    statistics, source = parent.statistics, parent.sources.get(name)
-    if statistics is None or source is None:
-        return None, False, False, False
-    leaves = [source.leaf] if stack is None else [source.one_of(number).leaf for number in range(stack)]
-    entries = [statistics.layer(leaf.tensor, leaf.index) for leaf in leaves]
-    entry = next((one for one in entries if one is not None), None)
-    if entry is None and layer is not None and layer.module in statistics.expert_modules:
-        return UNSEEN, False, False, False
-    if entry is not None and entry.tied and entry.input and statistics.header.protocol < SUMMED_TIES:
-        return None, False, False, False  # of one of the layers that share it alone
-    count = entry is not None and statistics.has_count(entry.module)
-    fisher = source.is_whole and statistics.has_fisher(source.tensor)
-    outputs = source.is_whole and stack is None and entry is not None and entry.output is not None
-    return entry.input if entry else None, count, fisher, outputs
 
 
 def _spec(name: str, recipe: Recipe, inputs: Inputs, rows: Mapping[str, RowMap]) -> TensorSpec:
@@ -362,8 +300,8 @@ def _kept(
     return steps, specs
 
 
-def _bytes_read(method: Method, inputs: Inputs) -> int:
+def _bytes_read(inputs: Inputs, *, statistics: bool) -> int:
     """Size of everything that is read: weights of contributors and base, and their statistics."""
     tables = [source.checkpoint.tensors for source in inputs.sources]
-    tables += [p.statistics.tensors for p in inputs.parents if p.statistics and method.needs.statistics]
+    tables += [p.statistics.tensors for p in inputs.parents if p.statistics and statistics]
     return sum(info.nbytes for table in tables for info in table.values())

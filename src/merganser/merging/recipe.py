@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
@@ -19,14 +19,17 @@ _LISTS = ("exclude", "keep_separate", "tensors", "role")  # keys under which one
 
 
 def _number_or_gradient(value: Any) -> Any:
-    """A number as it is, and a list as a tuple; anything else is refused in one sentence."""
-    listed = isinstance(value, (list, tuple))
-    for one in value if listed else (value,):
-        if isinstance(one, bool) or not isinstance(one, (int, float)):
-            raise ValueError("give a number, or a list of numbers to interpolate over the layers")
-    if listed and not value:
+    """A number, or a list of them as a tuple; anything else is refused in one sentence."""
+    if isinstance(value, (list, tuple)) and not value:
         raise ValueError("an empty list has nothing to interpolate")
-    return tuple(map(float, value)) if listed else float(value)
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return tuple(map(float, value)) if isinstance(value, (list, tuple)) else float(value)
+    except (TypeError, ValueError):
+        raise ValueError("give a number, or a list of numbers to interpolate over the layers") from None
+    except OverflowError:
+        raise ValueError(f"is beyond {LARGEST:g}, which float32 sums cannot hold") from None
 
 
 #: One number, or several that are interpolated over the depth of the model.
@@ -133,6 +136,10 @@ class LayerBlock(_Part):
         if len({source.range[1] - source.range[0] for source in self.sources}) > 1:
             listed = ", ".join(f"{one.contributor} {one.range[1] - one.range[0]}" for one in self.sources)
             raise ValueError(f"sources of different length cannot be merged layer by layer: {listed}")
+        own = self.sources[0]
+        alone = len(self.sources) == 1 and self.method is None and not self.rules
+        if alone and (self.options or own.options or own.coefficient is not None):
+            raise ValueError("the layers of one source are taken as they are: give a method too")
         names = [source.contributor for source in self.sources]
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise ValueError(f"{twice!r} stands here twice: list the model twice among the contributors, by two names")
@@ -330,9 +337,32 @@ def read_mapping(path: Path, what: str, keys: str) -> dict[str, Any]:
 
 
 def method_options(recipe: Recipe, method: str, where: str = "recipe") -> Any:
-    """The validated options of ``method``.
+    """The validated options of ``method``, of gradients what the first layer gets.
 
     Raises:
         RecipeError: an option that the method does not have, or a value that it cannot take.
     """
-    return validated(METHODS[method].options_type, recipe.options, f"{where}: options of {method}")
+    kind, place = METHODS[method].options_type, f"{where}: options of {method}"
+    gradients = {key: value for key, value in recipe.options.items() if isinstance(value, (list, tuple))}
+    problems = ErrorCollector()
+    for key, values in gradients.items():
+        if not values:
+            problems.add(RecipeError(f"{key}: an empty list has nothing to interpolate", where=place))
+        for value in values:
+            problems.catch(validated, kind, {**recipe.options, **_firsts(gradients), key: value}, place)
+    problems.raise_all()
+    return validated(kind, {**recipe.options, **_firsts(gradients)}, place, called=KEYS_ELSEWHERE)
+
+
+def _firsts(gradients: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+    return {key: values[0] for key, values in gradients.items() if values}
+
+
+def recorded_options(recipe: Recipe, method: str) -> dict[str, Any]:
+    """All options of ``method`` as they are written down: gradients as they are, and defaults spelled out.
+
+    Raises:
+        RecipeError: see :func:`method_options`.
+    """
+    gradients = {key: list(value) for key, value in recipe.options.items() if isinstance(value, (list, tuple))}
+    return {**method_options(recipe, method).model_dump(mode="json"), **gradients}

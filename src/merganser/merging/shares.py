@@ -13,17 +13,16 @@ from merganser.checkpoints.sources import Source, read_source
 from merganser.errors import CheckpointError
 from merganser.merging.activations import Activations
 from merganser.merging.inputs import Inputs, Parent
-from merganser.merging.matching import Fill
+from merganser.merging.matching import BASE_NUMBER, Fill
 from merganser.merging.plan import Step
 from merganser.methods import Unit
 from merganser.methods.base import input_width, wide
 from merganser.statistics import LayerStatistics, Statistics
-from merganser.tensors import is_finite
+from merganser.tensors import DTYPES, is_finite
 
 #: Rows of which so many lie between the first and the last are read with all of these.
 _SPREAD = 4
 _PIECE = 4096  # rows of which a mean is summed at once
-BASE_NUMBER = -1  # the base, among the numbers of models
 
 Ranges = Mapping[str, tuple[int, int]]
 
@@ -60,6 +59,7 @@ class ParentShare:
         self.coefficient = step.coefficients[number]
         self.sources, self._base_sources, self._base = step.sources[number], step.base, inputs.base
         self._ranges, self._device, self._seen = ranges or {}, device, seen
+        self._dtype = None if step.computation is None else DTYPES[step.computation]
         self._rows = None if rows is None else torch.tensor(rows)
         self._widths = {fact.name: input_width(fact) for fact in step.unit.facts if fact.layer}
         self._theirs = self._rows if base_rows is None else torch.tensor(base_rows)
@@ -67,34 +67,35 @@ class ParentShare:
         self._filling = Filling(inputs, step, torch.tensor(targets), fills) if fills and targets is not None else None
 
     def stored(self, name: str) -> Tensor:
-        """Its tensor as it is stored; checked to be finite."""
-        if self._rows is None:
-            return self._placed(self._read(name, *self._range(name)))
-        return self._placed(self._gathered(name, 0, len(self._rows)))
+        """Its tensor as it is stored, or in the dtype to compute in; checked to be finite."""
+        tensor = (
+            self._read(name, *self._range(name)) if self._rows is None else self._gathered(name, 0, len(self._rows))
+        )
+        return self._placed(tensor if self._dtype is None else tensor.to(self._dtype))
 
     def tensor(self, name: str) -> Tensor:
         """Its tensor in float32 or wider, likewise."""
-        return wide(self.stored(name))
+        return self._wide(self.stored(name))
 
     def base(self, name: str) -> Tensor:
         """The base model's tensor, likewise."""
         if self._theirs is None:
-            return wide(self._placed(self._read_base(name, *self._range(name))))
-        return wide(self._placed(self._gathered_base(name, 0, len(self._theirs))))
+            return self._wide(self._placed(self._read_base(name, *self._range(name))))
+        return self._wide(self._placed(self._gathered_base(name, 0, len(self._theirs))))
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Some of these rows, likewise."""
         if self._rows is not None:
-            return wide(self._placed(self._gathered(name, start, stop)))
+            return self._wide(self._placed(self._gathered(name, start, stop)))
         first, _ = self._range(name)
-        return wide(self._placed(self._read(name, first + start, first + stop)))
+        return self._wide(self._placed(self._read(name, first + start, first + stop)))
 
     def base_rows(self, name: str, start: int, stop: int) -> Tensor:
         """The base model's rows, likewise."""
         if self._theirs is not None:
-            return wide(self._placed(self._gathered_base(name, start, stop)))
+            return self._wide(self._placed(self._gathered_base(name, start, stop)))
         first, _ = self._range(name)
-        return wide(self._placed(self._read_base(name, first + start, first + stop)))
+        return self._wide(self._placed(self._read_base(name, first + start, first + stop)))
 
     def gram(self, weight: str) -> Tensor:
         """The Gram matrix of the inputs of the layer with this weight; zero for an expert that no token reached."""
@@ -186,6 +187,9 @@ class ParentShare:
 
     def _picked(self, tensor: Tensor) -> Tensor:
         return self._placed(tensor if self._rows is None else tensor[self._rows])
+
+    def _wide(self, tensor: Tensor) -> Tensor:
+        return wide(tensor) if self._dtype is None else tensor.to(self._dtype)
 
     def _placed(self, tensor: Tensor) -> Tensor:
         return tensor if self._device is None else tensor.to(self._device)

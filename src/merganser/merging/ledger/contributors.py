@@ -160,7 +160,7 @@ def check_contents(record: LedgerRecord, base: Parent, parent: Parent) -> None:
 
 def entry_of(base: Parent, parent: Parent, plan: Plan) -> LedgerMember:
     """What the ledger notes of a contributor."""
-    statistics = parent.statistics if plan.method.needs.statistics else None
+    statistics = parent.statistics if plan.statistics else None
     header = statistics.header if statistics else None
     infos = ((name, info.dtype, parent.info(name)) for name, info in base.checkpoint.tensors.items())
     return LedgerMember(
