@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from merganser.cli.common import make_cluster, parse_options, print_table, tell, warn
+from merganser.cli.common import make_cluster, parse_options, print_table, quiet_libraries, tell, warn
 from merganser.files import human_bytes
 
 if TYPE_CHECKING:
+    from merganser.merging import RunSettings
     from merganser.merging.merge import PreparedMerge
 
 
@@ -26,7 +27,12 @@ if TYPE_CHECKING:
 @click.option("--alpha", type=float, help="Multiplier of the Gram matrices' off-diagonals.")
 @click.option("--ridge", type=float, help="Pull toward the weighted average.")
 @click.option("--option", "pairs", multiple=True, metavar="KEY=VALUE", help="Any other option of the method.")
-@click.option("--data", metavar="FILE|DATASET", help="Texts at hand, for methods that look at what models do on them.")
+@click.option(
+    "--data",
+    multiple=True,
+    metavar="FILE|DATASET",
+    help="Texts at hand, for methods that look at what models do on them; for regmean_pp one for each model.",
+)
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Tensors to average instead.")
 @click.option("--keep-separate", multiple=True, metavar="PATTERN", help="Tensors that each model keeps (heads).")
 @click.option("--labels", type=click.Choice(["same", "union"]), help="union: one head that knows every label.")
@@ -87,7 +93,7 @@ def merge_command(
     alpha: float | None,
     ridge: float | None,
     pairs: tuple[str, ...],
-    data: str | None,
+    data: tuple[str, ...],
     threads: int | None,
     max_memory: str | None,
     device: str,
@@ -130,8 +136,19 @@ def merge_command(
     else:
         values["contributors"] = contributors_of(models, _numbers(coefficients), statistics or None)
     flags = {key: list(v) if isinstance(v, tuple) else v for key, v in keys.items() if v not in (None, ())}
-    given = {"alpha": alpha, "ridge": ridge, "data": data, **parse_options(pairs)}
+    given = {"alpha": alpha, "ridge": ridge, **parse_options(pairs)}
     chosen = {key: value for key, value in given.items() if value is not None}
+    if {**values, **flags}.get("method") == "regmean_pp":
+        if output is None or dry_run or explain or as_adapter is not None or engine != "serial" or statistics:
+            raise click.UsageError(
+                "regmean_pp merges layer after layer, here: it has no plan, engine, adapter or statistics"
+            )
+        settings = RunSettings.make(threads, max_memory, device, allow_pickle=allow_pickle)
+        _merge_in_turn({**values, **flags}, chosen, data, output, settings, overwrite=overwrite)
+        return
+    if len(data) > 1:
+        raise click.UsageError("--data is given once, but for --method regmean_pp")
+    chosen |= {"data": data[0]} if data else {}
     if chosen:
         flags["options"] = {**(values.get("options") or {}), **chosen}
     earlier, notes = stages[:-1], stages[-1].notes if stages else ()
@@ -165,6 +182,32 @@ def merge_command(
     warn(f"{plan.recipe.method} reached {plan.coverage}")
     if result.influence is not None:
         warn(f"influence: {result.influence}")
+    click.echo(output)
+
+
+def _merge_in_turn(
+    values: dict[str, Any],
+    options: dict[str, Any],
+    data: tuple[str, ...],
+    output: str,
+    settings: RunSettings,
+    *,
+    overwrite: bool,
+) -> None:
+    """RegMean++, whose statistics are collected while it merges."""
+    from merganser.sequential import merge_regmean_pp
+
+    quiet_libraries()
+    recipe = {key: value for key, value in values.items() if key not in ("method", "options", "contributors")}
+    given = {**(values.get("options") or {}), **options}
+    texts = data or tuple(given.pop("data", ()))
+    result = merge_regmean_pp(
+        values["contributors"], texts, output, options=given, overwrite=overwrite, settings=settings, **recipe
+    )
+    for note in result.notes:
+        warn(note)
+    warn(f"{human_bytes(result.plan.bytes_written)} merged in {result.seconds:.1f} s by RegMean++: {result.coverage}")
+    warn(f"made from the statistics in {output}-statistics, which verify and reproduce read again")
     click.echo(output)
 
 

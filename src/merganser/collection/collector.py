@@ -206,7 +206,7 @@ class Collector:
             fisher_examples=information.examples if information else 0,
             kfac=factors.kind if factors else None,
             kfac_examples=factors.examples if factors else 0,
-            versions=_library_versions(),
+            versions=library_versions(),
             label=self._label,
             notes=tuple(notes),
         )
@@ -262,7 +262,7 @@ class Collector:
         return self._observer
 
 
-def _library_versions() -> dict[str, str]:
+def library_versions() -> dict[str, str]:
     """Versions of the libraries that numbers depend on."""
     found = {}
     for package in ("merganser", "torch", "transformers", "numpy", "safetensors"):

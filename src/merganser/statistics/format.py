@@ -137,9 +137,9 @@ class StatisticsHeader(BaseModel):
     masking: str
     dtype: str = "float32"
     fisher: FisherKind | None = None
-    fisher_examples: int = Field(0, ge=0)
+    fisher_examples: int = Field(default=0, ge=0)
     kfac: KfacKind | None = None
-    kfac_examples: int = Field(0, ge=0)
+    kfac_examples: int = Field(default=0, ge=0)
     versions: dict[str, str] = Field(default_factory=dict)
     label: str = ""
     notes: tuple[str, ...] = ()
