@@ -133,11 +133,126 @@ def test_a_norm_over_all_heads_keeps_them_in_place(tmp_path: Path) -> None:
     assert used["model.layers.0.mlp.gate_proj.weight"]["method"] == "ot"
 
 
+Places = dict[str, tuple[int, int, int]]  # of each tensor: the axis of the units, copies, and numbers of a unit
+GROUPED: Places = {
+    "q_proj.weight": (0, 1, 8),
+    "k_proj.weight": (0, 1, 4),
+    "v_proj.weight": (0, 1, 4),
+    "o_proj.weight": (1, 1, 8),
+}
+_GATED: Places = {"gate_proj.weight": (0, 1, 1), "up_proj.weight": (0, 1, 1), "down_proj.weight": (1, 1, 1)}
+_FC: Places = {"fc1.weight": (0, 1, 1), "fc1.bias": (0, 1, 1), "fc2.weight": (1, 1, 1)}
+
+
+def _with_bias(ends: str, last: str) -> Places:
+    return {f"{e}_proj.{k}": (0, 1, 4) for e in ends for k in ("weight", "bias")} | {last: (1, 1, 4)}
+
+
+#: Written out by hand: class, more of the configuration, and for each block the number of units and their places.
+OTHERS: dict[str, tuple[str, dict[str, Any], list[tuple[str, int, Places]]]] = {
+    "llama, grouped": (
+        "Llama", {"num_key_value_heads": 3},
+        [("model.layers.{}.self_attn.", 3, GROUPED), ("model.layers.{}.mlp.", 20, _GATED)],
+    ),
+    "qwen3, grouped": (
+        "Qwen3", {"num_key_value_heads": 3, "head_dim": 4},
+        [("model.layers.{}.self_attn.", 3, GROUPED), ("model.layers.{}.mlp.", 20, _GATED)],
+    ),
+    "gemma2": (
+        "Gemma2", {"num_key_value_heads": 3, "head_dim": 4},
+        [("model.layers.{}.self_attn.", 3, GROUPED), ("model.layers.{}.mlp.", 20, _GATED)],
+    ),
+    "phi3": (
+        "Phi3", {"num_key_value_heads": 6, "pad_token_id": 0},
+        [("model.layers.{}.mlp.", 20, {"gate_up_proj.weight": (0, 2, 1), "down_proj.weight": (1, 1, 1)})],
+    ),
+    "phi": (
+        "Phi", {"num_key_value_heads": 6},
+        [("model.layers.{}.mlp.", 20, _FC), ("model.layers.{}.self_attn.", 6, _with_bias("qkv", "dense.weight"))],
+    ),
+    "gpt-neox": (
+        "GPTNeoX", {},
+        [("gpt_neox.layers.{}.mlp.", 20, {
+            "dense_h_to_4h.weight": (0, 1, 1), "dense_h_to_4h.bias": (0, 1, 1), "dense_4h_to_h.weight": (1, 1, 1)
+        })],
+    ),
+    "opt": (
+        "OPT", {"ffn_dim": 20, "word_embed_proj_dim": 24},
+        [("model.decoder.layers.{}.", 20, _FC),
+         ("model.decoder.layers.{}.self_attn.", 6, _with_bias("qkv", "out_proj.weight"))],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", PAIRWISE)
+@pytest.mark.parametrize("name", OTHERS)
+def test_blocks_of_other_architectures_and_groups_of_heads(tmp_path: Path, name: str, method: str) -> None:
+    """A permuted copy computes the same, which is the oracle of the places; merged with it, a model is what it was."""
+    stem, more, blocks = OTHERS[name]
+    sizes = {"hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 6}
+    config = getattr(transformers, f"{stem}Config")(vocab_size=VOCABULARY, max_position_embeddings=32, **(sizes | more))
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{stem}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "one")
+    expected, state = outputs(model), {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    generator, moving = torch.Generator().manual_seed(1), set[str]()
+    for layer in range(2):
+        for place, count, tensors in blocks:
+            order = torch.randperm(count, generator=generator)
+            while torch.equal(order, torch.arange(count)):
+                order = torch.randperm(count, generator=generator)
+            for end, (axis, copies, width) in tensors.items():
+                key = place.format(layer) + end
+                numbers = torch.arange(copies * count * width).view(copies, count, width)[:, order].flatten()
+                assert len(numbers) == state[key].shape[axis], key
+                state[key] = state[key].index_select(axis, numbers)
+                moving.add(key)
+    model.load_state_dict(state)
+    torch.testing.assert_close(outputs(model), expected, atol=1e-4, rtol=0)
+    model.save_pretrained(tmp_path / "two")
+    out = merge([tmp_path / "one", tmp_path / "two"], tmp_path / "out", method=method)
+    original = load_file(tmp_path / "one" / "model.safetensors")
+    for key, tensor in load_file(out / "model.safetensors").items():
+        torch.testing.assert_close(tensor, original[key], rtol=0, atol=1e-6, msg=key)
+    assert {key for key, entry in provenance(out).items() if entry["method"] == method} == moving
+
+
+def test_both_halves_of_a_fused_block_and_all_thirds_of_attention_move_in_modernbert(tmp_path: Path) -> None:
+    config = transformers.ModernBertConfig(
+        vocab_size=VOCABULARY, hidden_size=24, intermediate_size=20, num_hidden_layers=2, num_attention_heads=6,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.ModernBertForMaskedLM(config).eval()
+    model.save_pretrained(tmp_path / "one")
+    expected, state = outputs(model), {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    units, heads = torch.randperm(20), torch.arange(24).view(6, 4).flip(0).flatten()
+    for layer in range(2):
+        for end, axis, order, copies in (
+            ("mlp.Wi", 0, units, 2), ("mlp.Wo", 1, units, 1), ("attn.Wqkv", 0, heads, 3), ("attn.Wo", 1, heads, 1)
+        ):  # fmt: skip
+            key, whole = (
+                f"model.layers.{layer}.{end}.weight",
+                torch.cat([order + n * len(order) for n in range(copies)]),
+            )
+            state[key] = state[key].index_select(axis, whole)
+    model.load_state_dict(state)
+    torch.testing.assert_close(outputs(model), expected, atol=1e-4, rtol=0)
+    model.save_pretrained(tmp_path / "two")
+    out = merge([tmp_path / "one", tmp_path / "two"], tmp_path / "out", method="rebasin")
+    original = load_file(tmp_path / "one" / "model.safetensors")
+    for key, tensor in load_file(out / "model.safetensors").items():
+        torch.testing.assert_close(tensor, original[key], rtol=0, atol=1e-6, msg=key)
+
+
 def test_an_architecture_without_a_known_block_is_an_error(tmp_path: Path) -> None:
-    config = transformers.GPTNeoXConfig(
-        vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24
+    config = transformers.GPTJConfig(
+        vocab_size=VOCABULARY, n_embd=16, n_layer=1, n_head=2, rotary_dim=4, n_positions=32
     )
-    transformers.GPTNeoXForCausalLM(config).save_pretrained(tmp_path / "one")
+    transformers.GPTJForCausalLM(config).save_pretrained(tmp_path / "one")
     with pytest.raises(RecipeError, match="can treat no tensor"):
         merge([tmp_path / "one"] * 2, tmp_path / "out", method="ot")
     assert not (tmp_path / "out").exists()

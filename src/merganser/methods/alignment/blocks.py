@@ -2,7 +2,9 @@
 
 The hidden units of a feed-forward block may stand in any order without changing what it computes, and so may the heads
 of an attention block: rows into a unit, their biases and columns out of it move together. The residual stream keeps its
-order, since fine-tunes of one model share it; so the order of one block does not depend on that of another.
+order, since fine-tunes of one model share it; so the order of one block does not depend on that of another. Where
+several query heads share a key and a value, they move together: the groups may stand in any order, and the heads of a
+group keep theirs.
 """
 
 from __future__ import annotations
@@ -47,7 +49,11 @@ BLOCKS = (
     AlignedBlock("feed-forward", ("DenseReluDense.wi",), "DenseReluDense.wo"),  # T5
     AlignedBlock("feed-forward", ("DenseReluDense.wi_0", "DenseReluDense.wi_1"), "DenseReluDense.wo"),  # T5 1.1
     AlignedBlock("feed-forward", ("mlp.c_fc",), "mlp.c_proj"),  # GPT-2
-    AlignedBlock("feed-forward", ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"),  # Llama, Qwen
+    AlignedBlock("feed-forward", ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"),  # Llama, Qwen, Gemma
+    AlignedBlock("feed-forward", ("mlp.gate_up_proj",), "mlp.down_proj", fused=2),  # Phi-3, GLM
+    AlignedBlock("feed-forward", ("mlp.Wi",), "mlp.Wo", fused=2),  # ModernBERT
+    AlignedBlock("feed-forward", ("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h"),  # GPT-NeoX, Falcon, BLOOM
+    AlignedBlock("feed-forward", ("fc1",), "fc2"),  # OPT, BART, Phi, Whisper, CLIP
     AlignedBlock(
         "heads", ("attention.self.query", "attention.self.key", "attention.self.value"), "attention.output.dense"
     ),  # BERT, RoBERTa
@@ -59,7 +65,10 @@ BLOCKS = (
     ),  # DeBERTa-v2, v3
     AlignedBlock("heads", ("attention.q_lin", "attention.k_lin", "attention.v_lin"), "attention.out_lin"),  # DistilBERT
     AlignedBlock("heads", ("attn.c_attn",), "attn.c_proj", fused=3),  # GPT-2
+    AlignedBlock("heads", ("attn.Wqkv",), "attn.Wo", fused=3),  # ModernBERT
     AlignedBlock("heads", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.o_proj"),  # Llama
+    AlignedBlock("heads", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.out_proj"),  # OPT
+    AlignedBlock("heads", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.dense"),  # Phi
     AlignedBlock("heads", ("EncDecAttention.q", "EncDecAttention.k", "EncDecAttention.v"), "EncDecAttention.o"),  # T5
     AlignedBlock(
         "heads", ("SelfAttention.q", "SelfAttention.k", "SelfAttention.v"), "SelfAttention.o", fixed=_SHARED_BIAS
@@ -150,15 +159,19 @@ class Aligned(Method):
                 return "heads are switched off"
             if block.fixed:
                 return block.fixed
-            if len(outputs) > 1:
-                return "grouped-query attention: several query heads share a key and a value"
-            if not columns.heads or min(outputs) % (columns.heads * block.fused):
+            width = _size(columns, outputs=False) // (columns.heads or 1)  # of a head
+            if not columns.heads or not width or any(size % (width * block.fused) for size in outputs):
                 return "the configuration does not say how many heads there are"
-        if outputs != {_size(columns, outputs=False) * block.fused}:
+            groups = min(outputs) // (width * block.fused)
+            if groups < columns.heads and (groups == 1 or columns.heads % groups):
+                return "grouped-query attention with one key and value, which all query heads share"
+        sizes = {max(outputs)} if block.kind == "heads" else outputs
+        if sizes != {_size(columns, outputs=False) * block.fused}:
             return "the outputs of the block's first layers are not the inputs of its second"
         known = {columns.layer.bias if columns.layer else None, columns.name}
         known |= {name for fact in rows if fact.layer for name in (fact.name, fact.layer.bias)}
-        inside = prefix + block.rows[0].rsplit(".", 1)[0] + "."
+        inside, dot, _ = block.rows[0].rpartition(".")
+        inside = f"{prefix}{inside}{dot}"
         for name, fact in by_name.items():
             if name.startswith(inside) and name not in known and {*outputs, columns.heads} & {*fact.shape[:1]}:
                 return f"{name.removeprefix(prefix)} may be ordered like its units"
@@ -188,9 +201,13 @@ def axis_of(fact: Facts, unit: Unit) -> UnitAxis:
 
 
 def unit_count(unit: Unit) -> int:
-    """How many hidden units or heads a block has."""
+    """How many hidden units or heads a block has; where query heads share keys and values, how many groups of heads."""
     last = unit.facts[-1]
-    return (unit.kind == "heads" and last.heads) or _size(last, outputs=False)
+    inputs = _size(last, outputs=False)
+    if unit.kind != "heads" or not last.heads:
+        return inputs
+    smallest = min(_size(fact, outputs=True) for fact in unit.facts[:-1] if fact.layer)
+    return smallest * last.heads // (inputs * _fused(unit))
 
 
 def split(tensor: Tensor, place: UnitAxis, count: int) -> Tensor:
