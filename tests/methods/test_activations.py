@@ -16,8 +16,10 @@ from safetensors.torch import load_file
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from adapter_examples import adapt_linears, materialise
 from conftest import save_tokenizer
 from merganser.cli import main
+from merganser.engines import SerialEngine
 from merganser.errors import UserError
 from merganser.merging import merge, reproduce, verify
 from merganser.methods import METHODS
@@ -225,3 +227,24 @@ def test_the_command(tmp_path: Path, texts: Path, capsys: pytest.CaptureFixture[
         assert (stop.value.code or 0) == status
     assert "whose tokens have the sha256" in capsys.readouterr().err
     assert METHODS["activations"].needs.data
+
+
+def test_adapters_on_a_base_and_canonical_names(tmp_path: Path, texts: Path) -> None:
+    base = save(tmp_path / "base", "bert", make("bert").state_dict())
+    adapters = [adapt_linears(tmp_path / f"a{n}", base, ("query", "intermediate.dense"), seed=n) for n in (1, 2)]
+    full = []
+    for number, adapter in enumerate(adapters):
+        full.append(materialise(tmp_path / f"full-{number}", base, adapter))
+        save_tokenizer(full[-1], "bert")
+    run: dict[str, Any] = {"method": "activations", "options": {"data": str(texts)}}
+    by_adapter = merge([f"{base}+{adapter}" for adapter in adapters], tmp_path / "by-adapter", **run)
+    by_full = merge(full, tmp_path / "by-full", names="canonical", **run)
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (by_adapter, by_full))
+    for key, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[key], rtol=0, atol=1e-5, msg=key)
+
+
+def test_a_cluster_is_refused(tmp_path: Path, texts: Path) -> None:
+    one, two, _ = pair(tmp_path, "llama")
+    with pytest.raises(UserError, match="leave out the engine"):
+        merge([one, two], tmp_path / "out", method="activations", options={"data": str(texts)}, engine=SerialEngine())

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from merganser.checkpoints.sources import Source
 from merganser.checkpoints.writer import SafetensorsWriter, TensorSpec
 from merganser.errors import CheckpointError, DataError, ErrorCollector, RecipeError
 from merganser.files import scratch_folder
@@ -79,23 +80,26 @@ class Activations:
         return found
 
 
-def check_texts(method: Method, parents: Sequence[Parent], problems: ErrorCollector) -> list[str]:
-    """Whether all contributors read the texts as the same tokens, before any weight is read.
+def check_texts(methods: Iterable[Method], parents: Sequence[Parent], problems: ErrorCollector) -> list[str]:
+    """Whether all contributors read the texts of these methods as the same tokens, before any weight is read.
 
     Returns:
-        a note with the texts' hash; nothing for methods that look at no data.
+        a note with the hash of each method's texts; nothing for methods that look at no data.
     """
-    if not method.needs.data:
-        return []
+    notes = (_check_texts(method, parents, problems) for method in methods if method.needs.data)
+    return list(dict.fromkeys(note for note in notes if note is not None))
+
+
+def _check_texts(method: Method, parents: Sequence[Parent], problems: ErrorCollector) -> str | None:
     if not method.options.data:
         what = f"method {method.name!r} looks at what the models do on texts, and none are given"
         problems.add(RecipeError(what, where="data", mend="add --data FILE, or --option data=FILE"))
-        return []
+        return None
     encoded = problems.catch(_encoded, Texts.of(method), parents)
     if encoded is None:
-        return []
+        return None
     digest = hashlib.sha256(json.dumps(encoded.ids).encode()).hexdigest()
-    return [f"aligned by what the models do on {len(encoded.ids)} texts, whose tokens have the sha256 {digest}"]
+    return f"aligned by what the models do on {len(encoded.ids)} texts, whose tokens have the sha256 {digest}"
 
 
 @contextmanager
@@ -122,10 +126,12 @@ def recorded_activations(steps: Sequence[Step], inputs: Inputs, settings: RunSet
         for texts, those in wanted.items():
             encoded = _encoded(texts, inputs.parents)
             for number, parent in enumerate(inputs.parents):
-                folder = stack.enter_context(scratch_folder())
-                layers = {step.unit.names[-1]: step.sources[number][step.unit.names[-1]].leaf.tensor for step in those}
-                _record(parent, layers, encoded, texts, folder, settings)
-                folders[number] |= dict.fromkeys(layers, folder)
+                last = [(step.unit.names[-1], step.sources[number]) for step in those]
+                layers = {name: sources[name] for name, sources in last if name in sources}
+                if layers:  # it takes part
+                    folder = stack.enter_context(scratch_folder())
+                    _record(parent, layers, encoded, texts, folder, settings)
+                    folders[number] |= dict.fromkeys(layers, folder)
         yield Activations(folders)
 
 
@@ -177,13 +183,13 @@ def _encoded(texts: Texts, parents: Sequence[Parent]) -> _Encoded:
 
 
 def _record(
-    parent: Parent, layers: Mapping[str, str], encoded: _Encoded, texts: Texts, folder: Path, settings: RunSettings
+    parent: Parent, layers: Mapping[str, Source], encoded: _Encoded, texts: Texts, folder: Path, settings: RunSettings
 ) -> None:
     """Run a model on the texts and keep the inputs of some layers at the sampled tokens.
 
     Args:
         parent: the model.
-        layers: for each weight by the result's name, the stored tensor of this model that it is.
+        layers: for each weight by the result's name, where this model has it.
         encoded: the texts.
         texts: how many tokens are kept.
         folder: receives the file.
@@ -200,13 +206,12 @@ def _record(
     device = settings.torch_device or torch.device("cpu")
     model.to(device)
     chosen, starts = _sample(encoded, texts)
-    here, widths = threading.local(), {name: parent.sources[name].shape(parent.checkpoint) for name in layers}
-    inner = {name: model.get_submodule(modules[tensor]) for name, tensor in layers.items()}
+    here, widths = threading.local(), {name: source.shape(parent.checkpoint) for name, source in layers.items()}
+    inner = {name: model.get_submodule(modules[source.leaf.tensor]) for name, source in layers.items()}
     specs = [TensorSpec(name, "F32", (len(chosen), _inputs_of(inner[name], widths[name]))) for name in layers]
-    by_module = {id(module): name for name, module in inner.items()}
 
     def see(module: Any, given: tuple[Tensor, ...]) -> None:
-        here.seen[by_module[id(module)]] = given[0]
+        here.seen[id(module)] = given[0]
 
     with (
         SafetensorsWriter(folder, {_FILE: specs}) as writer,
@@ -215,7 +220,7 @@ def _record(
         ThreadPoolExecutor(settings.threads) as pool,
         blamed("the model cannot be run on the texts", parent.title, "check that its configuration and weights fit"),
     ):
-        for module in inner.values():
+        for module in {id(module): module for module in inner.values()}.values():
             hooks.callback(module.register_forward_pre_hook(see).remove)
 
         def run(number: int, batch: Mapping[str, Tensor]) -> None:
@@ -228,7 +233,7 @@ def _record(
                 model(**{key: value.to(device) for key, value in batch.items()})
             places = batch["attention_mask"].flatten().nonzero().flatten()[chosen[low:high] - start]
             for name in layers:
-                rows = here.seen[name].reshape(batch["attention_mask"].numel(), -1)
+                rows = here.seen[id(inner[name])].reshape(batch["attention_mask"].numel(), -1)
                 writer.write(_FILE, name, rows[places.to(rows.device)].to("cpu", torch.float32), low)
 
         jobs = (pool.submit(run, number, batch) for number, (_, batch) in enumerate(encoded.batches))

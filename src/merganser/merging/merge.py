@@ -233,7 +233,8 @@ def prepare(
         inputs = inputs if plan.base else replace(inputs, base=None)
     schedule = fit(plan.steps, settings, extra=None if plan.rank is None else AdapterTarget.extra_bytes)
     problems = ErrorCollector()
-    if settings.engine is not None and any(s.treatment is not None and s.treatment.needs.data for s in plan.steps):
+    looks = any(step.treatment is not None and step.treatment.needs.data for step in plan.steps)
+    if settings.engine is not None and looks:
         what = "what models do on texts is looked at by this process"
         problems.add(RecipeError(what, where="--engine", mend="leave out the engine, or choose another method"))
     if (missing := schedule.peak_bytes - schedule.resident - available_bytes()) > 0:

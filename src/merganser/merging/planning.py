@@ -117,8 +117,7 @@ def plan_of(recipe: Recipe, inputs: Inputs, *, rank: int | None = None) -> Plan:
     if people[0] is not parents[0] and not inputs.of_ledger and inputs.stacking is None:  # what has no canonical name
         check_unmatched([people[0], parents[0]], ((), ()), problems)
     check_all_needs(settled, assignments.values(), inputs, problems)
-    for one in methods:
-        notes += check_texts(one, parents, problems)
+    notes += check_texts(methods, parents, problems)
     if rank is not None:
         check_adapter(recipe, inputs, rank, any(one.needs.statistics for one in methods), problems)
     problems.raise_all()
