@@ -93,7 +93,7 @@ def match_vocabularies(
     known: dict[str, Table | None] = {}
     tables = [read_once(one.checkpoint, known) for one in models]
     usual = -1 if taken is base and base is not None else people.index(taken) if taken in people else 0
-    if recipe.tokenizer_from is not None and taken is not None and not has_tokenizer(taken.checkpoint):
+    if taken is not None and not has_tokenizer(taken.checkpoint) and any(has_tokenizer(m.checkpoint) for m in models):
         text, mend = "has no tokenizer to take", "name a model that has one"
         problems.add(CheckpointError(text, where=taken.checkpoint.name, mend=mend))
     as_it_is = not (recipe.tokens or recipe.pad_to_multiple_of)
