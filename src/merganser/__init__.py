@@ -13,7 +13,18 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from merganser.collection import collect
     from merganser.evaluation import evaluate
-    from merganser.merging import Contributor, Plan, Recipe, RunSettings, ledger, make_plan, merge, reproduce, verify
+    from merganser.merging import (
+        Contributor,
+        Plan,
+        Recipe,
+        RunSettings,
+        extract,
+        ledger,
+        make_plan,
+        merge,
+        reproduce,
+        verify,
+    )
     from merganser.signing import check_signature, sign
 
 _HOMES = {
@@ -24,6 +35,7 @@ _HOMES = {
     "check_signature": "merganser.signing",
     "collect": "merganser.collection",
     "evaluate": "merganser.evaluation",
+    "extract": "merganser.merging",
     "ledger": "merganser.merging",
     "make_plan": "merganser.merging",
     "merge": "merganser.merging",
@@ -41,6 +53,7 @@ __all__ = [
     "check_signature",
     "collect",
     "evaluate",
+    "extract",
     "ledger",
     "make_plan",
     "merge",

@@ -1,5 +1,6 @@
 """Reading and writing model folders: lazy tensors, hashes, names of layers on disk."""
 
+from merganser.checkpoints.adapter_changes import ChangesCheckpoint, NothingChanged, lack_their_base, open_changes
 from merganser.checkpoints.adapters import AdapterCheckpoint
 from merganser.checkpoints.header import TensorInfo
 from merganser.checkpoints.opening import open_checkpoint
@@ -10,13 +11,17 @@ from merganser.checkpoints.reader import Checkpoint, hash_tensor, sha256_file
 
 __all__ = [
     "AdapterCheckpoint",
+    "ChangesCheckpoint",
     "Checkpoint",
     "CodedCheckpoint",
+    "NothingChanged",
     "PickledWeights",
     "QuantisedCheckpoint",
     "QuantisedWeights",
     "TensorInfo",
     "hash_tensor",
+    "lack_their_base",
+    "open_changes",
     "open_checkpoint",
     "sha256_file",
 ]

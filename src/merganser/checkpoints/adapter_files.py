@@ -62,13 +62,13 @@ def combine(name: str, base: Checkpoint, adapter: Checkpoint) -> AdapterCheckpoi
     """
     settings = read_settings(adapter)
     errors = ErrorCollector()
-    modules = _modules(adapter, errors)
+    modules = find_modules(adapter, errors)
     if settings.tokens and not any(found.rows for found in modules.values()):
         what = f"{CONFIG} names trained tokens (trainable_token_indices), and the weights have none"
         errors.add(CheckpointError(what, mend="save the adapter again, whole"))
     fitting = _Fitting(base, adapter, settings, modules, errors)
     fitting.place()
-    raise_all(_shortened(errors.found, adapter))
+    raise_all(shortened_problems(errors.found, adapter))
     raw = read_json(adapter.path / CONFIG, missing={})
     return AdapterCheckpoint(name, base, adapter, fitting.changes, fitting.names, raw, fitting.config)
 
@@ -103,7 +103,7 @@ class _Fitting:
         self.changes: dict[str, list[Change]] = {}
         self.names = {own: own for own in base.tensors}
         self.config: dict[str, Any] = {}
-        spelled = [f"{module}.{kind}" for module, found in modules.items() for kind in _kinds(found)]
+        spelled = [f"{module}.{kind}" for module, found in modules.items() for kind in kinds_of(found)]
         self._twins = stored_twins(spelled, base)
         self._changed: dict[str, Changed] = {}  # by parameter
         self._absent: list[str] = []
@@ -149,7 +149,7 @@ class _Fitting:
 
         def read(module: str, found: Found, kind: str) -> None:
             target = self._names.target(module, kind, factors=bool(found.factors))
-            change = _change(self._adapter, self._settings, target, found, kind)
+            change = change_of(self._adapter, self._settings, target, found, kind)
             if "/" in target.name and target.name not in self._base.tensors and change.whole:
                 self.changes[target.name] = [change]  # of sentence-transformers, beside the adapter and not in the base
             elif target.parameter is not None:
@@ -161,7 +161,7 @@ class _Fitting:
                 older[target.name] = change
 
         for module, found in self._modules.items():
-            for kind in _kinds(found):
+            for kind in kinds_of(found):
                 self._errors.catch(read, module, found, kind)
         return older
 
@@ -323,7 +323,7 @@ class _Fitting:
         return next((name for name in uses if name.endswith(f".{own}") and self._disk.view.places[name].is_whole), own)
 
 
-def _modules(adapter: Checkpoint, errors: ErrorCollector) -> dict[str, Found]:
+def find_modules(adapter: Checkpoint, errors: ErrorCollector) -> dict[str, Found]:
     """The adapter's tensors by module, in the model's own names."""
     modules: dict[str, Found] = {}
     for key, info in adapter.tensors.items():
@@ -362,7 +362,7 @@ def _place(key: str, parts: list[str], modules: dict[str, Found]) -> bool:
     return True
 
 
-def _kinds(found: Found) -> list[str]:
+def kinds_of(found: Found) -> list[str]:
     kinds = dict.fromkeys(found.whole)
     if found.factors or found.rows:
         kinds["weight"] = None
@@ -371,7 +371,7 @@ def _kinds(found: Found) -> list[str]:
     return list(kinds)
 
 
-def _change(adapter: Checkpoint, settings: AdapterSettings, target: Target, found: Found, kind: str) -> Change:
+def change_of(adapter: Checkpoint, settings: AdapterSettings, target: Target, found: Found, kind: str) -> Change:
     """What happens to one parameter of a module.
 
     Raises:
@@ -427,7 +427,7 @@ def _absent(base: Checkpoint, names: Sequence[str]) -> UserError:
     return CheckpointError(f"the adapter changes {listing}{more}, which {base.name} lacks", mend=OTHER_BASE)
 
 
-def _shortened(problems: Sequence[UserError], adapter: Checkpoint) -> list[UserError]:
+def shortened_problems(problems: Sequence[UserError], adapter: Checkpoint) -> list[UserError]:
     """The first problems, each with its file; the number of the others."""
     where = adapter.path / WEIGHTS
     found: list[UserError] = [CheckpointError(one.what, where=where, mend=one.mend) for one in problems[:_MOST_NAMED]]

@@ -6,6 +6,7 @@ where experts are packed on one side and separate on the other.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,6 +62,20 @@ class Change:
     def widens(self) -> bool:
         """Whether something is computed, so that the storage dtype is too narrow."""
         return self.a is not None or self.vector is not None or self.box is not None
+
+
+def low_rank(changes: Sequence[Change]) -> Change | None:
+    """The change of a tensor that is one low-rank product of all of it and nothing else; None: it is something else."""
+    (first, *others) = changes
+    extra = first.whole or first.rows or first.experts is not None or first.box is not None
+    return first if first.a and first.b and not (others or extra) else None
+
+
+def read_product(change: Change, adapter: Checkpoint) -> tuple[Tensor, Tensor]:
+    """The factors s·B (out, r) and A (r, in) of such a change, in float64."""
+    if change.a is None or change.b is None:
+        raise RuntimeError("one factor without the other")
+    return adapter.read(change.b).to(torch.float64).mul_(change.scale), adapter.read(change.a).to(torch.float64)
 
 
 def apply(change: Change, adapter: Checkpoint, tensor: Tensor, start: int) -> None:

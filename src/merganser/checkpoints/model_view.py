@@ -45,6 +45,7 @@ class ModelView:
         reason: why the view is that of the names on disk; None where there is a model.
         config: the values of ``config.json``.
         folder: that it belongs to.
+        known_layers: the layers by their weight, where there is no model and they are known all the same.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -58,6 +59,7 @@ class ModelView:
     reason: str | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     folder: Path = Path()
+    known_layers: Mapping[str, Layer] | None = None
 
     @cached_property
     def heads(self) -> dict[str, int]:
@@ -114,6 +116,8 @@ class ModelView:
     @cached_property
     def layers(self) -> dict[str, Layer]:
         """The linear map that each stored tensor is the weight of, or a part of it, by the tensor's name."""
+        if self.known_layers is not None:
+            return dict(self.known_layers)
         if self.model is None:
             return _plain_layers(self.shapes, self.shapes)
         found = find_layers(self.model, self.places, self.shapes)
@@ -156,6 +160,8 @@ class ModelView:
 def view_of(checkpoint: Checkpoint) -> ModelView:
     """The view of a checkpoint, from its configuration and headers alone."""
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+    if checkpoint.known_layers is not None:
+        return ModelView(shapes, known_layers=checkpoint.known_layers, folder=checkpoint.path)
     return make_view(checkpoint.config, shapes, checkpoint.model_path)
 
 

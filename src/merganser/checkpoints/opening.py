@@ -67,8 +67,8 @@ def open_checkpoint(
     """
     name = str(reference)
     known = {} if known is None else known
-    pair = None if expanded(name).is_dir() else _pair(name)
-    files = _open_files(name if pair is None else pair[1], allow_pickle)
+    pair = None if expanded(name).is_dir() else pair_of(name)
+    files = open_files(name if pair is None else pair[1], allow_pickle)
     if not is_adapter(files):
         if pair is not None:
             raise CheckpointError(
@@ -89,7 +89,7 @@ def is_adapter(files: Checkpoint) -> bool:
     return named or (not files.tensors and (files.path / adapters.CONFIG).is_file())
 
 
-def _pair(name: str) -> tuple[str, str] | None:
+def pair_of(name: str) -> tuple[str, str] | None:
     """Base and adapter of ``base+adapter``; where folders have a + in their names, the split whose parts exist."""
     splits = [(name[:at], name[at + 1 :]) for at, letter in enumerate(name) if letter == "+"]
     splits = [(base, adapter) for base, adapter in splits if base and adapter]
@@ -158,9 +158,27 @@ def _same_place(one: str, other: str) -> bool:
     return real(expanded(one)) == real(expanded(other))
 
 
+def names_missing_base(files: Checkpoint, *, allow_pickle: bool = False) -> bool:
+    """Whether an adapter names no base that is to be had: none at all, no folder here, nothing on the Hub.
+
+    A folder by a path that can lead anywhere is there: to take it is for the user to say.
+    """
+    settings = read_json(files.path / adapters.CONFIG, missing={})
+    name, revision = settings.get("base_model_name_or_path"), settings.get("revision")
+    if not isinstance(name, str) or not name:
+        return True
+    if _beside(files.path, name) is not None or (leads_anywhere(name) and expanded(name).is_dir()):
+        return False
+    try:
+        open_files(f"{name}@{revision}" if isinstance(revision, str) and revision else name, allow_pickle)
+    except CheckpointError:
+        return True
+    return False
+
+
 def _open_base(place: str, adapter: Checkpoint, allow_pickle: bool) -> Checkpoint:
     try:
-        base = _open_files(place, allow_pickle)
+        base = open_files(place, allow_pickle)
     except CheckpointError as error:
         raise CheckpointError(
             f"the base of this adapter, {place}: {error.what}",
@@ -183,7 +201,7 @@ def _open_base(place: str, adapter: Checkpoint, allow_pickle: bool) -> Checkpoin
         ) from None
 
 
-def _open_files(name: str, allow_pickle: bool) -> Checkpoint:
+def open_files(name: str, allow_pickle: bool) -> Checkpoint:
     """The files of a folder or Hub reference as they are, be it a model or an adapter."""
     path = expanded(name)
     if not path.exists():

@@ -54,9 +54,12 @@ class Checkpoint:
 
     Attributes:
         quantisation: how the files are quantised; None where the weights are plain numbers.
+        known_layers: the layers by their weight (see :mod:`merganser.checkpoints.layers`), where no configuration has
+            to tell them; None: it has to.
     """
 
     quantisation: Quantisation | None = None
+    known_layers: Mapping[str, Any] | None = None
 
     def __init__(
         self,

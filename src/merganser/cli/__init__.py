@@ -24,6 +24,7 @@ COMMANDS = {
     "merge": ("merge", "Merge models into one."),
     "methods": ("methods", "List the merging methods, or explain one."),
     "moe": ("moe", "Make a mixture of experts of dense models."),
+    "extract": ("extract", "Write what a model changed in its base as a LoRA adapter."),
     "ledger": ("ledger", "Keep the sums of a merge: models join and leave one at a time."),
     "evaluate": ("evaluate", "Score models on data sets."),
     "inspect": ("inspect", "Show what a model, statistics file or merge holds."),

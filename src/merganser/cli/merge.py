@@ -15,6 +15,7 @@ from merganser.files import human_bytes
 if TYPE_CHECKING:
     from merganser.merging import RunSettings
     from merganser.merging.merge import PreparedMerge
+    from merganser.merging.plan import AdapterForm
 
 
 @click.command("merge")
@@ -75,7 +76,17 @@ if TYPE_CHECKING:
     help="ray: one task a weight file, all over a cluster.",
 )
 @click.option("--ray-address", metavar="HOST:PORT", help="Of the cluster.  [default: $RAY_ADDRESS, or this machine's]")
-@click.option("--as-adapter", type=int, metavar="RANK", help="Write the nearest LoRA adapter of this rank.")
+@click.option(
+    "--as-adapter",
+    metavar="RANK|sum",
+    help="Write the nearest LoRA adapter of this rank; sum: of adapters, that of all ranks together, which is exact.",
+)
+@click.option(
+    "--without-base",
+    is_flag=True,
+    default=None,
+    help="Merge LoRA adapters with one another into an adapter; their base is not read, --base only names it.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace what an earlier merge has written, and nothing else.")
 @click.option("--explain", is_flag=True, help="Print the recipe and write nothing; of a mergekit file, ours for it.")
 @click.option(
@@ -99,7 +110,7 @@ def merge_command(
     device: str,
     engine: str,
     ray_address: str | None,
-    as_adapter: int | None,
+    as_adapter: str | None,
     allow_pickle: bool,
     overwrite: bool,
     explain: bool,
@@ -162,7 +173,7 @@ def merge_command(
     settings = RunSettings.make(threads, max_memory, device, engine=cluster, allow_pickle=allow_pickle)
     if earlier and not dry_run:
         make_intermediates(earlier, flags, settings, overwrite=overwrite, reads=reads, tell=warn)
-    prepared = prepare(recipe, output, settings, overwrite=overwrite, rank=as_adapter, reads=reads)
+    prepared = prepare(recipe, output, settings, overwrite=overwrite, adapter=_form(as_adapter), reads=reads)
     plan = prepared.plan
     if plan.choice:
         warn(f"method {plan.recipe.method}, because {plan.choice}")
@@ -249,6 +260,18 @@ def show_plan(prepared: PreparedMerge, as_json: bool) -> None:
     if uncut:
         name, nbytes = uncut[0]
         tell(f"{len(uncut)} units cannot be cut into rows; the largest, of {name}, takes {human_bytes(nbytes)} at once")
+
+
+def _form(text: str | None) -> AdapterForm | None:
+    """What ``--as-adapter`` says."""
+    from merganser.merging.plan import AdapterForm
+
+    if text is None or text == "sum":
+        return None if text is None else AdapterForm()
+    try:
+        return AdapterForm(int(text))
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is no rank, such as 16, nor sum", param_hint="--as-adapter") from None
 
 
 def _numbers(text: str | None) -> list[float] | None:

@@ -21,6 +21,7 @@ from torch import Tensor
 from merganser.checkpoints.sources import read_source
 from merganser.errors import CheckpointError, RecipeError
 from merganser.merging.activations import Activations
+from merganser.merging.adapters import brings_product
 from merganser.merging.inputs import Inputs
 from merganser.merging.matching import RowMap
 from merganser.merging.memory import Budget, RunSettings, Schedule
@@ -29,6 +30,7 @@ from merganser.merging.running_sums import RunningSums
 from merganser.merging.shares import ParentShare, Ranges, read_finite
 from merganser.methods import Merged, Method, Unit, average_unit
 from merganser.methods.base import Share, elements
+from merganser.methods.products import Product
 from merganser.progress import bar
 from merganser.tensors import is_finite, one_thread
 
@@ -163,10 +165,12 @@ class Merging:
         inputs: the open files.
         settings: device, and the folder of running sums.
         seen: what the contributors' units do on texts at hand.
+        products: the target takes changes of low rank as products, where contributors bring them and the method can.
     """
 
     inputs: Inputs
     settings: RunSettings = field(default_factory=RunSettings)
+    products: bool = False
     mend: str = "collect the statistics again, or exclude this tensor (--exclude)"
     seen: Activations | None = None
 
@@ -195,6 +199,12 @@ class Merging:
             yield from self._copies(step, None)
         elif step.method in (COPY, KEPT) or (step.method == TAKEN and step.rows is None):
             yield from self._copies(step, rows)
+        elif self.products and method is not None and takes_products(step, self.inputs):
+            (name,), shares = unit.names, self.shares(step)
+            product = method.merge_products(
+                unit, [share.product(name) or _no_product(name) for share in shares], shares
+            )
+            yield {name: 0}, Merged({}, products={name: product})
         elif step.rows is not None:
             yield from self._by_rows(step, step.rows, method, sums if keeps else None, rows)
         elif sums is not None and method is not None and keeps:
@@ -309,6 +319,21 @@ class Merging:
             stop = rows and start + rows
             read = read_finite(parent, source, start, stop, infinite=step.reason == BUFFER)
             yield {name: start}, Merged({name: read})
+
+
+def takes_products(step: Step, inputs: Inputs) -> bool:
+    """Whether a step's change can be merged as a product: every contributor brings one, and the method takes them."""
+    method, unit = step.treatment, step.unit
+    if method is None or not method.takes_products or step.rows is not None or step.stack is not None:
+        return False
+    if len(unit.names) > 1 or len(unit.facts[0].shape) != 2:
+        return False
+    (name,) = unit.names
+    return all(brings_product(inputs.parents[n], inputs.base, step.sources[n][name]) for n in step.takers)
+
+
+def _no_product(name: str) -> Product:
+    raise RuntimeError(f"the plan promised a product of {name}")
 
 
 def _with_sums(

@@ -10,7 +10,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from merganser.checkpoints import AdapterCheckpoint, Checkpoint, TensorInfo, open_checkpoint
+from merganser.checkpoints import (
+    AdapterCheckpoint,
+    Checkpoint,
+    NothingChanged,
+    TensorInfo,
+    lack_their_base,
+    open_changes,
+    open_checkpoint,
+)
 from merganser.checkpoints.model_view import ModelView, aligned, canonical_shapes, make_view, view_of
 from merganser.checkpoints.sources import RenamedCheckpoint, Source
 from merganser.errors import ErrorCollector, RecipeError
@@ -106,7 +114,7 @@ class Inputs:
     @property
     def people(self) -> tuple[Parent, ...]:
         """Who has to fit together: the contributors, the first as the reference; of a ledger, its base before them."""
-        if isinstance(self.reference.checkpoint, RenamedCheckpoint):
+        if isinstance(self.reference.checkpoint, RenamedCheckpoint | NothingChanged):
             return (self.reference, *self.parents[1:])
         return self.parents if self.reference in self.parents else (self.reference, *self.parents)
 
@@ -118,6 +126,11 @@ class Inputs:
         return not _may_hold_copies(self.reference.checkpoint) and all(
             _same_files(self.reference.checkpoint, parent.checkpoint) for parent in self.people
         )
+
+    @property
+    def without_base(self) -> bool:
+        """Whether these are adapters without their base, of which the tensors are changes."""
+        return isinstance(self.reference.checkpoint, NothingChanged)
 
     @property
     def of_ledger(self) -> bool:
@@ -146,6 +159,8 @@ def without_collection() -> Iterator[None]:
 def open_inputs(recipe: Recipe, *, allow_pickle: bool = False) -> Inputs:
     """Open the files that a recipe names, reading headers only.
 
+    Where all are adapters and their base is not to be had, they are opened without it.
+
     Args:
         recipe: what to merge.
         allow_pickle: accept ``pytorch_model.bin`` (read with ``weights_only``); who runs the merge decides, no file.
@@ -153,8 +168,12 @@ def open_inputs(recipe: Recipe, *, allow_pickle: bool = False) -> Inputs:
     Raises:
         UserError: what cannot be opened; several mistakes at once as ``Problems``.
     """
-    problems = ErrorCollector()
+    problems, models = ErrorCollector(), [contributor.model for contributor in recipe.contributors]
+    if recipe.without_base:
+        return _inputs_without_base(recipe, models, allow_pickle)
     parents = open_parents(recipe, problems, allow_pickle=allow_pickle)
+    if problems.found and recipe.base is None and lack_their_base(models, allow_pickle=allow_pickle):
+        return _inputs_without_base(recipe, models, allow_pickle)
     problems.raise_all()
     reference = parents[0]
     if recipe.names == "canonical" and not recipe.layers:
@@ -186,6 +205,18 @@ def _stacked(recipe: Recipe, parents: Sequence[Parent], base: Parent | None) -> 
     own = {name: Source(name) for name in found.checkpoint.tensors}
     reference = Parent(parents[0].contributor, found.checkpoint, None, own)
     return Inputs(tuple(people[: len(parents)]), people[-1] if base else None, reference, found)
+
+
+def _inputs_without_base(recipe: Recipe, models: Sequence[str], allow_pickle: bool) -> Inputs:
+    """Adapters beside a base of zeros; their statistics are of weights that are not here."""
+    found = open_changes(models, base=recipe.base, allow_pickle=allow_pickle)
+
+    def parent(contributor: Contributor, checkpoint: Checkpoint) -> Parent:
+        return Parent(contributor, checkpoint, None, {name: Source(name) for name in checkpoint.tensors})
+
+    parents = tuple(map(parent, recipe.contributors, found.adapters))
+    base = parent(Contributor.model_validate({"model": found.base.name}), found.base)
+    return Inputs(parents, base, parent(recipe.contributors[0], found.everything))
 
 
 def _canonical(recipe: Recipe, first: Parent) -> Parent:

@@ -16,7 +16,7 @@ from functools import cached_property
 import numpy as np
 
 from merganser.errors import CheckpointError, ErrorCollector, RecipeError, StatisticsError
-from merganser.merging.inputs import Inputs, Parent
+from merganser.merging.inputs import Parent
 from merganser.merging.recipe import Recipe, listed_coefficients
 from merganser.methods import METHODS, Method
 from merganser.methods.base import sums_to_zero
@@ -408,28 +408,3 @@ def _check_signs(
         what = f"coefficients {few} sum to zero, and method {method.name!r} divides by their sum"
         mend = f"give coefficients with another sum, or a method that adds task vectors: {able}"
         problems.add(RecipeError(what, where="coefficients", mend=mend))
-
-
-def check_adapter(recipe: Recipe, inputs: Inputs, rank: int, uses_statistics: bool, problems: ErrorCollector) -> None:
-    """The result can be a LoRA adapter: there is a base that is a full model, and one adapter holds all of it."""
-    base, where = inputs.base, "--as-adapter"
-    if rank < 1:
-        problems.add(RecipeError(f"the rank is {rank}", where=where, mend="give at least 1"))
-    if base is None:
-        mend = "add --base MODEL, or merge adapters of one base"
-        problems.add(RecipeError("an adapter needs the model that it is put on", where=where, mend=mend))
-    elif base.checkpoint.home is not base.checkpoint:
-        mend = "give the model below it"
-        problems.add(RecipeError(f"the base {base.title} is itself an adapter", where="--base", mend=mend))
-    if recipe.keep_separate:
-        mend = "leave out --keep-separate, or write a full checkpoint"
-        problems.add(RecipeError("heads that are kept separate do not fit into one adapter", where=where, mend=mend))
-    if recipe.vocabulary != "same":
-        mend = "write a full checkpoint"
-        problems.add(RecipeError("an adapter cannot hold another vocabulary than its base's", where=where, mend=mend))
-    if recipe.layers:
-        what, mend = "an adapter has its base's layers, and cannot stack, skip or repeat any", "write a full checkpoint"
-        problems.add(RecipeError(what, where=where, mend=mend))
-    if not uses_statistics:  # otherwise they are checked already
-        for parent in inputs.parents:
-            problems.add(*(parent.statistics.check_names(parent.checkpoint) if parent.statistics else []))

@@ -21,7 +21,7 @@ from merganser.merging.inputs import Inputs, open_inputs
 from merganser.merging.judging import NOTHING_JUDGED, Verdict, judge_statistics
 from merganser.merging.memory import RunSettings, Schedule, available_bytes, fit
 from merganser.merging.outputs import merge_reads, output_of
-from merganser.merging.plan import Coverage, Plan, Treatment, inputs_of
+from merganser.merging.plan import AdapterForm, Coverage, Plan, Treatment, inputs_of
 from merganser.merging.planning import plan_of
 from merganser.merging.provenance import describe_inputs
 from merganser.merging.recipe import Contributor, Recipe, make_recipe
@@ -105,7 +105,7 @@ def merge(
     max_memory: str | int | None = None,
     device: str = "cpu",
     engine: Engine | None = None,
-    as_adapter: int | None = None,
+    as_adapter: int | AdapterForm | None = None,
     allow_pickle: bool = False,
     **settings: Any,
 ) -> MergeResult:
@@ -128,7 +128,7 @@ def merge(
             do not depend on it.
         device: ``cpu``, ``cuda`` or ``auto``.
         engine: where the work is done (see :mod:`merganser.engines`); by default in this process.
-        as_adapter: write the nearest LoRA adapter of this rank instead of a full checkpoint.
+        as_adapter: write the nearest LoRA adapter of this rank, or of this form, instead of a full checkpoint.
         allow_pickle: accept ``pytorch_model.bin`` (read with ``weights_only``).
         settings: the other keys of :class:`Recipe`: ``exclude``, ``keep_separate``, ``labels``, ``vocabulary``,
             ``missing_rows``, ``names``, ``config_from``, ``tokenizer_from``, ``dtype``, ``max_shard_size``,
@@ -147,7 +147,8 @@ def merge(
         values = {"contributors": contributors, "method": method, "options": dict(options or {}), **settings}
         recipe = make_recipe(values if base is None else {**values, "base": str(base)}, "merge()")
     run = RunSettings.make(threads, max_memory, device, sums, engine, allow_pickle)
-    return carry_out(prepare(recipe, output, run, overwrite=overwrite, rank=as_adapter), output, overwrite=overwrite)
+    form = AdapterForm(as_adapter) if isinstance(as_adapter, int) else as_adapter
+    return carry_out(prepare(recipe, output, run, overwrite=overwrite, adapter=form), output, overwrite=overwrite)
 
 
 def contributors_of(
@@ -203,7 +204,7 @@ def prepare(
     settings: RunSettings | None = None,
     *,
     overwrite: bool = False,
-    rank: int | None = None,
+    adapter: AdapterForm | None = None,
     reads: Sequence[Path] = (),
 ) -> PreparedMerge:
     """The plan of a merge, everything checked: headers, statistics against weights, place and space for the result.
@@ -213,14 +214,14 @@ def prepare(
         output: where to; None checks no place (for a dry run).
         settings: how it will be run; on all cores by default.
         overwrite: whether an earlier merge may be replaced.
-        rank: of the LoRA adapter to write; None: a full checkpoint.
+        adapter: the LoRA adapter to write; None: a full checkpoint, or one of adapters without their base.
         reads: what else is read, such as the recipe's file: nothing is written over it.
 
     Raises:
         UserError: what cannot be merged, all mistakes at once.
     """
     settings = settings or RunSettings.make()
-    if rank is not None and (settings.engine is not None or (output is not None and local_path(output) is None)):
+    if adapter is not None and (settings.engine is not None or (output is not None and local_path(output) is None)):
         what = "an adapter is written by this process, into a folder"
         raise RecipeError(what, where="--as-adapter", mend="leave out the engine, and give a local folder")
     if isinstance(recipe, Plan):
@@ -229,7 +230,7 @@ def prepare(
     else:
         inputs = open_inputs(recipe, allow_pickle=settings.allow_pickle)
         reads = [*reads, *merge_reads(inputs)]  # a base that the method makes no use of as well
-        plan = plan_of(recipe, inputs, rank=rank)
+        plan = plan_of(recipe, inputs, adapter=adapter)
         inputs = inputs if plan.base else replace(inputs, base=None)
     schedule = fit(plan.steps, settings, extra=None if plan.rank is None else AdapterTarget.extra_bytes)
     problems = ErrorCollector()
@@ -252,7 +253,7 @@ def prepare(
     for source in inputs.sources:
         source.checkpoint.fetch()
     if waiting and isinstance(recipe, Recipe):  # whether copies of tied tensors are equal is known only now
-        plan = plan_of(recipe, inputs, rank=rank)
+        plan = plan_of(recipe, inputs, adapter=adapter)
         schedule = fit(plan.steps, settings, extra=None if plan.rank is None else AdapterTarget.extra_bytes)
     if plan.statistics or plan.rank is not None:
         _hash(inputs, settings.threads)
@@ -293,7 +294,7 @@ def carry_out(prepared: PreparedMerge, output: str | Path, *, overwrite: bool = 
         new_output(output, overwrite, prepared.reads) as staging,
         recorded_activations(plan.steps, inputs, settings) as seen,
     ):
-        work = Merging(inputs, settings, seen=seen)
+        work = Merging(inputs, settings, seen=seen, products=plan.rank is not None)
         folder = staging.folder
         if plan.rank is not None:
             with AdapterTarget(plan, inputs, folder) as adapter:

@@ -24,6 +24,7 @@ from merganser.merging.matching import RowMap
 from merganser.merging.recipe import Recipe
 from merganser.merging.vocabulary import VocabularyChange
 from merganser.methods import METHODS, Method, Unit
+from merganser.tensors import DTYPES
 
 AVERAGE, COPY, KEPT, TAKEN = "average", "copy", "kept separate", "taken"
 BUFFER = "a buffer, which nothing trains"  # the reason why a tensor is averaged
@@ -31,6 +32,34 @@ HEADS = "heads"
 
 
 Sources = Mapping[str, Source]
+
+
+@dataclass(frozen=True)
+class AdapterForm:
+    """What a LoRA adapter that is written holds of the merge.
+
+    Patterns are of the names of tensors, with ``*`` and ``?``; the first of ``left_out``, ``whole`` and the others that
+    has a word on a tensor counts.
+
+    Attributes:
+        rank: of the factors, at most; None: the sum of the contributors' ranks, which is exact for methods that add
+            changes up, or, with ``energy``, as many as it takes.
+        energy: each module has the least rank whose factors keep this share of ‖ΔW‖², in the norm in which they are
+            the best; None: all have the same rank.
+        embeddings: as factors, whole (in ``modules_to_save``), or left out.
+        others: norms, biases and whatever else is no matrix: whole, or left out.
+        whole: tensors that are kept whole.
+        left_out: tensors that stay as they are in the base.
+        only: nothing else is changed; empty: anything may be.
+    """
+
+    rank: int | None = None
+    energy: float | None = None
+    embeddings: Literal["factors", "whole", "left out"] = "factors"
+    others: Literal["whole", "left out"] = "whole"
+    whole: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -156,7 +185,9 @@ class Plan:
         vocabulary: what becomes of the contributors' vocabularies, where rows are matched by token.
         own_vocabularies: each contributor keeps an embedding, and so a tokenizer, of its own.
         untied: tensors that the reference ties to another one and the result does not.
-        rank: of the LoRA adapter that is written; None: a full checkpoint.
+        rank: of the LoRA adapter that is written, at most; None: a full checkpoint.
+        ranks: of single tensors of it, where they differ from that.
+        form: what the adapter holds, where more than the rank was asked for.
         choice: why this method, where the recipe said ``auto``.
         notes: what the user should know.
         bytes_read: size of weights and statistics that are read.
@@ -175,6 +206,8 @@ class Plan:
     own_vocabularies: bool = False
     untied: tuple[str, ...] = ()
     rank: int | None = None
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    form: AdapterForm | None = None
     choice: str | None = None
     notes: tuple[str, ...] = ()
     bytes_read: int = 0
@@ -197,8 +230,14 @@ class Plan:
 
     @property
     def bytes_written(self) -> int:
-        """Size of the result's weights."""
-        return sum(spec.nbytes for spec in self.outputs)
+        """Size of the result's weights; of an adapter, the most that they can take."""
+        return sum(spec.nbytes if self.rank is None else self._factors_bytes(spec) for spec in self.outputs)
+
+    def _factors_bytes(self, spec: TensorSpec) -> int:
+        """What a tensor can take in an adapter, as factors or whole."""
+        size = 4 if self.recipe.dtype is None else DTYPES[self.recipe.dtype].itemsize
+        rank, whole = self.ranks.get(spec.name, self.rank or 0), prod(spec.shape) * size
+        return min(whole, sum(spec.shape) * rank * size) if len(spec.shape) == 2 else whole
 
     @cached_property
     def coverage(self) -> Coverage:

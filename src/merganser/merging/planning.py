@@ -18,6 +18,7 @@ from merganser.checkpoints.sources import Source
 from merganser.checkpoints.writer import TensorSpec
 from merganser.errors import ErrorCollector, RecipeError
 from merganser.merging.activations import check_texts
+from merganser.merging.adapters import adapter_ranks, check_adapter, notes_without_base
 from merganser.merging.coefficients import check_averages
 from merganser.merging.configuration import BASE, check_written, compare_tokenizers, match_configurations
 from merganser.merging.inputs import Inputs, open_inputs, without_collection
@@ -26,7 +27,6 @@ from merganser.merging.layer_stacking import Stacking
 from merganser.merging.matching import (
     BASE_NUMBER,
     RowMap,
-    check_adapter,
     check_architectures,
     check_fitting,
     check_needs,
@@ -36,7 +36,7 @@ from merganser.merging.matching import (
     names_to_merge,
 )
 from merganser.merging.modules import check_modules
-from merganser.merging.plan import BUFFER, COPY, HEADS, KEPT, TAKEN, Plan, Step
+from merganser.merging.plan import BUFFER, COPY, HEADS, KEPT, TAKEN, AdapterForm, Plan, Step
 from merganser.merging.recipe import Recipe, recorded_options
 from merganser.merging.rules import Assignment, assign, is_plain, needs_parts
 from merganser.merging.steps import find_all_layers, make_steps, method_of
@@ -49,23 +49,24 @@ _LITTLE = 0.9  # of the linear weights, below which a merge by a method is hardl
 _RESERVED = ("chat_template",)
 
 
-def make_plan(recipe: Recipe, *, rank: int | None = None, allow_pickle: bool = False) -> Plan:
+def make_plan(recipe: Recipe, *, adapter: AdapterForm | None = None, allow_pickle: bool = False) -> Plan:
     """Derive the plan of a recipe, reading headers only.
 
     Args:
         recipe: what to merge.
-        rank: of the LoRA adapter to write; None: a full checkpoint.
+        adapter: the LoRA adapter to write; None: a full checkpoint, or of adapters without their base one of the
+            contributors' ranks.
         allow_pickle: see :func:`~merganser.merging.inputs.open_inputs`.
 
     Raises:
         UserError: one mistake.
         Problems: several.
     """
-    return plan_of(recipe, open_inputs(recipe, allow_pickle=allow_pickle), rank=rank)
+    return plan_of(recipe, open_inputs(recipe, allow_pickle=allow_pickle), adapter=adapter)
 
 
 @without_collection()
-def plan_of(recipe: Recipe, inputs: Inputs, *, rank: int | None = None) -> Plan:
+def plan_of(recipe: Recipe, inputs: Inputs, *, adapter: AdapterForm | None = None) -> Plan:
     """The same of files that are open."""
     problems = ErrorCollector()
     parents, base, reference = inputs.parents, inputs.base, inputs.reference
@@ -73,7 +74,7 @@ def plan_of(recipe: Recipe, inputs: Inputs, *, rank: int | None = None) -> Plan:
     check_architectures(people, base, problems)
     notes = check_modules(recipe, people, problems)
     problems.catch(reference.checkpoint.side_paths)
-    if (left := side_files.left_behind(reference.checkpoint.path)) is not None:
+    if not inputs.without_base and (left := side_files.left_behind(reference.checkpoint.path)) is not None:
         notes.append(left)
     for key in _RESERVED:
         if getattr(recipe, key) != Recipe.model_fields[key].get_default(call_default_factory=True):
@@ -101,16 +102,20 @@ def plan_of(recipe: Recipe, inputs: Inputs, *, rank: int | None = None) -> Plan:
         for person in (*people, *([base] if base else []))
         if (found := person.checkpoint.quantisation) is not None and found.codes
     ]
-    adapter = rank is not None
+    form = AdapterForm() if adapter is None and inputs.without_base else adapter
     per_layer = frozenset() if inputs.stacking is None else inputs.stacking.checkpoint.per_layer
-    notes += match_configurations(recipe, people, base, problems, adapter=adapter, per_layer=per_layer)
-    if not adapter and not problems.found:
+    notes += match_configurations(recipe, people, base, problems, adapter=form is not None, per_layer=per_layer)
+    if form is None and not problems.found:
         problems.catch(check_written, recipe, inputs, plain=plain)
-    vocabulary = match_vocabularies(recipe, people, base, names, problems, needs_base=needs_base, adapter=adapter)
+    vocabulary = match_vocabularies(
+        recipe, people, base, names, problems, needs_base=needs_base, adapter=form is not None
+    )
     notes += vocabulary.notes
     rows |= vocabulary.rows
+    notes += notes_without_base(inputs, names)
     if inputs.stacking is None:
-        match_shapes(people, names, rows, problems)
+        shared = [name for name in names if not inputs.without_base or all(name in p.sources for p in people)]
+        match_shapes(people, shared, rows, problems)
         check_unmatched(people, separate, problems)
     else:
         check_stacked(inputs, inputs.stacking, assignments, rows, problems)
@@ -118,9 +123,10 @@ def plan_of(recipe: Recipe, inputs: Inputs, *, rank: int | None = None) -> Plan:
         check_unmatched([people[0], parents[0]], ((), ()), problems)
     check_all_needs(settled, assignments.values(), inputs, problems)
     notes += check_texts(methods, parents, problems)
-    if rank is not None:
-        check_adapter(recipe, inputs, rank, any(one.needs.statistics for one in methods), problems)
+    if form is not None:
+        check_adapter(recipe, inputs, form, methods, problems)
     problems.raise_all()
+    rank, ranks = (None, {}) if form is None else adapter_ranks(form, inputs, names)
 
     steps = make_steps(settled, assignments, rows, inputs, {} if plain else find_all_layers(inputs), problems)
     problems.raise_all()
@@ -140,7 +146,7 @@ def plan_of(recipe: Recipe, inputs: Inputs, *, rank: int | None = None) -> Plan:
     tokenizers = base if vocabulary.tokenizer < 0 and base is not None else people[vocabulary.tokenizer]
     notes += compare_tokenizers(people, tokenizers) if rank is None else []
     return Plan(
-        recipe=settled.model_copy(update={"options": options}),
+        recipe=settled.model_copy(update={"options": options, "without_base": inputs.without_base}),
         steps=tuple(steps),
         outputs=tuple(outputs),
         folders=folders,
@@ -153,6 +159,8 @@ def plan_of(recipe: Recipe, inputs: Inputs, *, rank: int | None = None) -> Plan:
         untied=untied,
         own_vocabularies=vocabulary.separate,
         rank=rank,
+        ranks=ranks,
+        form=None if form is None or form == AdapterForm(form.rank or 1) else form,
         choice=choice,
         notes=tuple(notes),
         bytes_read=_bytes_read(replace(inputs, base=used), statistics=any(one.needs.statistics for one in methods)),

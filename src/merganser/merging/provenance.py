@@ -269,7 +269,7 @@ def pinned(entry: Mapping[str, Any]) -> str:
 def describe_inputs(plan: Plan, inputs: Inputs) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
     """The contributors and the base model as they are recorded."""
     uses = bool(plan.statistics) or plan.rank is not None  # an adapter's norms are made of them
-    base = describe_parent(inputs.base, False) if inputs.base else None
+    base = describe_parent(inputs.base, False) if inputs.base and not inputs.without_base else None
     return [describe_parent(parent, uses) for parent in inputs.parents], base
 
 

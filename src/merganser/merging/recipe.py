@@ -162,6 +162,9 @@ class Recipe(_Part):
     contributors: tuple[Contributor, ...] = Field(description="the checkpoints to merge, at least one")
     method: str = Field("auto", description=f"auto, {', '.join(METHODS)}")
     base: str | None = Field(None, description="the pre-trained model that all of them started from")
+    without_base: bool = Field(
+        False, description="merge LoRA adapters with one another; their base is not read, and `base` only names it"
+    )
     options: dict[str, Any] = Field(default_factory=dict, description="the method's own options")
     rules: tuple[Rule, ...] = Field((), description="what is done otherwise with some of the tensors")
     layers: tuple[LayerBlock, ...] = Field((), description="the result's layers, in order: stacked, skipped, repeated")

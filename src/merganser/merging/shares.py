@@ -12,11 +12,13 @@ from torch import Tensor
 from merganser.checkpoints.sources import Source, read_source
 from merganser.errors import CheckpointError
 from merganser.merging.activations import Activations
+from merganser.merging.adapters import brings_product, product_of
 from merganser.merging.inputs import Inputs, Parent
 from merganser.merging.matching import BASE_NUMBER, Fill
 from merganser.merging.plan import Step
 from merganser.methods import Unit
 from merganser.methods.base import input_width, wide
+from merganser.methods.products import Product
 from merganser.statistics import LayerStatistics, Statistics
 from merganser.tensors import DTYPES, is_finite
 
@@ -61,6 +63,7 @@ class ParentShare:
         self._ranges, self._device, self._seen = ranges or {}, device, seen
         self._dtype = None if step.computation is None else DTYPES[step.computation]
         self._rows = None if rows is None else torch.tensor(rows)
+        self._facts = {fact.name: fact for fact in step.unit.facts}
         self._widths = {fact.name: input_width(fact) for fact in step.unit.facts if fact.layer}
         self._theirs = self._rows if base_rows is None else torch.tensor(base_rows)
         fills = () if step.rows is None or targets is None else step.rows.fills
@@ -96,6 +99,14 @@ class ParentShare:
             return self._wide(self._placed(self._gathered_base(name, start, stop)))
         first, _ = self._range(name)
         return self._wide(self._placed(self._read_base(name, first + start, first + stop)))
+
+    def product(self, name: str) -> Product | None:
+        """Its difference from the base as a product, where it is an adapter on the base of this merge."""
+        part = self._rows is not None or self._range(name) != (0, None)
+        if part or not brings_product(self.parent, self._base, self.sources[name]):
+            return None
+        found = product_of(self.parent, self.sources[name], self._facts[name])
+        return Product(self._placed(found.left), self._placed(found.right))
 
     def gram(self, weight: str) -> Tensor:
         """The Gram matrix of the inputs of the layer with this weight; zero for an expert that no token reached."""

@@ -24,7 +24,9 @@ from merganser.methods.regression.mats import MATS
 from merganser.methods.regression.regmean import REGMEAN
 from merganser.methods.regression.tact import TACT
 from merganser.methods.regression.wudi import WUDI
+from merganser.methods.spectral.core_space import CORE_SPACE
 from merganser.methods.spectral.isotropic import ISO_C, ISO_CTS
+from merganser.methods.spectral.knots import KNOTS
 from merganser.methods.spectral.tsv_m import TSV_M
 from merganser.methods.sums import GramSums
 from merganser.methods.task_vectors.arcee_fusion import ARCEE_FUSION
@@ -47,6 +49,7 @@ METHODS: dict[str, Method] = {
         *(OPTIMAL_TRANSPORT, REBASIN, ACTIVATIONS),
         *(TASK_ARITHMETIC, TIES, DARE_LINEAR, DARE_TIES, DELLA, DELLA_LINEAR, BREADCRUMBS, BREADCRUMBS_TIES),
         *(SCE, MAGMAX, CONSENSUS, PCB, RAM, RAM_PLUS, ARCEE_FUSION),
+        *(KNOTS, CORE_SPACE),
     )
 }
 

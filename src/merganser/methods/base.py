@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from torch import Tensor
 
 from merganser.checkpoints.layers import Layer
+from merganser.methods.products import Product, combined
 from merganser.methods.sums import GramSums
 
 UNSEEN = ""
@@ -200,10 +201,14 @@ class Unit:
 
 @dataclass(frozen=True)
 class Merged:
-    """Merged tensors by name, float32 or wider, in on-disk orientation, and what was noteworthy."""
+    """Merged tensors by name, float32 or wider, in on-disk orientation, and what was noteworthy.
+
+    Of weights in ``products`` it is the difference from the base model, as (out, in), and the tensor is not made.
+    """
 
     tensors: dict[str, Tensor]
     note: str | None = None
+    products: dict[str, Product] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -279,6 +284,28 @@ class Method(ABC):
     @abstractmethod
     def merge(self, unit: Unit, shares: Sequence[Share]) -> Merged:
         """Merge one unit. Pure: reads only the shares, decides only by the options."""
+
+    def weights(self, coefficients: Sequence[float]) -> list[float] | None:
+        """The weight wᵢ of each contributor where θ − θ₀ = Σwᵢδᵢ for every tensor; None for any other method."""
+        return None
+
+    @property
+    def takes_products(self) -> bool:
+        """Whether changes of low rank can be merged by :meth:`merge_products`, without being multiplied out."""
+        return self.weights([1.0]) is not None
+
+    def merge_products(self, unit: Unit, products: Sequence[Product], shares: Sequence[Share]) -> Product:
+        """The merge's difference from the base model.
+
+        Args:
+            unit: a single weight.
+            products: each contributor's difference from it.
+            shares: the contributors.
+        """
+        weights = self.weights([share.coefficient for share in shares])
+        if weights is None:
+            raise RuntimeError(f"{self.name} takes no products")
+        return combined(products, weights)
 
     def min_slice_rows(self, unit: Unit) -> int | None:
         """The fewest stacked rows of the unit that can be merged apart; None where only the whole can.

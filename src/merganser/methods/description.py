@@ -12,7 +12,14 @@ _STATISTICS = {
     "fisher": "statistics collected with --fisher",
     "kfac": "statistics collected with --kfac",
 }
-_NAMES = {"number": "number", "integer": "whole number", "boolean": "true or false", "string": "text", "null": "none"}
+_NAMES = {
+    "number": "number",
+    "integer": "whole number",
+    "boolean": "true or false",
+    "string": "text",
+    "object": "mapping",
+    "null": "none",
+}
 _BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 
 

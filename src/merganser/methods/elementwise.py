@@ -135,6 +135,7 @@ class Elementwise(Method):
         by_rows: the function looks at whole rows, each by itself; a tensor of one dimension is one row.
         differences: False for a function that takes the θᵢ, not the δᵢ, and gives the merged numbers, though it
             reads the base: it can return what is in a model exactly.
+        weighted: where the result is θ₀ + Σwᵢδᵢ, the wᵢ, of the coefficients and the options.
     """
 
     function: Function
@@ -146,6 +147,12 @@ class Elementwise(Method):
     def streaming(self) -> str:
         """By rows: whatever the size of a tensor."""
         return "some rows of a tensor" + (", after a pass over the whole" if self.reduce is not None else "")
+
+    weighted: Callable[[Sequence[float], Any], list[float]] | None = None
+
+    def weights(self, coefficients: Sequence[float]) -> list[float] | None:
+        """Those of ``weighted``."""
+        return None if self.weighted is None else self.weighted(coefficients, self.options)
 
     def configured(self, options: Options) -> Self:
         """With an option ``task_vectors``, the base model is read where that is true."""

@@ -160,6 +160,12 @@ class LeastSquares(Method):
         """Whether λ pulls to the base model; it is an option of methods that need one."""
         return getattr(self.options, "toward", "average") == "base"
 
+    def weights(self, coefficients: Sequence[float]) -> list[float] | None:
+        """cᵢ/Σc of the weighted average."""
+        if {rule.form for rule in self.rules.values()} != {Identity}:
+            return None
+        return [coefficient / sum(coefficients) for coefficient in coefficients]
+
     def form(self, unit: Unit) -> type[Metric]:
         """The class of a unit's metrics."""
         return self.rules[unit.kind].form

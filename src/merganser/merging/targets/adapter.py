@@ -13,7 +13,8 @@ from __future__ import annotations
 import json
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from merganser.checkpoints import AdapterCheckpoint, hash_tensor
+from merganser.checkpoints import AdapterCheckpoint, ChangesCheckpoint, hash_tensor
 from merganser.checkpoints.adapters import CONFIG, WEIGHTS
 from merganser.checkpoints.layers import Layer, empty_model, layers_of, map_parameters
 from merganser.checkpoints.sources import read_source
@@ -31,16 +32,20 @@ from merganser.errors import RecipeError
 from merganser.merging.execution import TensorRecord, storable
 from merganser.merging.inputs import Inputs
 from merganser.merging.judging import NOTHING_JUDGED, Verdict
-from merganser.merging.plan import Plan, Step
+from merganser.merging.matching import matches
+from merganser.merging.plan import AdapterForm, Plan, Step
 from merganser.merging.provenance import describe_inputs, model_card, public_name, write_provenance
 from merganser.merging.targets.low_rank import best_low_rank
 from merganser.methods import Merged
 from merganser.methods.base import elements, input_width
+from merganser.methods.products import Product
 from merganser.tensors import DTYPES, byte_view
 from merganser.text import markdown
 
 PREFIX = "base_model.model."
 _HEAD_CLASSES = {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"}
+_TIED_BY_PEFT = ("embed_tokens", "lm_head")  # names of modules that it finds to be tied
+_SAVED_HEADS = ("classifier", "score")  # that PEFT replaces as a whole for these tasks, whatever else is said
 
 
 _MADE = """Made with merganser: {}. Each layer's change is the nearest of this rank in the norm of its inputs' Gram
@@ -58,9 +63,11 @@ class AdapterTarget:
 
     Attributes:
         records: what became of each tensor of the adapter.
-        targets: modules with factors.
+        ranks: of the modules with factors.
+        vectors: modules whose bias has a vector added to it (``lora_bias``).
         saved: modules that are kept as a whole.
         lost: tensors that differ from the base and have no place, with the reason.
+        left_out: those that the form leaves out, with ‖ΔW‖ / ‖W‖.
         biases: modules whose bias differs, beside those kept as a whole.
         errors: of each module with factors, relative, in the norm that was used.
     """
@@ -68,33 +75,28 @@ class AdapterTarget:
     def __init__(self, plan: Plan, inputs: Inputs, folder: Path) -> None:
         if inputs.base is None or plan.rank is None:
             raise RuntimeError("the plan promised a base model and a rank")
-        self.plan, self.inputs, self.base, self.rank = plan, inputs, inputs.base, plan.rank
+        self.plan, self.inputs, self.base, self.form = plan, inputs, inputs.base, plan.form or AdapterForm()
         self._folder = folder
-        self.total = plan.bytes_written
+        self.total = sum(spec.nbytes for spec in plan.outputs)
         self.records: dict[str, TensorRecord] = {}
-        self.targets, self.saved, self.biases = set[str](), set[str](), set[str]()
+        self.ranks: dict[str, int] = {}
+        self.saved, self.biases, self.vectors = set[str](), set[str](), set[str]()
         self.lost: dict[str, str] = {}
+        self.left_out: dict[str, float] = {}
         self.errors: dict[str, float] = {}
         self._dtype = plan.recipe.dtype or "F32"
         self._waiting: dict[str, tuple[int, tuple[int, ...]]] = {}  # offset in the file below, and shape
         self._file: BinaryIO = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed on exit)
         self._lock, self._whole = threading.Lock(), dict[str, Tensor]()
-        first = inputs.reference.checkpoint
-        self._model = model = empty_model(first)
-        self._layers: dict[str, Layer] = {}
-        for layer in layers_of(model, first):
-            self._layers.setdefault(layer.weight, layer)
-        self._parameters: dict[str, str] = {}
-        for parameter, own in map_parameters(model, first).items():
-            self._parameters.setdefault(own, parameter)
-        self._linear_biases = {layer.bias for layer in self._layers.values() if layer.bias}
-        heads = [
-            module
+        self._products: dict[str, Product] = {}
+        self._names = _NamesOfChanges(inputs) if inputs.without_base else _NamesOfModel(inputs)
+        self._contributed = [
+            parent.checkpoint.settings
             for parent in inputs.parents
-            if isinstance(parent.checkpoint, AdapterCheckpoint)
-            for module in parent.checkpoint.settings.get("modules_to_save") or ()
+            if isinstance(parent.checkpoint, AdapterCheckpoint | ChangesCheckpoint)
         ]
-        self._heads = tuple(dict.fromkeys(heads))
+        heads = [head for one in self._contributed for head in one.get("modules_to_save") or ()]
+        self._heads = tuple(dict.fromkeys([*heads, *(_SAVED_HEADS if self._task in _HEAD_CLASSES.values() else ())]))
 
     def __enter__(self) -> AdapterTarget:
         return self
@@ -112,7 +114,8 @@ class AdapterTarget:
 
     def take(self, step: Step, firsts: Mapping[str, int], merged: Merged) -> int:
         """Put the slices of each tensor together."""
-        done = 0
+        done = sum(self.plan.specs[name].nbytes for name in merged.products)
+        self._products |= {n: Product(p.left.cpu(), p.right.cpu()) for n, p in merged.products.items()}
         for name, tensor in merged.tensors.items():
             spec, tensor = self.plan.specs[name], tensor.cpu()
             if tensor.shape == spec.shape:
@@ -129,33 +132,75 @@ class AdapterTarget:
     def finish(self, step: Step, note: str | None) -> None:
         """Find the adapter's tensors of what is whole now."""
         for name in step.unit.names:
-            self._add_tensor(name, self._whole.pop(name), step, note)
+            product = self._products.pop(name, None)
+            if product is None:
+                self._add_tensor(name, self._whole.pop(name), step, note)
+            elif product.rank and bool(product.left.any()) and bool(product.right.any()):
+                self._add_product(name, product, step, note)
+
+    def _add_product(self, name: str, product: Product, step: Step, note: str | None) -> None:
+        """A change that is known by its factors; only where it has to be held whole it is multiplied out."""
+        layer, shape = self._names.layers.get(name), self.plan.specs[name].shape
+        if layer is not None and self._as_factors(name, layer, shape):
+            self._add_factors(layer, product, step, note)
+            return
+        before = self._before(name, shape)
+        if before is None:
+            raise RuntimeError(f"a change of {name}, which the base has not")
+        turned = layer is not None and layer.kind in ("conv1d", "embedding")
+        change = product.dense().T if turned else product.dense()
+        self._add_tensor(name, before.to(torch.float64) + change, step, note)
 
     def _add_tensor(self, name: str, merged: Tensor, step: Step, note: str | None) -> None:
         storable(merged, merged.dtype, name, step.method)
         before = self._before(name, tuple(merged.shape))
         if before is not None and torch.equal(merged.to(torch.float64), before.to(torch.float64)):
             return
-        layer, parameter = self._layers.get(name), self._parameters.get(name)
+        layer, parameter = self._names.layers.get(name), self._names.parameters.get(name)
         if parameter is None or not merged.is_floating_point():
             self.lost[name] = "no parameter of the model"
             return
         module, _, kind = parameter.rpartition(".")
-        if before is None or self._is_head(module):
+        if self._kept_as(name, layer) == "left out":
+            self.left_out[name] = _share_of_change(before, merged)
+        elif before is None and kind == "bias" and self.inputs.without_base and not self._is_head(module):
+            self.biases.add(module)
+            self._put(parameter, merged, step, note)
+        elif before is not None and self.inputs.without_base and layer is None:
+            self.vectors.add(module)
+            self._put(f"{module}.lora_B.bias", merged, step, note)
+        elif before is None or self._is_head(module):
             self._keep(parameter, merged, step, note)
-        elif layer is not None and self._has_factors(layer) and min(merged.shape) >= self.rank:
+        elif layer is not None and self._as_factors(name, layer, merged.shape):
             delta = merged.to(torch.float64) - before.to(torch.float64)
-            self._add_factors(layer, delta, step, note)
-        elif name in self._linear_biases and kind == "bias":
+            self._add_factors(layer, delta.T if layer.kind in ("conv1d", "embedding") else delta, step, note)
+        elif name in self._names.linear_biases and kind == "bias":
             self.biases.add(module)
             self._put(parameter, merged, step, note)
         else:  # norms, and heads whose factors would be no smaller
             self._keep(parameter, merged, step, note)
 
-    def _has_factors(self, layer: Layer) -> bool:
-        """Whether PEFT's plain factors are a change of it: a single matrix."""
+    def _kept_as(self, name: str, layer: Layer | None) -> str:
+        """What the form says of a tensor: ``factors``, ``whole`` or ``left out``."""
+        form = self.form
+        if matches(name, form.left_out) or (form.only and not matches(name, form.only)):
+            return "left out"
+        if matches(name, form.whole):
+            return "whole"
+        if layer is None:
+            return form.others
+        return form.embeddings if layer.kind == "embedding" else "factors"
+
+    def _rank(self, name: str) -> int:
+        """The rank that a tensor's factors have at most."""
+        return self.plan.ranks.get(name, self.plan.rank or 1)
+
+    def _as_factors(self, name: str, layer: Layer, shape: Sequence[int]) -> bool:
+        """Whether a change is held as factors; PEFT's plain ones are those of a single matrix."""
         matrix = len(self.inputs.reference.checkpoint.tensors[layer.weight].shape) == 2
-        return matrix and layer.experts is None and layer.kind in ("linear", "conv1d", "embedding")
+        plain = matrix and layer.experts is None and layer.kind in ("linear", "conv1d", "embedding")
+        wanted = self._kept_as(name, layer) == "factors" and not self._is_head(layer.module)
+        return plain and wanted and min(shape) >= self._rank(name)
 
     def _before(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
         """The base's tensor, if it has one of this shape."""
@@ -165,28 +210,43 @@ class AdapterTarget:
         return read_source(self.base.checkpoint, self.base.sources[name])
 
     def _is_head(self, module: str) -> bool:
+        return self._head_of(module) is not None
+
+    def _head_of(self, module: str) -> str | None:
+        """The outermost module around this one, or itself, that is replaced as a whole."""
         parents = [module[:at] for at, letter in enumerate(module) if letter == "."]
-        return any(name.endswith(head) for name in [*parents, module] for head in self._heads)
+        named = (name for name in [*parents, module] if any(f".{name}".endswith(f".{head}") for head in self._heads))
+        return next(named, None)
+
+    @property
+    def _task(self) -> str | None:
+        """PEFT's word for the task."""
+        if self.inputs.without_base:
+            return self._agreed("task_type")
+        architecture = str((self.inputs.reference.checkpoint.config.get("architectures") or [""])[0])
+        return next((task for suffix, task in _HEAD_CLASSES.items() if architecture.endswith(suffix)), None)
 
     def _keep(self, parameter: str, merged: Tensor, step: Step, note: str | None) -> None:
         module = parameter.rpartition(".")[0]
-        if any(True for _ in self._model.get_submodule(module).children()):
+        head = self._head_of(module)
+        if head is None and self._names.has_children(module):
             self.lost[parameter] = "a bare parameter, not of a layer"
             return
-        self.saved.add(module)
+        self.saved.add(head or module)
         self._put(parameter, merged, step, note)
 
-    def _add_factors(self, layer: Layer, delta: Tensor, step: Step, note: str | None) -> None:
-        transposed = layer.kind in ("conv1d", "embedding")
+    def _add_factors(self, layer: Layer, delta: Tensor | Product, step: Step, note: str | None) -> None:
+        """The factors of a change that is (out, in)."""
         gram = self._gram(layer, step)
-        found = best_low_rank(delta.T if transposed else delta, gram, self.rank)
+        found = best_low_rank(delta, gram, self._rank(layer.weight), self.form.energy)
         names = ("lora_embedding_A", "lora_embedding_B") if layer.kind == "embedding" else None
         a, b = names or ("lora_A.weight", "lora_B.weight")
         norm = {"embedding": "of the token counts"}.get(layer.kind, "of the Gram matrices")
-        said = f"rank {self.rank}: relative error {found.error:.2e} in the "
+        rank = found.a.shape[0]
+        said = f"rank {rank}: relative error {found.error:.2e} in the "
         said += "plain norm: no statistics" if gram is None else f"norm {norm}"
         said = f"{said}; {note}" if note else said
-        self.targets.add(layer.module)
+        self.ranks[layer.module] = rank
         self.errors[layer.module] = found.error
         self._put(f"{layer.module}.{a}", found.a, step, said)
         self._put(f"{layer.module}.{b}", found.b, step, said)
@@ -245,14 +305,14 @@ class AdapterTarget:
             "library_name": "peft",
             "tags": ["lora"],
         }
-        title, sections = f", as a LoRA adapter of rank {self.rank}", self._sections + verdict.section()
+        title, sections = f", as a LoRA adapter of {self._said_ranks}", self._sections + verdict.section()
         notes = plan.notes + verdict.notes
         card = model_card(
             plan, people, self.records, front=front, made=_MADE, title=title, sections=sections, notes=notes
         )
         (self._folder / "README.md").write_text(card, encoding="utf-8")
         places = {spec.name: (WEIGHTS, spec.name) for spec in specs}
-        more = {"as_adapter": self.rank, **verdict.record()}
+        more = {"as_adapter": self.plan.rank, **verdict.record()}
         write_provenance(plan, self._folder, self.records, people, base, {WEIGHTS: specs}, places, **more)
         return plan
 
@@ -262,22 +322,23 @@ class AdapterTarget:
         Raises:
             RecipeError: no linear layer differs from the base's.
         """
-        if not self.targets:
+        if not self.ranks:
             raise RecipeError(
                 "no linear layer of the merge differs from the base's: there is nothing for an adapter to hold",
                 where="--as-adapter",
                 mend="write a full checkpoint, or check the contributors and the base",
             )
         self.biases -= self.saved
-        own_names = {parameter: own for own, parameter in self._parameters.items()}
+        own_names = {parameter: own for own, parameter in self._names.parameters.items()}
         for module in self.saved:  # PEFT wants all parameters of a module that it replaces
-            for kind, _ in self._model.get_submodule(module).named_parameters():
+            for kind in self._names.kinds(module):
                 name = f"{module}.{kind}"
                 own = self.base.sources.get(own_names.get(name, ""))
                 if f"{PREFIX}{name}" not in self._waiting and own is not None:
                     whole = read_source(self.base.checkpoint, own)
                     self._store(name, whole, TensorRecord("", "copy", "as in the base", None))
-        for module in self.biases & self.targets:  # PEFT wraps the layer that has the bias
+        self._complete_vectors()
+        for module in self.biases & set(self.ranks):  # PEFT wraps the layer that has the bias
             plain, wrapped = (f"{PREFIX}{module}.{name}" for name in ("bias", "base_layer.bias"))
             self._waiting[wrapped] = self._waiting.pop(plain)
             self.records[wrapped] = self.records.pop(plain)
@@ -290,52 +351,104 @@ class AdapterTarget:
                 writer.write(WEIGHTS, spec.name, tensor)
         _write_json(self._folder / CONFIG, self._settings())
         config = self.inputs.reference.checkpoint.config
-        if self.saved and config != self.base.checkpoint.config:  # its head has other labels, or the base none
+        # Its head may have other labels than the base's, or the base none; without the base nobody has a configuration.
+        if self.saved and config and config != self.base.checkpoint.config:
             _write_json(self._folder / "config.json", config)
         return specs
+
+    def _complete_vectors(self) -> None:
+        """Where one module has a vector, PEFT wants one of every module with factors, and factors with every vector."""
+        if not self.vectors:
+            return
+        by_module = {layer.module: layer for layer in self._names.layers.values() if layer.kind == "linear"}
+        record = TensorRecord("", "zero", "for the others' sake", None)
+        for module in sorted((self.vectors | set(self.ranks)) & set(by_module)):
+            height, width = self.base.checkpoint.tensors[by_module[module].weight].shape
+            if module not in self.ranks:
+                self.ranks[module], self.errors[module] = 1, 0.0
+                self._store(f"{module}.lora_A.weight", torch.zeros(1, width), record)
+                self._store(f"{module}.lora_B.weight", torch.zeros(height, 1), record)
+            if module not in self.vectors:
+                self._store(f"{module}.lora_B.bias", torch.zeros(height), record)
+
+    @property
+    def _usual_rank(self) -> int:
+        """The rank that most modules have; of two, the larger."""
+        counts = Counter(self.ranks.values())
+        return max(counts, key=lambda rank: (counts[rank], rank))
+
+    @property
+    def _said_ranks(self) -> str:
+        ranks = sorted(set(self.ranks.values()))
+        return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+
+    def _agreed(self, key: str) -> Any:
+        """What all contributors that are adapters say; None where they differ."""
+        said = [settings.get(key) for settings in self._contributed]
+        return said[0] if said and all(one == said[0] for one in said) else None
 
     def _settings(self) -> dict[str, Any]:
         """``adapter_config.json``."""
         checkpoint, named = self.base.checkpoint, str(self.plan.base)
-        architecture = str((self.inputs.reference.checkpoint.config.get("architectures") or [""])[0])
-        task = next((t for suffix, t in _HEAD_CLASSES.items() if architecture.endswith(suffix)), None)
-        conv1d = [layer for layer in self._layers.values() if layer.kind == "conv1d"]
-        return {
+        transposed = any(layer.kind == "conv1d" for layer in self._names.layers.values())
+        if self.inputs.without_base:
+            transposed = any(bool(settings.get("fan_in_fan_out")) for settings in self._contributed)
+        usual = self._usual_rank
+        pattern = {module: rank for module, rank in sorted(self.ranks.items()) if rank != usual}
+        settings: dict[str, Any] = {
             "peft_type": "LORA",
-            "task_type": task,
-            "auto_mapping": None,
+            "task_type": self._task,
+            "auto_mapping": self._agreed("auto_mapping") if self.inputs.without_base else None,
             "base_model_name_or_path": named.split("@")[0] if checkpoint.revision else named,
             "revision": checkpoint.revision,
-            "r": self.rank,
-            "lora_alpha": self.rank,
+            "r": usual,
+            "lora_alpha": usual,
             "lora_dropout": 0.0,
             "use_rslora": False,
             "use_dora": False,
-            "fan_in_fan_out": bool(conv1d),
+            "fan_in_fan_out": transposed,
             "bias": "all" if self.biases else "none",
-            "target_modules": sorted(self.targets),
+            "target_modules": sorted(self.ranks),
             "modules_to_save": sorted(self.saved) or None,
-            "rank_pattern": {},
-            "alpha_pattern": {},
+            "rank_pattern": pattern,
+            "alpha_pattern": pattern,
             "init_lora_weights": True,
             "inference_mode": True,
         }
+        special = {"lora_bias": bool(self.vectors), "ensure_weight_tying": self._ties()}
+        return {**settings, **{key: True for key, is_set in special.items() if is_set}}
+
+    def _ties(self) -> bool:
+        """Whether PEFT has to keep layers tied that the model ties."""
+        if self.inputs.without_base:
+            return bool(self._agreed("ensure_weight_tying"))
+        return any(module.rpartition(".")[2] in _TIED_BY_PEFT for module in self._tied())
+
+    def _tied(self) -> list[str]:
+        """The modules with a change that the model ties to others."""
+        ours = {*self.ranks, *self.saved}
+        return [layer.module for layer in self._names.layers.values() if layer.tied and layer.module in ours]
 
     def _notes(self) -> list[str]:
         """What the adapter holds only in part, or not at all."""
         worst = max(self.errors, key=lambda module: (self.errors[module], module))
         middle = sorted(self.errors.values())[len(self.errors) // 2]
         found = [
-            f"{len(self.errors)} layers at rank {self.rank}: relative error {middle:.2e} in the middle, at most "
+            f"{len(self.errors)} layers at {self._said_ranks}: relative error {middle:.2e} in the middle, at most "
             f"{self.errors[worst]:.2e} ({worst})"
         ]
         if whole := sorted(self.saved | self.biases):
             found.append(f"held as a whole: {len(whole)} modules' norms, heads or biases")
         found += [
-            f"{layer.module} is tied to another layer, which an adapter reaches only when merged into its base"
-            for layer in self._layers.values()
-            if layer.tied and layer.module in self.targets
+            f"{module} is tied to another layer, and PEFT ties no module of this name: the change reaches the other "
+            "layer only where the adapter is merged into its base"
+            for module in self._tied()
+            if module.rpartition(".")[2] not in _TIED_BY_PEFT
         ]
+        if self.left_out:
+            most = max(self.left_out, key=lambda name: (self.left_out[name], name))
+            what = f"{len(self.left_out)} tensors are left out, which change by {self.left_out[most]:.2e} of their norm"
+            found.append(f"{what} at most ({most})")
         return found + [f"lost: {name} ({reason})" for name, reason in sorted(self.lost.items())]
 
     @property
@@ -344,6 +457,66 @@ class AdapterTarget:
         worst = sorted(self.errors, key=lambda module: (-self.errors[module], module))[:10]
         rows = "\n".join(f"| {markdown(module)} | {self.errors[module]:.2e} |" for module in worst)
         return f"\n| layer | relative error |\n|---|---|\n{rows}\n"
+
+
+def _share_of_change(before: Tensor | None, merged: Tensor) -> float:
+    """‖ΔW‖ / ‖W‖ of a tensor that is left as it is in the base, where it may be nothing."""
+    there = torch.zeros(()) if before is None else before.to(torch.float64)
+    change, norm = float((merged.to(torch.float64) - there).norm()), float(there.norm())
+    return change / norm if norm else float("inf")
+
+
+class _NamesOfModel:
+    """What an adapter calls things, by the model that it is put on.
+
+    Args:
+        inputs: the open files.
+
+    Attributes:
+        layers: by the stored name of their weight.
+        parameters: of the model, by the stored name.
+        linear_biases: the stored names of the layers' biases.
+    """
+
+    def __init__(self, inputs: Inputs) -> None:
+        first = inputs.reference.checkpoint
+        self._model = empty_model(first)
+        self.layers: dict[str, Layer] = {}
+        for layer in layers_of(self._model, first):
+            self.layers.setdefault(layer.weight, layer)
+        self.parameters: dict[str, str] = {}
+        for parameter, own in map_parameters(self._model, first).items():
+            self.parameters.setdefault(own, parameter)
+        self.linear_biases = {layer.bias for layer in self.layers.values() if layer.bias}
+
+    def has_children(self, module: str) -> bool:
+        """Whether a module has others in it."""
+        return any(True for _ in self._model.get_submodule(module).children())
+
+    def kinds(self, module: str) -> list[str]:
+        """The names of a module's parameters in it."""
+        return [name for name, _ in self._model.get_submodule(module).named_parameters()]
+
+
+class _NamesOfChanges(_NamesOfModel):
+    """The same by adapters alone: tensors have the names that adapters give them, and whole modules are complete.
+
+    Args:
+        inputs: the open files.
+    """
+
+    def __init__(self, inputs: Inputs) -> None:
+        self.layers = dict(inputs.reference.view.layers)
+        self.parameters = {name: name for name in inputs.reference.checkpoint.tensors}
+        self.linear_biases = set()
+
+    def has_children(self, module: str) -> bool:
+        """Never: it was trained as a module."""
+        return False
+
+    def kinds(self, module: str) -> list[str]:
+        """None beside those that are there."""
+        return []
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from merganser.checkpoints import Checkpoint, open_checkpoint, sha256_file
+from merganser.checkpoints import Checkpoint, open_changes, open_checkpoint, sha256_file
 from merganser.checkpoints.tokenizer_files import is_tokenizer_file
 from merganser.errors import CheckpointError, ErrorCollector, UserError
 from merganser.files import scratch_folder
 from merganser.merging.inputs import Inputs, open_inputs
-from merganser.merging.plan import Plan
+from merganser.merging.plan import AdapterForm, Plan
 from merganser.merging.planning import choose_method, plan_of
 from merganser.merging.provenance import (
     FILE_NAME,
@@ -94,7 +94,10 @@ def check_parents(provenance: Mapping[str, Any], folder: Path, *, allow_pickle: 
     for number, entry in enumerate(entries):
         try:
             reference = pinned(entry) if entry.get("revision") else located(entry["model"], folder)
-            checkpoint = open_checkpoint(reference, allow_pickle=allow_pickle, known=known, base=base)
+            if provenance["recipe"].get("without_base"):
+                checkpoint: Checkpoint = open_changes([reference], base=base, allow_pickle=allow_pickle).adapters[0]
+            else:
+                checkpoint = open_checkpoint(reference, allow_pickle=allow_pickle, known=known, base=base)
             kind, recorded = manifest_of(entry)
             found = checkpoint.manifest_hash(kind)
         except UserError as error:
@@ -146,13 +149,22 @@ def plan_anew(
     inputs = open_inputs(recipe, allow_pickle=allow_pickle)
     for parent, entry in zip(inputs.sources, [*entries, *([base] if base else [])], strict=False):
         parent.checkpoint.hashes.update(hashes.get(entry["model"], {}))
-    plan = plan_of(recipe, inputs, rank=provenance.get("as_adapter"))
+    plan = plan_of(recipe, inputs, adapter=form_of(provenance, folder))
     choice = provenance.get("method_chosen_because")
     grown = any(p.statistics and not entry["statistics"] for p, entry in zip(inputs.parents, entries, strict=True))
     if choice is not None and not grown:  # else there is more to choose from than there was
         method, because = choose_method(recipe.model_copy(update={"method": "auto"}), inputs)
         choice = because if method == plan.recipe.method else f"{method} would be chosen: {because}"
     return replace(plan, choice=choice), inputs if plan.base else replace(inputs, base=None)
+
+
+def form_of(provenance: Mapping[str, Any], folder: Path) -> AdapterForm | None:
+    """The form of the adapter that a record is of; None: of a full checkpoint."""
+    rank = provenance.get("as_adapter")
+    plan = None if rank is None else plan_of_record(provenance, folder)
+    if rank is None:
+        return None
+    return AdapterForm(rank) if plan is None or plan.form is None else plan.form
 
 
 def told_anew(plan: Plan, inputs: Inputs, provenance: Mapping[str, Any], folder: Path) -> dict[str, Any]:

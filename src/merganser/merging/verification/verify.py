@@ -36,6 +36,7 @@ from merganser.merging.verification.record_checks import (
     check_itself,
     check_parents,
     compare,
+    form_of,
     plan_anew,
     told_anew,
     told_by_itself,
@@ -232,7 +233,7 @@ def _repeated(
     again = plan or recipe_of(provenance, folder)
     with scratch_folder() as scratch:
         place = Path(output) if output is not None else scratch / "again"
-        prepared = prepare(again, place, settings, rank=provenance.get("as_adapter"), reads=[folder])
+        prepared = prepare(again, place, settings, adapter=form_of(provenance, folder), reads=[folder])
         if isinstance(again, Recipe):  # the record has its plan only since format 3
             chosen = replace(prepared.plan, choice=provenance.get("method_chosen_because"))
             prepared = replace(prepared, plan=chosen)

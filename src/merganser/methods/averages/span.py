@@ -66,7 +66,7 @@ def spanned(
     needs: Needs,
     options: Options,
     vectors: Callable[[Any], Vectors] = lambda options: "whole",
-    **words: str,
+    **words: Any,
 ) -> Elementwise:
     """A method of this family.
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pydantic import Field
 from torch import Tensor
 
+from merganser.methods.base import sums_to_zero
 from merganser.methods.elementwise import Position
 from merganser.methods.task_vectors.sparsified import TaskVectorOptions, sparsified
 
@@ -19,6 +22,12 @@ def _all(delta: Tensor, index: int, options: TaskArithmeticOptions, position: Po
     return delta
 
 
+def _weights(coefficients: Sequence[float], options: TaskArithmeticOptions) -> list[float]:
+    divides = options.normalize and not sums_to_zero(coefficients)
+    factor = options.scale / (sum(coefficients) if divides else 1.0)
+    return [factor * coefficient for coefficient in coefficients]
+
+
 TASK_ARITHMETIC = sparsified(
     name="task_arithmetic",
     title="Task arithmetic",
@@ -28,4 +37,5 @@ TASK_ARITHMETIC = sparsified(
     options=TaskArithmeticOptions.model_validate({}),
     sparsify=_all,
     election=False,
+    weighted=_weights,
 )
