@@ -103,8 +103,10 @@ class _Making:
         self._recipe, self._rows, self._inputs = recipe, rows, inputs
         self._tensors = inputs.reference.checkpoint.tensors
 
-    def people_of(self, assignment: Assignment) -> list[int]:
-        """Those who take part: with a coefficient of 0 nobody does."""
+    def people_of(self, assignment: Assignment) -> Sequence[int]:
+        """Those who take part: with a coefficient of 0 only where each model of a method has a role of its own."""
+        if METHODS[assignment.method].needs.models is not None:
+            return assignment.participants
         return [number for number in assignment.participants if assignment.coefficients[number]]
 
     def step(self, unit: Unit, assignment: Assignment, method: Method) -> Step:
@@ -154,7 +156,7 @@ class _Making:
 
     def is_left(self, fact: Facts, assignment: Assignment) -> bool:
         """Whether a tensor is the base's, since every coefficient of its task vectors is 0."""
-        alone = fact.name not in self._rows and not self.people_of(assignment)
+        alone = fact.name not in self._rows and not any(assignment.coefficients)
         return alone and method_of(assignment).needs.base
 
     def take(self, fact: Facts, assignment: Assignment) -> Step:
