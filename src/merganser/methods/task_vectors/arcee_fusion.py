@@ -37,18 +37,18 @@ class _Important:
     Attributes:
         threshold: the least importance that is taken over.
         divergences: of each row in float32, or of the only one there is.
-        rows: which rows these are, in ascending order.
+        rows: (rows,), which rows these are, in ascending order.
     """
 
     threshold: float
     divergences: Tensor
-    rows: Sequence[int]
+    rows: np.ndarray
 
     def of(self, rows: Sequence[int]) -> Tensor:
         """The divergences of some rows, or of the only one there is."""
         if len(self.divergences) == 1:
             return self.divergences
-        places = np.searchsorted(np.asarray(self.rows), np.asarray(rows))
+        places = np.searchsorted(self.rows, np.asarray(rows))
         return self.divergences[torch.from_numpy(places).to(self.divergences.device)]
 
 
@@ -94,7 +94,7 @@ def _important(whole: Whole, coefficients: Sequence[float], options: ArceeFusion
     ks = [size - int(quarter / 4 * (size - 1)) for quarter in (1, 2, 3)]
     lower, median, upper = kth_largest(importance, whole.height, whole.width, ks)
     threshold = median + options.spread * (upper - lower)
-    return _Important(threshold, divergences, whole.position(0, whole.height).rows)
+    return _Important(threshold, divergences, np.asarray(whole.position(0, whole.height).rows))
 
 
 def _fused(
