@@ -239,7 +239,7 @@ class LeastSquares(Method):
             for share in restricted:
                 gram = self._gram(part, share) if local else kept[share.number]
                 self._refer(part, share, gram, sums)
-                sums.add_right(stacked(part, share.tensor), gram, share.coefficient, alpha)
+                sums.add_right(stacked(part, share), gram, share.coefficient, alpha)
             return Merged(_unstacked(factored.solve(sums), part), factored.note)
 
         return solve
@@ -278,12 +278,12 @@ class LeastSquares(Method):
         """Count a contributor: its weights stacked, its Gram matrix once."""
         gram = self._gram(unit, share)
         self._refer(unit, share, gram, sums)
-        sums.add(stacked(unit, share.tensor), gram, share.coefficient, self.alpha(self.options))
+        sums.add(stacked(unit, share), gram, share.coefficient, self.alpha(self.options))
 
     def _refer(self, unit: Unit, share: Share, gram: Tensor, sums: GramSums) -> None:
         """Make the base model the reference of new sums, where that is what λ pulls to."""
         if self.toward_base and sums.reference is None:
-            sums.add_right(stacked(unit, share.base), gram, 0.0)
+            sums.add_right(stacked(unit, share, base=True), gram, 0.0)
 
     def solve(self, unit: Unit, sums: GramSums) -> Merged:
         """One factorisation for all layers that share the input."""
@@ -322,14 +322,15 @@ def layers_of(unit: Unit) -> tuple[list[Layer], bool]:
     return layers, len(unit.names) > len(layers)
 
 
-def stacked(unit: Unit, read: Callable[[str], Tensor]) -> Tensor:
+def stacked(unit: Unit, share: Share, *, base: bool = False) -> Tensor:
     """The weights (out, in) of layers that share an input, on top of each other; the bias as one more column.
 
     Args:
         unit: of the layers.
-        read: a tensor by its name: a share's own or the base model's.
+        share: a contributor's.
+        base: the base model's weights instead.
     """
-    pieces = []
+    pieces, read = [], share.base if base else share.tensor
     _, with_bias = layers_of(unit)
     for fact in unit.facts:
         if fact.layer is None:

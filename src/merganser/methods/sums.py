@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from merganser.blas import add_product_, cholesky_, solve_cholesky_
+from merganser.blas import add_product_, cholesky_, eigh_, solve_cholesky_
 from merganser.tensors import mirror_upper, roomy_empty
 
 #: A pivot, relative to the diagonal, below this multiple of √d·eps(float32) is rounding noise: Grams are stored so.
@@ -138,7 +138,8 @@ class GramSums:
     def factor(self, ridge: float, *, toward_reference: bool = False) -> FactoredSystem:
         """The system ΣcᵢGᵢ + λI, factored once for any number of right-hand sides.
 
-        What says nothing, and the ridge, is drawn to the average, or to R where that is asked for.
+        What says nothing, and the ridge, is drawn to the average, or to R where that is asked for. Without a ridge that
+        is the pseudo-inverse: where the system is nearly singular, eigenvalues that are rounding are left out.
 
         Where a pivot of the Cholesky factor is, beside its entry of the diagonal, no larger than the rounding of Grams
         kept in float32, the directions below it carry no information; a ridge of that size, relative to the diagonal,
@@ -160,6 +161,10 @@ class GramSums:
         unused = diagonal <= 0
         pull[unused] = diagonal[unused] = 1.0
         factor, extra, note = _factor(self.system, diagonal)
+        if toward_reference and not ridge and extra:
+            inverse, kept = _pseudo_inverse(self.system)
+            note = f"nearly singular: the pseudo-inverse, of rank {kept} of {len(inverse)}"
+            return FactoredSystem(inverse, None, note, toward_reference)
         return FactoredSystem(factor, (pull + extra * diagonal).to(factor.dtype), note, toward_reference)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -201,7 +206,7 @@ class FactoredSystem:
     Attributes:
         factor: L (in, in) with L Lᵀ the system, in its lower triangle; None where every Gram matrix is zero.
         pull: (in,), how strongly each input's weights are drawn to the average: λ and what the factor needed; None
-            likewise.
+            likewise, and where ``factor`` is the pseudo-inverse of the system instead.
         note: what had to be done to factor it.
         toward_reference: they are drawn to R instead.
     """
@@ -218,13 +223,16 @@ class FactoredSystem:
         """
         if sums.reference is None or sums.right is None or sums.offset is None:
             raise ValueError("there is no contributor to solve for")
-        if self.factor is None or self.pull is None:
+        if self.factor is None:
             return sums.reference.clone() if self.toward_reference else sums.reference + sums.offset / sums.total
         height, width = sums.reference.shape
         merged = roomy_empty(height, width, self.factor)
-        drawn = bool(self.pull.any()) and not self.toward_reference
+        drawn = self.pull is not None and bool(self.pull.any()) and not self.toward_reference
         for rows in blocks(len(merged)):
             part = merged[rows].copy_(sums.right[rows])
+            if self.pull is None:
+                part.copy_(part @ self.factor).add_(sums.reference[rows])
+                continue
             if drawn:
                 part.addcmul_((sums.offset[rows] / sums.total).to(part.dtype), self.pull.expand_as(part))
             solve_cholesky_(part, self.factor).add_(sums.reference[rows])
@@ -264,6 +272,14 @@ def _factor(system: Tensor, diagonal: Tensor) -> tuple[Tensor, float, str | None
         if cholesky_(factor):
             return factor, added, f"nearly singular: ridge of {added:.1e} relative to the diagonal"
     raise ValueError("the sum of the Gram matrices is not positive semi-definite")
+
+
+def _pseudo_inverse(system: Tensor) -> tuple[Tensor, int]:
+    """The pseudo-inverse (in, in) of a system in float64, of which the lower triangle is read, and its rank."""
+    vectors = system.to(torch.float64, copy=True)
+    values = eigh_(vectors)
+    kept = values > NOISE * len(values) ** 0.5 * torch.finfo(torch.float32).eps * values[-1]
+    return (vectors[kept].T / values[kept]) @ vectors[kept], int(kept.sum())
 
 
 def _smallest_pivot(factor: Tensor, diagonal: Tensor) -> float:

@@ -60,34 +60,20 @@ def _treat(fact: Facts, options: ACTMatOptions) -> str:
 
 
 def _gram(unit: Unit, share: Share, options: ACTMatOptions) -> Gram:
-    width = input_width(unit.facts[0])
+    width, turned = input_width(unit.facts[0]), transposed(unit.facts[0])
     gram = torch.zeros(width, width, dtype=torch.float64, device=share.rows(unit.names[0], 0, 1).device)
-    for part in _changes(unit, share, options):
-        if transposed(unit.facts[0]):
-            part = part.T
+    density = of_contributor(options.density, share.number)
+    threshold = _threshold(unit, share, density) if density < 1 else 0.0
+    for part in _changes(unit, share):
+        if threshold:
+            part[part.abs().to(torch.float32) < threshold] = 0
+        part = part.T if turned else part
         gram.addmm_(part.T, part)
     return Gram(gram)
 
 
-def _changes(unit: Unit, share: Share, options: ACTMatOptions) -> Iterator[Tensor]:
-    """Δ in float64, in blocks of rows; as a whole where inputs lie along the rows. What is too small is 0."""
-    (name,), (fact,) = unit.names, unit.facts
-    density = of_contributor(options.density, share.number)
-    threshold = 0.0 if density == 1 else _threshold(unit, share, density)
-    step = fact.shape[0] if transposed(fact) else BLOCK
-    for start in range(0, fact.shape[0], step):
-        change = _change(name, share, start, min(start + step, fact.shape[0]))
-        if threshold:
-            change[change.abs().to(torch.float32) < threshold] = 0
-        yield change.flatten(1) if change.dim() > 2 else change
-
-
-def _change(name: str, share: Share, start: int, stop: int) -> Tensor:
-    return share.rows(name, start, stop).to(torch.float64) - share.base_rows(name, start, stop)
-
-
 def _threshold(unit: Unit, share: Share, density: float) -> float:
-    """The smallest magnitude that is kept."""
+    """The smallest magnitude that a Gram matrix is estimated from."""
     (name,), (fact,) = unit.names, unit.facts
     height, width = fact.shape[0], prod(fact.shape[1:])
 
@@ -98,12 +84,25 @@ def _threshold(unit: Unit, share: Share, density: float) -> float:
     return found
 
 
+def _changes(unit: Unit, share: Share) -> Iterator[Tensor]:
+    """Δ in float64, in blocks of rows; as a whole where inputs lie along the rows."""
+    (name,), (fact,) = unit.names, unit.facts
+    step = fact.shape[0] if transposed(fact) else BLOCK
+    for start in range(0, fact.shape[0], step):
+        change = _change(name, share, start, min(start + step, fact.shape[0]))
+        yield change.flatten(1) if change.dim() > 2 else change
+
+
+def _change(name: str, share: Share, start: int, stop: int) -> Tensor:
+    return share.rows(name, start, stop).to(torch.float64) - share.base_rows(name, start, stop)
+
+
 def _rows(unit: Unit, share: Share, options: ACTMatOptions) -> Diagonal:
-    return Diagonal(torch.cat([part.square().sum(1, keepdim=True) for part in _changes(unit, share, options)]))
+    return Diagonal(torch.cat([part.square().sum(1, keepdim=True) for part in _changes(unit, share)]))
 
 
 def _bias(unit: Unit, share: Share, options: ACTMatOptions) -> Diagonal:
-    return Diagonal(torch.cat([part.square() for part in _changes(unit, share, options)]).sum(0, keepdim=True))
+    return Diagonal(torch.cat([part.square() for part in _changes(unit, share)]).sum(0, keepdim=True))
 
 
 ACTMAT = LeastSquares(

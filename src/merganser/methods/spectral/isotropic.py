@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from merganser.methods.spectral.singular import polar_factor, singular_triples
+from merganser.methods.spectral.singular import Imprecise, polar_factor, singular_triples
 from merganser.methods.spectral.task_matrices import SpectralOptions, TaskMatrices, spectral
 
 
@@ -37,9 +37,13 @@ def _common_and_own(tasks: TaskMatrices, options: IsoCTSOptions) -> Tensor:
     together, own = shares(tasks.rank, len(tasks), options.common)
     if not own:
         return _common(tasks, options)
+    if tasks.dtype == torch.float32:
+        raise Imprecise  # what a task has beside the common directions is a small difference of large numbers
     found = [singular_triples(tasks.total(), together)]
     common = found[0].left
-    found += [singular_triples(matrix - common @ (common.T @ matrix), own) for matrix in tasks]
+    for matrix in tasks:
+        whole = float(matrix.norm())
+        found.append(singular_triples(matrix.sub_(common @ (common.T @ matrix)), own, whole))
     left, _ = polar_factor(torch.cat([one.left for one in found], dim=1), of_vectors=True)
     right, _ = polar_factor(torch.cat([one.right for one in found], dim=1), of_vectors=True)
     values = torch.cat([one.values for one in found])

@@ -50,12 +50,13 @@ class Triples:
     right: Tensor
 
 
-def singular_triples(matrix: Tensor, count: int) -> Triples:
+def singular_triples(matrix: Tensor, count: int, whole: float = 0.0) -> Triples:
     """The largest singular values of a matrix and their vectors; no more than there are above zero.
 
     Args:
         matrix: (m, n), float32 or float64.
         count: how many.
+        whole: the norm of what this matrix is a rest of, whose rounding is in it.
 
     Raises:
         Imprecise: see there; never for float64.
@@ -63,14 +64,14 @@ def singular_triples(matrix: Tensor, count: int) -> Triples:
     if not matrix.numel() or not count:
         return Triples(matrix.new_empty(matrix.shape[0], 0), matrix.new_empty(0), matrix.new_empty(matrix.shape[1], 0))
     if matrix.shape[0] > matrix.shape[1]:
-        found = singular_triples(matrix.T, count)
+        found = singular_triples(matrix.T, count, whole)
         return Triples(found.right, found.values, found.left)
     rows, unit = _scaled(matrix)
     basis, values, turned = _precisely_turned(rows, min(count, len(rows)), _ALLOWED)
     basis = basis[:count]
     turned = basis @ rows.to(basis.dtype) if turned is None else turned[:count]
     lengths = turned.norm(dim=1)
-    kept = lengths > _ZERO * values[0]
+    kept = lengths > _ZERO * max(float(values[0]), whole / unit)
     lengths = lengths[kept]
     left, right = basis[kept].T, (turned[kept] / lengths[:, None]).T
     return Triples(left.to(matrix.dtype), lengths.to(matrix.dtype) * unit, right.to(matrix.dtype))
