@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,14 @@ import numpy as np
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from adapter_examples import PREFIX, adapt_linears
+from adapter_examples import PREFIX, adapt_linears, factors, write_adapter
 from conftest import ARCHITECTURES
-from merganser.merging import merge, reproduce, verify
+from merganser.checkpoints import open_checkpoint
+from merganser.errors import UserError
+from merganser.merging import AdapterForm, memory, merge, reproduce, verify
+from merganser.methods import METHODS
 
 Save = Callable[..., Path]
 TARGETS = {
@@ -25,12 +29,14 @@ TARGETS = {
 }
 
 
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    return {n.removeprefix(PREFIX): t for n, t in load_file(folder / "adapter_model.safetensors").items()}
+
+
 def changes(folder: Path) -> dict[str, np.ndarray]:
     """ΔW = s·BA of every module with factors, in float64, by hand."""
     settings = json.loads((folder / "adapter_config.json").read_text())
-    files = {
-        n.removeprefix(PREFIX): t.double().numpy() for n, t in load_file(folder / "adapter_model.safetensors").items()
-    }
+    files = {name: tensor.double().numpy() for name, tensor in stored(folder).items()}
     found = {}
     for name, a in files.items():
         if name.endswith((".lora_A.weight", ".lora_embedding_A")):
@@ -98,3 +104,240 @@ def test_sums_are_exact_and_what_peft_concatenates(save_model: Save, tmp_path: P
     assert set(settings["rank_pattern"].values()) == {9}
     verified = verify(Path(out))
     assert verified.parents == 3 and reproduce(Path(out)) == []
+
+
+def truncated(matrix: np.ndarray, rank: int) -> np.ndarray:
+    u, s, v = np.linalg.svd(matrix, full_matrices=False)
+    return np.asarray((u[:, :rank] * s[:rank]) @ v[:rank])
+
+
+def test_a_rank_gives_the_nearest_of_that_rank(save_model: Save, tmp_path: Path) -> None:
+    """By factors for a sum, by the matrix for what is elected; each module says its error."""
+    base = save_model("base", "qwen2")
+    folders = [apart(folder) for folder in adapters(tmp_path, base, "qwen2")]
+    parts = [changes(folder) for folder in folders]
+    total = weighted(parts, [0.5, 1.0, 1.0])
+    out = merge(
+        folders,
+        tmp_path / "sum",
+        method="task_arithmetic",
+        options={"scale": 1.0},
+        coefficients=[0.5, 1, 1],
+        as_adapter=3,
+    )
+    close(changes(Path(out)), {name: truncated(matrix, 3) for name, matrix in total.items()})
+    recorded = json.loads((Path(out) / "provenance.json").read_text())["tensors"]
+    for name, matrix in total.items():
+        error = np.linalg.norm(matrix - truncated(matrix, 3)) / np.linalg.norm(matrix)
+        said = recorded[f"{PREFIX}{name}.lora_A.weight"]["note"]
+        assert float(said.split("relative error ")[1].split(" ")[0]) == pytest.approx(error, rel=1e-2)
+    pruned = merge(
+        folders, tmp_path / "pruned", method="breadcrumbs", as_adapter=2,
+        options={"scale": 1.0, "gamma": 0, "density": 0.3, "whole": True},
+    )  # fmt: skip
+    kept = []
+    for part in parts:
+        kept.append({})
+        for name, matrix in part.items():
+            least = np.sort(np.abs(matrix).ravel())[-int(0.3 * matrix.size)]
+            kept[-1][name] = np.where(np.abs(matrix) >= least, matrix, 0)
+    close(changes(Path(pruned)), {n: truncated(m, 2) for n, m in weighted(kept, [1, 1, 1]).items()}, 1e-5)
+
+
+#: Spectral methods raise the directions that a change of low rank has not, where with the base there is rounding, and
+#: Arcee Fusion looks at the weights themselves.
+OF_MORE_THAN_CHANGES = ("tsv_m", "iso_c", "iso_cts", "arcee_fusion")
+OF_CHANGES = [
+    name
+    for name, method in METHODS.items()
+    if method.needs.base and not (method.needs.statistics or method.needs.data or name in OF_MORE_THAN_CHANGES)
+]
+
+
+@pytest.mark.parametrize("method", ["simple", *OF_CHANGES])
+def test_methods_give_the_change_that_they_give_with_the_base(save_model: Save, tmp_path: Path, method: str) -> None:
+    base = save_model("base", "qwen2")
+    folders = adapters(tmp_path, base, "qwen2")[: METHODS[method].needs.models or 3]
+    full = load_file(merge(folders, tmp_path / "full", method=method) / "model.safetensors")
+    before = load_file(base / "model.safetensors")
+    wanted = {name: (full[name] - before[name]).double().numpy() for name in full}
+    out = Path(merge(folders, tmp_path / "alone", method=method, without_base=True, as_adapter=16))
+    found = changes(out)
+    assert found
+    for module, change in found.items():
+        scale = max(np.abs(wanted[f"{module}.weight"]).max(), 1e-6)
+        np.testing.assert_allclose(change, wanted[f"{module}.weight"], rtol=0, atol=2e-3 * scale)
+    for name, change in wanted.items():
+        if name.removesuffix(".weight") not in found:
+            assert np.abs(change).max() < 1e-6, name
+
+
+def test_with_the_base_at_hand_it_is_a_choice(save_model: Save, tmp_path: Path) -> None:
+    base = save_model("base", "qwen2")
+    folders = adapters(tmp_path, base, "qwen2")
+    assert (merge(folders, tmp_path / "full", method="simple") / "config.json").is_file()
+    among = Path(merge(folders, tmp_path / "among", method="simple", without_base=True))
+    assert not (among / "config.json").exists()
+    wanted = weighted([changes(folder) for folder in folders], [1 / 3] * 3)
+    close(changes(among), wanted)
+    summed = Path(merge(folders, tmp_path / "summed", method="simple", as_adapter=AdapterForm()))
+    close(changes(summed), wanted)
+    assert json.loads((summed / "provenance.json").read_text())["base"] is not None
+    for out in (among, summed):
+        verify(out)
+        assert reproduce(out) == []
+    shutil.rmtree(base)
+    assert reproduce(among) == []
+    close(changes(Path(merge(folders, tmp_path / "again", method="simple"))), wanted)
+
+
+def test_embeddings_are_changes_too(save_model: Save, tmp_path: Path) -> None:
+    base, table, folders = save_model("base", "llama"), "model.embed_tokens", []
+    for number, rank in enumerate((2, 3)):
+        draw = torch.Generator().manual_seed(number)
+        tensors = {
+            f"{table}.lora_embedding_A": torch.randn(rank, 40, generator=draw),
+            f"{table}.lora_embedding_B": torch.randn(16, rank, generator=draw),
+        }
+        settings = {"r": rank, "target_modules": ["embed_tokens"], "base_model_name_or_path": "somebody/a-base"}
+        folders.append(write_adapter(tmp_path / f"a{number}", tensors, **settings))
+    out = Path(merge(folders, tmp_path / "out", method="simple", coefficients=[1, 3]))
+    close(changes(out), weighted([changes(folder) for folder in folders], [0.25, 0.75]))
+    model = ARCHITECTURES["llama"][1].from_pretrained(base)
+    before = model.get_input_embeddings().weight.detach().clone()
+    merged = peft.PeftModel.from_pretrained(model, out).merge_and_unload().get_input_embeddings().weight
+    np.testing.assert_allclose((merged - before).detach().numpy().T, changes(out)[table], atol=1e-5)
+    ties = Path(merge(folders, tmp_path / "ties", method="ties", as_adapter=16))
+    full = merge([f"{base}+{folder}" for folder in folders], tmp_path / "full", method="ties")
+    wanted = load_file(Path(full) / "model.safetensors")[f"{table}.weight"] - before
+    np.testing.assert_allclose(changes(ties)[table].T, wanted.numpy(), atol=1e-4)
+
+
+def test_vectors_and_heads(save_model: Save, tmp_path: Path) -> None:
+    """What is no plain factor: vectors on biases are changes, and whole tensors are averaged and said so."""
+    base = save_model("base", "bert")
+    folders = []
+    for number, rank in enumerate((2, 3)):
+        generator = torch.Generator().manual_seed(number)
+        module = "bert.encoder.layer.0.attention.self.query"
+        tensors = factors(module, 16, 16, rank, number)
+        tensors |= {
+            f"{module}.lora_B.bias": torch.randn(16, generator=generator),
+            "classifier.weight": torch.randn(2, 16, generator=generator),
+            "classifier.bias": torch.randn(2, generator=generator),
+        }
+        if number:
+            tensors |= factors("bert.encoder.layer.1.output.dense", 16, 24, rank, 7)
+        settings = {
+            "r": rank,
+            "lora_alpha": 4,
+            "task_type": "SEQ_CLS",
+            "modules_to_save": ["classifier"],
+            "lora_bias": True,
+        }
+        targets = [name.split(".lora_")[0] for name in tensors if ".lora_" in name]
+        folder = write_adapter(tmp_path / f"a{number}", tensors, "somebody/a-base", target_modules=targets, **settings)
+        folders.append(folder)
+    result = merge(folders, tmp_path / "out", method="task_arithmetic", options={"scale": 1.0}, coefficients=[1, 2])
+    out = Path(result)
+    close(changes(out), weighted([changes(folder) for folder in folders], [1, 2]))
+    assert any("averaged as a whole" in note and "classifier" in note for note in result.notes)
+    one, two, found = (stored(folder) for folder in (*folders, out))
+    for kind in ("weight", "bias"):
+        wanted = (one[f"classifier.{kind}"] + 2 * two[f"classifier.{kind}"]) / 3
+        torch.testing.assert_close(found[f"classifier.{kind}"], wanted)
+    vector = "bert.encoder.layer.0.attention.self.query.lora_B.bias"
+    torch.testing.assert_close(found[vector], 4 / 2 * one[vector] + 2 * (4 / 3) * two[vector])
+    settings = json.loads((out / "adapter_config.json").read_text())
+    assert settings["modules_to_save"] == ["classifier"] and settings["task_type"] == "SEQ_CLS"
+    model = ARCHITECTURES["bert"][1].from_pretrained(base)
+    merged = peft.PeftModel.from_pretrained(model, out).merge_and_unload().state_dict()
+    again = open_checkpoint(f"{base}+{out}")
+    for name in again.tensors:
+        torch.testing.assert_close(merged[name], again.read(name), rtol=1e-5, atol=1e-5, msg=name)
+    assert reproduce(out) == []
+
+
+def test_a_head_of_one_alone_is_kept(save_model: Save, tmp_path: Path) -> None:
+    base = save_model("base", "bert")
+    one, two = (apart(folder) for folder in adapters(tmp_path, base, "bert")[:2])
+    weights = load_file(two / "adapter_model.safetensors")
+    head = {f"{PREFIX}classifier.weight": torch.ones(2, 16), f"{PREFIX}classifier.bias": torch.ones(2)}
+    save_file({**weights, **head}, two / "adapter_model.safetensors")
+    settings = json.loads((two / "adapter_config.json").read_text())
+    (two / "adapter_config.json").write_text(json.dumps({**settings, "modules_to_save": ["classifier"]}))
+    result = merge([one, two], tmp_path / "out", method="simple")
+    found = load_file(Path(result) / "adapter_model.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in head.items())
+    assert any("averaged over the adapters that have them" in note for note in result.notes)
+
+
+def test_what_cannot_be_merged_without_the_base(save_model: Save, tmp_path: Path) -> None:
+    base = save_model("base", "qwen2")
+    one, two = (apart(folder) for folder in adapters(tmp_path, base, "qwen2")[:2])
+
+    def changed(name: str, tensors: dict[str, torch.Tensor] | None = None, **config: Any) -> Path:
+        folder = Path(shutil.copytree(two, tmp_path / name))
+        settings = json.loads((folder / "adapter_config.json").read_text()) | config
+        (folder / "adapter_config.json").write_text(json.dumps(settings))
+        if tensors is not None:
+            named = {PREFIX + own: tensor for own, tensor in tensors.items()}
+            save_file(named, folder / "adapter_model.safetensors")
+        return folder
+
+    q = "model.layers.0.self_attn.q_proj"
+    stem = "model.layers.0.mlp.experts"
+    experts = {f"{stem}.lora_A.weight": torch.ones(4, 16), f"{stem}.lora_B.weight": torch.ones(8, 4)}
+    vector = {**factors(q, 16, 16, 2), f"{q}.lora_B.bias": torch.ones(16)}
+    table = {"embed.lora_embedding_A": torch.ones(2, 9), "embed.lora_embedding_B": torch.ones(4, 2)}
+    cases = {
+        "dora": (changed("dora", use_dora=True), "DoRA"),
+        "prompt": (changed("prompt", peft_type="PROMPT_TUNING"), "only LoRA adapters can be merged"),
+        "experts": (changed("experts", experts, r=2, target_parameters=["mlp.experts.weight"]), "a stack of experts"),
+        "tokens": (
+            changed(
+                "tokens",
+                {"model.embed_tokens.token_adapter.trainable_tokens_delta": torch.ones(2, 16)},
+                trainable_token_indices={"embed_tokens": [3, 4]},
+            ),
+            "single trained tokens",
+        ),
+        "shape": (changed("shape", factors(q, 16, 12, 2), r=2), r"is \[16, 12\], and \[16, 16\]"),
+        "prefix": (changed("prefix", factors(f"language_model.{q}", 16, 16, 2), r=2), "as far as names tell"),
+        "whole": (changed("whole", {f"{q}.weight": torch.ones(16, 16)}), "by factors in another"),
+        "vector": (changed("vector", vector | table, r=2, lora_bias=True), "which PEFT cannot have"),
+        "base": (changed("base-2", base_model_name_or_path="somebody/another"), "name different bases"),
+        "tied": (changed("tied", ensure_weight_tying=True), "ensure_weight_tying"),
+        "full": (base, "this is a full model"),
+    }  # fmt: skip
+    for name, (folder, words) in cases.items():
+        with pytest.raises(UserError, match=words) as caught:
+            merge([one, folder], tmp_path / "out", method="simple", without_base=True)
+        assert "to mend" in str(caught.value), name
+        assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="statistics"):
+        merge([one, two], tmp_path / "out", method="regmean")
+    other = cases["base"][0]
+    out = Path(merge([one, other], tmp_path / "out", method="simple", without_base=True, base="org/their-base"))
+    assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == "org/their-base"
+    assert reproduce(out) == []
+
+
+def test_bytes_do_not_depend_on_threads_or_memory_and_of_one_it_is_itself(
+    save_model: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = save_model("base", "qwen2")
+    folders = [apart(folder) for folder in adapters(tmp_path, base, "qwen2")]
+    for method in ("simple", "ties", "knots", "dare_ties"):
+        one = Path(merge(folders, tmp_path / f"{method}-1", method=method, threads=1))
+        with monkeypatch.context() as patch:
+            patch.setattr(memory, "SLICE", 48)
+            two = Path(merge(folders, tmp_path / f"{method}-2", method=method, threads=2))
+        assert (one / "adapter_model.safetensors").read_bytes() == (two / "adapter_model.safetensors").read_bytes()
+    alone = Path(merge(folders[1:2], tmp_path / "alone", method="simple"))
+    close(changes(alone), changes(folders[1]))
+    nothing = Path(merge(folders[:1] * 2, tmp_path / "nothing", method="task_arithmetic", coefficients=[1, -1]))
+    assert all(np.abs(change).max() < 1e-6 for change in changes(nothing).values())
+    for method in OF_MORE_THAN_CHANGES:
+        out = Path(merge(folders[: METHODS[method].needs.models or 2], tmp_path / method, method=method))
+        assert all(np.isfinite(change).all() for change in changes(out).values())

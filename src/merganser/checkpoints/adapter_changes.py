@@ -215,6 +215,10 @@ def open_changes(references: Sequence[str], *, base: str | None = None, allow_pi
     if len({bool(one.raw.get("ensure_weight_tying")) for one in opened}) > 1:
         what = "some of the adapters keep embeddings tied (ensure_weight_tying), and some do not"
         problems.add(CheckpointError(what, mend=_WITH_BASE))
+    vectors = [one.name for one in opened if any(change.vector for change in one.changes.values())]
+    if vectors and any(layer.kind == "embedding" for one in opened for layer in one.layers.values()):
+        what = "adapted embeddings beside vectors on biases (lora_bias), which PEFT cannot have in one adapter"
+        problems.add(CheckpointError(what, where=vectors[0], mend=f"{_WITH_BASE}, and write a full checkpoint"))
     shapes = _common_shapes(opened, problems)
     problems.raise_all()
     name, _, revision = (base or named.pop()).partition("@")

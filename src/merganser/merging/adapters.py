@@ -149,7 +149,7 @@ def _ranks(parents: Sequence[Parent], name: str) -> list[int]:
     return [_rank_of(p.checkpoint, p.sources[name].leaf.tensor) for p in parents if name in p.sources]
 
 
-def notes_without_base(inputs: Inputs, names: Sequence[str]) -> list[str]:
+def notes_without_base(inputs: Inputs, names: Sequence[str], methods: Sequence[Method]) -> list[str]:
     """What to tell the user where adapters are merged without their base, first of all of what they have whole."""
     if not inputs.without_base or inputs.base is None:
         return []
@@ -158,5 +158,10 @@ def notes_without_base(inputs: Inputs, names: Sequence[str]) -> list[str]:
     shared = [name for name in whole if name not in few]
     text = "without the base nobody knows how they changed"
     notes = [f"adapters merged with one another, into an adapter: their base, {inputs.base.title}, is not read"]
+    notes += [
+        f"without the base, method {method.name} sees the changes in place of the weights"
+        for method in methods
+        if method.weights([1.0]) is None and not (method.needs.base and getattr(method, "differences", True))
+    ]
     notes += [f"averaged as a whole, since {text}: {listed(shared, 3)}"] if shared else []
     return notes + ([f"averaged over the adapters that have them, since {text}: {listed(few, 3)}"] if few else [])

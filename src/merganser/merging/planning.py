@@ -112,7 +112,7 @@ def plan_of(recipe: Recipe, inputs: Inputs, *, adapter: AdapterForm | None = Non
     )
     notes += vocabulary.notes
     rows |= vocabulary.rows
-    notes += notes_without_base(inputs, names)
+    notes += notes_without_base(inputs, names, methods)
     if inputs.stacking is None:
         shared = [name for name in names if not inputs.without_base or all(name in p.sources for p in people)]
         match_shapes(people, shared, rows, problems)
