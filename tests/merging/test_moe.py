@@ -19,12 +19,14 @@ from torch import Tensor
 
 from adapter_examples import adapt_linears, materialise
 from conftest import ARCHITECTURES, SMALL, VOCABULARY, save_tokenizer
+from merganser.checkpoints.header import read_infos
+from merganser.checkpoints.writer import SafetensorsWriter, TensorSpec
 from merganser.cli import main
 from merganser.errors import UserError
 from merganser.merging import reproduce, verify
 from merganser.merging.moe import build_moe
 from merganser.merging.moe.routers import normal_numbers
-from merganser.merging.provenance import FILE_NAME, own_hash, read_provenance
+from merganser.merging.provenance import FILE_NAME, hash_file, own_hash, read_provenance
 
 Save = Callable[..., Path]
 KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
@@ -283,8 +285,8 @@ def test_a_mixture_says_what_it_is_and_can_be_checked(save: Save, tmp_path: Path
     checked = verify(out)
     assert checked.parents == 2 and not checked.absent
     assert reproduce(out) == []
-    with pytest.raises(UserError, match="merganser reproduce"):
-        verify(out, deep=1)
+    assert verify(out, deep="all").tensors == len(read_provenance(out)["tensors"])
+    assert verify(out, deep=3).tensors == 3
     used = {entry["method"] for entry in read_provenance(out)["tensors"].values()}
     assert used == {"base", "expert", "router"}
 
@@ -423,3 +425,33 @@ def test_the_command(save: Save, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert run("moe", file, "-o", tmp_path / "out", "--overwrite") == 0
     assert run("inspect", tmp_path / "out") == 0 and run("verify", tmp_path / "out") == 0
     assert run("moe", file, "-o", base, "--overwrite") == 2
+
+
+@pytest.mark.parametrize("what", ["router", "expert"])
+def test_a_tensor_that_was_replaced_with_all_hashes_is_found_by_making_it_again(
+    what: str, save: Save, tmp_path: Path
+) -> None:
+    base, other = save("base"), save("other", seed=1)
+    out = Path(build_moe(mixture(base, base, other), tmp_path / "out"))
+    part = "gate.weight" if what == "router" else "experts.1.w2.weight"
+    name = f"model.layers.1.block_sparse_moe.{part}"
+    tensors = load_file(out / "model.safetensors")
+    tensors[name] = tensors[name] + 0.01
+    wrong = tmp_path / "wrong"
+    with SafetensorsWriter(tmp_path, {"wrong": specs_of(out)}) as writer:
+        for key, tensor in tensors.items():
+            writer.write("wrong", key, tensor)
+    wrong.replace(out / "model.safetensors")
+    found = read_provenance(out)
+    digest, hashes = hash_file(out / "model.safetensors", "blake3:")
+    found["files"]["model.safetensors"], found["tensors"][name]["blake3"] = digest, hashes[name]
+    found["sha256"] = own_hash(found)
+    (out / FILE_NAME).write_text(json.dumps(found))
+    verify(out)
+    with pytest.raises(UserError, match=name):
+        verify(out, deep="all")
+
+
+def specs_of(folder: Path) -> list[TensorSpec]:
+    infos = read_infos(folder / "model.safetensors", "model.safetensors")
+    return [TensorSpec(info.name, info.dtype, info.shape) for info in infos]

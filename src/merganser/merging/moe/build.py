@@ -102,20 +102,15 @@ def write_moe(
     plan, inputs, started = made.plan, made.inputs, time.monotonic()
     everything = [*reads, *merge_reads(inputs)]
     raise_all(output_problems(output, overwrite, everything, plan.bytes_written))
-    prompts = encode(made.config, settings.allow_pickle)
-    for source in inputs.sources:
-        source.checkpoint.fetch()
-    vectors = prompt_vectors(made.config, prompts, inputs.parents[0], settings) if prompts else None
-    routers = {step.unit.names[0]: _router(made, step, vectors) for step in plan.steps if step.method == ROUTER}
+    work = assembling(made, settings)
     by_layer: dict[int, list[Tensor]] = {}
-    for name, rows in routers.items():
+    for name, rows in work.routers.items():
         by_layer.setdefault(int(name.split(".")[_LAYER]), []).append(rows)
     if alike := degenerate({layer: torch.cat(rows) for layer, rows in by_layer.items()}):
         where = "all layers" if len(alike) == len(by_layer) else f"the layers {', '.join(map(str, alike))}"
         said = f"the routers of {where} hardly tell the experts apart, so that some will be little used: give prompts "
         plan = replace(plan, notes=(*plan.notes, f"{said}that are less alike"))
     layout = make_layout(plan)
-    work = _Assembling(inputs, settings, routers=routers, seed=made.config.seed)
     with new_output(output, overwrite, everything) as staging:
         write_small_files(plan, inputs, layout, staging.folder)
         write_configuration(made, staging.folder)
@@ -126,6 +121,20 @@ def write_moe(
         (staging.folder / CARD).write_text(_card(made, plan, people), encoding="utf-8")
         _record(plan, layout, staging.folder, target, people)
     return MergeResult(output, plan, time.monotonic() - started)
+
+
+def assembling(made: MoePlan, settings: RunSettings) -> Assembling:
+    """What is done for each tensor of a mixture, its routers computed; weights on the Hub are downloaded.
+
+    Raises:
+        UserError: the base model cannot be run on the prompts.
+    """
+    prompts = encode(made.config, settings.allow_pickle)
+    for source in made.inputs.sources:
+        source.checkpoint.fetch()
+    vectors = prompt_vectors(made.config, prompts, made.inputs.parents[0], settings) if prompts else None
+    routers = {step.unit.names[0]: _router(made, step, vectors) for step in made.plan.steps if step.method == ROUTER}
+    return Assembling(made.inputs, settings, routers=routers, seed=made.config.seed)
 
 
 def write_configuration(made: MoePlan, folder: Path) -> None:
@@ -154,7 +163,7 @@ def _router(made: MoePlan, step: Step, vectors: Tensor | None) -> Tensor:
 
 
 @dataclass
-class _Assembling(Merging):
+class Assembling(Merging):
     """Tensors of one model each, scaled and with noise where the mixture says so; and the routers."""
 
     routers: Mapping[str, Tensor] = field(default_factory=dict)

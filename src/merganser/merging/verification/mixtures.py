@@ -9,16 +9,15 @@ from typing import Any
 
 from merganser.errors import CheckpointError
 from merganser.files import scratch_folder
+from merganser.merging.inputs import Inputs
 from merganser.merging.memory import RunSettings
-from merganser.merging.moe.build import write_configuration, write_moe
+from merganser.merging.moe.build import Assembling, assembling, write_configuration, write_moe
 from merganser.merging.moe.config import MoeConfig, make_config
 from merganser.merging.moe.planning import MOE, MoePlan, plan_moe, recipe_of_moe
+from merganser.merging.plan import Plan
 from merganser.merging.provenance import FILE_NAME, describe_parent, file_digests, located, pinned, told_by
 from merganser.merging.targets.checkpoint import make_layout, write_small_files
 from merganser.merging.verification.record_checks import weight_files
-
-#: Why single tensors of a mixture are not made again.
-AS_A_WHOLE = "a mixture of experts is made again as a whole, by merganser reproduce"
 
 
 def is_mixture(provenance: Mapping[str, Any]) -> bool:
@@ -51,6 +50,16 @@ def mixture_anew(provenance: Mapping[str, Any], folder: Path, *, allow_pickle: b
         write_configuration(made, scratch)
         told["files"] = {**file_digests(scratch, {}, {}), **weight_files(made.plan, provenance)}
     return told
+
+
+def mixture_work(provenance: Mapping[str, Any], folder: Path, settings: RunSettings) -> tuple[Plan, Inputs, Assembling]:
+    """The plan of a mixture, its open models, and what makes its tensors again.
+
+    Raises:
+        UserError: as of :func:`merganser.merging.moe.build_moe`.
+    """
+    made = _planned(provenance, folder, allow_pickle=settings.allow_pickle)
+    return made.plan, made.inputs, assembling(made, settings)
 
 
 def mixture_again(provenance: Mapping[str, Any], folder: Path, output: Path, settings: RunSettings) -> None:

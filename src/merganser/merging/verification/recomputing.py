@@ -15,7 +15,7 @@ from torch import Tensor
 from merganser.checkpoints.header import TensorInfo, read_infos
 from merganser.errors import CheckpointError, UserError
 from merganser.merging.activations import recorded_activations
-from merganser.merging.execution import Merging, execute
+from merganser.merging.execution import Merging, Work, execute
 from merganser.merging.inputs import Inputs
 from merganser.merging.memory import RunSettings, fit
 from merganser.merging.plan import Plan, Step
@@ -98,6 +98,7 @@ def recompute(
     settings: RunSettings,
     *,
     allow_rounding: bool = False,
+    work: Work | None = None,
 ) -> tuple[list[UserError], list[str]]:
     """Merge the tensors of some steps again and compare them with the files and with what is recorded of them.
 
@@ -109,6 +110,7 @@ def recompute(
         folder: the merged folder, whose files are the recorded ones.
         settings: how it is run.
         allow_rounding: differences that another processor's arithmetic may have made are said, and are no errors.
+        work: what is done for each step; by default what its method says.
 
     Returns:
         What differs, and what is worth knowing.
@@ -116,7 +118,8 @@ def recompute(
     target = _Comparing(plan, steps, folder)
     part = replace(plan, steps=tuple(steps))
     with recorded_activations(part.steps, inputs, settings) as seen:
-        execute(fit(part.steps, settings), Merging(inputs, settings, seen=seen), target, "recomputing")
+        doing = Merging(inputs, settings, seen=seen) if work is None else work
+        execute(fit(part.steps, settings), doing, target, "recomputing")
     entries, problems, notes = provenance["tensors"], list[UserError](), list[str]()
     off = {name: d for name, d in target.deviations.items() if d.largest}
     let_be = [name for name, d in off.items() if allow_rounding and d.is_rounding(_dtype(plan, name))]

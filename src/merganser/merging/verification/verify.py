@@ -22,6 +22,7 @@ from typing import Any, Literal
 from merganser.checkpoints import sha256_file
 from merganser.errors import CheckpointError, ErrorCollector, RecipeError, raise_all
 from merganser.files import scratch_folder
+from merganser.merging.execution import Work
 from merganser.merging.inputs import Inputs
 from merganser.merging.judging import judge_statistics
 from merganser.merging.memory import RunSettings, fit
@@ -30,7 +31,7 @@ from merganser.merging.plan import Plan
 from merganser.merging.provenance import CARD, FILE_NAME, plan_of_record, read_provenance, recipe_of
 from merganser.merging.recipe import Recipe
 from merganser.merging.verification.folder_checks import check_files, differing_files
-from merganser.merging.verification.mixtures import AS_A_WHOLE, is_mixture, mixture_again, mixture_anew
+from merganser.merging.verification.mixtures import is_mixture, mixture_again, mixture_anew, mixture_work
 from merganser.merging.verification.recomputing import recompute, sample
 from merganser.merging.verification.record_checks import (
     check_itself,
@@ -110,18 +111,23 @@ def verify(
     shallow = Verification(len(found["files"]), total - record.missing, record.absent, notes)
     if deep is None:
         return shallow
-    if record.anew is None:
+    work: Work | None = None
+    if is_mixture(found) and not record.absent:
+        plan, inputs, work = mixture_work(found, folder, settings)
+    elif record.anew is not None:
+        plan, inputs = record.anew
+        verdict = judge_statistics(plan, inputs, settings.threads, fit(plan.steps, settings).budget)
+        judged = {"influence": None, "judged": None} | verdict.record()
+        raise_all([*verdict.problems, *compare(found, judged, folder)[0]])
+    else:
         raise CheckpointError(f"cannot be merged again: {record.reason}", where=folder, mend="leave --deep out")
-    plan, inputs = record.anew
-    verdict = judge_statistics(plan, inputs, settings.threads, fit(plan.steps, settings).budget)
-    raise_all([*verdict.problems, *compare(found, {"influence": None, "judged": None} | verdict.record(), folder)[0]])
     if plan.rank is not None:
         if differing := _repeated(found, folder, None, settings, plan.notes):
             raise CheckpointError(f"made again, it differs in {', '.join(differing)}", where=folder, mend=_OTHERWISE)
         return replace(shallow, tensors=len(found["tensors"]))
     drawn = None if deep == "all" else secrets.randbits(32) if seed is None else seed
     steps = list(plan.steps) if deep == "all" or drawn is None else sample(plan.steps, deep, drawn)
-    wrong, more = recompute(plan, inputs, steps, found, folder, settings, allow_rounding=allow_rounding)
+    wrong, more = recompute(plan, inputs, steps, found, folder, settings, allow_rounding=allow_rounding, work=work)
     raise_all(wrong)
     tensors = sum(len(step.unit.names) for step in steps)
     return replace(shallow, notes=(*notes, *more), tensors=tensors, seed=drawn)
@@ -186,7 +192,7 @@ def _check_record(
     problems.add(*parents.problems)
     reason, anew, told = "", None, None
     if is_mixture(provenance):
-        reason = AS_A_WHOLE if not parents.absent else "it was not planned anew, since not all models can be had"
+        reason = "it was not planned anew, since not all models can be had" if parents.absent else ""
         whole = not (parents.absent or parents.problems)
         told = problems.catch(mixture_anew, provenance, folder, allow_pickle=allow_pickle) if whole else {}
     elif provenance.get("ledger") is not None:
