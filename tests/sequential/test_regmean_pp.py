@@ -14,6 +14,7 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from conftest import save_tokenizer
 from merganser.cli import main
 from merganser.errors import UserError
 from merganser.merging import reproduce, verify
@@ -26,6 +27,7 @@ TEXTS = (
 )
 TARGETS = (["yes", "good", "not bad", "yes yes"], ["no", "bad", "very bad", "Paris", "no !"])
 ALPHA = 0.95
+GENERATE = ("t5", "bart")
 Save = Callable[..., Path]
 
 MODELS = [
@@ -34,16 +36,42 @@ MODELS = [
     ("distilbert", transformers.DistilBertForSequenceClassification, {}, ["distilbert.transformer.layer"]),
     ("llama", transformers.LlamaForCausalLM, {}, ["model.layers"]),
     ("t5", transformers.T5ForConditionalGeneration, {}, ["encoder.block", "decoder.block"]),
+    ("bart", transformers.BartForConditionalGeneration, {}, ["model.encoder.layers", "model.decoder.layers"]),
 ]
+
+
+def bart_config(**more: Any) -> Any:
+    sides = {
+        f"{side}_{key}": n for side in ("encoder", "decoder") for key, n in (("layers", 2), ("attention_heads", 2))
+    }
+    return transformers.BartConfig(
+        vocab_size=64, d_model=16, encoder_ffn_dim=24, decoder_ffn_dim=20, max_position_embeddings=64, **sides,
+        pad_token_id=0, bos_token_id=2, eos_token_id=3, decoder_start_token_id=3, forced_eos_token_id=3, **more,
+    )  # fmt: skip
+
+
+def save_bart(folder: Path, seed: int) -> Path:
+    """Its blocks name their layers in another order than they call them in."""
+    torch.manual_seed(seed)
+    model = transformers.BartForConditionalGeneration(bart_config())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    save_tokenizer(folder, "bert")
+    return folder
 
 
 def make(save_ready: Save, tmp_path: Path, architecture: str, model_class: Any, config: Any) -> Any:
     """Two models and their data."""
     folders, files = [], []
     for number, texts in enumerate(TEXTS):
-        folders.append(save_ready(f"m{number}", architecture, 10 + number, model_class, **config))
+        if architecture == "bart":
+            folders.append(save_bart(tmp_path / f"m{number}", number))
+        else:
+            folders.append(save_ready(f"m{number}", architecture, 10 + number, model_class, **config))
         rows = [{"text": text} for text in texts]
-        if architecture == "t5":
+        if architecture in GENERATE:
             rows = [{**row, "target": target} for row, target in zip(rows, TARGETS[number], strict=True)]
         files.append(tmp_path / f"{number}.jsonl")
         files[-1].write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -55,7 +83,7 @@ def inputs_of(folder: Path, number: int, architecture: str) -> list[dict[str, Te
     found = [dict(tokenizer(text, return_tensors="pt")) for text in TEXTS[number]]
     for batch, target in zip(found, TARGETS[number], strict=True):
         batch.pop("token_type_ids", None)
-        if architecture == "t5":
+        if architecture in GENERATE:
             batch["labels"] = tokenizer(target, return_tensors="pt")["input_ids"]
     return found
 
@@ -89,7 +117,7 @@ def brute_force(
     batches = [inputs_of(folder, number, architecture) for number, folder in enumerate(folders)]
     merged = copy.deepcopy(models[0])
     linear = [name for name, module in merged.named_modules() if isinstance(module, nn.Linear)]
-    tied = {name for name in linear if architecture in ("t5",) and name == "lm_head"}
+    tied = {name for name in linear if architecture in GENERATE and name == "lm_head"}
     blocks = [f"{stack}.{n}." for stack in stacks for n in range(len(merged.get_submodule(stack)))]
     stages = [[name for name in linear if name.startswith(block)] for block in blocks]
     stages.append([name for name in linear if not any(name.startswith(block) for block in blocks) and name not in tied])
@@ -237,8 +265,6 @@ def test_what_cannot_be_is_said_before_any_work(save_ready: Save, tmp_path: Path
 
 def test_a_model_without_a_chain_of_blocks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One block for all layers, as ALBERT has, is no stack that could be merged in turn."""
-    from conftest import save_tokenizer
-
     folders, files = [], []
     for number, texts in enumerate(TEXTS):
         torch.manual_seed(number)

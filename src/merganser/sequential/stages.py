@@ -127,7 +127,7 @@ def _order(model: nn.Module, modules: Sequence[str], batch: Batch) -> list[str]:
 
 def restricted(wiring: Wiring, stage: Stage) -> Wiring:
     """The part of a wiring that is about a stage's layers."""
-    names = [name for name in stage.layers if name in wiring.calls]
+    names = [name for name in wiring.calls if name in stage.layers]  # in the order of the calls: leaders come first
     first: dict[str, str] = {}
     leaders = {name: first.setdefault(wiring.leaders[name], name) for name in names}
     return replace(
