@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from merganser.lab.grid.planning import Plan, Planned
 
 _LISTS = {"--templates", "--filter-model"}
-MADE = ("multi-task models", "gram matrices", "fisher information")  # what is made beside models and cells
+#: What is made beside models and cells.
+MADE = ("multi-task models", "gram matrices", "fisher information", "kronecker factors")
 #: The original's word before the files.
 _CONFIGS = {"--config", "--configs", "--config-file", "--config-files"}
 

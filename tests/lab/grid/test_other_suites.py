@@ -64,7 +64,7 @@ def test_entities(tmp_path: Path, save_ready: Callable[..., Path]) -> None:
             "training": {"epochs": 8, "learning_rate": 5e-3, "warmup": 0, "batch_size": 2},
             "contributors": ["one", "two"],
             "layout": "all",
-            "methods": ["simple", "fisher", "regmean"],
+            "methods": ["simple", "fisher", "regmean", "mats"],
             "comparators": ["individual", "ensemble", "multitask"],
             "tests": {"out_of_domain": ["far"]},
         }
@@ -91,13 +91,13 @@ def test_ones_own_files_with_different_labels(tmp_path: Path, save_ready: Callab
             "training": {"epochs": 4, "learning_rate": 1e-2, "max_length": 16},
             "contributors": ["one", "two"],
             "layout": "pairs",
-            "methods": ["simple", "regmean", "actmat"],
+            "methods": ["simple", "regmean", "actmat", "mats"],
             "comparators": ["individual", "ensemble"],
         }
     )
     done = run_experiment(config, results=tmp_path / "r", zoo=tmp_path / "zoo")
     assert done.failures == ()
-    assert len(rows_of(done.folder)) == 6
+    assert len(rows_of(done.folder)) == 7
 
 
 def test_the_real_corpora_are_read_as_the_small_configurations_say(resources: Path) -> None:

@@ -152,6 +152,8 @@ def _statistics(models: Models, spec: ModelSpec, kind: str, tokens: _Tokens, rat
     seen = min(wanted or math.inf, len(models.rows(spec))) * tokens.length(spec.set)
     if kind == "gram":
         return seen * rates.forwards * 1.5  # products of a layer's inputs cost about half of a pass more
+    if kind == "kfac":
+        return seen * (rates.forwards * 2.5 + rates.backwards * 1.5)
     suite, passes = models.data.suite, SAMPLES
     if models.config.statistics.fisher != "expected":
         passes = 1

@@ -16,7 +16,7 @@ from merganser.lab.zoo import Zoo
 from merganser.methods import METHODS
 
 FUNCTION = "merganser.lab.grid.jobs:work"
-STATISTICS_TITLES = {"gram": "Gram matrices", "fisher": "Fisher information"}
+STATISTICS_TITLES = {"gram": "Gram matrices", "fisher": "Fisher information", "kfac": "Kronecker factors"}
 _ORDER = ("model", "multitask", *STATISTICS_TITLES)
 
 

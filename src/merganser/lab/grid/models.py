@@ -272,7 +272,8 @@ class Models:
     # -- what is kept beside them ------------------------------------------------------------------------
 
     def statistics(self, spec: ModelSpec, kind: str) -> Path:
-        """The Gram matrices (``gram``) or Fisher information (``fisher``) of a contributor's training data."""
+        """Of a contributor's training data: Gram matrices (``gram``), with output gradients (``kfac``), or Fisher
+        information (``fisher``)."""
         entry, wanted, settings = self.model(spec), self.config.statistics, self.statistics_key(spec, kind)
         task = self.data.suite.task(spec.set)
 
@@ -281,9 +282,10 @@ class Models:
                 entry.path,
                 self.rows(spec),
                 task=task,
-                grams=kind == "gram",
+                grams=kind != "fisher",
                 fisher=wanted.fisher if kind == "fisher" else None,
-                fisher_examples=None,
+                kfac="auto" if kind == "kfac" else None,
+                fisher_examples=wanted.fisher_examples if kind == "kfac" else None,
                 limit=settings["examples"],
                 output=path,
                 max_length=settings["max_length"],
@@ -300,10 +302,14 @@ class Models:
         key = {
             "version": STATISTICS,
             "rows": self.data.digest(*self._place(spec)),
-            "examples": wanted.examples if kind == "gram" else wanted.fisher_examples,
+            "examples": wanted.fisher_examples if kind == "fisher" else wanted.examples,
             "max_length": self.settings(self.args(spec)).max_length,
         }
-        return {**key, "fisher": wanted.fisher} if kind == "fisher" else key
+        more: dict[str, dict[str, Any]] = {
+            "fisher": {"fisher": wanted.fisher},
+            "kfac": {"gradients": wanted.fisher_examples},
+        }
+        return {**key, **more.get(kind, {})}
 
     def statistics_name(self, spec: ModelSpec, kind: str) -> str:
         """The file of a contributor's statistics beside its model."""

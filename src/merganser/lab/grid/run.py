@@ -34,7 +34,8 @@ from merganser.paths import expanded, real
 
 #: Seconds; only proportions matter.
 _COSTS = {
-    "model": 90.0, "multitask": 300.0, "gram": 10.0, "fisher": 60.0, "merge": 8.0, "individual": 4.0, "ensemble": 1.0,
+    "model": 90.0, "multitask": 300.0, "gram": 10.0, "fisher": 60.0, "kfac": 60.0, "merge": 8.0,
+    "individual": 4.0, "ensemble": 1.0,
 }  # fmt: skip
 logger = logging.getLogger(__name__)
 
