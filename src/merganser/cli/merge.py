@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 @click.option("--labels", type=click.Choice(["same", "union"]), help="union: one head that knows every label.")
 @click.option(
     "--vocabulary",
-    type=click.Choice(["same", "largest", "union"]),
-    help="largest: accept appended tokens. union: every token of any model, rows by token.",
+    type=click.Choice(["same", "largest", "union", "tokenizer"]),
+    help="largest: accept appended tokens. union: every token of any. tokenizer: those of --tokenizer-from alone.",
 )
 @click.option("--missing-rows", metavar="mean|base|NAME", help="Rows of tokens that not all know.  [default: mean]")
 @click.option("--config-from", metavar="NAME|base", help="Whose configuration is written where they differ.")

@@ -87,6 +87,7 @@ class Rule(_Part):
     options: dict[str, Any] = Field(default_factory=dict, description="of the method")
     contributors: dict[str, OwnSettings] = Field(default_factory=dict, description="by name")
     take: str | None = Field(None, description="the model whose tensor is taken as it is: a name, or base")
+    optional: bool = Field(False, description="it may match no tensor, which is a mistake otherwise")
 
     @model_validator(mode="after")
     def _says_something(self) -> Self:

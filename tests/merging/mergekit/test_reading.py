@@ -48,8 +48,8 @@ def test_a_parameter_becomes_an_option_a_coefficient_or_a_rule():
     assert second["coefficient"] == 0 and second["options"] == {"density": 0.33}
     assert recipe["options"] == {"normalize": True, "rescale": "none", "scale": 2.0}
     assert recipe["rules"] == [
-        {"tensors": ["*mlp*"], "contributors": {second["name"]: {"coefficient": 0.5}}},
-        {"tensors": ["*[[]x]*"], "contributors": {second["name"]: {"coefficient": 0.1}}},
+        {"tensors": ["*mlp*"], "optional": True, "contributors": {second["name"]: {"coefficient": 0.5}}},
+        {"tensors": ["*[[]x]*"], "optional": True, "contributors": {second["name"]: {"coefficient": 0.1}}},
     ]
     make_recipe({**recipe, "method": "ties"})
 
@@ -149,7 +149,9 @@ def test_slices_become_blocks_of_layers():
     first, second = recipe["layers"]
     assert first == {"sources": [{"contributor": "a", "range": [0, 3]}]}
     assert second["sources"] == [{"contributor": "b", "range": [1, 4], "options": {"scale": 1.0}}]
-    assert second["rules"] == [{"tensors": ["*o_proj*"], "contributors": {"b": {"options": {"scale": 0.0}}}}]
+    assert second["rules"] == [
+        {"tensors": ["*o_proj*"], "optional": True, "contributors": {"b": {"options": {"scale": 0.0}}}}
+    ]
 
 
 def test_a_base_model_is_one_more_input_of_linear():

@@ -20,7 +20,7 @@ from merganser.merging.memory import RunSettings
 from merganser.merging.merge import PreparedMerge, carry_out, prepare
 from merganser.merging.mergekit.schema import RECOGNISED_BY, is_mergekit, read_configuration
 from merganser.merging.mergekit.translation import translate
-from merganser.merging.provenance import read_provenance
+from merganser.merging.provenance import plan_of_record, read_provenance
 from merganser.merging.recipe import make_recipe
 from merganser.merging.verification import verify
 
@@ -153,7 +153,8 @@ def make_intermediates(
 def _is_up_to_date(folder: Path, prepared: PreparedMerge) -> bool:
     """Whether a folder holds the whole result of a plan, of the very inputs that are there now."""
     try:
-        same = read_provenance(folder).get("plan") == prepared.plan.to_json()
+        found = plan_of_record(read_provenance(folder), folder)
+        same = found is not None and found.to_json() == prepared.plan.to_json()
         return same and not verify(folder, allow_pickle=prepared.settings.allow_pickle).absent
     except UserError:
         return False
