@@ -191,7 +191,7 @@ class LeastSquares(Method):
             return self._elementwise(unit, shares, None)
         (fact, *_), is_layer = unit.facts, unit.facts[0].layer is not None
         solution = solve_iteratively(
-            (stacked(unit, share.tensor) if is_layer else as_matrix(share.tensor(fact.name), fact) for share in shares),
+            (stacked(unit, share) if is_layer else as_matrix(share.tensor(fact.name), fact) for share in shares),
             [share.coefficient for share in shares],
             [self._metric(unit, share, Operator) for share in shares],
             self.ridge,

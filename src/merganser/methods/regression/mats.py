@@ -126,7 +126,7 @@ def _start(unit: Unit, shares: Sequence[Share], options: MaTSOptions) -> Tensor 
         return None
     sums = GramSums()
     for share in shares:
-        sums.add(stacked(unit, share.tensor), _inputs(unit, share), share.coefficient, options.alpha)
+        sums.add(stacked(unit, share), _inputs(unit, share), share.coefficient, options.alpha)
     return sums.solve(options.ridge).value
 
 
