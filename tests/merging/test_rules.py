@@ -10,9 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
     T5Config,
@@ -295,3 +299,26 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def test_options_that_are_one_for_all(shared: list[Path]) -> None:
     with pytest.raises(UserError, match="one for all contributors; these can: density"):
         plan_of(shared, method="ties", base=str(shared[0]), contributors=[{"options": {"scale": 1}}, {}])
+
+
+@pytest.mark.parametrize(("asked", "expected"), [("auto", "often"), ("one", "rare"), ("{{ own }}", "{{ own }}")])
+def test_chat_templates(tmp_path: Path, asked: str, expected: str) -> None:
+    models = []
+    for number, template in enumerate(["often", "rare", "often"]):
+        models.append(tmp_path / ("zero", "one", "two")[number])
+        make_model("llama", number).save_pretrained(models[-1])
+        byte_tokenizer(models[-1], template)
+    out = carried_out(tmp_path / "out", models, method="simple", chat_template=asked)
+    assert AutoTokenizer.from_pretrained(out).chat_template == expected
+    assert verify(out).parents and not reproduce(out, tmp_path / "again")
+    with pytest.raises(UserError, match="did you mean 'one'"):
+        plan_of(models, method="simple", chat_template="ona")
+
+
+def byte_tokenizer(folder: Path, template: str) -> None:
+    """A tokenizer of a few words with a chat template, as older versions wrote it into its configuration."""
+    words = {word: number for number, word in enumerate(["[UNK]", "a", "b", "c"])}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token="[UNK]")))
+    tokenizer.save_pretrained(folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": template}))

@@ -243,11 +243,13 @@ def show_plan(prepared: PreparedMerge, as_json: bool) -> None:
         }
         click.echo(json.dumps(summary, indent=1))
         return
-    rows = [[p.method, p.kind, str(p.tensors), human_bytes(p.nbytes), p.reason or ""] for p in plan.treatments]
+    rows = [
+        [p.method, p.kind, str(p.tensors), human_bytes(p.nbytes), p.reason or p.rule or ""] for p in plan.treatments
+    ]
     options = ", ".join(f"{key}={value}" for key, value in plan.recipe.options.items()) or "no options"
     print_table(
         f"{len(plan.recipe.contributors)} models by {plan.recipe.method} ({options})",
-        ["method", "how", "tensors", "size", "why not the method"],
+        ["method", "how", "tensors", "size", "why"],
         rows,
     )
     tell(f"{plan.recipe.method} reaches {plan.coverage}")

@@ -143,14 +143,22 @@ def match_configurations(
     return notes
 
 
-def compare_tokenizers(parents: Sequence[Parent], taken: Parent) -> list[str]:
-    """What to tell the user where chat templates, special tokens or generation configurations differ."""
+def compare_tokenizers(parents: Sequence[Parent], taken: Parent, *, template: bool = True) -> list[str]:
+    """What to tell the user where chat templates, special tokens or generation configurations differ.
+
+    Args:
+        parents: the open contributors.
+        taken: whose are written.
+        template: whether its chat template is.
+    """
     kinds: dict[str, Callable[[Checkpoint], Any]] = {
-        "chat templates": _chat_template,
+        "chat templates": own_chat_template,
         "special tokens": _special_tokens,
         "generation configurations": _generation,
     }
     differing = []
+    if not template:
+        del kinds["chat templates"]
     for kind, read in kinds.items():
         said = [read(parent.checkpoint) for parent in parents]
         if any(one != said[0] for one in said):
@@ -358,7 +366,8 @@ def _read(checkpoint: Checkpoint, file: str) -> dict[str, Any]:
     return dict(found)
 
 
-def _chat_template(checkpoint: Checkpoint) -> Any:
+def own_chat_template(checkpoint: Checkpoint) -> Any:
+    """A model's chat template, as its files have it: a text, several by name, or None."""
     place = checkpoint.tokenizer_path / "chat_template.jinja"
     if place.is_file():
         return place.read_text(encoding="utf-8", errors="replace").rstrip("\n")

@@ -82,12 +82,12 @@ class MergeResult(PathResult):
         return self.plan.notes + self.verdict.notes
 
     def _repr_html_(self) -> str:
-        rows = [[t.method, t.kind, t.tensors, t.reason or ""] for t in self.treatments]
+        rows = [[t.method, t.kind, t.tensors, t.reason or t.rule or ""] for t in self.treatments]
         title = f"{self.path}: {len(self.plan.recipe.contributors)} models by {self.method} in {self.seconds:.1f} s"
         title += f"; {self.coverage}"
         told = [] if self.influence is None else [f"influence: {self.influence}"]
         notes = (*told, *self.notes)
-        return html_table(title, ["treatment", "how", "tensors", "why not the method"], rows, notes)
+        return html_table(title, ["treatment", "how", "tensors", "why"], rows, notes)
 
 
 def merge(

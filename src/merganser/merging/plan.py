@@ -183,6 +183,7 @@ class Plan:
         labels: the labels of the merged head, where they are not the reference's.
         vocabulary_from: the contributor whose tokenizer the result takes; -1: the base.
         vocabulary: what becomes of the contributors' vocabularies, where rows are matched by token.
+        chat_template: that is written in place of the tokenizer's.
         own_vocabularies: each contributor keeps an embedding, and so a tokenizer, of its own.
         untied: tensors that the reference ties to another one and the result does not.
         rank: of the LoRA adapter that is written, at most; None: a full checkpoint.
@@ -203,6 +204,7 @@ class Plan:
     labels: tuple[str, ...] | None = None
     vocabulary_from: int = 0
     vocabulary: VocabularyChange | None = None
+    chat_template: str | None = None
     own_vocabularies: bool = False
     untied: tuple[str, ...] = ()
     rank: int | None = None

@@ -19,6 +19,7 @@ from merganser.checkpoints.writer import TensorSpec
 from merganser.errors import ErrorCollector, RecipeError
 from merganser.merging.activations import check_texts
 from merganser.merging.adapters import adapter_ranks, check_adapter, notes_without_base
+from merganser.merging.chat_templates import choose_chat_template
 from merganser.merging.coefficients import check_averages
 from merganser.merging.configuration import BASE, check_written, compare_tokenizers, match_configurations
 from merganser.merging.inputs import Inputs, open_inputs, without_collection
@@ -46,7 +47,6 @@ from merganser.methods.averages.simple import SIMPLE
 from merganser.tensors import DTYPE_NAMES, DTYPES, is_floating
 
 _LITTLE = 0.9  # of the linear weights, below which a merge by a method is hardly one
-_RESERVED = ("chat_template",)
 
 
 def make_plan(recipe: Recipe, *, adapter: AdapterForm | None = None, allow_pickle: bool = False) -> Plan:
@@ -76,9 +76,10 @@ def plan_of(recipe: Recipe, inputs: Inputs, *, adapter: AdapterForm | None = Non
     problems.catch(reference.checkpoint.side_paths)
     if not inputs.without_base and (left := side_files.left_behind(reference.checkpoint.path)) is not None:
         notes.append(left)
-    for key in _RESERVED:
-        if getattr(recipe, key) != Recipe.model_fields[key].get_default(call_default_factory=True):
-            problems.add(RecipeError("this key means nothing yet", where=key, mend=f"leave out {key}"))
+    template = choose_chat_template(recipe, parents, base, problems)
+    if template is not None and adapter is not None:
+        mend = "leave out chat_template, or write a full checkpoint"
+        problems.add(RecipeError("an adapter has its base's chat template", where="chat_template", mend=mend))
     separate = find_separate(recipe, people, problems)
     chosen, choice = choose_method(recipe, inputs)
     options = recorded_options(recipe, chosen)
@@ -144,7 +145,7 @@ def plan_of(recipe: Recipe, inputs: Inputs, *, adapter: AdapterForm | None = Non
         notes.append(f"method {chosen} makes no use of the base model")
     used = base if base is not None and reads_base else None
     tokenizers = base if vocabulary.tokenizer < 0 and base is not None else people[vocabulary.tokenizer]
-    notes += compare_tokenizers(people, tokenizers) if rank is None else []
+    notes += compare_tokenizers(people, tokenizers, template=template is None) if rank is None else []
     return Plan(
         recipe=settled.model_copy(update={"options": options, "without_base": inputs.without_base}),
         steps=tuple(steps),
@@ -157,6 +158,7 @@ def plan_of(recipe: Recipe, inputs: Inputs, *, adapter: AdapterForm | None = Non
         vocabulary_from=vocabulary.tokenizer,
         vocabulary=vocabulary.change,
         untied=untied,
+        chat_template=template,
         own_vocabularies=vocabulary.separate,
         rank=rank,
         ranks=ranks,

@@ -396,7 +396,11 @@ def model_card(
         f"{one['statistics']['examples'] if one['statistics'] else '–'} |"
         for one in people
     )
-    used = Counter((r.method, r.reason if r.method != "kept separate" else None) for r in records.values())
+    rules = {name: step.rule for step in plan.steps for name in step.unit.names}
+    used = Counter(
+        (r.method, (r.reason or rules.get(name)) if r.method != "kept separate" else None)
+        for name, r in records.items()
+    )
     treatment = "\n".join(
         f"| {method} | {count} | {markdown(reason or '')} |"
         for (method, reason), count in sorted(used.items(), key=str)
@@ -414,7 +418,7 @@ def model_card(
 |---|---|---|
 {rows}
 
-| treatment | tensors | why not the method |
+| treatment | tensors | why |
 |---|---|---|
 {treatment}
 

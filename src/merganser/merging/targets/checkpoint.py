@@ -25,6 +25,7 @@ from merganser.checkpoints.tokenizer_files import add_tokens, is_tokenizer_file
 from merganser.checkpoints.writer import SafetensorsWriter, TensorSpec, index_json, shard
 from merganser.errors import CheckpointError, UserError
 from merganser.files import Staging, local_path, new_remote_folder, parse_size, space_error
+from merganser.merging.chat_templates import write_chat_template
 from merganser.merging.configuration import merged_config
 from merganser.merging.execution import TensorRecord, storable
 from merganser.merging.inputs import Inputs, Parent
@@ -217,6 +218,8 @@ def write_small_files(plan: Plan, inputs: Inputs, layout: Layout, folder: Path) 
     if plan.vocabulary is not None and plan.vocabulary.added:
         others = [parent.checkpoint.tokenizer_path for parent in inputs.parents]
         add_tokens(tokens.checkpoint.tokenizer_path, plan.vocabulary.added, others).save_pretrained(folder)
+    if plan.chat_template is not None:
+        write_chat_template(folder, plan.chat_template)
     _write_config(reference.checkpoint, folder / plan.main, _config_of(plan, inputs, reference))
     for inner in plan.folders:
         if not inner.startswith(f"{HEADS}/"):
