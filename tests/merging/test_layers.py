@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,11 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from merganser.errors import UserError
 from merganser.merging import make_plan, make_recipe, merge, reproduce, verify
+from merganser.merging.plan import AdapterForm
+from merganser.statistics import Statistics
 
 State = dict[str, torch.Tensor]
+Family = Callable[..., tuple[Path, list[Path]]]
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
 SIZES |= {"vocab_size": 32, "max_position_embeddings": 32}
 
@@ -236,7 +239,7 @@ def test_the_base_s_layer_has_to_be_known(models: list[Path], tmp_path: Path) ->
         stacked(tmp_path / "out", models, layers, method="ties", base=str(models[0]))
     recipe = {"contributors": [str(models[1])], "base": str(models[0]), "layers": [block("b", 0, 1)]}
     with pytest.raises(UserError, match="an adapter has its base's layers"):
-        make_plan(make_recipe(recipe), rank=2)
+        make_plan(make_recipe(recipe), adapter=AdapterForm(2))
 
 
 @pytest.fixture(scope="module")
@@ -244,3 +247,24 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Two Llamas that nothing is written to."""
     folder = tmp_path_factory.mktemp("models")
     return [saved(folder / name, "Llama", number, num_hidden_layers=2) for number, name in enumerate("ab")]
+
+
+def test_statistics_are_those_of_the_layers_that_are_merged(family: Family, tmp_path: Path) -> None:
+    _, models = family("llama", 2)
+    layers = [
+        {"sources": [{"contributor": "tuned-0", "range": [1, 2]}, {"contributor": "tuned-1", "range": [0, 1]}]},
+        block("tuned-0", 0, 2),
+    ]
+    options = {"alpha": 1.0, "ridge": 1e-9}
+    found, _ = opened(stacked(tmp_path / "out", models, layers, method="regmean", options=options))
+    for name in ("self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"):
+        right, grams = torch.zeros(()), torch.zeros(())
+        for model, number in zip(models, (1, 0), strict=True):
+            weight, statistics = f"model.layers.{number}.{name}.weight", Statistics.open(model)
+            entry = next(one for one in statistics.header.layers if one.weight == weight)
+            gram = statistics.gram(entry.input).double()
+            right, grams = right + opened(model)[0][weight] @ gram, grams + gram
+        tensor = found[f"model.layers.0.{name}.weight"]
+        both = [opened(model)[0][f"model.layers.{n}.{name}.weight"] for model, n in zip(models, (1, 0), strict=True)]
+        average = (both[0] + both[1]) / 2
+        assert (tensor @ grams - right).norm() < 0.01 * (average @ grams - right).norm()

@@ -240,7 +240,7 @@ def _differing(
                 its = _signature(theirs, first_only(models[origin.model], name))
                 if mine != its:
                     keys = [key for key in dict.fromkeys([*mine, *its]) if mine.get(key) != its.get(key)]
-                    found.append((stack, number, ", ".join(map(str, keys[:3]))))
+                    found.append((stack, number, ", ".join(key or "its class" for key in keys[:3])))
                     break
     return found
 

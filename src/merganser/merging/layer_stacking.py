@@ -199,6 +199,7 @@ class _StackingOf:
         )
         shapes = canonical_shapes(ModelView({}, made.model))
         view = make_view(made.values, shapes, first.checkpoint.model_path)
+        self._check_widths(view, stacks)
         found = [self._sources(number, view, stacks, problems) for number in range(len(self._models))]
         problems.raise_all()
         nested = [name for name in first.checkpoint.tensors if "/" in name]
@@ -221,6 +222,14 @@ class _StackingOf:
                 if (layer := self._layer_of(name, view, stacks)) is not None and self._count not in layer.origins
             ),
         )
+
+    def _check_widths(self, view: ModelView, stacks: Mapping[str, Sequence[_Layer]]) -> None:
+        """Refuse tensors outside the layers that have a part for each layer, which nobody says how to put together."""
+        before = canonical_shapes(ModelView({}, self._models[0].model))
+        for name, shape in view.shapes.items():
+            if self._layer_of(name, view, stacks) is None and before.get(name, shape) != shape:
+                what = f"{name} has a part for each layer: it would be {list(shape)} instead of {list(before[name])}"
+                raise RecipeError(what, where="layers", mend="merge models of this class without layers:")
 
     def _stacks(self, problems: ErrorCollector) -> dict[str, list[_Layer]]:
         """The result's layers of each stack that the recipe speaks of."""
