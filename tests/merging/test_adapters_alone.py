@@ -18,7 +18,7 @@ from adapter_examples import PREFIX, adapt_linears, factors, write_adapter
 from conftest import ARCHITECTURES
 from merganser.checkpoints import open_checkpoint
 from merganser.errors import UserError
-from merganser.merging import AdapterForm, memory, merge, reproduce, verify
+from merganser.merging import AdapterForm, make_recipe, memory, merge, prepare, reproduce, verify
 from merganser.methods import METHODS
 
 Save = Callable[..., Path]
@@ -341,3 +341,23 @@ def test_bytes_do_not_depend_on_threads_or_memory_and_of_one_it_is_itself(
     for method in OF_MORE_THAN_CHANGES:
         out = Path(merge(folders[: METHODS[method].needs.models or 2], tmp_path / method, method=method))
         assert all(np.isfinite(change).all() for change in changes(out).values())
+
+
+def test_factors_are_not_multiplied_out(save_model: Save, tmp_path: Path) -> None:
+    """The plan's memory is that of the factors, and a number that is none is found in them."""
+    folders = []
+    for number in range(2):
+        tensors = factors("model.layers.0.mlp.down_proj", 3000, 4000, 2, number)
+        folders.append(
+            write_adapter(tmp_path / f"a{number}", tensors, "somebody/a-base", r=2, target_modules=["down_proj"])
+        )
+    for method in ("simple", "task_arithmetic", "knots", "core_space"):
+        prepared = prepare(make_recipe({"contributors": [str(f) for f in folders], "method": method}), None)
+        assert prepared.schedule.peak_bytes - prepared.schedule.resident < 3000 * 4000 * 4 / 4, method
+    weights = load_file(folders[1] / "adapter_model.safetensors")
+    weights[f"{PREFIX}model.layers.0.mlp.down_proj.lora_A.weight"][0, 0] = torch.nan
+    save_file(weights, folders[1] / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="NaN or Inf"):
+        merge(folders, tmp_path / "out", method="simple")
+    with pytest.raises(UserError, match="written by this process"):
+        merge(folders, "memory://out", method="simple")

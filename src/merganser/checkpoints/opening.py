@@ -130,7 +130,8 @@ def _base_of(files: Checkpoint, given: str | None) -> str:
             f"the adapter names its base by a path of this machine, {name}",
             where=where,
             mend=f"if that is the model to take, say so: {shlex.quote(f'{name}+{files.name}')} instead of "
-            f"{shlex.quote(files.name)} (or, in a merge, --base {shlex.quote(name)})",
+            f"{shlex.quote(files.name)} (or, in a merge, --base {shlex.quote(name)}, or --without-base to merge "
+            "adapters with one another)",
         )
     return f"{name}@{revision}" if isinstance(revision, str) and revision else name
 

@@ -67,7 +67,7 @@ def _change(checkpoint: Adapter, name: str) -> Change | None:
     return low_rank([change] if isinstance(change, Change) else change)
 
 
-def _rank_of(checkpoint: Checkpoint, name: str) -> int:
+def rank_of(checkpoint: Checkpoint, name: str) -> int:
     """The rank of what an adapter does to a stored tensor; 0 where it does nothing, or something else."""
     change = _change(checkpoint, name) if isinstance(checkpoint, Adapter) else None
     if change is None or not isinstance(checkpoint, Adapter):
@@ -146,7 +146,7 @@ def adapter_ranks(form: AdapterForm, inputs: Inputs, names: Sequence[str]) -> tu
 
 
 def _ranks(parents: Sequence[Parent], name: str) -> list[int]:
-    return [_rank_of(p.checkpoint, p.sources[name].leaf.tensor) for p in parents if name in p.sources]
+    return [rank_of(p.checkpoint, p.sources[name].leaf.tensor) for p in parents if name in p.sources]
 
 
 def notes_without_base(inputs: Inputs, names: Sequence[str], methods: Sequence[Method]) -> list[str]:

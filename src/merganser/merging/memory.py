@@ -125,7 +125,12 @@ class Schedule:
 
 @without_collection()
 def fit(
-    steps: Sequence[Step], settings: RunSettings, *, extra: Callable[[Step], int] | None = None, whole: bool = False
+    steps: Sequence[Step],
+    settings: RunSettings,
+    *,
+    extra: Callable[[Step], int] | None = None,
+    known: Callable[[Step], int | None] | None = None,
+    whole: bool = False,
 ) -> Schedule:
     """The steps cut into slices where that is of use, or where memory asks for it.
 
@@ -133,6 +138,7 @@ def fit(
         steps: of a plan.
         settings: how it is run.
         extra: the bytes that the target takes for a step beside the method; nothing by default.
+        known: the bytes of a step that is not merged as its method says, everything with it; None: it is.
         whole: leave the steps in one piece.
 
     Raises:
@@ -144,8 +150,12 @@ def fit(
     if room is not None and room <= 0:
         what = f"the process itself takes {resident / 1e9:.2f} GB, without a single tensor"
         raise RecipeError(what, where=where, mend="allow more memory")
-    rows, sizes, problems = [], [], ErrorCollector()
+    rows, sizes, problems = list[int | None](), list[int](), ErrorCollector()
     for step in steps:
+        if known is not None and (size := known(step)) is not None:
+            rows.append(None)
+            sizes.append(size)
+            continue
         beside = extra(step) if extra else 0
         height, size = (None, step_bytes(step)) if whole else _cut(step, None if room is None else room - beside)
         rows.append(height)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from merganser.engines import Engine
-from merganser.errors import ErrorCollector, RecipeError, raise_all
+from merganser.errors import ErrorCollector, RecipeError, UserError, raise_all
 from merganser.files import local_path
 from merganser.merging.activations import recorded_activations
 from merganser.merging.distributed import run_on
@@ -26,7 +26,7 @@ from merganser.merging.planning import plan_of
 from merganser.merging.provenance import describe_inputs
 from merganser.merging.recipe import Contributor, Recipe, make_recipe
 from merganser.merging.running_sums import check_sums
-from merganser.merging.targets.adapter import AdapterTarget
+from merganser.merging.targets.adapter import AdapterTarget, fit_adapter
 from merganser.merging.targets.checkpoint import (
     CheckpointTarget,
     check_opening,
@@ -221,9 +221,8 @@ def prepare(
         UserError: what cannot be merged, all mistakes at once.
     """
     settings = settings or RunSettings.make()
-    if adapter is not None and (settings.engine is not None or (output is not None and local_path(output) is None)):
-        what = "an adapter is written by this process, into a folder"
-        raise RecipeError(what, where="--as-adapter", mend="leave out the engine, and give a local folder")
+    if adapter is not None:
+        raise_all(_adapter_problems(output, settings))
     if isinstance(recipe, Plan):
         plan, inputs = recipe, inputs_of(recipe, allow_pickle=settings.allow_pickle)
         reads = [*reads, *merge_reads(inputs)]
@@ -232,8 +231,10 @@ def prepare(
         reads = [*reads, *merge_reads(inputs)]  # a base that the method makes no use of as well
         plan = plan_of(recipe, inputs, adapter=adapter)
         inputs = inputs if plan.base else replace(inputs, base=None)
-    schedule = fit(plan.steps, settings, extra=None if plan.rank is None else AdapterTarget.extra_bytes)
+    schedule = _fit(plan, inputs, settings)
     problems = ErrorCollector()
+    if plan.rank is not None:
+        problems.add(*_adapter_problems(output, settings))
     looks = any(step.treatment is not None and step.treatment.needs.data for step in plan.steps)
     if settings.engine is not None and looks:
         what = "what models do on texts is looked at by this process"
@@ -254,7 +255,7 @@ def prepare(
         source.checkpoint.fetch()
     if waiting and isinstance(recipe, Recipe):  # whether copies of tied tensors are equal is known only now
         plan = plan_of(recipe, inputs, adapter=adapter)
-        schedule = fit(plan.steps, settings, extra=None if plan.rank is None else AdapterTarget.extra_bytes)
+        schedule = _fit(plan, inputs, settings)
     if plan.statistics or plan.rank is not None:
         _hash(inputs, settings.threads)
         for parent in inputs.parents:
@@ -263,6 +264,18 @@ def prepare(
     verdict = judge_statistics(plan, inputs, settings.threads, schedule.budget)
     raise_all(verdict.problems)
     return PreparedMerge(plan, inputs, settings, schedule, tuple(reads), verdict)
+
+
+def _fit(plan: Plan, inputs: Inputs, settings: RunSettings) -> Schedule:
+    return fit(plan.steps, settings) if plan.rank is None else fit_adapter(plan, inputs, settings)
+
+
+def _adapter_problems(output: str | Path | None, settings: RunSettings) -> list[UserError]:
+    """Why an adapter cannot be written in this way."""
+    if settings.engine is None and (output is None or local_path(output) is not None):
+        return []
+    what = "an adapter is written by this process, into a folder"
+    return [RecipeError(what, where="--as-adapter", mend="leave out the engine, and give a local folder")]
 
 
 def _hash(inputs: Inputs, threads: int) -> None:

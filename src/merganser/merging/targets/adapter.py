@@ -29,10 +29,12 @@ from merganser.checkpoints.layers import Layer, empty_model, layers_of, map_para
 from merganser.checkpoints.sources import read_source
 from merganser.checkpoints.writer import SafetensorsWriter, TensorSpec
 from merganser.errors import RecipeError
-from merganser.merging.execution import TensorRecord, storable
+from merganser.merging.adapters import rank_of
+from merganser.merging.execution import TensorRecord, storable, takes_products
 from merganser.merging.inputs import Inputs
 from merganser.merging.judging import NOTHING_JUDGED, Verdict
 from merganser.merging.matching import matches
+from merganser.merging.memory import RunSettings, Schedule, fit
 from merganser.merging.plan import AdapterForm, Plan, Step
 from merganser.merging.provenance import describe_inputs, model_card, public_name, write_provenance
 from merganser.merging.targets.low_rank import best_low_rank
@@ -103,14 +105,6 @@ class AdapterTarget:
 
     def __exit__(self, *error: Any) -> None:
         self._file.close()
-
-    @staticmethod
-    def extra_bytes(step: Step) -> int:
-        """What factors take beside the merge: the whole change, its basis, the Gram matrix, the system's vectors."""
-        widths = [(prod(f.shape), input_width(f), f.shape[0]) for f in step.unit.facts if len(f.shape) == 2]
-        return elements(step.unit) * 4 + max(
-            (n * 3 * 8 + width**2 * 3 * 8 + min(width, height) ** 2 * 4 * 8 for n, width, height in widths), default=0
-        )
 
     def take(self, step: Step, firsts: Mapping[str, int], merged: Merged) -> int:
         """Put the slices of each tensor together."""
@@ -457,6 +451,36 @@ class AdapterTarget:
         worst = sorted(self.errors, key=lambda module: (-self.errors[module], module))[:10]
         rows = "\n".join(f"| {markdown(module)} | {self.errors[module]:.2e} |" for module in worst)
         return f"\n| layer | relative error |\n|---|---|\n{rows}\n"
+
+
+def fit_adapter(plan: Plan, inputs: Inputs, settings: RunSettings) -> Schedule:
+    """The steps of a merge into an adapter fitted into memory, with what the target takes.
+
+    Raises:
+        RecipeError: see :func:`merganser.merging.memory.fit`.
+    """
+    published = any(parent.statistics is not None for parent in inputs.parents)
+
+    def gram(width: int) -> int:
+        return width**2 * 3 * 8 if published else 0
+
+    def extra(step: Step) -> int:
+        """The whole change, its basis, the Gram matrix, the system's vectors."""
+        widths = [(prod(f.shape), input_width(f), f.shape[0]) for f in step.unit.facts if len(f.shape) == 2]
+        return elements(step.unit) * 4 + max(
+            (n * 3 * 8 + gram(width) + min(width, height) ** 2 * 4 * 8 for n, width, height in widths), default=0
+        )
+
+    def known(step: Step) -> int | None:
+        """Of products: the factors, what a method makes of them, their bases, the Gram matrix."""
+        if not takes_products(step, inputs):
+            return None
+        (fact,), takers = step.unit.facts, step.takers
+        parents = [(inputs.parents[number].checkpoint, step.sources[number][fact.name].tensor) for number in takers]
+        rank = sum(rank_of(checkpoint, name) for checkpoint, name in parents)
+        return rank * sum(fact.shape) * 8 * (3 * len(takers) + 6) + gram(input_width(fact))
+
+    return fit(plan.steps, settings, extra=extra, known=known)
 
 
 def _share_of_change(before: Tensor | None, merged: Tensor) -> float:
