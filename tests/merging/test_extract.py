@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from adapter_examples import PREFIX
-from conftest import ARCHITECTURES
+from adapter_examples import PREFIX, adapt_linears
+from conftest import ARCHITECTURES, make_model
 from merganser.checkpoints import open_checkpoint
 from merganser.errors import UserError
 from merganser.merging import extract, merge, reproduce, verify
@@ -175,3 +175,34 @@ def test_a_product_is_not_multiplied_out_for_its_best(seen: int | None) -> None:
         other = best_low_rank(torch.from_numpy(left @ right), gram, rank, energy)
         torch.testing.assert_close(one.b @ one.a, other.b @ other.a, atol=1e-7, rtol=1e-7)
         assert one.error == pytest.approx(other.error, abs=1e-6)
+
+
+def test_another_vocabulary_is_whole_and_said(save_model: Callable[..., Path], tmp_path: Path) -> None:
+    base, model = save_model("base", "llama"), tmp_path / "tuned"
+    tuned = make_model("llama", 1)
+    tuned.resize_token_embeddings(45)
+    tuned.save_pretrained(model)
+    result = extract(model, tmp_path / "out", base=base, energy=1.0)
+    told = [note for note in result.notes if "has 45 rows, and 40 in the base" in note]
+    assert len(told) == 2 and "resize_token_embeddings" in told[0]
+    resized = make_model("llama", 0)
+    resized.resize_token_embeddings(45)
+    found = peft.PeftModel.from_pretrained(resized, Path(result))
+    torch.testing.assert_close(outputs(found), outputs(tuned), rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_is_brought_to_a_lower_rank(save_model: Callable[..., Path], tmp_path: Path) -> None:
+    base = save_model("base", "qwen2")
+    adapter = adapt_linears(tmp_path / "adapter", base, ("q_proj", "down_proj"), rank=6, target_modules=["q_proj"])
+    out = Path(extract(f"{base}+{adapter}", tmp_path / "out", base=base, rank=2))
+    before, full, found = (
+        load_file(base / "model.safetensors"),
+        open_checkpoint(adapter),
+        open_checkpoint(f"{base}+{out}"),
+    )
+    assert set(found.changes) == set(full.changes)
+    for name in full.changes:
+        delta = (full.read(name) - before[name]).double().numpy()
+        u, s, v = np.linalg.svd(delta)
+        wanted = (u[:, :2] * s[:2]) @ v[:2]
+        np.testing.assert_allclose((found.read(name) - before[name]).double().numpy(), wanted, atol=1e-5)

@@ -69,6 +69,7 @@ class AdapterTarget:
         vectors: modules whose bias has a vector added to it (``lora_bias``).
         saved: modules that are kept as a whole.
         lost: tensors that differ from the base and have no place, with the reason.
+        resized: tensors that have another number of rows than in the base, with both.
         left_out: those that the form leaves out, with ‖ΔW‖ / ‖W‖.
         biases: modules whose bias differs, beside those kept as a whole.
         errors: of each module with factors, relative, in the norm that was used.
@@ -85,6 +86,7 @@ class AdapterTarget:
         self.saved, self.biases, self.vectors = set[str](), set[str](), set[str]()
         self.lost: dict[str, str] = {}
         self.left_out: dict[str, float] = {}
+        self.resized: dict[str, tuple[int, int]] = {}
         self.errors: dict[str, float] = {}
         self._dtype = plan.recipe.dtype or "F32"
         self._waiting: dict[str, tuple[int, tuple[int, ...]]] = {}  # offset in the file below, and shape
@@ -150,6 +152,9 @@ class AdapterTarget:
         before = self._before(name, tuple(merged.shape))
         if before is not None and torch.equal(merged.to(torch.float64), before.to(torch.float64)):
             return
+        info = self.base.info(name)
+        if before is None and info is not None:
+            self.resized[name] = (merged.shape[0], info.shape[0])
         layer, parameter = self._names.layers.get(name), self._names.parameters.get(name)
         if parameter is None or not merged.is_floating_point():
             self.lost[name] = "no parameter of the model"
@@ -438,6 +443,11 @@ class AdapterTarget:
             "layer only where the adapter is merged into its base"
             for module in self._tied()
             if module.rpartition(".")[2] not in _TIED_BY_PEFT
+        ]
+        found += [
+            f"{name} has {rows} rows, and {before} in the base: PEFT opens the adapter on a base that has as many "
+            "(labels: num_labels; tokens: resize_token_embeddings)"
+            for name, (rows, before) in sorted(self.resized.items())
         ]
         if self.left_out:
             most = max(self.left_out, key=lambda name: (self.left_out[name], name))
