@@ -21,7 +21,7 @@ from conftest import save_tokenizer
 from merganser.cli import main
 from merganser.engines import SerialEngine
 from merganser.errors import UserError
-from merganser.merging import merge, reproduce, verify
+from merganser.merging import make_recipe, merge, reproduce, verify
 from merganser.methods import METHODS
 from merganser.methods.alignment.activations import standardised
 from permutation_examples import LAYOUTS, make, outputs, save_pair
@@ -248,3 +248,26 @@ def test_a_cluster_is_refused(tmp_path: Path, texts: Path) -> None:
     one, two, _ = pair(tmp_path, "llama")
     with pytest.raises(UserError, match="leave out the engine"):
         merge([one, two], tmp_path / "out", method="activations", options={"data": str(texts)}, engine=SerialEngine())
+
+
+def test_by_rules_and_over_layers_that_are_repeated(tmp_path: Path, texts: Path) -> None:
+    one, two, _ = pair(tmp_path, "llama-mha")
+    original, seen = load_file(one / "model.safetensors"), {"data": str(texts)}
+    rules = [
+        {"tensors": ["*.mlp.*"], "method": "activations", "options": seen},
+        {"tensors": ["*.self_attn.*"], "method": "rebasin"},
+    ]
+    recipe = {"contributors": [str(one), str(two)], "method": "simple", "rules": rules}
+    out = merge(make_recipe(recipe), tmp_path / "rules")
+    for key, tensor in load_file(out / "model.safetensors").items():
+        torch.testing.assert_close(tensor, original[key], rtol=0, atol=1e-6, msg=key)
+    layers = [
+        {"sources": [{"contributor": name, "range": which} for name in ("one", "two")], "method": "activations"}
+        for which in ([0, 2], [1, 2])
+    ]
+    recipe = {"contributors": [str(one), str(two)], "method": "activations", "options": seen, "layers": layers}
+    deep = load_file(merge(make_recipe(recipe), tmp_path / "deep") / "model.safetensors")
+    assert len(deep) == len(original) + 9
+    for key, tensor in deep.items():
+        expected = original[key.replace("layers.2.", "layers.1.")]
+        torch.testing.assert_close(tensor, expected, rtol=0, atol=1e-6, msg=key)
