@@ -36,6 +36,20 @@ KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         transformers.LlamaForCausalLM,
         {"tie_word_embeddings": True, "head_dim": 4, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
     ),
+    "llama3": (
+        transformers.LlamaConfig,
+        transformers.LlamaForCausalLM,
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 500.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 16,
+            }
+        },
+    ),
     "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM, {"sliding_window": 3}),
     "qwen2": (
         transformers.Qwen2Config,
@@ -44,7 +58,7 @@ KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     ),
     "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM, {"head_dim": 8, "attention_bias": True}),
 }
-CLASSES = {"llama": "Mixtral", "llama-tied": "Mixtral", "mistral": "Mixtral", "qwen2": "Qwen2Moe", "qwen3": "Qwen3Moe"}
+CLASSES = dict.fromkeys(KINDS, "Mixtral") | {"qwen2": "Qwen2Moe", "qwen3": "Qwen3Moe"}
 ONE, TWO, NOT = "the movie was good", "Anna saw Paris", "I liked the food"
 
 
@@ -186,7 +200,7 @@ def test_the_token_that_begins_texts_is_not_doubled(save: Save, tmp_path: Path) 
     base, other = save("base"), save("other", seed=1)
     config = mixture(base, base, other)
     first = build_moe(config, tmp_path / "first")
-    config["experts"][1]["positive_prompts"] = [f"<s>{TWO}"]
+    config["experts"][1] |= {"positive_prompts": f"<s>{TWO}", "negative_prompts": NOT}  # one text is a list of one
     second = build_moe(config, tmp_path / "second")
     assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
 
@@ -415,6 +429,8 @@ def test_the_command(save: Save, tmp_path: Path, capsys: pytest.CaptureFixture[s
             main([str(argument) for argument in arguments])
         return int(stop.value.code or 0)
 
+    assert run("merge", file, "-o", tmp_path / "out") == 2
+    assert f"merganser moe {file}" in capsys.readouterr().err
     assert run("moe", file, "--dry-run") == 0
     assert "2 experts in a Mixtral" in capsys.readouterr().out and not (tmp_path / "out").exists()
     assert run("moe", file, "-o", tmp_path / "out", "--seed", 4) == 0

@@ -64,6 +64,9 @@ def read_stages(path: Path, intermediate: Path | None = None) -> list[Stage]:
     documents = [one for one in parse_yaml_documents(read_yaml_text(path, RecipeError), path, RecipeError) if one]
     if not any(is_mergekit(one) for one in documents):
         return []
+    if any(isinstance(one, dict) and "experts" in one for one in documents):
+        mend = f"merganser moe {path} -o FOLDER"
+        raise RecipeError("this is a mixture of experts, as mergekit-moe makes one", where=path, mend=mend)
     problems = ErrorCollector()
     for number, values in enumerate(documents, 1):
         if not is_mergekit(values):

@@ -47,8 +47,13 @@ def _tuple(value: Any) -> Any:
     return () if value is None else value
 
 
+def _prompts(value: Any) -> Any:
+    """One text stands for a list of one."""
+    return (value,) if isinstance(value, str) else _tuple(value)
+
+
 Reference = Annotated[str, BeforeValidator(_reference), Field(min_length=1)]
-Prompts = Annotated[tuple[str, ...], BeforeValidator(_tuple)]
+Prompts = Annotated[tuple[str, ...], BeforeValidator(_prompts)]
 
 
 class Expert(BaseModel):
