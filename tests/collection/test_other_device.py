@@ -58,7 +58,7 @@ def test_the_numbers_are_those_of_the_cpu(
     examples = make_examples(model, 9)
     labelled = [{**e, "labels": label(n, len(e["input_ids"]))} for n, e in enumerate(examples)]
     batches = batched(model, labelled, 4)
-    options: dict[str, Any] = {"fisher": kind, "sampling": sampling}
+    options: dict[str, Any] = {"fisher": kind, "kfac": "auto", "sampling": sampling}
     plain, truth = collect_statistics(model, checkpoint, batches, **options)
     with OtherDevice():
         model.to(DEVICE)
