@@ -499,8 +499,8 @@ def _table(rows: Sequence[tuple[str, Sequence[Found | None]]], programs: Path) -
     versions = {name: peers.installed_version(programs, name) for name in ("mergekit", "torch", "transformers")}
     lines = [
         f"The largest difference of any number, {', '.join(f'{k} {v}' for k, v in versions.items())}; models of "
-        f"{LAYERS} layers in float32. Where it is above 1e-6, in how many of the numbers it is, and the cause. `–`: "
-        "not tried.",
+        f"{LAYERS} layers in float32. Where it is above 1e-6, in how many of the numbers it is, and the cause. "
+        "`–`: not tried.",
         "",
         f"| configuration | {' | '.join(MODELS.values())} |",
         f"|---|{'---|' * len(MODELS)}",

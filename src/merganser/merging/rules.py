@@ -295,7 +295,7 @@ class _Assigning:
             unknown = [role for role in rule.role if role not in ROLES]
             for role in unknown:
                 self._problems.add(RecipeError(f"unknown role {role!r}", where=place, mend=did_you_mean(role, ROLES)))
-            if place not in self._matched and not unknown:
+            if place not in self._matched and not unknown and not rule.optional:
                 self._problems.add(self._unmatched(rule, place, names))
 
     def _unmatched(self, rule: Rule, place: str, names: Sequence[str]) -> UserError:
