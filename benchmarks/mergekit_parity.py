@@ -55,8 +55,10 @@ EXPERTS = {
     "qwen3_moe": "mergekit takes all experts of a layer for one tensor, merganser each expert's matrix for its own, as "
     "the files have them"
 }
+DEPTH = {"gemma3": "mergekit fails: the configuration that it writes has the old depth's layer_types"}
 FLOAT32 = {
-    "": "mergekit computes importances in float32, where that of small changes is rounding; merganser in float64"
+    "": "mergekit computes importances in float32, where that of small changes is rounding; merganser in float64",
+    "qwen3_moe": "both: importances in float32, and all experts of a layer as one tensor",
 }
 
 
@@ -162,16 +164,17 @@ CASES: dict[str, Case] = {
     "nearswap": Case(models("") + method("nearswap", "parameters: {t: 0.002}")),
     "ram": Case(models("", "", "") + method("ram", "parameters: {epsilon: 0.01}")),
     "ramplus_tl": Case(models("", "", "") + method("ramplus_tl", "parameters: {epsilon: 0.01}"), cause=EXPERTS),
-    "passthrough, a part of one model": Case(sliced([0, 3]) + method("passthrough", base=False)),
-    "passthrough, two models": Case(sliced([0, 3], [2, 4]) + method("passthrough", base=False)),
+    "passthrough, a part of one model": Case(sliced([0, 3]) + method("passthrough", base=False), cause=DEPTH),
+    "passthrough, two models": Case(sliced([0, 3], [2, 4]) + method("passthrough", base=False), cause=DEPTH),
     "passthrough, repeated and scaled": Case(
         sliced([0, 3], [1, 4]).replace("$b", "$a").replace("[1, 4]}", f"[1, 4], {SCALES}}}")
         + method("passthrough", base=False),
-        DECODERS,
+        DECODERS, cause=DEPTH,
     ),
     "linear, two slices": Case(
         sliced([0, 2], [0, 2], together=True) + sliced([1, 4], [1, 4], together=True).removeprefix("slices:\n")
-        + method("linear", "parameters: {weight: [0.2, 1.0]}", base=False)
+        + method("linear", "parameters: {weight: [0.2, 1.0]}", base=False),
+        cause=DEPTH,
     ),
     "a base among the models": Case(models("{weight: 0.4}", base=True) + method("task_arithmetic")),
     "lora": Case(
@@ -430,7 +433,7 @@ def _compared(job: Mapping[str, str], causes: Mapping[str, str], *, tokens: bool
         return Found(f"merganser fails: {error}".splitlines()[0], good=False)
     if (folder / "mergekit-error.txt").exists():
         said = (folder / "mergekit-error.txt").read_text().splitlines()[0]
-        return Found("mergekit fails", good=True, cause=f"mergekit ends with {said!r}")
+        return Found("mergekit fails", good=True, cause=cause or f"mergekit ends with {said!r}")
     try:
         ours, theirs = (_opened(folder / tool, tokens=tokens) for tool in ("merganser", "mergekit"))
         _check_alike(ours, theirs)
