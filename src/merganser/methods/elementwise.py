@@ -211,8 +211,19 @@ class Elementwise(Method):
             return found if origin is None else added(origin, found, scale)
 
         blocks = blocks_of_rows(tensors[0], self.by_rows)
-        merged = block(...) if len(blocks) < 2 else torch.cat([block(here) for here in blocks])
+        merged = block(...) if len(blocks) < 2 else _in_place(map(block, blocks), blocks, tensors[0])
         return Merged({name: merged}, "; ".join(dict.fromkeys(position.notes)) or None)
+
+
+def _in_place(parts: Iterator[Tensor], blocks: Sequence[slice], used: Tensor) -> Tensor:
+    """Parts put together in the place of a tensor whose numbers are used up, block by block; often they are there."""
+    merged = used
+    for here, part in zip(blocks, parts, strict=True):
+        if part.dtype != merged.dtype:
+            merged = torch.empty_like(used, dtype=part.dtype)
+        if part.data_ptr() != merged[here].data_ptr():
+            merged[here] = part
+    return merged
 
 
 def blocks_of_rows(tensor: Tensor, by_rows: bool = False) -> list[slice]:

@@ -92,7 +92,7 @@ def spanned(
             return given[0]
         taken, combination = _taken(vectors(options), given[0].dim()), position.whole
         if combination is None:
-            combination = weigh(_gram_of_rows(given, base), coefficients, options)
+            combination = weigh(_gram_of_rows(given, base, len(given[0])), coefficients, options)
         if combination.note:
             position.notes.append(combination.note)
         return combined(given, base, combination, taken)
@@ -159,88 +159,82 @@ def _gram_of_whole(whole: Whole, *, columns: bool) -> np.ndarray:
 
     They are summed piece by piece, in an order that depends on nothing but the tensor's shape.
     """
-    total: Tensor | float = 0.0
+    total: np.ndarray | float = 0.0
     for start, stop in whole.pieces():
         base = whole.base(start, stop) if whole.with_base else None
         tensors = whole.deltas(start, stop)
-        if columns:
-            total = total + _products_of_columns(tensors, base)
-        else:
-            total = total + _products([tensor.reshape(1, -1) for tensor in tensors], _flat(base, 1))[:, :, 0]
-    return torch.as_tensor(total).cpu().numpy()
+        total = total + (_gram_of_columns(tensors, base) if columns else _gram_of_rows(tensors, base, 1)[..., 0])
+    return np.asarray(total)
 
 
-def _gram_of_rows(tensors: Sequence[Tensor], base: Tensor | None) -> np.ndarray:
-    """Inner products of each row (T, T, rows) in float64."""
-    height = len(tensors[0])
-    return _products([tensor.reshape(height, -1) for tensor in tensors], _flat(base, height)).cpu().numpy()
+def _gram_of_columns(tensors: Sequence[Tensor], base: Tensor | None) -> np.ndarray:
+    """Inner products of each column (T, T, columns) in float64."""
+    first, *others = (tensor.flatten(1).to(torch.float64) for tensor in tensors)
+    basis = [first if base is None else first - base.flatten(1), *(other - first for other in others)]
+    return np.array([[(one * two).sum(0).cpu().numpy() for two in basis] for one in basis])
 
 
-def _flat(tensor: Tensor | None, height: int) -> Tensor | None:
-    return None if tensor is None else tensor.reshape(height, -1)
-
-
-def _products(tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
-    """Inner products of the rows of tensors (rows, n) and of their differences: (T, T, rows) in float64."""
-    dtype = _widest(tensors)
-    found = _summed(tensors, base, dtype)
-    if dtype == torch.float64 or not _doubtful(found, tensors, base):
+def _gram_of_rows(tensors: Sequence[Tensor], base: Tensor | None, height: int) -> np.ndarray:
+    """Inner products of each of so many rows (T, T, rows) in float64."""
+    rows = [tensor.reshape(height, -1) for tensor in tensors]
+    origin = None if base is None else base.reshape(height, -1)
+    found = _summed(rows, origin, _widest(rows))
+    if _widest(rows) == torch.float64 or not _doubtful(found, rows, origin):
         return found
-    return _summed(tensors, base, torch.float64)
+    return _summed(rows, origin, torch.float64)
 
 
-def _doubtful(found: Tensor, tensors: Sequence[Tensor], base: Tensor | None) -> bool:
+def _doubtful(found: np.ndarray, tensors: Sequence[Tensor], base: Tensor | None) -> bool:
     """Whether float32 sums of products tell too little of the tensors' lengths and angles.
 
     It is so where squares are too small or too large for it, and where the differences from the first tensor, which
     serve fine-tunes, do not serve: where another is very short beside it, or opposite to it.
     """
-    squares = found.diagonal().T  # (T, rows)
-    if not bool((squares < _HUGE).all()):
+    squares = np.stack([found[number, number] for number in range(len(tensors))])
+    if not (squares < _HUGE).all():
         return True
-    for number, tensor in enumerate(tensors):
-        if bool((squares[number] < _TINY).any()):
-            origin = tensors[0] if number else base
-            if bool(tensor.any()) if origin is None else not torch.equal(tensor, origin):
-                return True
+    for number in map(int, np.flatnonzero((squares < _TINY).any(1))):
+        origin = tensors[0] if number else base
+        if bool(tensors[0].any()) if origin is None else not torch.equal(tensors[number], origin):
+            return True
     along = squares[0] + found[0, 1:]  # inner products of the others and the first
     own = along + found[0, 1:] + squares[1:]
-    return bool(((own < _SHORT * squares[0]) | (along < -_OPPOSITE * (own.clamp_min(0) * squares[0]).sqrt())).any())
+    opposite = along < -_OPPOSITE * np.sqrt(np.maximum(own, 0.0) * squares[0])
+    return bool((opposite | (own < _SHORT * squares[0])).any())
 
 
-def _summed(tensors: Sequence[Tensor], base: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The same by blocks of numbers that are multiplied and summed in ``dtype``, and in float64 over blocks."""
+def _summed(tensors: Sequence[Tensor], base: Tensor | None, dtype: torch.dtype) -> np.ndarray:
+    """Inner products of rows (T, T, rows), summed in ``dtype`` over blocks and in float64 over these.
+
+    Args:
+        tensors: (rows, n).
+        base: (rows, n).
+        dtype: float32 or float64.
+    """
     (height, width), count, device = tensors[0].shape, len(tensors), tensors[0].device
-    found = torch.zeros((count, count, height), dtype=torch.float64, device=device)
-    room = _ROOM if device.type == "cpu" else max(height * width, 1)
-    columns = min(width, max(room // _BLOCK, 1) * _BLOCK)
-    rows = min(height, max(room // max(columns, 1), 1))
-    blocks = -(-columns // _BLOCK)
-    size = -(-columns // blocks) if blocks else 0
-    buffer = torch.zeros((count, rows, blocks * size), dtype=dtype, device=device)
-    for top in range(0, height, max(rows, 1)):
-        for left in range(0, width, max(columns, 1)):
+    room = _ROOM if device.type == "cpu" else height * width
+    columns = max(1, min(width, max(room // _BLOCK, 1) * _BLOCK))
+    rows = max(1, min(height, room // columns))
+    blocks = -(-columns // _BLOCK)  # of each row, all of one size
+    size = -(-columns // blocks)
+    basis = torch.zeros((count, rows, blocks * size), dtype=dtype, device=device)
+    found = torch.zeros((height, count, count), dtype=torch.float64, device=device)
+    for top in range(0, height, rows):
+        for left in range(0, width, columns):
             here = slice(top, top + rows), slice(left, left + columns)
             first = tensors[0][here]
-            basis = buffer[:, : first.shape[0], : first.shape[1]]
-            buffer[:, :, first.shape[1] :] = 0
+            high, wide = first.shape
             if base is None:
-                basis[0] = first
+                basis[0, :high, :wide] = first
             else:
-                torch.sub(first, base[here], out=basis[0])
+                torch.sub(first, base[here], out=basis[0, :high, :wide])
             for number, other in enumerate(tensors[1:], start=1):
-                torch.sub(other[here], first, out=basis[number])
-            parts = buffer[:, : first.shape[0]].reshape(count, -1, size).transpose(0, 1)
-            sums = torch.bmm(parts, parts.mT).reshape(first.shape[0], blocks, count, count)
-            found[:, :, here[0]] += sums.sum(1, dtype=torch.float64).permute(1, 2, 0)
-    return found
-
-
-def _products_of_columns(tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
-    """The same of columns: (T, T, columns)."""
-    first, *others = (tensor.flatten(1).to(torch.float64) for tensor in tensors)
-    basis = [first if base is None else first - base.flatten(1), *(other - first for other in others)]
-    return torch.stack([torch.stack([(one * two).sum(0) for two in basis]) for one in basis])
+                torch.sub(other[here], first, out=basis[number, :high, :wide])
+            basis[:, :, wide:] = 0
+            parts = basis[:, :high].reshape(count, high * blocks, size).transpose(0, 1)
+            products = torch.bmm(parts, parts.mT).reshape(high, blocks, count, count)
+            found[here[0]] += products.sum(1, dtype=torch.float64)
+    return found.permute(1, 2, 0).cpu().numpy()
 
 
 def _widest(tensors: Sequence[Tensor]) -> torch.dtype:
