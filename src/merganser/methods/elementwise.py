@@ -93,12 +93,17 @@ class Whole:
         return [(start, min(start + step, self.height)) for start in range(0, self.height, step)]
 
     def blocks(self) -> Iterator[tuple[int, int, list[Tensor]]]:
-        """All of it, a few rows (start, stop) at a time that fit a core's cache, and their :meth:`deltas`."""
+        """All of it, a few rows (start, stop) at a time that fit a core's cache, and their :meth:`deltas`.
+
+        These are gone when the next ones are asked for.
+        """
         for first, last in self.pieces():
             deltas = self.deltas(first, last)
             for here in blocks_of_rows(deltas[0], self.by_rows) or [slice(0, last - first)]:
-                start, stop = first + here.start, min(first + here.stop, last)
-                yield start, stop, [delta[here] if delta.dim() else delta for delta in deltas]
+                block = [delta[here] if delta.dim() else delta for delta in deltas]
+                yield first + here.start, min(first + here.stop, last), block
+                block.clear()  # or it would keep the piece in memory while the next one is read
+            deltas.clear()
 
     def base(self, start: int, stop: int) -> Tensor:
         """θ₀ in rows start:stop; the caller's own."""
@@ -136,12 +141,14 @@ class Elementwise(Method):
         differences: False for a function that takes the θᵢ, not the δᵢ, and gives the merged numbers, though it
             reads the base: it can return what is in a model exactly.
         weighted: where the result is θ₀ + Σwᵢδᵢ, the wᵢ, of the coefficients and the options.
+        thresholds: how many k-th largest numbers of each contributor ``reduce`` looks for at once, which takes memory.
     """
 
     function: Function
     reduce: Callable[[Whole, Sequence[float], Any], Any] | None = None
     by_rows: bool = False
     differences: bool = True
+    thresholds: int = 1
 
     @property
     def streaming(self) -> str:
@@ -191,7 +198,7 @@ class Elementwise(Method):
         work = super().memory(unit, contributors)
         if self.reduce is None:
             return work
-        return max(work, selection_memory(elements(unit), contributors))
+        return max(work, selection_memory(elements(unit), contributors, contributors * self.thresholds))
 
     def _apply(self, unit: Unit, shares: Sequence[Share], whole: Any) -> Merged:
         (name,), (fact,) = unit.names, unit.facts
@@ -258,6 +265,8 @@ def _uniform(key: int, start: int, stop: int) -> np.ndarray:
     count = -(-stop // _HALVES) - start // _HALVES
     # Integers of the whole range are the generator's own; unlike random_raw, other threads can run meanwhile.
     words = np.random.Generator(bits).integers(2**64 - 1, size=count, dtype=np.uint64, endpoint=True)
-    numbers = (words.view(np.uint32) >> np.uint32(8)).astype(np.float32)
+    halves = words.view(np.uint32)
+    halves >>= np.uint32(8)
+    numbers = halves.astype(np.float32)
     numbers *= np.float32(2.0**-24)
     return numbers[start % _HALVES :][: stop - start]

@@ -51,6 +51,7 @@ def kth_largest(
             for i, one in counts.items():
                 one.count(numbers[i])
                 varying[i] += _varying(numbers[i]) if callable(ks[i]) else 0
+            del numbers  # before the next piece is read
         for i, one in counts.items():
             if not (k := _place(ks[i], varying[i])):
                 found[i] = inf
@@ -68,10 +69,17 @@ def _varying(numbers: Tensor) -> int:
     return int(np.count_nonzero(numbers.cpu().numpy()))
 
 
-def selection_memory(numbers: int, count: int) -> int:
-    """Estimate of the bytes that :func:`kth_largest` takes for tensors of at least so many numbers each."""
-    piece = min(numbers, PIECE) * 4 * (count + 2)
-    return piece + (9 * _BINS * count if numbers > PIECE // 2 else 0)  # a slice may be of fewer numbers than a piece
+def selection_memory(numbers: int, tensors: int, places: int) -> int:
+    """Estimate of the bytes that :func:`kth_largest` takes.
+
+    Args:
+        numbers: of each tensor, at least.
+        tensors: how many there are.
+        places: how many k-th largest are looked for; 0 for a pass that looks for none.
+    """
+    piece = min(numbers, PIECE) * 4 * (tensors + 3 + tensors // 2)
+    cut = places and numbers > PIECE // 2  # a slice may be of fewer numbers than a piece
+    return piece + (_BINS * (9 * places + 16) if cut else 0)
 
 
 class Between:

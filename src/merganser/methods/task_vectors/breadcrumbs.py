@@ -108,6 +108,7 @@ BREADCRUMBS = sparsified(
     sparsify=_middle,
     election=False,
     reduce=_bounds,
+    thresholds=2,
     by_rows=True,
 )
 
@@ -121,5 +122,6 @@ BREADCRUMBS_TIES = sparsified(
     sparsify=_middle,
     election=True,
     reduce=_bounds,
+    thresholds=2,
     by_rows=True,
 )

@@ -79,12 +79,14 @@ def _by_rank(rows: Tensor, ranked: Tensor) -> Tensor:
     magnitudes rank in the order of their places.
     """
     height, width = rows.shape
-    bits = rows.abs().to(torch.float32).cpu().numpy().view(np.int32).astype(np.int64)
-    keys = (bits << np.int64(32)) + np.arange(width)
+    keys = rows.abs().to(torch.float32).cpu().numpy().view(np.int32).astype(np.int64)
+    keys <<= 32
+    keys |= np.arange(width)
     keys.sort(axis=1)
-    places = (keys & np.int64(2**32 - 1)) + np.arange(height)[:, None] * width
+    keys &= 2**32 - 1
+    keys += np.arange(0, height * width, width)[:, None]
     found = np.empty(height * width, dtype=np.float32)
-    found[places] = ranked.numpy()
+    found[keys] = ranked.numpy()
     return torch.from_numpy(found).to(rows.device)
 
 

@@ -115,4 +115,5 @@ PCB = Elementwise(
     options=PCBOptions.model_validate({}),
     function=_merge,
     reduce=_competition,
+    thresholds=2,
 )

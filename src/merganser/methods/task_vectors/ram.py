@@ -84,4 +84,5 @@ RAM_PLUS = Elementwise(
     options=RAMPlusOptions.model_validate({}),
     function=_merge,
     reduce=_factors,
+    thresholds=0,
 )

@@ -109,6 +109,7 @@ def sparsified(
     reduce: Reduce | None = None,
     by_rows: bool = False,
     weighted: Callable[[Sequence[float], Any], list[float]] | None = None,
+    thresholds: int = 0,
     **words: Any,
 ) -> Elementwise:
     """A method of this family.
@@ -118,7 +119,7 @@ def sparsified(
         election: put together by :func:`elect`, instead of :func:`weighted_sum`.
         options: of the method; where there is an option ``rescale`` and it is ``"l1"``, what is left of a tensor's
             task vector is multiplied so that its magnitudes sum to what they were before.
-        reduce, by_rows, weighted: see :class:`~merganser.methods.elementwise.Elementwise`.
+        reduce, by_rows, weighted, thresholds: see :class:`~merganser.methods.elementwise.Elementwise`.
         words: name, title, summary, formula and reference.
     """
     together = elect if election else weighted_sum
@@ -143,7 +144,14 @@ def sparsified(
     rescales = "rescale" in type(options).model_fields
     looks = known if reduce or rescales else None
     return Elementwise(
-        **words, needs=needs, options=options, function=function, reduce=looks, by_rows=by_rows, weighted=weighted
+        **words,
+        needs=needs,
+        options=options,
+        function=function,
+        reduce=looks,
+        by_rows=by_rows,
+        weighted=weighted,
+        thresholds=thresholds,
     )
 
 

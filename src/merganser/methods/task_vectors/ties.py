@@ -64,4 +64,5 @@ TIES = sparsified(
     sparsify=trimmed,
     election=True,
     reduce=thresholds,
+    thresholds=1,
 )
