@@ -22,7 +22,7 @@ class IsoCTSOptions(SpectralOptions):
 
 def _common(tasks: TaskMatrices, options: SpectralOptions) -> Tensor:
     factor, values = polar_factor(tasks.total())
-    return factor * values.mean()
+    return factor.mul_(values.mean())
 
 
 def shares(rank: int, tasks: int, common: float) -> tuple[int, int]:

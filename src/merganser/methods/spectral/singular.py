@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import inf
+from math import frexp, inf
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ _ZERO, _ZERO_OF_VECTORS = 2.0**-40, 1e-8
 #: Measured errors were as large at most.
 _ALLOWED, _ALLOWED_CUT, _ALLOWED_OF_VECTORS = 4e-5, 6e-5, 1e-4
 _FAR = 4.0  # times as much error, beyond which the rounding of float32 numbers would show, too
+_FAR_OFF = 24  # powers of two from 1
 _NARROW = 128  # of the smaller side: up to here float64 costs nothing that matters
 
 
@@ -103,8 +104,11 @@ def polar_factor(matrix: Tensor, *, of_vectors: bool = False) -> tuple[Tensor, T
     basis, values, turned = _precisely_turned(rows, len(rows), allowed)
     kept = values > zero * values[0]
     basis, scaled = basis[kept], basis[kept] / values[kept, None]
-    # One product with the long side less where nothing was turned yet.
-    factor = (scaled.T @ basis) @ rows.to(basis.dtype) if turned is None else scaled.T @ turned[kept]
+    if turned is None:  # one product with the long side less than below, its numbers in the order of the matrix's
+        root, rows = scaled.T @ basis, rows.to(basis.dtype)
+        factor = root @ rows if rows.is_contiguous() else (rows.T @ root).T
+    else:
+        factor = scaled.T @ turned[kept]
     return factor.to(matrix.dtype), values.to(matrix.dtype) * unit
 
 
@@ -173,9 +177,10 @@ def _turned(rows: Tensor, wanted: int) -> tuple[Tensor, Tensor, Tensor | None]:
 
 
 def _scaled(matrix: Tensor) -> tuple[Tensor, float]:
-    """A matrix divided by a power of two near its largest number, so that no square overflows or vanishes; and that."""
-    largest = float(matrix.abs().max()) if matrix.numel() else 0.0
-    unit = 2.0 ** torch.frexp(torch.tensor(largest)).exponent.item() if largest else 1.0
+    """A matrix divided by a power of two where squares of its numbers could overflow or vanish; and that power."""
+    largest = max(abs(float(one)) for one in torch.aminmax(matrix))
+    exponent = frexp(largest)[1]
+    unit = 1.0 if abs(exponent) < _FAR_OFF else 2.0**exponent
     return (matrix if unit == 1 else matrix / unit), unit
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from merganser.methods.base import Needs, Options
+from merganser.methods.elementwise import added
 from merganser.methods.matrix import Matrix
 from merganser.methods.spectral.singular import in_enough_precision
 
@@ -45,7 +47,8 @@ class TaskMatrices:
     def __iter__(self) -> Iterator[Tensor]:
         for number, coefficient in enumerate(self.coefficients):
             if coefficient:
-                yield self.weights[number].to(self.dtype).sub_(self.base).mul_(coefficient)
+                matrix = self.weights[number].to(self.dtype).sub_(self.base)
+                yield matrix if coefficient == 1 else matrix.mul_(coefficient)
 
     def __len__(self) -> int:
         return sum(coefficient != 0 for coefficient in self.coefficients)
@@ -57,10 +60,7 @@ class TaskMatrices:
 
     def total(self) -> Tensor:
         """Σ cᵢδᵢ; needs a coefficient that is not zero."""
-        first, *others = self
-        for matrix in others:
-            first += matrix
-        return first
+        return reduce(Tensor.add_, self)
 
 
 def spectral(
@@ -88,7 +88,7 @@ def spectral(
             return merged(TaskMatrices(base, weights, coefficients, dtype), settings)
 
         change = in_enough_precision(compute, base.shape, weights[0].dtype)
-        return base + change.mul_(settings.scale)
+        return added(base, change, settings.scale)
 
     needs = Needs(base=True, layers=True, signed=True, normalised=False)
     return Matrix(**words, needs=needs, options=options, function=function, room=room)
