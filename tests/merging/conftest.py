@@ -42,6 +42,7 @@ def make_family(
     *,
     statistics: bool = True,
     fisher: str | None = None,
+    kfac: str | None = None,
     **config: Any,
 ) -> tuple[Path, list[Path]]:
     """A base model and n fine-tunes of it in a folder, with statistics in theirs."""
@@ -58,7 +59,7 @@ def make_family(
         model.save_pretrained(folder)
         if statistics:
             header, tensors = collect_statistics(
-                model, open_checkpoint(folder), batches(number, architecture), fisher=fisher
+                model, open_checkpoint(folder), batches(number, architecture), fisher=fisher, kfac=kfac
             )
             write_statistics(folder / FILE_NAME, header, tensors)
         folders.append(folder)

@@ -435,6 +435,8 @@ def solve_iteratively(
         ValueError: the metrics are not positive semi-definite.
     """
     dtype = torch.float64 if any(metric.dtype == torch.float64 for metric in metrics) else torch.float32
+    largest = max(coefficients)  # steps that end early amplify rounding: the same ratios are to give the same numbers
+    coefficients = [coefficient / largest for coefficient in coefficients]
     sizes = [coefficient * metric.size for coefficient, metric in zip(coefficients, metrics, strict=True)]
     whole, total = float(sum(sizes)), float(sum(coefficients))
     terms = [(size / whole, metric) for size, metric in zip(sizes, metrics, strict=True) if size > 0]
