@@ -182,11 +182,14 @@ def test_results_of_older_versions_are_checked_and_repeated(
     assert not verify(old).absent
     # The last bits of products depend on the processor.
     differing = reproduce(old, tmp_path / "again")
-    assert all(file.endswith(".safetensors") for file in differing)
+    # And a head that PEFT replaces as a whole is held as a whole now, which an adapter's configuration says.
+    heads = {"adapter_config.json", "provenance.json"} if "adapter" in folder else set()
+    assert all(file.endswith(".safetensors") or file in heads for file in differing)
     for file in old.glob("*.safetensors"):
         before, after = load_file(file), load_file(tmp_path / "again" / file.name)
-        for name, tensor in before.items():
-            torch.testing.assert_close(after[name], tensor, rtol=1e-5, atol=1e-6)
+        assert all("classifier" in name for name in before.keys() - after.keys())
+        for name in before.keys() & after.keys():
+            torch.testing.assert_close(after[name], before[name], rtol=1e-5, atol=1e-6)
     assert verify(tmp_path / "again").parents == verify(old).parents
     weights_file = next(old.glob("*.safetensors"))
     data = bytearray(weights_file.read_bytes())
