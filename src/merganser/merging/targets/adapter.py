@@ -13,19 +13,18 @@ from __future__ import annotations
 import json
 import tempfile
 import threading
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from math import prod
+from math import isfinite, prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
-from merganser.checkpoints import AdapterCheckpoint, ChangesCheckpoint, hash_tensor
+from merganser.checkpoints import hash_tensor
 from merganser.checkpoints.adapters import CONFIG, WEIGHTS
-from merganser.checkpoints.layers import Layer, empty_model, layers_of, map_parameters
+from merganser.checkpoints.layers import Layer
 from merganser.checkpoints.sources import read_source
 from merganser.checkpoints.writer import SafetensorsWriter, TensorSpec
 from merganser.errors import RecipeError
@@ -37,6 +36,7 @@ from merganser.merging.matching import matches
 from merganser.merging.memory import RunSettings, Schedule, fit
 from merganser.merging.plan import AdapterForm, Plan, Step
 from merganser.merging.provenance import describe_inputs, model_card, public_name, write_provenance
+from merganser.merging.targets.adapter_names import NamesOfChanges, NamesOfModel, adapter_settings, known_to_be_tied
 from merganser.merging.targets.low_rank import best_low_rank
 from merganser.methods import Merged
 from merganser.methods.base import elements, input_width
@@ -45,9 +45,7 @@ from merganser.tensors import DTYPES, byte_view
 from merganser.text import markdown
 
 PREFIX = "base_model.model."
-_HEAD_CLASSES = {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"}
-_TIED_BY_PEFT = ("embed_tokens", "lm_head")  # names of modules that it finds to be tied
-_SAVED_HEADS = ("classifier", "score")  # that PEFT replaces as a whole for these tasks, whatever else is said
+_INSIDE = "a part of a larger parameter, such as packed experts, for which no factors are written"
 
 
 _MADE = """Made with merganser: {}. Each layer's change is the nearest of this rank in the norm of its inputs' Gram
@@ -68,9 +66,8 @@ class AdapterTarget:
         ranks: of the modules with factors.
         vectors: modules whose bias has a vector added to it (``lora_bias``).
         saved: modules that are kept as a whole.
-        lost: tensors that differ from the base and have no place, with the reason.
+        lost: by the reason, the tensors that differ from the base and have no place, with ‖ΔW‖ / ‖W‖.
         resized: tensors that have another number of rows than in the base, with both.
-        left_out: those that the form leaves out, with ‖ΔW‖ / ‖W‖.
         biases: modules whose bias differs, beside those kept as a whole.
         errors: of each module with factors, relative, in the norm that was used.
     """
@@ -84,8 +81,7 @@ class AdapterTarget:
         self.records: dict[str, TensorRecord] = {}
         self.ranks: dict[str, int] = {}
         self.saved, self.biases, self.vectors = set[str](), set[str](), set[str]()
-        self.lost: dict[str, str] = {}
-        self.left_out: dict[str, float] = {}
+        self.lost: dict[str, dict[str, float]] = {}
         self.resized: dict[str, tuple[int, int]] = {}
         self.errors: dict[str, float] = {}
         self._dtype = plan.recipe.dtype or "F32"
@@ -93,14 +89,7 @@ class AdapterTarget:
         self._file: BinaryIO = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed on exit)
         self._lock, self._whole = threading.Lock(), dict[str, Tensor]()
         self._products: dict[str, Product] = {}
-        self._names = _NamesOfChanges(inputs) if inputs.without_base else _NamesOfModel(inputs)
-        self._contributed = [
-            parent.checkpoint.settings
-            for parent in inputs.parents
-            if isinstance(parent.checkpoint, AdapterCheckpoint | ChangesCheckpoint)
-        ]
-        heads = [head for one in self._contributed for head in one.get("modules_to_save") or ()]
-        self._heads = tuple(dict.fromkeys([*heads, *(_SAVED_HEADS if self._task in _HEAD_CLASSES.values() else ())]))
+        self._names = NamesOfChanges(inputs) if inputs.without_base else NamesOfModel(inputs)
 
     def __enter__(self) -> AdapterTarget:
         return self
@@ -157,19 +146,20 @@ class AdapterTarget:
             self.resized[name] = (merged.shape[0], info.shape[0])
         layer, parameter = self._names.layers.get(name), self._names.parameters.get(name)
         if parameter is None or not merged.is_floating_point():
-            self.lost[name] = "no parameter of the model"
+            inside = name in self.inputs.reference.view.uses
+            self._lose(name, _INSIDE if inside else "no parameter of the model", before, merged)
             return
         module, _, kind = parameter.rpartition(".")
         if self._kept_as(name, layer) == "left out":
-            self.left_out[name] = _share_of_change(before, merged)
-        elif before is None and kind == "bias" and self.inputs.without_base and not self._is_head(module):
+            self._lose(name, "left out as asked for", before, merged)
+        elif before is None and kind == "bias" and self.inputs.without_base and self._names.head_of(module) is None:
             self.biases.add(module)
             self._put(parameter, merged, step, note)
         elif before is not None and self.inputs.without_base and layer is None:
             self.vectors.add(module)
             self._put(f"{module}.lora_B.bias", merged, step, note)
-        elif before is None or self._is_head(module):
-            self._keep(parameter, merged, step, note)
+        elif before is None or self._names.head_of(module) is not None:
+            self._keep(parameter, before, merged, step, note)
         elif layer is not None and self._as_factors(name, layer, merged.shape):
             delta = merged.to(torch.float64) - before.to(torch.float64)
             self._add_factors(layer, delta.T if layer.kind in ("conv1d", "embedding") else delta, step, note)
@@ -177,7 +167,12 @@ class AdapterTarget:
             self.biases.add(module)
             self._put(parameter, merged, step, note)
         else:  # norms, and heads whose factors would be no smaller
-            self._keep(parameter, merged, step, note)
+            self._keep(parameter, before, merged, step, note)
+
+    def _lose(self, name: str, reason: str, before: Tensor | None, merged: Tensor) -> None:
+        """Leave a tensor as it is in the base."""
+        with self._lock:
+            self.lost.setdefault(reason, {})[name] = _share_of_change(before, merged)
 
     def _kept_as(self, name: str, layer: Layer | None) -> str:
         """What the form says of a tensor: ``factors``, ``whole`` or ``left out``."""
@@ -198,7 +193,7 @@ class AdapterTarget:
         """Whether a change is held as factors; PEFT's plain ones are those of a single matrix."""
         matrix = len(self.inputs.reference.checkpoint.tensors[layer.weight].shape) == 2
         plain = matrix and layer.experts is None and layer.kind in ("linear", "conv1d", "embedding")
-        wanted = self._kept_as(name, layer) == "factors" and not self._is_head(layer.module)
+        wanted = self._kept_as(name, layer) == "factors" and self._names.head_of(layer.module) is None
         return plain and wanted and min(shape) >= self._rank(name)
 
     def _before(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
@@ -208,28 +203,11 @@ class AdapterTarget:
             return None
         return read_source(self.base.checkpoint, self.base.sources[name])
 
-    def _is_head(self, module: str) -> bool:
-        return self._head_of(module) is not None
-
-    def _head_of(self, module: str) -> str | None:
-        """The outermost module around this one, or itself, that is replaced as a whole."""
-        parents = [module[:at] for at, letter in enumerate(module) if letter == "."]
-        named = (name for name in [*parents, module] if any(f".{name}".endswith(f".{head}") for head in self._heads))
-        return next(named, None)
-
-    @property
-    def _task(self) -> str | None:
-        """PEFT's word for the task."""
-        if self.inputs.without_base:
-            return self._agreed("task_type")
-        architecture = str((self.inputs.reference.checkpoint.config.get("architectures") or [""])[0])
-        return next((task for suffix, task in _HEAD_CLASSES.items() if architecture.endswith(suffix)), None)
-
-    def _keep(self, parameter: str, merged: Tensor, step: Step, note: str | None) -> None:
+    def _keep(self, parameter: str, before: Tensor | None, merged: Tensor, step: Step, note: str | None) -> None:
         module = parameter.rpartition(".")[0]
-        head = self._head_of(module)
+        head = self._names.head_of(module)
         if head is None and self._names.has_children(module):
-            self.lost[parameter] = "a bare parameter, not of a layer"
+            self._lose(parameter, "a bare parameter, not of a layer", before, merged)
             return
         self.saved.add(head or module)
         self._put(parameter, merged, step, note)
@@ -348,7 +326,16 @@ class AdapterTarget:
                 self._file.seek(self._waiting[spec.name][0])
                 self._file.readinto(byte_view(tensor))  # type: ignore[attr-defined]
                 writer.write(WEIGHTS, spec.name, tensor)
-        _write_json(self._folder / CONFIG, self._settings())
+        settings = adapter_settings(
+            self.plan,
+            self._names,
+            self.base.checkpoint.revision,
+            self.ranks,
+            saved=self.saved,
+            biases=bool(self.biases),
+            vectors=bool(self.vectors),
+        )
+        _write_json(self._folder / CONFIG, settings)
         config = self.inputs.reference.checkpoint.config
         # Its head may have other labels than the base's, or the base none; without the base nobody has a configuration.
         if self.saved and config and config != self.base.checkpoint.config:
@@ -371,62 +358,9 @@ class AdapterTarget:
                 self._store(f"{module}.lora_B.bias", torch.zeros(height), record)
 
     @property
-    def _usual_rank(self) -> int:
-        """The rank that most modules have; of two, the larger."""
-        counts = Counter(self.ranks.values())
-        return max(counts, key=lambda rank: (counts[rank], rank))
-
-    @property
     def _said_ranks(self) -> str:
         ranks = sorted(set(self.ranks.values()))
         return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
-
-    def _agreed(self, key: str) -> Any:
-        """What all contributors that are adapters say; None where they differ."""
-        said = [settings.get(key) for settings in self._contributed]
-        return said[0] if said and all(one == said[0] for one in said) else None
-
-    def _settings(self) -> dict[str, Any]:
-        """``adapter_config.json``."""
-        checkpoint, named = self.base.checkpoint, str(self.plan.base)
-        transposed = any(layer.kind == "conv1d" for layer in self._names.layers.values())
-        if self.inputs.without_base:
-            transposed = any(bool(settings.get("fan_in_fan_out")) for settings in self._contributed)
-        usual = self._usual_rank
-        pattern = {module: rank for module, rank in sorted(self.ranks.items()) if rank != usual}
-        settings: dict[str, Any] = {
-            "peft_type": "LORA",
-            "task_type": self._task,
-            "auto_mapping": self._agreed("auto_mapping") if self.inputs.without_base else None,
-            "base_model_name_or_path": named.split("@")[0] if checkpoint.revision else named,
-            "revision": checkpoint.revision,
-            "r": usual,
-            "lora_alpha": usual,
-            "lora_dropout": 0.0,
-            "use_rslora": False,
-            "use_dora": False,
-            "fan_in_fan_out": transposed,
-            "bias": "all" if self.biases else "none",
-            "target_modules": sorted(self.ranks),
-            "modules_to_save": sorted(self.saved) or None,
-            "rank_pattern": pattern,
-            "alpha_pattern": pattern,
-            "init_lora_weights": True,
-            "inference_mode": True,
-        }
-        special = {"lora_bias": bool(self.vectors), "ensure_weight_tying": self._ties()}
-        return {**settings, **{key: True for key, is_set in special.items() if is_set}}
-
-    def _ties(self) -> bool:
-        """Whether PEFT has to keep layers tied that the model ties."""
-        if self.inputs.without_base:
-            return bool(self._agreed("ensure_weight_tying"))
-        return any(module.rpartition(".")[2] in _TIED_BY_PEFT for module in self._tied())
-
-    def _tied(self) -> list[str]:
-        """The modules with a change that the model ties to others."""
-        ours = {*self.ranks, *self.saved}
-        return [layer.module for layer in self._names.layers.values() if layer.tied and layer.module in ours]
 
     def _notes(self) -> list[str]:
         """What the adapter holds only in part, or not at all."""
@@ -441,19 +375,20 @@ class AdapterTarget:
         found += [
             f"{module} is tied to another layer, and PEFT ties no module of this name: the change reaches the other "
             "layer only where the adapter is merged into its base"
-            for module in self._tied()
-            if module.rpartition(".")[2] not in _TIED_BY_PEFT
+            for module in self._names.tied({*self.ranks, *self.saved})
+            if not known_to_be_tied(module)
         ]
         found += [
             f"{name} has {rows} rows, and {before} in the base: PEFT opens the adapter on a base that has as many "
             "(labels: num_labels; tokens: resize_token_embeddings)"
             for name, (rows, before) in sorted(self.resized.items())
         ]
-        if self.left_out:
-            most = max(self.left_out, key=lambda name: (self.left_out[name], name))
-            what = f"{len(self.left_out)} tensors are left out, which change by {self.left_out[most]:.2e} of their norm"
-            found.append(f"{what} at most ({most})")
-        return found + [f"lost: {name} ({reason})" for name, reason in sorted(self.lost.items())]
+        for reason, names in sorted(self.lost.items()):
+            most = max(names, key=lambda name: (names[name], name))
+            others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            much = f"changed by {names[most]:.2e} of its norm" if isfinite(names[most]) else "which is nothing there"
+            found.append(f"lost: {most}{others}, {much} ({reason})")
+        return found
 
     @property
     def _sections(self) -> str:
@@ -498,59 +433,6 @@ def _share_of_change(before: Tensor | None, merged: Tensor) -> float:
     there = torch.zeros(()) if before is None else before.to(torch.float64)
     change, norm = float((merged.to(torch.float64) - there).norm()), float(there.norm())
     return change / norm if norm else float("inf")
-
-
-class _NamesOfModel:
-    """What an adapter calls things, by the model that it is put on.
-
-    Args:
-        inputs: the open files.
-
-    Attributes:
-        layers: by the stored name of their weight.
-        parameters: of the model, by the stored name.
-        linear_biases: the stored names of the layers' biases.
-    """
-
-    def __init__(self, inputs: Inputs) -> None:
-        first = inputs.reference.checkpoint
-        self._model = empty_model(first)
-        self.layers: dict[str, Layer] = {}
-        for layer in layers_of(self._model, first):
-            self.layers.setdefault(layer.weight, layer)
-        self.parameters: dict[str, str] = {}
-        for parameter, own in map_parameters(self._model, first).items():
-            self.parameters.setdefault(own, parameter)
-        self.linear_biases = {layer.bias for layer in self.layers.values() if layer.bias}
-
-    def has_children(self, module: str) -> bool:
-        """Whether a module has others in it."""
-        return any(True for _ in self._model.get_submodule(module).children())
-
-    def kinds(self, module: str) -> list[str]:
-        """The names of a module's parameters in it."""
-        return [name for name, _ in self._model.get_submodule(module).named_parameters()]
-
-
-class _NamesOfChanges(_NamesOfModel):
-    """The same by adapters alone: tensors have the names that adapters give them, and whole modules are complete.
-
-    Args:
-        inputs: the open files.
-    """
-
-    def __init__(self, inputs: Inputs) -> None:
-        self.layers = dict(inputs.reference.view.layers)
-        self.parameters = {name: name for name in inputs.reference.checkpoint.tensors}
-        self.linear_biases = set()
-
-    def has_children(self, module: str) -> bool:
-        """Never: it was trained as a module."""
-        return False
-
-    def kinds(self, module: str) -> list[str]:
-        """None beside those that are there."""
-        return []
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
