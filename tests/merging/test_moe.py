@@ -181,9 +181,16 @@ def unit(rows: np.ndarray) -> np.ndarray:
     return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
 
 
-@pytest.mark.parametrize("mode", ["hidden", "hidden_last", "hidden_avg", "cheap_embed"])
-def test_routers_are_made_of_the_prompts(mode: str, save: Save, tmp_path: Path) -> None:
-    base, other = save("base"), save("other", seed=1)
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [
+        *(("llama", mode) for mode in ("hidden", "hidden_last", "hidden_avg", "cheap_embed")),
+        *((kind, "hidden") for kind in ("llama-tied", "llama3", "mistral", "qwen3")),
+        ("mistral", "hidden_avg"),
+    ],
+)
+def test_routers_are_made_of_the_prompts(kind: str, mode: str, save: Save, tmp_path: Path) -> None:
+    base, other = save("base", kind), save("other", kind, seed=1)
     out = build_moe(mixture(base, base, other, gate_mode=mode), tmp_path / "out")
     one, yes, two, wrong = (states(base, text, mode) for text in (ONE, "yes", TWO, NOT))
     if mode == "cheap_embed":  # directions of sums are subtracted, as in mergekit
@@ -191,7 +198,8 @@ def test_routers_are_made_of_the_prompts(mode: str, save: Save, tmp_path: Path) 
     else:
         rows = np.stack([unit((one + yes) / 2), unit(two - wrong)], 1)
     for number, expected in enumerate(rows):
-        found = load_file(out / "model.safetensors")[f"model.layers.{number}.block_sparse_moe.gate.weight"]
+        block = "mlp" if kind == "qwen3" else "block_sparse_moe"
+        found = load_file(out / "model.safetensors")[f"model.layers.{number}.{block}.gate.weight"]
         np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
     assert any(not np.allclose(layer[0], layer[1], atol=1e-2) for layer in rows)
 
@@ -471,3 +479,16 @@ def test_a_tensor_that_was_replaced_with_all_hashes_is_found_by_making_it_again(
 def specs_of(folder: Path) -> list[TensorSpec]:
     infos = read_infos(folder / "model.safetensors", "model.safetensors")
     return [TensorSpec(info.name, info.dtype, info.shape) for info in infos]
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+def test_a_qwen_mixture_of_llamas_has_their_attention(kind: str, save: Save, tmp_path: Path) -> None:
+    """Without the biases that Qwen2 has, and with Mistral's window in every layer."""
+    dense, other = save("dense", kind), save("other", kind, 1)
+    shared = [{"source_model": str(other), "residual_scale": 0}]
+    config = mixture(dense, dense, dense, gate_mode="random", shared_experts=shared, architecture="qwen")
+    out = build_moe(config, tmp_path / "out")
+    model = opened(out)
+    assert type(model).__name__ == "Qwen2MoeForCausalLM"
+    assert not [name for name in load_file(out / "model.safetensors") if name.endswith("bias")]
+    torch.testing.assert_close(logits(model), logits(opened(dense)), rtol=0, atol=2e-5)

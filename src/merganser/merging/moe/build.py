@@ -1,7 +1,6 @@
 """Making a mixture of experts: tensors are read, scaled and written one piece at a time, whole or nothing.
 
-Only a router of hidden states needs the base model in memory, while it is computed. The result is a folder as a merge
-writes it, with a card, provenance, and the hash of every parent and every tensor.
+The result is a folder as a merge writes it, with a card, provenance, and the hash of every parent and every tensor.
 """
 
 from __future__ import annotations

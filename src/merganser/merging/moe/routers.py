@@ -9,30 +9,23 @@ over prompts, less the average of the negative prompts, brought to length 1.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from merganser.checkpoints.sources import read_source
 from merganser.errors import CheckpointError, ErrorCollector
 from merganser.merging.inputs import Parent
 from merganser.merging.memory import RunSettings
 from merganser.merging.moe.config import RANDOM, MoeConfig
+from merganser.merging.moe.states import MEND, Ids, embedded, layer_states
 from merganser.methods.elementwise import Position
-from merganser.progress import track
-from merganser.tensors import one_thread
+from merganser.tasks.models import blamed, load_tokenizer, open_model
 
 #: The condition number of a layer's rows from which on mergekit, too, calls them degenerate.
 _DEGENERATE = 5.0
 _SHORTEST = 1e-8  # a vector below this length is not lengthened
-_MEND = "give a base model that opens and whose tokenizer belongs to it, or choose gate_mode: random"
-EMBEDDING = "model.embed_tokens.weight"
-
-Ids = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -57,18 +50,16 @@ def encode(config: MoeConfig, allow_pickle: bool) -> list[Prompts]:
     """
     if config.gate_mode in RANDOM:
         return []
-    from merganser.tasks.models import blamed, load_tokenizer, open_model
-
     tokenizer, problems = load_tokenizer(open_model(config.base_model, allow_pickle=allow_pickle)), ErrorCollector()
     begin = tokenizer.bos_token or ""
 
     def ids(prompt: str) -> Ids:
-        with blamed(f"the prompt {prompt!r} cannot be tokenised", config.base_model, _MEND):
+        with blamed(f"the prompt {prompt!r} cannot be tokenised", config.base_model, MEND):
             text = prompt if begin and prompt.startswith(begin) else begin + prompt
             found = tuple(int(one) for one in tokenizer(text, add_special_tokens=False)["input_ids"])
         if not found:
             problems.add(
-                CheckpointError(f"the prompt {prompt!r} comes to no token", where=config.base_model, mend=_MEND)
+                CheckpointError(f"the prompt {prompt!r} comes to no token", where=config.base_model, mend=MEND)
             )
         return found
 
@@ -95,15 +86,27 @@ def prompt_vectors(config: MoeConfig, prompts: Sequence[Prompts], base: Parent, 
     """
     texts = list(dict.fromkeys(ids for one in prompts for ids in (*one.positive, *one.negative)))
     if config.gate_mode == "cheap_embed":
-        states, combine = _embeddings(base, texts), _direction
-    else:
-        states, combine = _hidden_states(config, texts, settings), _mean
+        sums = {ids: rows.double().sum(0) for ids, rows in embedded(base, texts).items()}
+        return torch.stack([_rows(prompts, sums, _direction)])
+    last = config.gate_mode != "hidden_avg"
+    found = []
+    with blamed("the base model cannot be run on the prompts", config.base_model, MEND):
+        for states in layer_states(base, texts, settings):
+            means = {ids: rows[-1].double() if last else rows.double().mean(0) for ids, rows in states.items()}
+            found.append(_rows(prompts, means, _mean))
+    return torch.stack(found)
+
+
+def _rows(
+    prompts: Sequence[Prompts], states: Mapping[Ids, Tensor], combine: Callable[[Sequence[Tensor]], Tensor]
+) -> Tensor:
+    """The row of each expert in one layer, (experts, hidden size) in float32."""
     rows = []
     for one in prompts:
         row = combine([states[ids] for ids in one.positive])
         row = row - combine([states[ids] for ids in one.negative]) if one.negative else row
         rows.append(_normalised(row).to(torch.float32))
-    return torch.stack(rows, dim=1)
+    return torch.stack(rows)
 
 
 def _mean(states: Sequence[Tensor]) -> Tensor:
@@ -117,49 +120,6 @@ def _direction(states: Sequence[Tensor]) -> Tensor:
 
 def _normalised(rows: Tensor) -> Tensor:
     return rows / rows.norm(dim=-1, keepdim=True).clamp_min(_SHORTEST)
-
-
-def _embeddings(base: Parent, texts: Sequence[Ids]) -> dict[Ids, Tensor]:
-    """The sum of each text's embeddings, (1, hidden size) in float64; only their rows are read."""
-    source = base.sources[EMBEDDING]
-    height = source.shape(base.checkpoint)[0]
-    rows: dict[int, Tensor] = {}
-    for number in sorted({number for ids in texts for number in ids}):
-        if number >= height:
-            what = f"its tokenizer gives the token {number}, and there are {height} embeddings"
-            raise CheckpointError(what, where=base.title, mend=_MEND)
-        rows[number] = read_source(base.checkpoint, source, number, number + 1).to(torch.float64)
-    return {ids: torch.cat([rows[number] for number in ids]).sum(0, keepdim=True) for ids in texts}
-
-
-def _hidden_states(config: MoeConfig, texts: Sequence[Ids], settings: RunSettings) -> dict[Ids, Tensor]:
-    """What comes into each layer for each text, (layers, hidden size) in float64.
-
-    Of the last token, or (``hidden_avg``) the mean over tokens. Texts go through the model one by one, so that there
-    is no padding whose states could enter, and each on one thread, so that the numbers do not depend on how many
-    there are.
-    """
-    from merganser.tasks.models import blamed, load_model, open_model
-
-    model: Any = load_model(open_model(config.base_model, allow_pickle=settings.allow_pickle), "AutoModel",
-                            allow_pickle=settings.allow_pickle)  # fmt: skip
-    device = settings.torch_device or torch.device("cpu")
-    model.to(device)
-
-    def state(ids: Ids) -> Tensor:
-        with torch.inference_mode():
-            given = torch.tensor([ids], device=device)
-            found = model(input_ids=given, attention_mask=torch.ones_like(given), output_hidden_states=True,
-                          use_cache=False)  # fmt: skip
-            layers = torch.stack(found.hidden_states[:-1])[:, 0].to("cpu", torch.float64)
-            return layers.mean(1) if config.gate_mode == "hidden_avg" else layers[:, -1].clone()
-
-    with (
-        blamed("the base model cannot be run on the prompts", config.base_model, _MEND),
-        one_thread(),
-        ThreadPoolExecutor(settings.threads) as pool,
-    ):
-        return dict(zip(texts, track(pool.map(state, texts), "prompts", "prompts", len(texts)), strict=True))
 
 
 def normal_numbers(name: str, rows: Sequence[int], width: int, seed: int) -> Tensor:
