@@ -400,7 +400,7 @@ def _run_merganser(folder: Path) -> None:
 
     settings = RunSettings.make(1)
     stages = read_stages(folder / "recipe.yaml", folder / "merganser-between")
-    make_intermediates(stages[:-1], {}, settings, overwrite=False, reads=(), tell=lambda _: None)
+    make_intermediates(stages, {}, settings, overwrite=False, reads=(), tell=lambda _: None)
     recipe = make_recipe(dict(stages[-1].recipe), str(folder / "recipe.yaml"))
     carry_out(prepare(recipe, folder / "merganser", settings), folder / "merganser")
 

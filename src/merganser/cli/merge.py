@@ -133,7 +133,14 @@ def merge_command(
     from merganser.merging import RunSettings, carry_out, load_recipe, make_recipe, prepare
     from merganser.merging.memory import keep_freed
     from merganser.merging.merge import contributors_of
-    from merganser.merging.mergekit import Stage, explain_stages, make_intermediates, read_stages
+    from merganser.merging.mergekit import (
+        Stage,
+        explain_stages,
+        make_intermediates,
+        read_stages,
+        ready_stages,
+        stage_recipe,
+    )
 
     values: dict[str, Any] = {}
     stages = list[Stage]()
@@ -171,8 +178,13 @@ def merge_command(
     recipe = make_recipe({**values, **flags}, where)
     cluster = make_cluster(engine, ray_address, "merge")
     settings = RunSettings.make(threads, max_memory, device, engine=cluster, allow_pickle=allow_pickle)
+    if dry_run and (ready := ready_stages(stages)):
+        for stage in ready:
+            warn(f"{stage.name}: the plan of what others need; these are planned once it is there")
+            show_plan(prepare(stage_recipe(stage, flags), None, settings, reads=reads), as_json)
+        return
     if earlier and not dry_run:
-        make_intermediates(earlier, flags, settings, overwrite=overwrite, reads=reads, tell=warn)
+        make_intermediates(stages, flags, settings, overwrite=overwrite, reads=reads, tell=warn)
     prepared = prepare(recipe, output, settings, overwrite=overwrite, adapter=_form(as_adapter), reads=reads)
     plan = prepared.plan
     if plan.choice:

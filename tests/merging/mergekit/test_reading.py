@@ -1,5 +1,6 @@
 """Configurations of mergekit, read and translated: what comes out, and what is refused with which words."""
 
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
@@ -192,6 +193,30 @@ def test_what_is_skipped_is_told():
     assert "base model" in notes
 
 
+def test_modules_are_rules_for_the_names_of_their_tensors():
+    recipe = translated("""
+        merge_method: linear
+        modules:
+          encoder: {models: [{model: a}, {model: b, parameters: {weight: [{filter: mlp, value: 2}, {value: 3}]}}]}
+          decoder: {models: [{model: a}, {model: b}], parameters: {weight: 4}}
+          shared: {models: [{model: a}, {model: b}]}
+        parameters: {weight: 5}
+        """).recipe
+
+    def weights(name):
+        found = {}
+        for rule in recipe["rules"]:
+            if any(fnmatchcase(name, pattern) for pattern in rule["tensors"]):
+                for person, own in rule["contributors"].items():
+                    found.setdefault(person, own["coefficient"])
+        return found["a"], found["b"]
+
+    assert weights("encoder.block.0.mlp.weight") == (5, 2) and weights("encoder.block.0.attention.weight") == (5, 3)
+    assert weights("decoder.block.0.mlp.weight") == (4, 4) and weights("shared.weight") == (5, 5)
+    assert [one["name"] for one in recipe["contributors"]] == ["a", "b"]
+    make_recipe(recipe)
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -245,6 +270,8 @@ def test_what_is_skipped_is_told():
             "{merge_method: karcher, models: [{model: {model: a, override_architecture: X}}]}",
             ["override_architecture"],
         ),
+        ("{base_model: a, gate_mode: random, experts: [{source_model: b}]}", ["mergekit-moe", "merganser moe"]),
+        ("{merge_method: karcher, models: [{model: a}], chat_template: chatml}", ["'chatml'", "one of a"]),
         ("{merge_method: karcher, modules: {brain: {models: [{model: a}]}}}", ["unknown module 'brain'"]),
         (
             "{merge_method: linear, slices: [{sources: [{model: a, layer_range: [0, 2]}, {model: b, layer_range: "
@@ -330,6 +357,7 @@ def test_stages_that_cannot_be(tmp_path, text, words):
 def test_recipes_of_ours_are_no_configuration_of_mergekit(tmp_path):
     assert stages_of(tmp_path, "method: ties\ncontributors: [a, b]\n") == []
     assert stages_of(tmp_path, "contributors: [a, b]\n") == []
+    assert stages_of(tmp_path, "models: [a, b]\nbase: c\noptions: {density: 1}\n") == []  # to be told what is wrong
 
 
 @pytest.mark.parametrize(

@@ -217,6 +217,27 @@ def test_an_intermediate_result_that_was_changed_is_made_again(families: dict[st
     assert "is not made again" not in done.stderr and (between / "model.safetensors").read_bytes() == whole
 
 
+def test_models_of_later_stages_are_opened_before_the_first_is_merged(
+    families: dict[str, Path], tmp_path: Path
+) -> None:
+    file = tmp_path / "file.yaml"
+    file.write_text(placed(STAGES, families["llama"]).replace(str(families["llama"] / "c"), str(tmp_path / "nowhere")))
+    done = CliRunner().invoke(cli, ["merge", str(file), "-o", str(tmp_path / "out")])
+    assert done.exit_code != 0 and "nowhere" in str(done.exception)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file.yaml"]
+
+
+def test_a_dry_run_plans_what_can_be_planned(families: dict[str, Path], tmp_path: Path) -> None:
+    done = run(STAGES, families["llama"], tmp_path / "out", "--dry-run")
+    assert "first: the plan of what others need" in done.stderr and "slerp" in done.stdout
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out-intermediate").exists()
+    run(STAGES, families["llama"], tmp_path / "out")
+    done = run(
+        STAGES, families["llama"], tmp_path / "out2", "--dry-run", "--intermediate", str(tmp_path / "out-intermediate")
+    )
+    assert "task_arithmetic" in done.stdout
+
+
 def test_explain_writes_nothing_and_prints_a_recipe(families: dict[str, Path], tmp_path: Path) -> None:
     file = tmp_path / "file.yaml"
     file.write_text(placed(STAGES, families["llama"]))

@@ -1,7 +1,14 @@
 """Configurations of mergekit: read strictly, translated into our recipes, and carried out in stages."""
 
 from merganser.merging.mergekit.schema import Configuration, is_mergekit, read_configuration
-from merganser.merging.mergekit.stages import Stage, explain_stages, make_intermediates, read_stages
+from merganser.merging.mergekit.stages import (
+    Stage,
+    explain_stages,
+    make_intermediates,
+    read_stages,
+    ready_stages,
+    stage_recipe,
+)
 from merganser.merging.mergekit.translation import Translation, translate
 
 __all__ = [
@@ -13,5 +20,7 @@ __all__ = [
     "make_intermediates",
     "read_configuration",
     "read_stages",
+    "ready_stages",
+    "stage_recipe",
     "translate",
 ]

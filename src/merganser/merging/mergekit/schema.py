@@ -12,11 +12,11 @@ from typing import Any, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from merganser.errors import RecipeError, validated
+from merganser.merging.recipe import Recipe
 
 #: One value of a parameter; a list of them is a gradient over the layers.
 Scalar: TypeAlias = bool | int | float | str
 RECOGNISED_BY = "merge_method"  # the key that every such configuration has, and no recipe of ours
-_METHOD_KEY = "method"
 
 
 class _Strict(BaseModel):
@@ -198,8 +198,8 @@ class Configuration(_Configurable):
 
 
 def is_mergekit(values: Any) -> bool:
-    """Whether these values are a configuration of mergekit, by its keys; one of ours says ``method``."""
-    if not isinstance(values, dict) or _METHOD_KEY in values or "contributors" in values:
+    """Whether these values are a configuration of mergekit, by its keys; what has keys of our recipes is none."""
+    if not isinstance(values, dict) or set(values) & (set(Recipe.model_fields) - set(Configuration.model_fields)):
         return False
     return RECOGNISED_BY in values or any(key in values for key in ("models", "slices", "modules", "base_model"))
 
@@ -214,6 +214,9 @@ def read_configuration(values: dict[str, Any], where: str) -> Configuration:
     Raises:
         RecipeError: an unknown, missing or malformed key, with the nearest valid one; several as ``Problems``.
     """
+    if "experts" in values and RECOGNISED_BY not in values:
+        what, mend = "this is a configuration of mergekit-moe, a mixture of experts", "merganser moe FILE -o FOLDER"
+        raise RecipeError(what, where=where, mend=mend)
     configuration = validated(Configuration, values, where)
     given = [key for key in ("models", "slices", "modules") if getattr(configuration, key)]
     if len(given) != 1:

@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from merganser.checkpoints import Checkpoint, open_checkpoint
 from merganser.documents import parse_yaml_documents, read_yaml_text
 from merganser.errors import ErrorCollector, RecipeError, UserError
 from merganser.merging.memory import RunSettings
@@ -21,7 +22,7 @@ from merganser.merging.merge import PreparedMerge, carry_out, prepare
 from merganser.merging.mergekit.schema import RECOGNISED_BY, is_mergekit, read_configuration
 from merganser.merging.mergekit.translation import translate
 from merganser.merging.provenance import plan_of_record, read_provenance
-from merganser.merging.recipe import make_recipe
+from merganser.merging.recipe import Recipe, make_recipe
 from merganser.merging.verification import verify
 
 _REFERENCES = ("model", "base_model", "tokenizer_source", "source", "path", "lora")  # keys under which models stand
@@ -127,7 +128,7 @@ def make_intermediates(
     """Make every intermediate result that is not there already.
 
     Args:
-        stages: of the file, in order.
+        stages: of the file, in order; the last one is left to the caller.
         flags: of the command, which win over the file; those of the method are for the result alone.
         settings: how the work is run.
         overwrite: replace an intermediate result that was made from something else.
@@ -137,11 +138,11 @@ def make_intermediates(
     Raises:
         UserError: what cannot be merged; the results that are finished stay.
     """
-    shared = {key: value for key, value in flags.items() if key not in ("method", "options")}
-    for stage in stages:
+    _check_models(stages, settings)
+    for stage in stages[:-1]:
         if stage.folder is None:
             continue
-        recipe = make_recipe({**stage.recipe, **shared}, stage.where)
+        recipe = stage_recipe(stage, flags)
         if stage.folder.exists() and _is_up_to_date(stage.folder, prepare(recipe, None, settings)):
             tell(f"{stage.name}: {stage.folder} was made from the same inputs, so it is not made again")
             continue
@@ -151,6 +152,35 @@ def make_intermediates(
             tell(f"{stage.name}: {note}")
         result = carry_out(prepared, stage.folder, overwrite=overwrite)
         tell(f"{stage.name}: merged in {result.seconds:.1f} s into {stage.folder}")
+
+
+def stage_recipe(stage: Stage, flags: Mapping[str, Any]) -> Recipe:
+    """The recipe of an intermediate result; flags of the method are for the result of the file alone."""
+    shared = {key: value for key, value in flags.items() if key not in ("method", "options")}
+    return make_recipe({**stage.recipe, **shared}, stage.where)
+
+
+def ready_stages(stages: Sequence[Stage]) -> list[Stage]:
+    """The intermediate results that are not there and need none that is not: those that can be planned."""
+    folders = {stage.name: stage.folder for stage in stages if stage.folder is not None}
+    missing = {name for name, folder in folders.items() if not folder.exists()}
+    return [stage for stage in stages if stage.name in missing and not missing & set(stage.uses)]
+
+
+def _check_models(stages: Sequence[Stage], settings: RunSettings) -> None:
+    """Every model that a later stage reads can be opened, before the first stage is merged.
+
+    Raises:
+        UserError: all that cannot.
+    """
+    problems, known = ErrorCollector(), dict[str, Checkpoint]()
+    made = {str(stage.folder) for stage in stages if stage.folder is not None}
+    for stage in stages:
+        base = stage.recipe.get("base")
+        for model in [*(one["model"] for one in stage.recipe["contributors"]), *([base] if base else [])]:
+            if model.partition("+")[0] not in made:
+                problems.catch(open_checkpoint, model, allow_pickle=settings.allow_pickle, known=known, base=base)
+    problems.raise_all()
 
 
 def _is_up_to_date(folder: Path, prepared: PreparedMerge) -> bool:

@@ -71,8 +71,13 @@ def translate(configuration: Configuration, where: str) -> Translation:
     recipe |= _dtypes(work)
     known = dict(names) if base is None else {base: _BASE, **names}
     recipe |= work.problems.catch(tokenizer_keys, configuration, known, where) or {}
-    if configuration.chat_template is not None:
-        recipe["chat_template"] = configuration.chat_template
+    if (template := configuration.chat_template) is not None:
+        recipe["chat_template"] = template
+        if template != "auto" and "{" not in template:
+            mend = (
+                f"give the template itself, or --chat-template with one of {', '.join(dict.fromkeys(known.values()))}"
+            )
+            work.refuse(f"chat_template {template!r}: merganser has no templates of its own", mend)
     work.problems.raise_all()
     return Translation(_without_empty(recipe), tuple(work.notes))
 
