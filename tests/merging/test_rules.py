@@ -28,6 +28,8 @@ from conftest import make_model
 from merganser.errors import UserError
 from merganser.merging import Plan, make_plan, make_recipe, merge, reproduce, verify
 from merganser.merging.rules import interpolated
+from merganser.methods import METHODS
+from merganser.methods.names import METHODS_ELSEWHERE, suggest_method
 
 Family = Callable[..., tuple[Path, list[Path]]]
 State = dict[str, torch.Tensor]
@@ -322,3 +324,9 @@ def byte_tokenizer(folder: Path, template: str) -> None:
     tokenizer.save_pretrained(folder)
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": template}))
+
+
+def test_what_methods_are_called_elsewhere() -> None:
+    assert set(METHODS_ELSEWHERE.values()) <= set(METHODS) and not set(METHODS_ELSEWHERE) & set(METHODS)
+    assert suggest_method("Git-ReBasin", METHODS) == "Git-ReBasin is called rebasin here"
+    assert suggest_method("tsvm", METHODS) == "tsvm is called tsv_m here"

@@ -20,12 +20,13 @@ def methods_command(name: str | None, as_json: bool) -> None:
     merganser methods
     merganser methods ties
     """
-    from merganser.errors import RecipeError, did_you_mean
+    from merganser.errors import RecipeError
     from merganser.methods import METHODS
     from merganser.methods.description import describe
+    from merganser.methods.names import suggest_method
 
     if name is not None and name not in METHODS:
-        raise RecipeError(f"unknown method {name!r}", where="methods", mend=did_you_mean(name, METHODS))
+        raise RecipeError(f"unknown method {name!r}", where="methods", mend=suggest_method(name, METHODS))
     found = [describe(method) for method in METHODS.values() if name in (None, method.name)]
     if as_json:
         listed = [asdict(one) for one in found]

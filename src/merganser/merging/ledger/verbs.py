@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from merganser.checkpoints.places import places_read
-from merganser.errors import ErrorCollector, RecipeError, did_you_mean
+from merganser.errors import ErrorCollector, RecipeError
 from merganser.merging.configuration import check_opens
 from merganser.merging.inputs import Parent, pin
 from merganser.merging.judging import REFUSED
@@ -54,6 +54,7 @@ from merganser.merging.provenance import located
 from merganser.merging.recipe import make_recipe, method_options
 from merganser.methods import SUMMED
 from merganser.methods.base import input_width
+from merganser.methods.names import suggest_method
 from merganser.methods.regression.regmean import REGMEAN
 from merganser.paths import real
 from merganser.tensors import packed_width
@@ -88,10 +89,13 @@ def init(
     target, problems, method = Path(folder), ErrorCollector(), method or REGMEAN.name
     problems.add(*new_ledger(target, ()).problems())
     if method not in SUMMED:
-        mend = did_you_mean(method, SUMMED)
+        mend = suggest_method(method, SUMMED)
         problems.add(RecipeError(f"there are no ledgers of method {method!r}", where="--method", mend=mend))
     problems.raise_all()
     recipe = make_recipe({"contributors": [str(base)], "method": method, "options": dict(options or {})})
+    if gradients := [name for name, value in recipe.options.items() if isinstance(value, list)]:
+        what = f"the sums of a ledger are of one {gradients[0]} for all layers"
+        raise RecipeError(what, where="options", mend="give one value, or merge with merganser merge")
     settled = method_options(recipe, method, "ledger").model_dump(mode="json")
     parent = open_reference(str(base), problems, allow_pickle=allow_pickle)
     problems.raise_all()
