@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer
@@ -27,6 +28,7 @@ from transformers import AutoModelForSequenceClassification as Classifier
 from conftest import make_model
 from merganser.errors import UserError
 from merganser.merging import Plan, make_plan, make_recipe, merge, reproduce, verify
+from merganser.merging.matching import Fill, RowMap
 from merganser.merging.rules import interpolated
 from merganser.methods import METHODS
 from merganser.methods.names import METHODS_ELSEWHERE, suggest_method
@@ -138,6 +140,8 @@ def test_gradients_over_depth(family: Family, tmp_path: Path) -> None:
         depth = int(number[1]) if number else 0
         expected[name] = arithmetic(origin, states, [first[depth], 0.5], scale[depth], name)
     close(found, expected)
+    assert verify(out).parents and not reproduce(out, tmp_path / "again")
+    assert "| tuned-0 | 0, 1 |" in (out / "README.md").read_text()
 
 
 def test_each_stack_of_layers_has_its_own_depth(tmp_path: Path) -> None:
@@ -330,3 +334,34 @@ def test_what_methods_are_called_elsewhere() -> None:
     assert set(METHODS_ELSEWHERE.values()) <= set(METHODS) and not set(METHODS_ELSEWHERE) & set(METHODS)
     assert suggest_method("Git-ReBasin", METHODS) == "Git-ReBasin is called rebasin here"
     assert suggest_method("tsvm", METHODS) == "tsvm is called tsv_m here"
+
+
+def test_the_base_may_be_one_of_the_models(family: Family, tmp_path: Path) -> None:
+    _, models = family("llama", 3, statistics=False)
+    people = [{"name": "first"}, {}, {}]
+    out = carried_out(tmp_path / "out", models, method="task_arithmetic", base="first", contributors=people)
+    found, states = opened(out), [opened(model) for model in models]
+    close(found, {name: arithmetic(states[0], states, [1, 1, 1], 0.4, name) for name in found})
+
+
+def test_rows_that_the_taken_model_lacks_are_the_others() -> None:
+    table = RowMap.of([[0, 1, 2, -1], [-1, 0, 1, 2], [1, -1, 0, 3]], base=[0, -1, 1, 2])
+    assert table.preferring(0).own == ((0, 1, 2, -1), (-1, -1, -1, 2), (-1, -1, -1, 3))
+    assert table.preferring(0).own_base == (-1, -1, -1, 2)
+    assert table.preferring(-1).own == ((-1, 1, -1, -1), (-1, 0, -1, -1), (-1, -1, -1, -1))
+    assert table.preferring(-1).own_base == (0, -1, 1, 2)
+    filled = RowMap.of([[0, -1], [0, 1]], fills=[Fill.of([0], np.array([[1], [0]]), [1])])
+    assert [group[:2] for group in filled.preferring(0).groups()] == [((0, 1), (0,))]
+
+
+def test_a_head_from_one_model_knows_the_labels_of_the_others(tmp_path: Path) -> None:
+    models = []
+    for number, labels in enumerate((["x", "y"], ["y", "z"])):
+        models.append(tmp_path / f"tuned-{number}")
+        names = {"id2label": dict(enumerate(labels)), "label2id": {label: n for n, label in enumerate(labels)}}
+        make_model("bert", number, **names).save_pretrained(models[-1])
+    rules = [{"role": "head", "take": "tuned-1"}]
+    out = carried_out(tmp_path / "out", models, method="simple", labels="union", rules=rules)
+    found, states = opened(out, Classifier), [opened(model, Classifier) for model in models]
+    expected = torch.stack([states[0]["classifier.weight"][0], *states[1]["classifier.weight"]])
+    assert torch.equal(found["classifier.weight"], expected)

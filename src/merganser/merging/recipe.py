@@ -265,6 +265,9 @@ def make_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
     if recipe.method != "auto" and recipe.method not in METHODS:
         problems.add(unknown_method(recipe.method, where, ["auto"]))
     problems.add(*_place_problems(recipe, where))
+    if recipe.base is not None:  # which may be one of the contributors, by its name
+        named = {one.name: one.model for one in recipe.contributors if one.name is not None}
+        recipe = recipe.model_copy(update={"base": named.get(recipe.base, recipe.base)})
     problems.raise_all()
     return recipe
 

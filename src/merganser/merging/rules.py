@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, get_args, get_origin
 
 from merganser.checkpoints.parts import ROLES, Part
@@ -43,7 +44,7 @@ class Assignment:
     taken: int | None = None
     why: str | None = None
 
-    @property
+    @cached_property
     def key(self) -> str:
         """The same for tensors that are merged alike."""
         said = [self.method, dict(self.options), self.coefficients, self.participants, self.taken]
@@ -147,12 +148,18 @@ class _Assigning:
             self._numbers.setdefault(title, number)
             self._numbers.setdefault(contributor.model, number)
         self._numbers.setdefault("base", BASE_NUMBER)
+        self._own_settings = {
+            number: OwnSettings(coefficient=one.coefficient, options=one.options)
+            for number, one in enumerate(recipe.contributors)
+        }
         self._validated: dict[str, dict[str, Any]] = {}
         self._matched: set[str] = set()
         self._heeded: set[tuple[str, str]] = set()  # (place, option) that some tensor's method has
         self._unheeded: dict[tuple[str, str], set[str]] = {}  # the same of those that none has, with the methods
 
     def run(self, names: Sequence[str]) -> dict[str, Assignment]:
+        if is_plain(self._recipe):
+            return dict.fromkeys(names, self._of_tensor(""))
         found = {name: self._of_tensor(name) for name in names}
         self._check_matches(names)
         for (place, option), methods in self._unheeded.items():
@@ -212,11 +219,7 @@ class _Assigning:
         for number, rule in enumerate(recipe.rules):
             if self._applies(rule, f"rules.{number}", name):
                 yield self._said(rule, f"rules.{number}", share)
-        own_settings = {
-            number: OwnSettings.model_construct(coefficient=one.coefficient, options=one.options)
-            for number, one in enumerate(recipe.contributors)
-        }
-        yield _Saying("options", "the recipe", share, recipe.method, None, recipe.options, own_settings)
+        yield _Saying("options", "the recipe", share, recipe.method, None, recipe.options, self._own_settings)
 
     def _said(self, rule: Rule, place: str, share: float) -> _Saying:
         people = {self._numbers[name]: own for name, own in rule.contributors.items()}
