@@ -217,7 +217,11 @@ def test_provenance_says_what_was_really_used(method: str, family: tuple[Path, l
 
 
 @pytest.mark.parametrize(
-    "method", ["random_drop", "great_circle", "truncated_svd", "ties", "task_arithmetic", "actmat"]
+    "method",
+    [
+        *("random_drop", "great_circle", "truncated_svd", "ties", "task_arithmetic", "actmat"),
+        *("slerp", "karcher", "model_stock", "nearswap"),
+    ],
 )
 def test_on_another_device_it_computes_the_same(method: str) -> None:
     """Random numbers, sums and factors lie where the weights do."""

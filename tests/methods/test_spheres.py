@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from merganser.errors import MerganserError
@@ -324,15 +326,16 @@ def test_arcee_fusion_equals_the_formula(shape: tuple[int, ...]) -> None:
 # What holds for all of them.
 
 
+@pytest.mark.parametrize("width", [17, 5000])
 @pytest.mark.parametrize("way", WAYS)
-def test_slices_are_parts_of_the_whole(way: str) -> None:
+def test_slices_are_parts_of_the_whole(way: str, width: int) -> None:
     """With rows of any numbers: every slice, and slices of a part of the tensor."""
     method, count, options = WAYS[way]
-    base, tuned = family((29, 17), count, 0.1)
+    base, tuned = family((29, width), count, 0.1)
     c = [1.0, 2.0, 0.5, 1.5][:count] if METHODS[method].needs.weighted else [1.0] * count
     chosen = METHODS[method].configured(METHODS[method].options_type(**options))
     for labels in (range(100, 129), tuple(range(0, 87, 3))):
-        unit = Unit(("w",), method, (Facts("w", (29, 17), in_base=True, rows=labels),))
+        unit = Unit(("w",), method, (Facts("w", (29, width), in_base=True, rows=labels),))
         expected = chosen.merge(unit, shares_of(base, tuned, c)).tensors["w"]
         for height in (1, 4, 13):
             prepared = chosen.prepare(unit, shares_of(base, tuned, c))
@@ -458,3 +461,17 @@ def test_impossible_options_and_models_are_refused(tmp_path: Path) -> None:
     refused(2, "does not weigh", "nearswap", coefficients=[1, 2])
     refused(2, "exactly 1 model", "passthrough")
     assert not (tmp_path / "out").exists()
+
+
+def test_provenance_says_where_models_point_apart(tmp_path: Path) -> None:
+    base, models = write_family(tmp_path, "bert", "F32")
+    origin, one = (load_file(folder / "model.safetensors") for folder in (base, models[0]))
+    apart = "bert.pooler.dense.weight"
+    two = {name: 2 * origin[name] - tensor if name == apart else tensor for name, tensor in one.items()}
+    save_file(two, models[1] / "model.safetensors", metadata={"format": "pt"})
+    out = Path(merge(models[:2], tmp_path / "out", method="model_stock", base=base))
+    tensors = json.loads((out / "provenance.json").read_text(encoding="utf-8"))["tensors"]
+    assert {name for name, entry in tensors.items() if "point apart" in str(entry.get("note"))} == {apart}
+    found = load_file(out / "model.safetensors")
+    assert torch.equal(found[apart], origin[apart])
+    assert all(torch.equal(found[name], one[name]) for name in found if name != apart)
