@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from merganser import blas
-from merganser.blas import add_product_, cholesky_, solve_cholesky_
+from merganser.blas import add_gram_, add_product_, cholesky_, eigh_, solve_cholesky_
 from merganser.tensors import one_thread
 
 
@@ -151,3 +151,33 @@ def test_threads_side_by_side_get_the_bytes_of_one() -> None:
     with one_thread(), ThreadPoolExecutor(4) as pool:
         together = list(pool.map(solve, range(8)))
         assert all(torch.equal(found, solve(number)) for number, found in enumerate(together))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(1, 1), (4, 9), (9, 4), (7, 1), (65, 130)])
+def test_a_gram_matrix_is_added_to_the_lower_triangle(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(1)
+    matrix = torch.randn(shape, dtype=dtype, generator=generator)
+    start = torch.randn(shape[0], shape[0], dtype=dtype, generator=generator)
+    expected = start.double() + matrix.double() @ matrix.double().T
+    for given in (matrix, inside(matrix), matrix.T.contiguous().T, inside(matrix.T).T):
+        for place in (torch.clone, inside):
+            found = place(start)
+            assert add_gram_(found, given) is found
+            torch.testing.assert_close(found.tril().double(), expected.tril(), rtol=1e-5, atol=1e-4)
+            assert torch.equal(found.triu(1), start.triu(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("width", [1, 2, 65, 200])
+def test_eigenvectors_are_rows_and_only_the_lower_triangle_is_read(width: int, dtype: torch.dtype) -> None:
+    matrix = positive(width, dtype) - torch.eye(width, dtype=dtype)
+    exact = torch.linalg.eigvalsh(matrix.double())
+    bound = 1e-4 if dtype == torch.float32 else 1e-12
+    for place in (torch.clone, inside):
+        vectors = place(matrix.tril() + torch.full_like(matrix, torch.nan).triu(1))
+        values = eigh_(vectors)
+        torch.testing.assert_close(values.double(), exact, rtol=bound, atol=bound)
+        product = (vectors.T * values) @ vectors
+        torch.testing.assert_close(product.double(), matrix.double(), rtol=bound, atol=bound)
+    assert eigh_(torch.empty(0, 0)).shape == (0,)
