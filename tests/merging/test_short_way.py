@@ -8,9 +8,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-#: Before a tensor is read: folders and what they may hold, quantisation, modules, the model view, configurations,
+#: Before a tensor is read: folders and what they may hold, quantisation, modules, the model view, rules, configurations,
 #: tokenizers, labels, and statistics, which are judged.
-MODULES, FRAMES = 60, 11
+MODULES, FRAMES = 63, 11
 
 FOLLOW = """
 import json, sys, threading

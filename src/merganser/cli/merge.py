@@ -15,6 +15,7 @@ from merganser.files import human_bytes
 if TYPE_CHECKING:
     from merganser.merging import RunSettings
     from merganser.merging.merge import PreparedMerge
+    from merganser.merging.mergekit import Stage
     from merganser.merging.plan import AdapterForm
 
 
@@ -133,19 +134,13 @@ def merge_command(
     from merganser.merging import RunSettings, carry_out, load_recipe, make_recipe, prepare
     from merganser.merging.memory import keep_freed
     from merganser.merging.merge import contributors_of
-    from merganser.merging.mergekit import (
-        Stage,
-        explain_stages,
-        make_intermediates,
-        read_stages,
-        ready_stages,
-        stage_recipe,
-    )
 
     values: dict[str, Any] = {}
-    stages = list[Stage]()
+    stages: list[Stage] = []
     where, reads = "command line", list[Path]()
     if len(models) == 1 and Path(models[0]).suffix in (".yaml", ".yml"):
+        from merganser.merging.mergekit import read_stages
+
         where, reads = models[0], [Path(models[0])]
         stages = read_stages(reads[0], Path(intermediate or f"{output or 'merged'}-intermediate"))
         values = dict(stages[-1].recipe) if stages else load_recipe(reads[0])
@@ -171,6 +166,8 @@ def merge_command(
         flags["options"] = {**(values.get("options") or {}), **chosen}
     earlier, notes = stages[:-1], stages[-1].notes if stages else ()
     if explain:
+        from merganser.merging.mergekit import Stage, explain_stages
+
         click.echo(explain_stages([*earlier, Stage(None, {**values, **flags}, notes, where)]), nl=False)
         return
     for note in notes:
@@ -178,11 +175,14 @@ def merge_command(
     recipe = make_recipe({**values, **flags}, where)
     cluster = make_cluster(engine, ray_address, "merge")
     settings = RunSettings.make(threads, max_memory, device, engine=cluster, allow_pickle=allow_pickle)
-    if dry_run and (ready := ready_stages(stages)):
-        for stage in ready:
+    if earlier:
+        from merganser.merging.mergekit import make_intermediates, ready_stages, stage_recipe
+
+        for stage in (ready := ready_stages(stages) if dry_run else []):
             warn(f"{stage.name}: the plan of what others need; these are planned once it is there")
             show_plan(prepare(stage_recipe(stage, flags), None, settings, reads=reads), as_json)
-        return
+        if ready:
+            return
     if earlier and not dry_run:
         make_intermediates(stages, flags, settings, overwrite=overwrite, reads=reads, tell=warn)
     prepared = prepare(recipe, output, settings, overwrite=overwrite, adapter=_form(as_adapter), reads=reads)

@@ -76,7 +76,7 @@ def plan_of(recipe: Recipe, inputs: Inputs, *, adapter: AdapterForm | None = Non
     problems.catch(reference.checkpoint.side_paths)
     if not inputs.without_base and (left := side_files.left_behind(reference.checkpoint.path)) is not None:
         notes.append(left)
-    template = choose_chat_template(recipe, parents, base, problems)
+    template = None if recipe.chat_template is None else choose_chat_template(recipe, parents, base, problems)
     if template is not None and adapter is not None:
         mend = "leave out chat_template, or write a full checkpoint"
         problems.add(RecipeError("an adapter has its base's chat template", where="chat_template", mend=mend))
@@ -113,7 +113,7 @@ def plan_of(recipe: Recipe, inputs: Inputs, *, adapter: AdapterForm | None = Non
     )
     notes += vocabulary.notes
     rows |= vocabulary.rows
-    notes += notes_without_base(inputs, names, methods)
+    notes += notes_without_base(inputs, names, methods) if inputs.without_base else []
     if inputs.stacking is None:
         shared = [name for name in names if not inputs.without_base or all(name in p.sources for p in people)]
         match_shapes(people, shared, rows, problems)
@@ -123,7 +123,7 @@ def plan_of(recipe: Recipe, inputs: Inputs, *, adapter: AdapterForm | None = Non
     if people[0] is not parents[0] and not inputs.of_ledger and inputs.stacking is None:  # what has no canonical name
         check_unmatched([people[0], parents[0]], ((), ()), problems)
     check_all_needs(settled, assignments.values(), inputs, problems)
-    notes += check_texts(methods, parents, problems)
+    notes += check_texts(methods, parents, problems) if any(one.needs.data for one in methods) else []
     if form is not None:
         check_adapter(recipe, inputs, form, methods, problems)
     problems.raise_all()
