@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 import torch
@@ -109,6 +110,13 @@ def make_world(world: Path) -> None:
                 parameter.add_(0.1 * bool(number) * torch.randn(parameter.shape, generator=generator))
         model.save_pretrained(world / name)
         save_tokenizer(world / name, "bert")
+    for number, name in enumerate(("dense", "expert-1", "expert-2")):
+        make_model("llama", number).save_pretrained(world / name)
+    experts = [{"source_model": name, "positive_prompts": ["x"]} for name in ("expert-1", "expert-2")]
+    (world / "moe.yaml").write_text(yaml.safe_dump({"base_model": "dense", "gate_mode": "random", "experts": experts}))
+    first = {"name": "first", "merge_method": "linear", "models": [_weighed("a"), _weighed("b")]}
+    last = {"merge_method": "task_arithmetic", "base_model": "base", "models": [_weighed("first"), _weighed("c")]}
+    (world / "stages.yaml").write_text(yaml.safe_dump_all([first, last]))
     (world / "data.txt").write_text("\n".join(_DATA * 4) + "\n")
     write_suite(world / "suite")
     grid = {
@@ -124,6 +132,10 @@ def make_world(world: Path) -> None:
     }
     for file, seeds in (("half.yaml", [1]), ("whole.yaml", [1, 2])):
         (world / file).write_text(yaml.safe_dump({**grid, "seeds": seeds}))
+
+
+def _weighed(model: str) -> dict[str, Any]:
+    return {"model": model, "parameters": {"weight": 0.5}}
 
 
 #: Run once in a new world, so that every case finds statistics.
@@ -148,6 +160,10 @@ CASES = [
          [[*_OLD, "-o", f"kept://{BUCKET}/out"]], share=3, replaces=True),
     Case("merge as an adapter", [*_MERGE, "--base", "base", "--as-adapter", "2", "-o", "out", "--overwrite"],
          folder("out"), [[*_MERGE, "--base", "base", "--as-adapter", "1", "-o", "out"]], replaces=True),
+    Case("extract over an old one", ["extract", "a", "--base", "base", "--rank", "2", "-o", "out", "--overwrite"],
+         folder("out"), [["extract", "b", "--base", "base", "--rank", "1", "-o", "out"]], replaces=True),
+    Case("merge in stages", ["merge", "stages.yaml", "-o", "out", "--threads", "1"], folder("out"), resumed=True),
+    Case("mixture of experts", ["moe", "moe.yaml", "-o", "out"], folder("out")),
     Case("collect", ["collect", "base", "--data", "data.txt"], folder("base/merge_statistics.safetensors")),
     Case("collect over an old one", ["collect", "a", "--data", "data.txt", "--shard-examples", "7", "--overwrite"],
          folder("a/merge_statistics.safetensors"), replaces=True),
