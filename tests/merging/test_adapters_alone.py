@@ -307,7 +307,6 @@ def test_what_cannot_be_merged_without_the_base(save_model: Save, tmp_path: Path
         "whole": (changed("whole", {f"{q}.weight": torch.ones(16, 16)}), "by factors in another"),
         "vector": (changed("vector", vector | table, r=2, lora_bias=True), "which PEFT cannot have"),
         "base": (changed("base-2", base_model_name_or_path="somebody/another"), "name different bases"),
-        "tied": (changed("tied", ensure_weight_tying=True), "ensure_weight_tying"),
         "full": (base, "this is a full model"),
     }  # fmt: skip
     for name, (folder, words) in cases.items():
@@ -315,6 +314,12 @@ def test_what_cannot_be_merged_without_the_base(save_model: Save, tmp_path: Path
             merge([one, folder], tmp_path / "out", method="simple", without_base=True)
         assert "to mend" in str(caught.value), name
         assert not (tmp_path / "out").exists()
+    table = "model.embed_tokens.lora_embedding"
+    untied = {f"{table}_A": torch.ones(2, 9), f"{table}_B": torch.ones(4, 2)}
+    tied = changed("tied", ensure_weight_tying=True)
+    with pytest.raises(UserError, match="without keeping it tied"):
+        merge([tied, changed("untied", untied, r=2)], tmp_path / "out", method="simple")
+    merge([one, tied], tmp_path / "both", method="simple")
     with pytest.raises(UserError, match="statistics"):
         merge([one, two], tmp_path / "out", method="regmean")
     other = cases["base"][0]
@@ -361,3 +366,64 @@ def test_factors_are_not_multiplied_out(save_model: Save, tmp_path: Path) -> Non
         merge(folders, tmp_path / "out", method="simple")
     with pytest.raises(UserError, match="written by this process"):
         merge(folders, "memory://out", method="simple")
+
+
+#: Of an adapter that PEFT saves: the architecture and what LoraConfig is given, for each of two contributors.
+SAVED_BY_PEFT: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "all biases": ("bert", {"bias": "all", "target_modules": ["query"]}, {"bias": "all", "target_modules": ["query"]}),
+    "adapted biases": (
+        "bert",
+        {"bias": "lora_only", "target_modules": ["key"]},
+        {"bias": "lora_only", "target_modules": ["key"], "r": 4},
+    ),
+    "a head": (
+        "bert",
+        {"task_type": "SEQ_CLS", "target_modules": ["query"]},
+        {"task_type": "SEQ_CLS", "r": 5, "target_modules": ["value"]},
+    ),
+    "norms": (
+        "llama",
+        {"modules_to_save": ["norm"], "target_modules": ["q_proj"]},
+        {"modules_to_save": ["norm"], "target_modules": "all-linear"},
+    ),
+    "patterns": (
+        "qwen2",
+        {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"layers.0.self_attn.q_proj": 7}, "use_rslora": True},
+        {"target_modules": r".*\.(q_proj|up_proj)", "alpha_pattern": {"up_proj": 3}, "r": 2},
+    ),
+    "Conv1D": (
+        "gpt2",
+        {"target_modules": ["c_attn"], "fan_in_fan_out": True},
+        {"target_modules": ["c_proj"], "fan_in_fan_out": True},
+    ),
+    "tied embeddings": (
+        "qwen2",
+        {"target_modules": ["embed_tokens"], "ensure_weight_tying": True},
+        {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SAVED_BY_PEFT)
+def test_what_peft_saves_is_averaged_to_what_peft_opens(save_model: Save, tmp_path: Path, case: str) -> None:
+    architecture, *configs = SAVED_BY_PEFT[case]
+    base, states, folders = save_model("base", architecture), [], []
+    model_class = ARCHITECTURES[architecture][1]
+    for number, config in enumerate(configs):
+        torch.manual_seed(number)
+        settings = peft.LoraConfig(**{"r": 3, "lora_alpha": 5, "init_lora_weights": False, **config})
+        trained = peft.get_peft_model(model_class.from_pretrained(base), settings)
+        with torch.no_grad():
+            for parameter in trained.parameters():
+                if parameter.requires_grad and parameter.dim() == 1:
+                    parameter.add_(0.3 * torch.randn_like(parameter))
+        trained.save_pretrained(tmp_path / f"a{number}")
+        folders.append(apart(tmp_path / f"a{number}"))
+        states.append(trained.merge_and_unload().state_dict())
+    out = Path(merge(folders, tmp_path / "out", method="simple", coefficients=[1, 3]))
+    found = peft.PeftModel.from_pretrained(model_class.from_pretrained(base), out).merge_and_unload().state_dict()
+    assert set(found) == set(states[0])
+    for name, tensor in found.items():
+        wanted = (states[0][name] + 3 * states[1][name]) / 4
+        torch.testing.assert_close(tensor, wanted, rtol=1e-4, atol=1e-5, msg=name)
+    assert reproduce(out) == []

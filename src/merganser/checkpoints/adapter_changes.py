@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -30,6 +30,8 @@ from merganser.paths import expanded
 from merganser.text import listed
 
 _WITH_BASE = "give the base too, as base+adapter"
+_TIED = ("embed_tokens", "lm_head")  # what PEFT looks for
+_COPY = "base_layer"  # of an embedding that is adapted: PEFT saves the base's beside the factors
 
 
 class ChangesCheckpoint(Checkpoint):
@@ -176,12 +178,13 @@ class OpenChanges:
 
 def lack_their_base(references: Sequence[str], *, allow_pickle: bool = False) -> bool:
     """Whether all of these are adapters, and none is named with its base or names one that is to be had."""
+    tried: dict[str, bool] = {}
     for reference in references:
         if _pair(reference) is not None:
             return False
         try:
             files = open_files(reference, allow_pickle)
-            if not is_adapter(files) or not names_missing_base(files, allow_pickle=allow_pickle):
+            if not is_adapter(files) or not names_missing_base(files, tried, allow_pickle=allow_pickle):
                 return False
         except UserError:
             return False
@@ -212,9 +215,10 @@ def open_changes(references: Sequence[str], *, base: str | None = None, allow_pi
         listing = "; ".join(f"{reference}: {name or 'none'}" for reference, name in bases.items())
         what = f"the adapters name different bases ({listing})" if named else "the adapters name no base"
         problems.add(CheckpointError(what, mend="if all were trained on one, say what to call it: --base NAME"))
-    if len({bool(one.raw.get("ensure_weight_tying")) for one in opened}) > 1:
-        what = "some of the adapters keep embeddings tied (ensure_weight_tying), and some do not"
-        problems.add(CheckpointError(what, mend=_WITH_BASE))
+    ties = [one for one in opened if one.raw.get("ensure_weight_tying")]
+    if ties and (parts := [one for one in opened if one not in ties and one.touches_embeddings]):
+        what = f"it adapts an embedding without keeping it tied (ensure_weight_tying), and {ties[0].name} keeps them"
+        problems.add(CheckpointError(what, where=parts[0].name, mend=_WITH_BASE))
     vectors = [one.name for one in opened if any(change.vector for change in one.changes.values())]
     if vectors and any(layer.kind == "embedding" for one in opened for layer in one.layers.values()):
         what = "adapted embeddings beside vectors on biases (lora_bias), which PEFT cannot have in one adapter"
@@ -248,6 +252,12 @@ class _Adapter:
         found = {name: shape_of(change, self.files) for name, change in self.changes.items() if not change.whole}
         return {name: shape for name, shape in found.items() if shape is not None}
 
+    @property
+    def touches_embeddings(self) -> bool:
+        """Whether it changes what models tie to each other."""
+        modules = (name.removesuffix(".weight").removesuffix(f".{_COPY}") for name in self.changes)
+        return any(module.rpartition(".")[2] in _TIED for module in modules)
+
 
 def _pair(reference: str) -> tuple[str, str] | None:
     return None if expanded(reference).is_dir() else pair_of(reference)
@@ -274,6 +284,9 @@ def _open(reference: str, allow_pickle: bool) -> _Adapter:
             if change is None:
                 continue
             name = f"{module}.{kind}"
+            if change.whole and change.a and _COPY in change.whole.split("."):
+                changes[f"{module}.{_COPY}.{kind}"] = Change(whole=change.whole)
+                change = replace(change, whole=None)
             changes[name] = change
             if change.a and not change.whole:
                 layers[name] = Layer(module, "embedding" if change.transposed else "linear", name, None, False)
@@ -300,9 +313,10 @@ def _change(files: Checkpoint, settings: AdapterSettings, module: str, found: Fo
     if "/" in module:
         raise CheckpointError(f"{module}: a module of sentence-transformers", mend=_WITH_BASE)
     change = change_of(files, settings, Target(f"{module}.{kind}", module), found, kind)
-    if change.whole and (change.a or change.vector):
+    copied = _COPY in str(change.whole).split(".") and not change.vector
+    if change.whole and (change.a or change.vector) and not copied:
         what = f"{module}: a whole {kind} beside factors, which takes the place of the base's"
-        raise CheckpointError(what, mend=f"{_WITH_BASE}, or save the adapter without it (save_embedding_layers=False)")
+        raise CheckpointError(what, mend=_WITH_BASE)
     return change
 
 

@@ -159,10 +159,15 @@ def _same_place(one: str, other: str) -> bool:
     return real(expanded(one)) == real(expanded(other))
 
 
-def names_missing_base(files: Checkpoint, *, allow_pickle: bool = False) -> bool:
+def names_missing_base(files: Checkpoint, tried: dict[str, bool], *, allow_pickle: bool = False) -> bool:
     """Whether an adapter names no base that is to be had: none at all, no folder here, nothing on the Hub.
 
     A folder by a path that can lead anywhere is there: to take it is for the user to say.
+
+    Args:
+        files: of the adapter.
+        tried: what was found of names before, since the Hub may take its time to answer. Added to.
+        allow_pickle: a base may be pickled.
     """
     settings = read_json(files.path / adapters.CONFIG, missing={})
     name, revision = settings.get("base_model_name_or_path"), settings.get("revision")
@@ -170,11 +175,14 @@ def names_missing_base(files: Checkpoint, *, allow_pickle: bool = False) -> bool
         return True
     if _beside(files.path, name) is not None or (leads_anywhere(name) and expanded(name).is_dir()):
         return False
-    try:
-        open_files(f"{name}@{revision}" if isinstance(revision, str) and revision else name, allow_pickle)
-    except CheckpointError:
-        return True
-    return False
+    reference = f"{name}@{revision}" if isinstance(revision, str) and revision else name
+    if reference not in tried:
+        try:
+            open_files(reference, allow_pickle)
+            tried[reference] = False
+        except CheckpointError:
+            tried[reference] = True
+    return tried[reference]
 
 
 def _open_base(place: str, adapter: Checkpoint, allow_pickle: bool) -> Checkpoint:

@@ -153,7 +153,7 @@ def notes_without_base(inputs: Inputs, names: Sequence[str], methods: Sequence[M
     """What to tell the user where adapters are merged without their base, first of all of what they have whole."""
     if not inputs.without_base or inputs.base is None:
         return []
-    whole = [name for name in names if name not in inputs.base.sources]
+    whole = [name for name in names if name not in inputs.base.sources and ".base_layer." not in name]
     few = [name for name in whole if any(name not in parent.sources for parent in inputs.parents)]
     shared = [name for name in whole if name not in few]
     text = "without the base nobody knows how they changed"

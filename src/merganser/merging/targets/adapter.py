@@ -152,6 +152,8 @@ class AdapterTarget:
         module, _, kind = parameter.rpartition(".")
         if self._kept_as(name, layer) == "left out":
             self._lose(name, "left out as asked for", before, merged)
+        elif self.inputs.without_base and module.endswith(".base_layer"):  # a copy of what the base has
+            self._put(parameter, merged, step, note)
         elif before is None and kind == "bias" and self.inputs.without_base and self._names.head_of(module) is None:
             self.biases.add(module)
             self._put(parameter, merged, step, note)

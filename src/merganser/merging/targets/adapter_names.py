@@ -110,8 +110,8 @@ class NamesOfChanges(NamesOfModel):
         return []
 
     def keeps_tied(self, modules: Collection[str]) -> bool:
-        """What the contributors say."""
-        return bool(self._agreed("ensure_weight_tying"))
+        """What the contributors say that adapt an embedding; they agree."""
+        return any(bool(settings.get("ensure_weight_tying")) for settings in self._said)
 
     def more_settings(self) -> dict[str, Any]:
         """The class of the model, where they agree."""
