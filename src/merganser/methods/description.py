@@ -75,9 +75,7 @@ def describe(method: Method) -> MethodDescription:
     if needs.statistics is not None:
         found.append(_STATISTICS[needs.statistics])
     if needs.data:
-        found.append("texts (--data)")
-    if needs.data:
-        found.append("texts at hand")
+        found.append("texts at hand (--data)")
     if not needs.weighted:
         found.append("equal coefficients")
     if needs.package is not None:

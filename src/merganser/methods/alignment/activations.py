@@ -37,6 +37,11 @@ class ActivationOptions(RebasinOptions):
 class ByActivations(Rebasin):
     """Average of units permuted by their activations; see the module."""
 
+    @property
+    def streaming(self) -> str:
+        """Texts go through a model as a whole."""
+        return f"one model while it reads the texts; then {super().streaming}"
+
     def features(self, unit: Unit, share: Share) -> Tensor:
         """Activations of each unit, (units, numbers), so that inner products are the similarities."""
         seen = share.activations(unit.names[-1]).to("cpu", torch.float64)

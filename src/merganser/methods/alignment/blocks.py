@@ -89,6 +89,11 @@ class AlignedOptions(Options):
 class Aligned(Method):
     """Average of blocks whose units were put in one order. It has no shape of others: its units are blocks."""
 
+    @property
+    def streaming(self) -> str:
+        """Models are read one after the other."""
+        return "one block of one model, and of the result"
+
     @abstractmethod
     def orders(self, unit: Unit, shares: Sequence[Share]) -> list[Tensor]:
         """The order of each contributor's units, (units,): the merge's unit j is its unit order[j]."""
