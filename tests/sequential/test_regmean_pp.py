@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from conftest import save_tokenizer
 from merganser.cli import main
 from merganser.errors import UserError
-from merganser.merging import reproduce, verify
+from merganser.merging import make_recipe, reproduce, verify
 from merganser.sequential import merge_regmean_pp
 from merganser.statistics import Statistics
 
@@ -261,6 +261,16 @@ def test_what_cannot_be_is_said_before_any_work(save_ready: Save, tmp_path: Path
     with pytest.raises(UserError, match="1-m0"):
         merge_regmean_pp(folders, files, tmp_path / "out", overwrite=True)
     assert not (tmp_path / "out").exists()
+
+
+def test_it_is_explained_and_no_part_of_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["methods"], ["methods", "regmean_pp"]):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert "regmean_pp" in capsys.readouterr().out
+    for name in ("regmean_pp", "RegMean++"):
+        with pytest.raises(UserError, match=r"--method regmean_pp --data FILE"):
+            make_recipe({"contributors": ["a", "b"], "method": name})
 
 
 def test_a_model_without_a_chain_of_blocks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

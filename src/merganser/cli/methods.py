@@ -21,13 +21,14 @@ def methods_command(name: str | None, as_json: bool) -> None:
     merganser methods ties
     """
     from merganser.errors import RecipeError
-    from merganser.methods import METHODS
+    from merganser.methods import IN_TURN, METHODS
     from merganser.methods.description import describe
     from merganser.methods.names import suggest_method
 
-    if name is not None and name not in METHODS:
-        raise RecipeError(f"unknown method {name!r}", where="methods", mend=suggest_method(name, METHODS))
-    found = [describe(method) for method in METHODS.values() if name in (None, method.name)]
+    known = {**METHODS, **IN_TURN}
+    if name is not None and name not in known:
+        raise RecipeError(f"unknown method {name!r}", where="methods", mend=suggest_method(name, known))
+    found = [describe(method) for method in known.values() if name in (None, method.name)]
     if as_json:
         listed = [asdict(one) for one in found]
         click.echo(json.dumps(listed if name is None else listed[0], indent=1, ensure_ascii=False))

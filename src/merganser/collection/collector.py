@@ -93,7 +93,9 @@ class Collector:
     ) -> None:
         self._model, self._checkpoint, self._label = model, checkpoint, label
         self._grams, self._fisher, self._problem, self._sampling = grams, fisher, problem, sampling
-        self._experts, self._kfac = experts, kfac if grams else None
+        if kfac is not None and not grams:
+            raise ValueError("K-FAC stands beside Gram matrices: collect them, too")
+        self._experts, self._kfac = experts, kfac
         self._device = inputs_device(model)
         self._stack = ExitStack()
         self._observer: Observer | None = None

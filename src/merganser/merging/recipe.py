@@ -11,9 +11,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 
 from merganser.documents import read_yaml
 from merganser.errors import ErrorCollector, RecipeError, UserError, did_you_mean, raise_all, validated
-from merganser.methods import METHODS
+from merganser.methods import IN_TURN, METHODS
 from merganser.methods.base import LARGEST
-from merganser.methods.names import KEYS_ELSEWHERE, suggest_method
+from merganser.methods.names import KEYS_ELSEWHERE, name_here, suggest_method
 
 _LISTS = ("exclude", "keep_separate", "tensors", "role")  # keys under which one text is a list of one
 
@@ -274,6 +274,9 @@ def make_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
 
 def unknown_method(name: str, where: str, others: Sequence[str] = ()) -> RecipeError:
     """The mistake of a method that is none, with the nearest that is one, or what it is called here."""
+    if (found := name_here(name, IN_TURN)) is not None:
+        what = f"{found} merges layer after layer, with texts of every model at hand, and is no part of a plan"
+        return RecipeError(what, where=where, mend=f"merganser merge MODEL… --method {found} --data FILE --data FILE")
     return RecipeError(f"unknown method {name!r}", where=where, mend=suggest_method(name, METHODS, others))
 
 

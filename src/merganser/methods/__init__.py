@@ -22,6 +22,7 @@ from merganser.methods.regression.fisher import FISHER
 from merganser.methods.regression.lot import LOT
 from merganser.methods.regression.mats import MATS
 from merganser.methods.regression.regmean import REGMEAN
+from merganser.methods.regression.regmean_pp import REGMEAN_PP
 from merganser.methods.regression.tact import TACT
 from merganser.methods.regression.wudi import WUDI
 from merganser.methods.spectral.core_space import CORE_SPACE
@@ -53,6 +54,9 @@ METHODS: dict[str, Method] = {
     )
 }
 
+#: Methods that learn what they need while they merge: merganser.sequential carries them out, and no plan has them.
+IN_TURN: dict[str, Method] = {REGMEAN_PP.name: REGMEAN_PP}
+
 #: Methods whose merge is a function of sums over contributors, so that each can be added without the others.
 SUMMED: dict[str, LeastSquares] = {
     name: method
@@ -80,6 +84,7 @@ def choose(published: Collection[str], base: bool, missing: str) -> tuple[str, s
 
 
 __all__ = [
+    "IN_TURN",
     "METHODS",
     "SUMMED",
     "UNSEEN",

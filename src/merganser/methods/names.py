@@ -78,10 +78,15 @@ def suggest_method(name: str, known: Collection[str], others: Sequence[str] = ()
         known: the methods that there are.
         others: names beside those of methods, such as ``auto``.
     """
-    plain = name.strip().lower().replace("-", "_").replace(" ", "_")
-    ours = METHODS_ELSEWHERE.get(plain, plain)
-    joined = {one.replace("_", ""): one for one in known}
-    found = ours if ours in known else joined.get(ours.replace("_", ""))
+    found = name_here(name, known)
     if found is not None:
         return f"{name} is called {found} here"
     return did_you_mean(name, [*known, *others])
+
+
+def name_here(name: str, known: Collection[str]) -> str | None:
+    """What a method of another spelling, or with a name from elsewhere, is called here; None: nothing that is known."""
+    plain = name.strip().lower().replace("-", "_").replace(" ", "_")
+    ours = METHODS_ELSEWHERE.get(plain, plain)
+    joined = {one.replace("_", ""): one for one in known}
+    return ours if ours in known else joined.get(ours.replace("_", ""))

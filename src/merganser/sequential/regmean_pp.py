@@ -14,10 +14,9 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -44,8 +43,8 @@ from merganser.merging.memory import RunSettings
 from merganser.merging.merge import MergeResult, carry_out, contributors_of, prepare
 from merganser.merging.recipe import Contributor, make_recipe
 from merganser.methods import Facts, average
-from merganser.methods.base import Options
 from merganser.methods.regression.regmean import REGMEAN
+from merganser.methods.regression.regmean_pp import REGMEAN_PP, RegMeanPPOptions
 from merganser.progress import track
 from merganser.sequential.stages import Replay, Stage, find_stages, restricted
 from merganser.statistics import LayerStatistics, StatisticsHeader, write_statistics
@@ -59,21 +58,7 @@ from merganser.tasks.separate_texts import separate_texts
 from merganser.tensors import DTYPE_NAMES, one_thread, unpack_upper
 from merganser.text import listed
 
-NAME = "regmean_pp"
 _TOKENS = 1024  # padded ones of a batch that one thread runs
-
-
-class RegMeanPPOptions(Options):
-    """Options of RegMean++."""
-
-    examples: int = Field(256, ge=1, description="texts of each contributor, the first ones")
-    alpha: float = Field(0.95, ge=0, le=1, description="multiplier of the Gram matrices' off-diagonals")
-    ridge: float = Field(0.0, ge=0, description="pull toward the average, relative to tr(G)/d")
-    augment_bias: bool = Field(False, description="solve a layer's bias with its weight; the paper averages biases")
-    activations: Literal["memory", "disk"] = Field("memory", description="where a layer's outputs are kept meanwhile")
-    task: str = Field("auto", description="how the data are read, as merganser collect has it")
-    batch_size: int = Field(16, ge=1, description="texts in a batch; it changes no number beyond rounding")
-    max_length: int | None = Field(None, ge=1, description="tokens at which a text is cut")
 
 
 @dataclass
@@ -145,7 +130,7 @@ def merge_regmean_pp(
         data: what each was trained on, one for each model, as :func:`merganser.collect` takes it.
         output: the folder to write; written whole or not at all.
         coefficients: one weight a model, relative; equal by default.
-        options: see :class:`RegMeanPPOptions`.
+        options: see :class:`~merganser.methods.regression.regmean_pp.RegMeanPPOptions`.
         statistics_folder: for the statistics files that the result is made from; by default ``OUTPUT-statistics``.
         overwrite: replace what an earlier merge has written.
         settings: how the last merge is run.
@@ -158,7 +143,7 @@ def merge_regmean_pp(
         UserError: anything the user can mend, before any work; several at once as ``Problems``.
     """
     started, settings = time.monotonic(), settings or RunSettings.make()
-    chosen = validated(RegMeanPPOptions, dict(options or {}), f"options of {NAME}")
+    chosen = validated(RegMeanPPOptions, dict(options or {}), f"options of {REGMEAN_PP.name}")
     people = contributors_of([Contributor(**one) if isinstance(one, Mapping) else one for one in models], coefficients)
     if len(data) != len(people):
         what = f"{len(data)} data for {len(people)} models"
@@ -195,7 +180,7 @@ def merge_regmean_pp(
 def _one_number(coefficient: float | tuple[float, ...], title: str) -> float:
     if isinstance(coefficient, tuple):
         mend = "give one number for all layers, or merge by regmean"
-        raise RecipeError(f"{NAME} has one coefficient for each model", where=title, mend=mend)
+        raise RecipeError(f"{REGMEAN_PP.name} has one coefficient for each model", where=title, mend=mend)
     return coefficient
 
 
