@@ -20,7 +20,7 @@ from merganser.errors import UserError
 from merganser.merging import merge
 from merganser.methods import METHODS, Facts, Unit
 from merganser.methods.regression import mats
-from merganser.statistics import Statistics
+from merganser.statistics import FILE_NAME, Statistics, write_statistics
 
 LAYER = Layer("m", "linear", "w", "b", False)
 WITHOUT_BIAS = Layer("m", "linear", "w", None, False)
@@ -263,3 +263,24 @@ def test_statistics_without_gradients_are_refused(trained: list[Path], tmp_path:
     with pytest.raises(UserError, match=r"(?s)publishes no gradients of outputs.*--kfac --overwrite"):
         merge(trained, tmp_path / "out", method="mats")
     assert not (tmp_path / "out").exists()
+
+
+def test_gradients_of_another_size_are_named_and_those_that_decide_alone_refused(
+    trained: list[Path], tmp_path: Path
+) -> None:
+    """A model that is sure of its answers has small gradients: thousands of times is a note, 10⁸ times an error."""
+    own = Statistics.open(trained[1])
+    outputs = [layer.output for layer in own.header.layers if layer.output]
+
+    def scaled(factor: float) -> list[Path]:
+        tensors = {name: own.packed(name).clone() for name in own.tensors}
+        for output in outputs:
+            tensors[f"gram.{output}"] *= factor
+        return [trained[0] / FILE_NAME, write_statistics(tmp_path / f"{factor:g}.safetensors", own.header, tensors)]
+
+    result = merge(trained, tmp_path / "large", method="mats", statistics=scaled(1e5))
+    assert any("m2: the covariances of output gradients of" in note for note in result.notes)
+    assert result.influence is not None and result.influence.of == "kfac" and result.influence.overall[1] > 0.9
+    with pytest.raises(UserError, match=r"(?s)covariances of output gradients.*--accept-scales"):
+        merge(trained, tmp_path / "huge", method="mats", statistics=scaled(1e12))
+    assert not (tmp_path / "huge").exists()
