@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -35,10 +37,10 @@ class Memory:
         return self._base.clone()
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        return self._tensor[start:stop].clone()
+        return self._tensor[start:stop].clone() if self._tensor.dim() else self._tensor.clone()
 
     def base_rows(self, name: str, start: int, stop: int) -> Tensor:
-        return self._base[start:stop].clone()
+        return self._base[start:stop].clone() if self._base.dim() else self._base.clone()
 
 
 def merged(method: str, base: Tensor, tuned: Sequence[Tensor], c: Sequence[float], **options: Any) -> Array:
@@ -380,3 +382,52 @@ def test_pcb_equals_the_paper() -> None:
     found = merged("pcb", base, tuned, C, density=densities, scale=1.2)
     np.testing.assert_allclose(found, base.double().numpy() + 1.2 * change, rtol=1e-5, atol=1e-6)
     assert np.abs(change).max() > 0.1
+
+
+# What holds for all of them.
+
+SPARSE = [
+    "task_arithmetic",
+    "ties",
+    "dare_linear",
+    "dare_ties",
+    "della",
+    "della_linear",
+    "breadcrumbs",
+    "breadcrumbs_ties",
+    "sce",
+    "magmax",
+    "consensus",
+    "pcb",
+]
+
+
+@pytest.mark.parametrize("method", SPARSE)
+@settings(max_examples=15, deadline=None)
+@given(
+    shape=st.sampled_from([(5, 8), (1, 12), (9, 1), (7,), (), (4, 3, 2)]),
+    count=st.integers(1, 4),
+    exponent=st.integers(-6, 6),
+    sign=st.sampled_from([1.0, -1.0]),
+    seed=st.integers(0, 10**6),
+)
+def test_changes_of_another_length_or_sign_give_a_merge_of_another_length_or_sign(
+    method: str, shape: tuple[int, ...], count: int, exponent: int, sign: float, seed: int
+) -> None:
+    """To the last bit, as a power of two changes no digit: what is kept depends on neither."""
+    draw = torch.Generator().manual_seed(seed)
+    base = torch.zeros(shape)
+    tuned = [torch.randn(shape, generator=draw) for _ in range(count)]
+    c = [1.0, 0.5, 2.0, 1.5][:count]
+    factor = sign * 2.0**exponent
+    found = merged(method, base, [tensor * factor for tensor in tuned], c)
+    np.testing.assert_array_equal(found, factor * merged(method, base, tuned, c))
+
+
+@pytest.mark.parametrize("method", [m for m in [*SPARSE, "ram", "ram_plus"] if not m.startswith(("dare", "della"))])
+def test_the_order_of_contributors_does_not_matter(method: str) -> None:
+    """But for rounding, where nothing is drawn for each contributor."""
+    base, tuned = family((12, 9), seed=5)
+    found = merged(method, base, tuned, C)
+    other = merged(method, base, tuned[::-1], C[::-1])
+    np.testing.assert_allclose(found, other, atol=1e-6)
