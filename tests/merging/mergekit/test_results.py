@@ -248,3 +248,51 @@ def test_explain_writes_nothing_and_prints_a_recipe(families: dict[str, Path], t
     recipe = tmp_path / "ours.yaml"  # the recipe is one that can be carried out as it is
     recipe.write_text(done.stdout.split("---\n")[0])
     assert CliRunner().invoke(cli, ["merge", str(recipe), "-o", str(tmp_path / "again")]).exit_code == 0
+
+
+def test_modules_of_whole_models(tmp_path: Path) -> None:
+    """An encoder and a decoder with weights of their own, each over its own depth."""
+    sizes = {"vocab_size": 32, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_heads": 2, "decoder_start_token_id": 0}
+    config = transformers.T5Config(**sizes, num_layers=2, num_decoder_layers=3)
+    for seed, name in enumerate("ab"):
+        torch.manual_seed(seed)
+        transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path / name)
+    text = (
+        "merge_method: linear\nmodules:\n  encoder: {models: [{model: $a}, {model: $b, parameters: "
+        "{weight: [{filter: SelfAttention, value: 2}, {value: [3, 1]}]}}]}\n"
+        "  decoder: {models: [{model: $a}, {model: $b}], parameters: {weight: [4, 1]}}\n"
+        "  shared: {models: [{model: $a}, {model: $b}]}\nparameters: {weight: 5}\n"
+    ).replace("$a", str(tmp_path / "a")).replace("$b", str(tmp_path / "b"))  # fmt: skip
+    run(text, tmp_path, tmp_path / "out")
+    a, b, found = (read(tmp_path / name) for name in ("a", "b", "out"))
+    for name, tensor in found.items():
+        layer = int(name.split(".")[2]) if ".block." in name else 0
+        weights = (5.0, 5.0)
+        if name.startswith("encoder."):
+            weights = (5.0, 2.0 if "SelfAttention" in name else (3.0, 1.0)[layer])
+        elif name.startswith("decoder."):
+            weights = (4.0 - 1.5 * layer,) * 2
+        expected = (weights[0] * a[name].astype(float) + weights[1] * b[name]) / sum(weights)
+        np.testing.assert_allclose(tensor, expected, rtol=1e-6, atol=1e-6, err_msg=name)
+
+
+def test_chat_templates(families: dict[str, Path], tmp_path: Path) -> None:
+    from vocabulary_examples import give_tokenizer
+
+    folder = tmp_path / "models"
+    for name in ("base", "a", "b"):
+        torch.manual_seed(len(name))
+        llama().save_pretrained(folder / name)
+        give_tokenizer(folder / name, ["[UNK]", "[PAD]", "[EOS]", *(f"w{n}" for n in range(29))])
+    for name, template in (("a", "{{ messages[0] }} a"), ("b", "{{ messages[0] }} a"), ("base", "{{ 1 }} base")):
+        (folder / name / "chat_template.jinja").write_text(template)
+    text = "merge_method: linear\nbase_model: $base\nparameters: {weight: 1}\nmodels: [{model: $a}, {model: $b}]\n"
+    for given, expected in (
+        ("", "{{ 1 }} base"),
+        ("auto", "{{ messages[0] }} a"),
+        ("'{{ own }} text'", "{{ own }} text"),
+    ):
+        out = tmp_path / f"out{len(given)}"
+        run(f"{text}chat_template: {given}\n", folder, out)
+        assert transformers.AutoTokenizer.from_pretrained(out).chat_template == expected
+        verify(out)
