@@ -382,6 +382,8 @@ def test_recipes_of_ours_are_no_configuration_of_mergekit(tmp_path):
         "merge_method: linear\nmodels: [{model: a}]\ntokenizer: {tokens: [a]}\nparameters: {weight: 1}\n",
         "merge_method: linear\nmodels: [{model: a}]\ntokenizer: 7\nparameters: {weight: 1}\n",
         "merge_method: linear\nmodels: [{model: a}]\nmodules: {default: {}}\nparameters: {weight: 1}\n",
+        "merge_method: linear\nmodels: [{model: a}]\ntokenizer: {tokens: {x: {source: {kind: [1]}}}}\n",
+        "merge_method: ties\nbase_model: b\nmodels: [{model: a, parameters: {weight: ''}}]\n",
         "- merge_method\n---\nmerge_method: linear\n",
     ],
 )

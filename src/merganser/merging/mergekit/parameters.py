@@ -211,7 +211,8 @@ def _set(place: dict[str, Any], parameter: Parameter, value: Any, person: str | 
 
 def _tell(work: Work, name: str, parameter: Parameter, values: Sequence[Any], given: bool) -> None:
     """What a reader of both tools should know of a parameter."""
-    numbers = [one for value in values for one in (value if isinstance(value, list) else [value])]
+    listed = (one for value in values for one in (value if isinstance(value, list) else [value]))
+    numbers = [one for one in listed if isinstance(one, (int, float))]  # not what is missing
     if name == "density" and parameter.becomes is not None:
         if not given:
             work.note(_KEPT)

@@ -154,7 +154,7 @@ class TokenSource(_Strict):
         kinds: dict[Any, type[_Strict]] = {"model_token": TokenOfModel, "zero": Zero}
         if "kind" not in source:
             return with_references(values, "source")
-        if source["kind"] not in kinds:
+        if not isinstance(source["kind"], str) or source["kind"] not in kinds:
             raise ValueError(f"the kind of a source is {' or '.join(kinds)}, not {source['kind']!r}")
         return {**values, "source": kinds[source["kind"]].model_validate(source)}
 
