@@ -232,17 +232,22 @@ def _differing(
         built = _layers(model, stack)
         if len(built) != len(layers):
             return [(stack, len(built), f"there are {len(built)} layers instead of {len(layers)}")]
+        serving = first_only(model, stack)
+        theirs = [_signatures(one, own[stack]) for one, own in zip(models, names, strict=True)]
         for number, (layer, origins) in enumerate(zip(built, layers, strict=True)):
-            mine = _signature(layer, first_only(model, stack))
+            mine = _signature(layer, serving)
             for origin in origins:
-                name = names[origin.model][stack]
-                theirs = _layers(models[origin.model], name)[origin.number]
-                its = _signature(theirs, first_only(models[origin.model], name))
+                its = theirs[origin.model][origin.number]
                 if mine != its:
                     keys = [key for key in dict.fromkeys([*mine, *its]) if mine.get(key) != its.get(key)]
                     found.append((stack, number, ", ".join(key or "its class" for key in keys[:3])))
                     break
     return found
+
+
+def _signatures(model: nn.Module, stack: str) -> list[dict[str, Any]]:
+    serving = first_only(model, stack)
+    return [_signature(layer, serving) for layer in _layers(model, stack)]
 
 
 def _layers(model: nn.Module, stack: str) -> list[nn.Module]:

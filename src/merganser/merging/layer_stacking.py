@@ -281,22 +281,26 @@ class _StackingOf:
     ) -> dict[str, Source]:
         """Where one of the models has each tensor of the result."""
         one = self._models[number]
+        counts = {one.own_name(stack): one.stacks[one.own_name(stack)] for stack in stacks}
         places: dict[str, Place] = {}
+        inside: dict[tuple[str, int], dict[str, Place]] = {}
         for parameter, place in one.view.places.items():
-            if depth_of(parameter, {one.own_name(stack): 1 for stack in stacks}) is None:
+            if (depth := depth_of(parameter, counts)) is None:
                 places[parameter] = place
+            else:
+                rest = parameter.removeprefix(f"{depth.stack}.{depth.number}.")
+                inside.setdefault((depth.stack, depth.number), {})[rest] = place
         for stack, layers in stacks.items():
             own = one.own_name(stack)
             serving = first_only(one.model, own)
             for position, layer in enumerate(layers):
                 if number not in layer.origins:
                     continue
-                begin, whole = f"{own}.{layer.origins[number]}.", f"{own}.0."
-                for parameter, place in one.view.places.items():
-                    if parameter.startswith(begin) and parameter.removeprefix(begin) not in serving:
-                        places[f"{own}.{position}.{parameter.removeprefix(begin)}"] = place
-                    if not position and parameter.startswith(whole) and parameter.removeprefix(whole) in serving:
-                        places[f"{own}.0.{parameter.removeprefix(whole)}"] = place
+                theirs = inside.get((own, layer.origins[number]), {})
+                found_here = {rest: place for rest, place in theirs.items() if rest not in serving}
+                if not position:
+                    found_here |= {r: place for r, place in inside.get((own, 0), {}).items() if r in serving}
+                places |= {f"{own}.{position}.{rest}": place for rest, place in found_here.items()}
         seen = replace(one.view, places=places)
         reachable = {stored for place in places.values() for stored in place.stored}
         found: dict[str, Source] = {}
@@ -333,7 +337,7 @@ class _StackingOf:
             return layer.scope
         if view.parts[name].depth is not None or view.model is None:
             return None
-        order = {parameter: place for place, (parameter, _) in enumerate(_parameters(view.model))}
+        order = {parameter: place for place, parameter in enumerate(_parameters(view.model))}
         uses = [use for use in view.uses[name] if use in order]
         others = [stack.rpartition(".")[0] for stack in self._models[0].stacks if stack not in stacks]
         if not uses or any(other and uses[0].startswith(f"{other}.") for other in others):
@@ -348,8 +352,9 @@ class _StackingOf:
         return None
 
 
-def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    return model.named_parameters(remove_duplicate=False)
+def _parameters(model: nn.Module) -> Iterator[str]:
+    """The names of a model's parameters in its order, shared ones at every place."""
+    return (name for name, _ in model.named_parameters(remove_duplicate=False))
 
 
 def _stored_in(view: ModelView, stacks: Sequence[str]) -> Iterator[str]:
