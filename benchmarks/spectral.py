@@ -1,6 +1,6 @@
 """TSV-M and Iso-C of four encoders' linear layers: merganser beside full singular value decompositions in float32.
 
-    python benchmarks/spectral.py                       # 12 layers x 768: minutes
+    python benchmarks/spectral.py                       # 12 layers x 768: minutes; all layers are alike
     python benchmarks/spectral.py --layers 1 --hidden 64
 
 Task matrices are in memory; what is timed is the arithmetic, in processor seconds of one thread, so that a busy machine

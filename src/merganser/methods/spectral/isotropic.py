@@ -52,7 +52,7 @@ def _common_and_own(tasks: TaskMatrices, options: IsoCTSOptions) -> Tensor:
 
 def _room(height: int, width: int, contributors: int) -> int:
     """The sum, the same in its basis, the factor, and an eigenvalue problem, in float64."""
-    return 8 * (4 * height * width + 8 * min(height, width) ** 2)
+    return 8 * (7 * height * width // 2 + 5 * min(height, width) ** 2)
 
 
 def _room_of_both(height: int, width: int, contributors: int) -> int:

@@ -26,7 +26,7 @@ def _merged(tasks: TaskMatrices, options: SpectralOptions) -> Tensor:
 def _room(height: int, width: int, contributors: int) -> int:
     """The triples, a task matrix in its basis or a polar factor, and an eigenvalue problem, in float64."""
     side, kept = min(height, width), max(min(height, width), contributors)
-    return 8 * (2 * kept * (height + width) + 3 * height * width + 8 * side**2)
+    return 8 * (3 * kept * (height + width) // 2 + 2 * height * width + 6 * side**2)
 
 
 TSV_M = spectral(
