@@ -28,7 +28,7 @@ Vectors = Literal["whole", "rows", "columns"]
 Numbers: TypeAlias = Any
 
 _BLOCK = 4096  # numbers that are multiplied and summed in float32: a larger sum would lose digits
-_ROOM = 1 << 16  # numbers of each tensor that are looked at at once: caches hold them
+_ROOM, _LEAST = 1 << 18, 1 << 16  # numbers of all tensors, and of each, at once: a core's cache holds them
 _TINY, _HUGE = 1e-30, 1e30  # squares outside of these leave what float32 can sum
 _SHORT, _OPPOSITE = 1e-4, 0.99  # squares of lengths, relative, and cosines for which differences do not serve
 _NOTHING = 1e-6  # of the longest: what is shorter has no direction that numbers tell
@@ -212,7 +212,7 @@ def _summed(tensors: Sequence[Tensor], base: Tensor | None, dtype: torch.dtype) 
         dtype: float32 or float64.
     """
     (height, width), count, device = tensors[0].shape, len(tensors), tensors[0].device
-    room = _ROOM if device.type == "cpu" else height * width
+    room = max(_ROOM // count, _LEAST) if device.type == "cpu" else height * width
     columns = max(1, min(width, max(room // _BLOCK, 1) * _BLOCK))
     rows = max(1, min(height, room // columns))
     blocks = -(-columns // _BLOCK)  # of each row, all of one size
@@ -230,7 +230,8 @@ def _summed(tensors: Sequence[Tensor], base: Tensor | None, dtype: torch.dtype) 
                 torch.sub(first, base[here], out=basis[0, :high, :wide])
             for number, other in enumerate(tensors[1:], start=1):
                 torch.sub(other[here], first, out=basis[number, :high, :wide])
-            basis[:, :, wide:] = 0
+            if wide < basis.shape[2]:
+                basis[:, :, wide:] = 0
             parts = basis[:, :high].reshape(count, high * blocks, size).transpose(0, 1)
             products = torch.bmm(parts, parts.mT).reshape(high, blocks, count, count)
             found[here[0]] += products.sum(1, dtype=torch.float64)
