@@ -17,7 +17,9 @@ from merganser.errors import (
     UserError,
     did_you_mean,
     raise_all,
+    validated,
 )
+from merganser.methods import METHODS
 
 
 def test_mistakes_are_collected_and_raised_at_once() -> None:
@@ -87,3 +89,13 @@ def test_no_error_fills_more_than_a_screen() -> None:
     assert len(short.problems) == 1000  # all of them are there for who asks
     assert len(str(DataError("no", mend=did_you_mean(long, [long[:-1], long])))) < SCREEN
     assert len(str(pickle.loads(pickle.dumps(error)))) < SCREEN  # noqa: S301 (our own, as between processes)
+
+
+@pytest.mark.parametrize(
+    ("density", "place"), [(3, "density"), ("a", "density"), (None, "density"), ([0.5, 3], "density.1")]
+)
+def test_an_option_for_one_or_several_has_one_mistake(density: object, place: str) -> None:
+    """And a place that stands in the recipe, whatever else the option could have been."""
+    with pytest.raises(RecipeError) as caught:
+        validated(METHODS["ties"].options_type, {"density": density}, "recipe")
+    assert str(caught.value).startswith(f"recipe: {place}: ") and f"correct {place}" in str(caught.value)

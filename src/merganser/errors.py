@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
@@ -139,6 +140,7 @@ class ErrorCollector:
         raise_all(self.found)
 
 
+_BRANCH = re.compile(r"tuple\[.*\]|constrained-\w+|float|int|bool|str")  # how pydantic names a branch of a union
 _LONGEST_NAME = 200  # that is compared with others: the time grows with its square
 
 
@@ -177,14 +179,15 @@ def validated(
         return model.model_validate(values)
     except ValidationError as error:
         problems = []
-        entries = error.errors()
+        entries = _of_one_branch(error.errors())
         inner = [entry["loc"] for entry in entries]
         for entry in entries:
             above = len(entry["loc"])
             if entry["type"] == "too_short" and any(loc[:above] == entry["loc"] for loc in inner if len(loc) > above):
                 continue  # what was left out is what is wrong inside
             place, key = ".".join(map(str, entry["loc"])), str(entry["loc"][-1]) if entry["loc"] else ""
-            what, mend = entry["msg"].removeprefix("Value error, "), f"correct {key}" if key else "correct the values"
+            what = entry["msg"].removeprefix("Value error, ")
+            mend = f"correct {place if key.isdigit() else key}" if key else "correct the values"
             if entry["type"] == "extra_forbidden":
                 known, ours = _fields(model, entry["loc"]), (called or {}).get(key)
                 what, mend = f"unknown key {place!r}", did_you_mean(key, known)
@@ -197,6 +200,22 @@ def validated(
             problems.append(kind(what, where=where, mend=mend))
         raise_all(problems)
         raise  # not reached: there is at least one problem
+
+
+def _of_one_branch(entries: Sequence[Any]) -> list[Any]:
+    """Mistakes of a value that may be one or several, as those of what it is, at the place that a user knows.
+
+    pydantic tries both, and names each branch as a part of the place.
+    """
+    found = []
+    for entry in entries:
+        place = tuple(part for n, part in enumerate(entry["loc"]) if not n or not _BRANCH.fullmatch(str(part)))
+        several = isinstance(entry["input"], (list, tuple))
+        ends = str(entry["loc"][-1]) if entry["loc"] else ""
+        if len(place) < len(entry["loc"]) and _BRANCH.fullmatch(ends) and several != ends.startswith("tuple["):
+            continue  # of the branch that it was not meant for
+        found.append({**entry, "loc": place})
+    return found
 
 
 def _fields(model: Any, place: Sequence[int | str]) -> list[str]:
