@@ -25,6 +25,7 @@ from transformers import (
 )
 from transformers import AutoModelForSequenceClassification as Classifier
 
+from adapter_examples import adapt_linears, oracle
 from conftest import make_model
 from merganser.errors import UserError
 from merganser.merging import Plan, make_plan, make_recipe, merge, reproduce, verify
@@ -366,3 +367,18 @@ def test_a_head_from_one_model_knows_the_labels_of_the_others(tmp_path: Path) ->
     found, states = opened(out, Classifier), [opened(model, Classifier) for model in models]
     expected = torch.stack([states[0]["classifier.weight"][0], *states[1]["classifier.weight"]])
     assert torch.equal(found["classifier.weight"], expected)
+
+
+def test_adapters_of_one_base_are_taken_apart(family: Family, tmp_path: Path) -> None:
+    base, _ = family("llama", 0, statistics=False)
+    adapters = [tmp_path / "one", tmp_path / "two"]
+    for number, folder in enumerate(adapters):
+        adapt_linears(folder, base, ("q_proj", "up_proj", "down_proj"), seed=number)
+    rules = [{"role": "attention", "take": "two"}, {"tensors": "*down_proj*", "take": "base"}]
+    out = carried_out(tmp_path / "out", adapters, method="simple", rules=rules)
+    found, origin, models = opened(out), opened(base), [oracle(base, folder) for folder in adapters]
+    for name, tensor in found.items():
+        expected = (models[0][name] + models[1][name]) / 2
+        expected = models[1][name] if "self_attn" in name else expected
+        expected = origin[name].numpy() if "down_proj" in name else expected
+        np.testing.assert_allclose(tensor.numpy(), expected, rtol=1e-5, atol=1e-6, err_msg=name)

@@ -180,6 +180,9 @@ def open_inputs(recipe: Recipe, *, allow_pickle: bool = False) -> Inputs:
         reference = _canonical(recipe, reference)
         parents = [replace(parent, sources=aligned(reference.view, parent.view)) for parent in parents]
     base = open_base(recipe, reference, problems, parents, allow_pickle=allow_pickle)
+    for place, part in recipe.places() if base is None else ():
+        if "base" in part.named and all(parent.title != "base" for parent in parents):
+            problems.add(RecipeError("there is no base model", where=place, mend="add base: MODEL"))
     problems.raise_all()
     return _stacked(recipe, parents, base) if recipe.layers else Inputs(tuple(parents), base, reference)
 

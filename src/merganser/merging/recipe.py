@@ -97,6 +97,11 @@ class Rule(_Part):
             raise ValueError("says nothing: give method, options, contributors or take")
         return self
 
+    @property
+    def named(self) -> list[str]:
+        """The models that it names."""
+        return [*self.contributors, *([self.take] if self.take else [])]
+
     def __str__(self) -> str:
         parts = [", ".join(self.tensors)] if self.tensors else []
         parts += [f"role {', '.join(self.role)}"] if self.role else []
@@ -125,6 +130,11 @@ class LayerBlock(_Part):
     method: str | None = Field(None, description="of several sources; one source's layers are taken as they are")
     options: dict[str, Any] = Field(default_factory=dict, description="of the method")
     rules: tuple[Rule, ...] = Field((), description="like the recipe's, for these layers, before them")
+
+    @property
+    def named(self) -> list[str]:
+        """The models that it names."""
+        return [source.contributor for source in self.sources]
 
     @property
     def size(self) -> int:
@@ -214,12 +224,6 @@ class Recipe(_Part):
             return [{"model": str(item)} if isinstance(item, (str, Path)) else item for item in value]
         return value
 
-    @property
-    def methods(self) -> list[str]:
-        """The methods that it names, the recipe's own first, each once."""
-        said = [self.method, *(place.method for _, place in self.places())]
-        return list(dict.fromkeys(name for name in said if name is not None))
-
     def places(self) -> Iterator[tuple[str, Rule | LayerBlock]]:
         """The rules and blocks of layers, each with where it stands."""
         for number, rule in enumerate(self.rules):
@@ -287,16 +291,10 @@ def _place_problems(recipe: Recipe, where: str) -> Iterator[UserError]:
     for place, part in recipe.places():
         if part.method is not None and part.method not in METHODS:
             yield unknown_method(part.method, f"{where}: {place}")
-        if isinstance(part, LayerBlock):
-            named = [source.contributor for source in part.sources]
-        else:
-            named = [*part.contributors, *([part.take] if part.take else [])]
-        for name in named:
+        for name in part.named:
             if name not in known:
                 what, mend = f"no contributor is called {name!r}", did_you_mean(name, [*titles, "base"])
                 yield RecipeError(what, where=f"{where}: {place}", mend=mend)
-            elif name == "base" and recipe.base is None and name not in titles:
-                yield RecipeError("there is no base model", where=f"{where}: {place}", mend="add base: MODEL")
 
 
 def coefficient_problems(coefficients: Sequence[float], where: str) -> Iterator[UserError]:
