@@ -46,9 +46,9 @@ def main(scratch: Path) -> None:
             save_file(tensors, folder / "model.safetensors", {"format": "pt"})
             (folder / "config.json").write_text(json.dumps({"model_type": "of-nobody"}))
     values = json.loads((llama[0] / "config.json").read_text())
-    build_empty({**values, "num_hidden_layers": 1, "layer_types": None}, scratch)  # imports
+    build_empty({**values, "num_hidden_layers": 1, "layer_types": None}, scratch, LAYERS * 12)  # imports
     with without_collection():  # as planning does it
-        seconds, _ = timed(lambda: build_empty(values, scratch))
+        seconds, _ = timed(lambda: build_empty(values, scratch, LAYERS * 12))
     print(f"transformers' empty model of {LAYERS} layers: {seconds:.2f} s")
     for folders in (llama, numbered):
         recipe = make_recipe({"contributors": [*map(str, folders)], "method": "ties", "base": str(folders[0])})

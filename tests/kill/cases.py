@@ -163,6 +163,8 @@ CASES = [
     Case("extract over an old one", ["extract", "a", "--base", "base", "--rank", "2", "-o", "out", "--overwrite"],
          folder("out"), [["extract", "b", "--base", "base", "--rank", "1", "-o", "out"]], replaces=True),
     Case("merge in stages", ["merge", "stages.yaml", "-o", "out", "--threads", "1"], folder("out"), resumed=True),
+    Case("merge by activations", [*_MERGE, "--method", "activations", "--data", "data.txt", "-o", "out"],
+         folder("out")),
     Case("mixture of experts", ["moe", "moe.yaml", "-o", "out"], folder("out")),
     Case("collect", ["collect", "base", "--data", "data.txt"], folder("base/merge_statistics.safetensors")),
     Case("collect over an old one", ["collect", "a", "--data", "data.txt", "--shard-examples", "7", "--overwrite"],
