@@ -37,6 +37,7 @@ from measure import PROGRAM
 
 DENSITY = 0.5
 HERE = Path(__file__).resolve().parent
+PLAIN = "mergekit"
 FASTEST = ("-j", str(os.cpu_count()), "--async-write", "--write-threads", str(os.cpu_count()))
 
 
@@ -124,7 +125,8 @@ def main() -> int:
         commands = own_commands(outputs, case, models, base)
         if kit and case.kit is not None:
             config = write_config(options.scratch / f"mergekit-{name}.yaml", case, models, base)
-            commands.update(mergekit_commands(outputs, kit, config))
+            theirs = mergekit_commands(outputs, kit, config)
+            commands.update({name: line for name, line in theirs.items() if name == PLAIN or not options.plain_peers})
         print(f"{name}, {options.size}, {rounds} rounds", file=sys.stderr)
         runs = measure.take_turns(
             {variant: measure.command(line, outputs / variant) for variant, line in commands.items()},
@@ -185,8 +187,8 @@ def own_commands(outputs: Path, case: Case, models: Sequence[Path], base: Path) 
 def mergekit_commands(outputs: Path, programs: Path, config: Path) -> dict[str, list[str]]:
     """mergekit as it comes, and with the options that make it fastest on a processor."""
     command = [str(programs / "mergekit-yaml"), str(config)]
-    plain, fast = "mergekit", "mergekit, fastest options"
-    return {plain: [*command, str(outputs / plain)], fast: [*command, str(outputs / fast), *FASTEST]}
+    fast = f"{PLAIN}, fastest options"
+    return {PLAIN: [*command, str(outputs / PLAIN)], fast: [*command, str(outputs / fast), *FASTEST]}
 
 
 def write_config(path: Path, case: Case, models: Sequence[Path], base: Path) -> Path:
@@ -256,6 +258,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--ties-rounds", type=int, help="rounds of TIES  [default: as --rounds]")
     parser.add_argument("--only", type=_names, default=list(CASES), help=f"of {', '.join(CASES)}")
     parser.add_argument("--no-peers", action="store_true", help="without mergekit")
+    parser.add_argument(
+        "--plain-peers", action="store_true", help="mergekit as it comes alone, which takes half the time"
+    )
     parser.add_argument("--no-check", action="store_true", help="without the float64 references")
     parser.add_argument("--cache", type=Path, help="folder of the peers' environments")
     parser.add_argument("--results", type=Path, default=measure.RESULTS, help="folder of the tables")
