@@ -16,8 +16,9 @@ from torch import Tensor
 from merganser.methods.base import Facts, Merged, Method, Options, Share, Unit, elements, separately
 from merganser.methods.selection import PIECE, selection_memory
 
-#: Numbers of a slice that a function is given at once on a processor: few enough for the caches of one core.
-BLOCK = 1 << 16
+#: Numbers of a slice that a function is given at once on a processor: few enough for the caches of one core, and enough
+#: that threads do not wait for each other between calls.
+BLOCK = 1 << 18
 _HALVES = 2  # random numbers that a 64-bit word gives
 
 

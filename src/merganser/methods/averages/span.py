@@ -28,7 +28,7 @@ Vectors = Literal["whole", "rows", "columns"]
 Numbers: TypeAlias = Any
 
 _BLOCK = 4096  # numbers that are multiplied and summed in float32: a larger sum would lose digits
-_ROOM, _LEAST = 1 << 18, 1 << 16  # numbers of all tensors, and of each, at once: a core's cache holds them
+_ROOM, _LEAST = 1 << 20, 1 << 18  # numbers of all tensors, and of each, at once: about what a core's cache holds
 _TINY, _HUGE = 1e-30, 1e30  # squares outside of these leave what float32 can sum
 _SHORT, _OPPOSITE = 1e-4, 0.99  # squares of lengths, relative, and cosines for which differences do not serve
 _NOTHING = 1e-6  # of the longest: what is shorter has no direction that numbers tell
