@@ -21,7 +21,6 @@ from merganser.merging.memory import RunSettings
 from merganser.merging.moe.config import RANDOM, MoeConfig
 from merganser.merging.moe.states import MEND, Ids, embedded, layer_states
 from merganser.methods.elementwise import Position
-from merganser.tasks.models import blamed, load_tokenizer, open_model
 
 #: The condition number of a layer's rows from which on mergekit, too, calls them degenerate.
 _DEGENERATE = 5.0
@@ -50,6 +49,8 @@ def encode(config: MoeConfig, allow_pickle: bool) -> list[Prompts]:
     """
     if config.gate_mode in RANDOM:
         return []
+    from merganser.tasks.models import blamed, load_tokenizer, open_model  # transformers, which other merges do without
+
     tokenizer, problems = load_tokenizer(open_model(config.base_model, allow_pickle=allow_pickle)), ErrorCollector()
     begin = tokenizer.bos_token or ""
 
@@ -90,6 +91,8 @@ def prompt_vectors(config: MoeConfig, prompts: Sequence[Prompts], base: Parent, 
         return torch.stack([_rows(prompts, sums, _direction)])
     last = config.gate_mode != "hidden_avg"
     found = []
+    from merganser.tasks.models import blamed
+
     with blamed("the base model cannot be run on the prompts", config.base_model, MEND):
         for states in layer_states(base, texts, settings):
             means = {ids: rows[-1].double() if last else rows.double().mean(0) for ids, rows in states.items()}
