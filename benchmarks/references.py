@@ -16,6 +16,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+import ties_reference
+
 _ROUNDING = 8 * 2.0**-24  # of float32 sums, relative to the largest number that goes in
 
 Reference = Callable[[Any, Sequence[Tensor], Mapping[str, Any]], Tensor]
@@ -178,7 +180,7 @@ def judge(
     Raises:
         SystemExit: the result lacks a tensor.
     """
-    places = [_places(folder) for folder in (result, base, *models)]
+    places = [ties_reference.tensor_files(folder) for folder in (result, base, *models)]
     if set(places[0]) != set(places[1]):
         raise SystemExit(f"{result.name} has other tensors than the inputs")
     numbers = differ = unexplained = kept = 0
@@ -208,14 +210,6 @@ def _near(found: Tensor, wanted: Tensor, beyond: float) -> Tensor:
     _, exponent = torch.frexp(wanted)
     half = torch.ldexp(torch.ones_like(wanted), (exponent - 9).clamp_min(-134))  # half a unit in the last of 8 places
     return (found.double() - wanted).abs() <= half + beyond
-
-
-def _places(folder: Path) -> dict[str, Path]:
-    found = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            found.update(dict.fromkeys(file.keys(), path))
-    return found
 
 
 def _read(places: dict[str, Path], name: str, rows: int | None) -> Tensor:

@@ -48,8 +48,8 @@ def compare(result: Path, models: Sequence[Path], base: Path | None, density: fl
         SystemExit: the result lacks a tensor.
     """
     found = dict.fromkeys(("numbers", "differ", "ties", "boundary", "unexplained"), 0)
-    places = [_places(folder) for folder in ([base] if base else []) + list(models)]
-    ours = _places(result)
+    places = [tensor_files(folder) for folder in ([base] if base else []) + list(models)]
+    ours = tensor_files(result)
     if set(ours) != set(places[0]):
         raise SystemExit(f"{result.name} has other tensors than the inputs")
     for name in places[0]:
@@ -129,7 +129,7 @@ def _threshold(tensor: Tensor, base: Tensor, density: float) -> float:
     return float(np.float64(magnitudes[place]))
 
 
-def _places(folder: Path) -> dict[str, Path]:
+def tensor_files(folder: Path) -> dict[str, Path]:
     """The file of each tensor."""
     found = {}
     for path in sorted(folder.glob("*.safetensors")):

@@ -84,9 +84,9 @@ def check_texts(methods: Iterable[Method], parents: Sequence[Parent], problems: 
     """Whether all contributors read the texts of these methods as the same tokens, before any weight is read.
 
     Returns:
-        a note with the hash of each method's texts; nothing for methods that look at no data.
+        a note with the hash of each method's texts.
     """
-    notes = (_check_texts(method, parents, problems) for method in methods if method.needs.data)
+    notes = (_check_texts(method, parents, problems) for method in methods)
     return list(dict.fromkeys(note for note in notes if note is not None))
 
 

@@ -151,7 +151,7 @@ def _ranks(parents: Sequence[Parent], name: str) -> list[int]:
 
 def notes_without_base(inputs: Inputs, names: Sequence[str], methods: Sequence[Method]) -> list[str]:
     """What to tell the user where adapters are merged without their base, first of all of what they have whole."""
-    if not inputs.without_base or inputs.base is None:
+    if inputs.base is None:
         return []
     whole = [name for name in names if name not in inputs.base.sources and ".base_layer." not in name]
     few = [name for name in whole if any(name not in parent.sources for parent in inputs.parents)]

@@ -12,25 +12,23 @@ from merganser.checkpoints.reader import read_json
 from merganser.errors import ErrorCollector, RecipeError
 from merganser.merging.configuration import choose_model, own_chat_template
 from merganser.merging.inputs import Parent
-from merganser.merging.recipe import Recipe
 
 _KEY, _FILE = "chat_template", "chat_template.jinja"
 _TEMPLATE = re.compile(r"\{[%{#]|\n")  # what no name of a model has in it
 
 
 def choose_chat_template(
-    recipe: Recipe, parents: Sequence[Parent], base: Parent | None, problems: ErrorCollector
+    asked: str, parents: Sequence[Parent], base: Parent | None, problems: ErrorCollector
 ) -> str | None:
-    """The template that is written; None where the recipe leaves it to the tokenizer.
+    """The template that is written; None where there is none of that name.
 
     Args:
-        recipe: for ``chat_template``.
+        asked: the recipe's ``chat_template``.
         parents: the open contributors.
         base: the base model, where there is one.
         problems: receives a model that has none, and a name that is none.
     """
-    asked = recipe.chat_template
-    if asked is None or _TEMPLATE.search(asked):
+    if _TEMPLATE.search(asked):
         return asked
     if asked == "auto":
         found = Counter(text for parent in parents if (text := _text_of(parent)) is not None)

@@ -76,7 +76,8 @@ def plan_of(recipe: Recipe, inputs: Inputs, *, adapter: AdapterForm | None = Non
     problems.catch(reference.checkpoint.side_paths)
     if not inputs.without_base and (left := side_files.left_behind(reference.checkpoint.path)) is not None:
         notes.append(left)
-    template = None if recipe.chat_template is None else choose_chat_template(recipe, parents, base, problems)
+    asked = recipe.chat_template
+    template = None if asked is None else choose_chat_template(asked, parents, base, problems)
     if template is not None and adapter is not None:
         mend = "leave out chat_template, or write a full checkpoint"
         problems.add(RecipeError("an adapter has its base's chat template", where="chat_template", mend=mend))
@@ -123,7 +124,8 @@ def plan_of(recipe: Recipe, inputs: Inputs, *, adapter: AdapterForm | None = Non
     if people[0] is not parents[0] and not inputs.of_ledger and inputs.stacking is None:  # what has no canonical name
         check_unmatched([people[0], parents[0]], ((), ()), problems)
     check_all_needs(settled, assignments.values(), inputs, problems)
-    notes += check_texts(methods, parents, problems) if any(one.needs.data for one in methods) else []
+    looking = [method for method in methods if method.needs.data]
+    notes += check_texts(looking, parents, problems) if looking else []
     if form is not None:
         check_adapter(recipe, inputs, form, methods, problems)
     problems.raise_all()
