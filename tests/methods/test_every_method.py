@@ -26,34 +26,17 @@ from merganser.methods import METHODS, Facts, Method, Unit
 from merganser.methods.description import describe
 from merganser.statistics import FILE_NAME
 from merging.test_bytes import write_exact_statistics, write_family
+from methods.in_memory import InMemory
 
 ALL = [name for name, method in METHODS.items() if not method.needs.data]  # which the family here has none of
 LINEAR = Layer("m", "linear", "w", None, False)
 
 
 @dataclass(frozen=True)
-class InMemory:
+class Publishing(InMemory):
     """A contributor of one linear layer, with all that can be published of it."""
 
-    number: int
-    coefficient: float
-    weight: Tensor
-    origin: Tensor
     inputs: Tensor
-
-    def stored(self, name: str) -> Tensor:
-        return self.weight.clone()
-
-    tensor = stored
-
-    def base(self, name: str) -> Tensor:
-        return self.origin.clone()
-
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        return self.weight[start:stop].clone() if self.weight.dim() else self.weight.clone()
-
-    def base_rows(self, name: str, start: int, stop: int) -> Tensor:
-        return self.origin[start:stop].clone() if self.origin.dim() else self.origin.clone()
 
     def gram(self, weight: str) -> Tensor:
         return self.inputs.T @ self.inputs / len(self.inputs)
@@ -108,7 +91,7 @@ def merged(method: Method, base: Tensor, tuned: Sequence[Tensor], *, linear: boo
     width = base[0].numel() if base.dim() > 1 else 1
     draw = torch.Generator().manual_seed(5)
     inputs = torch.randn(64, width, generator=draw)
-    shares = [InMemory(n, coefficient(method), tensor, base, inputs) for n, tensor in enumerate(tuned)]
+    shares = [Publishing(n, coefficient(method), tensor, base, inputs) for n, tensor in enumerate(tuned)]
     unit: Unit = units[0]
     return method.merge(unit, shares).tensors["w"]  # type: ignore[arg-type]
 
@@ -232,8 +215,8 @@ def test_a_unit_takes_no_more_memory_than_is_said(name: str) -> None:
         pytest.skip("it treats blocks of several layers")
     keep_freed()
     inputs = torch.randn(64, 1024, generator=draw)
-    shares = [InMemory(n, 1.0, tensor, base, inputs) for n, tensor in enumerate(tuned)]
-    small = [InMemory(n, 1.0, tensor[:64, :64], base[:64, :64], inputs[:, :64]) for n, tensor in enumerate(tuned)]
+    shares = [Publishing(n, 1.0, tensor, base, inputs) for n, tensor in enumerate(tuned)]
+    small = [Publishing(n, 1.0, tensor[:64, :64], base[:64, :64], inputs[:, :64]) for n, tensor in enumerate(tuned)]
     first = Unit(("w",), units[0].kind, (Facts("w", (64, 64), LINEAR, in_base=True),))
     method.merge(first, small)  # type: ignore[arg-type]  # libraries are loaded now
     gc.collect()

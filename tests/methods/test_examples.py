@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from methods.examples.great_circle import GREAT_CIRCLE
 from methods.examples.kronecker import KRONECKER
 from methods.examples.random_drop import RANDOM_DROP
 from methods.examples.truncated_svd import TRUNCATED_SVD
+from methods.in_memory import InMemory
 from other_device import DEVICE, OtherDevice
 
 EXAMPLES: dict[str, Method] = {m.name: m for m in (RANDOM_DROP, GREAT_CIRCLE, TRUNCATED_SVD, KRONECKER)}
@@ -241,30 +241,6 @@ def test_on_another_device_it_computes_the_same(method: str) -> None:
         assert str(far.device) == DEVICE
         back = far.to("cpu")
     assert torch.equal(here, back)
-
-
-@dataclass(frozen=True)
-class InMemory:
-    """A contributor of one weight."""
-
-    number: int
-    coefficient: float
-    weight: torch.Tensor
-    origin: torch.Tensor
-
-    def stored(self, name: str) -> torch.Tensor:
-        return self.weight.clone()
-
-    tensor = stored
-
-    def base(self, name: str) -> torch.Tensor:
-        return self.origin.clone()
-
-    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        return self.weight[start:stop].clone()
-
-    def base_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        return self.origin[start:stop].clone()
 
 
 @pytest.mark.parametrize(

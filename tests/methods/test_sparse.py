@@ -19,34 +19,16 @@ from torch import Tensor
 
 from merganser.methods import METHODS, Facts, Unit
 from merganser.methods.elementwise import Position
+from methods.in_memory import InMemory
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 C = [1.0, 2.0, 0.5]
 
 
-class Memory:
-    """A share of a tensor in memory."""
-
-    def __init__(self, number: int, tensor: Tensor, base: Tensor, coefficient: float) -> None:
-        self.number, self.coefficient, self._tensor, self._base = number, coefficient, tensor, base
-
-    def tensor(self, name: str) -> Tensor:
-        return self._tensor.clone()
-
-    def base(self, name: str) -> Tensor:
-        return self._base.clone()
-
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        return self._tensor[start:stop].clone() if self._tensor.dim() else self._tensor.clone()
-
-    def base_rows(self, name: str, start: int, stop: int) -> Tensor:
-        return self._base[start:stop].clone() if self._base.dim() else self._base.clone()
-
-
 def merged(method: str, base: Tensor, tuned: Sequence[Tensor], c: Sequence[float], **options: Any) -> Array:
     chosen = METHODS[method]
     unit = Unit(("w",), method, (Facts("w", tuple(base.shape), in_base=True),))
-    shares = [Memory(n, tensor, base, one) for n, (tensor, one) in enumerate(zip(tuned, c, strict=True))]
+    shares = [InMemory(n, one, tensor, base) for n, (tensor, one) in enumerate(zip(tuned, c, strict=True))]
     found = chosen.configured(chosen.options_type(**options)).merge(unit, shares).tensors["w"]  # type: ignore[arg-type]
     return found.double().numpy()
 
@@ -168,7 +150,7 @@ def drawn(method: str, shape: tuple[int, ...], number: int, **options: Any) -> A
     base = torch.zeros(shape)
     unit = Unit(("w",), method, (Facts("w", shape, in_base=True),))
     chosen = METHODS[method]
-    share = Memory(number, torch.ones(shape), base, 1.0)
+    share = InMemory(number, 1.0, torch.ones(shape), base)
     found = chosen.configured(chosen.options_type(scale=1.0, **options)).merge(unit, [share])  # type: ignore[list-item]
     return found.tensors["w"].double().numpy()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from merganser.merging import merge
 from merganser.methods import METHODS, Facts, Merged, Unit
 from merganser.methods.task_vectors.arcee_fusion import divergence
 from merging.test_bytes import write_family
+from methods.in_memory import InMemory
 
 Array = np.ndarray
 TWO = ("slerp", "nuslerp")
@@ -45,31 +45,9 @@ WAYS: dict[str, tuple[str, int, dict[str, Any]]] = {
 }
 
 
-@dataclass(frozen=True)
-class Memory:
-    """A share of one tensor in memory, or of some of its rows."""
-
-    number: int
-    coefficient: float
-    weight: Tensor
-    origin: Tensor
-
-    def tensor(self, name: str) -> Tensor:
-        return self.weight.clone()
-
-    def base(self, name: str) -> Tensor:
-        return self.origin.clone()
-
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        return self.weight[start:stop].clone() if self.weight.dim() else self.weight.clone()
-
-    def base_rows(self, name: str, start: int, stop: int) -> Tensor:
-        return self.origin[start:stop].clone() if self.origin.dim() else self.origin.clone()
-
-
 def shares_of(base: Tensor, tuned: Sequence[Tensor], c: Sequence[float], rows: slice = slice(None)) -> list[Any]:
     cut = [one[rows] if one.dim() else one for one in (base, *tuned)]
-    return [Memory(n, one, tensor, cut[0]) for n, (tensor, one) in enumerate(zip(cut[1:], c, strict=True))]
+    return [InMemory(n, one, tensor, cut[0]) for n, (tensor, one) in enumerate(zip(cut[1:], c, strict=True))]
 
 
 def whole(base: Tensor, tuned: Sequence[Tensor], c: Sequence[float], method: str, **options: Any) -> Merged:

@@ -10,31 +10,13 @@ import torch
 from torch import Tensor
 
 from merganser.methods import METHODS, Facts, Unit
-
-
-class Memory:
-    """A share of tensors in memory, in pieces of a few rows."""
-
-    def __init__(self, tensor: Tensor, base: Tensor, coefficient: float) -> None:
-        self.number, self.coefficient, self._tensor, self._base = 0, coefficient, tensor, base
-
-    def tensor(self, name: str) -> Tensor:
-        return self._tensor.clone()
-
-    def base(self, name: str) -> Tensor:
-        return self._base.clone()
-
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        return self._tensor[start:stop].clone()
-
-    def base_rows(self, name: str, start: int, stop: int) -> Tensor:
-        return self._base[start:stop].clone()
+from methods.in_memory import InMemory
 
 
 def merged(method: str, base: Tensor, tuned: Sequence[Tensor], c: Sequence[float], **options: float) -> Tensor:
     chosen = METHODS[method]
     unit = Unit(("w",), method, (Facts("w", tuple(base.shape), in_base=True),))
-    shares = [Memory(tensor, base, one) for tensor, one in zip(tuned, c, strict=True)]
+    shares = [InMemory(0, one, tensor, base) for tensor, one in zip(tuned, c, strict=True)]
     return chosen.configured(chosen.options_type(**options)).merge(unit, shares).tensors["w"]  # type: ignore[arg-type]
 
 
