@@ -365,7 +365,6 @@ def test_matching_many_ends_where_no_model_gains_by_moving(seed: int, models: in
             chosen = [order.tolist() for order in orders]
             chosen[number] = list(other)
             assert norm(chosen) <= found + 1e-9
-    assert found >= norm([range(units)] * models) - 1e-9
 
 
 def test_matching_many_recovers_planted_permutations() -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from merganser.methods import elementwise, selection
+from merganser.methods import selection
 from merganser.methods.selection import kth_largest
 
 
@@ -102,10 +101,3 @@ def test_a_place_may_depend_on_how_many_numbers_are_not_0(monkeypatch: pytest.Mo
         for share in (0.1, 0.5, 1.0, 0.0):
             (found,) = kth_largest(lambda a, b: [numbers[a:b]], 60, 50, [lambda n: int(share * n)])  # noqa: B023
             assert found == (float(expected[int(share * len(expected)) - 1]) if share else float("inf"))
-
-
-def test_random_numbers_are_those_of_the_generator_itself() -> None:
-    """What numpy promises to keep are the raw words, so that results of today can be had again."""
-    words = np.random.PCG64DXSM(77).random_raw(8)
-    expected = [int(word >> shift & 0xFFFFFFFF) >> 8 for word in map(int, words) for shift in (0, 32)]
-    assert (elementwise._uniform(77, 3, 14) * 2**24).tolist() == expected[3:14]

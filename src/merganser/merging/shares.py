@@ -87,14 +87,16 @@ class ParentShare:
         return self._wide(self._placed(self._gathered_base(name, 0, len(self._theirs))))
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Some of these rows, likewise."""
+        """Some rows of :meth:`stored`."""
         if self._rows is not None:
-            return self._wide(self._placed(self._gathered(name, start, stop)))
-        first, _ = self._range(name)
-        return self._wide(self._placed(self._read(name, first + start, first + stop)))
+            tensor = self._gathered(name, start, stop)
+        else:
+            first, _ = self._range(name)
+            tensor = self._read(name, first + start, first + stop)
+        return self._placed(tensor if self._dtype is None else tensor.to(self._dtype))
 
     def base_rows(self, name: str, start: int, stop: int) -> Tensor:
-        """The base model's rows, likewise."""
+        """Some rows of :meth:`base`."""
         if self._theirs is not None:
             return self._wide(self._placed(self._gathered_base(name, start, stop)))
         first, _ = self._range(name)

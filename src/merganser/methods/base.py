@@ -114,10 +114,10 @@ class Share(Protocol):
         """The base model's tensor, likewise."""
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Some rows of :meth:`tensor`, without the others."""
+        """Some rows of :meth:`stored`, without the others."""
 
     def base_rows(self, name: str, start: int, stop: int) -> Tensor:
-        """The base model's rows, likewise."""
+        """The base model's rows, float32 or wider."""
 
     def gram(self, weight: str) -> Tensor:
         """(d, d): the mean of x xᵀ over the inputs of the layer with this weight."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from math import prod
+from itertools import chain
+from math import ceil, prod
 from types import EllipsisType
 from typing import Any, Self
 
@@ -13,13 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from merganser.methods.base import Facts, Merged, Method, Options, Share, Unit, elements, separately
+from merganser.methods.base import Facts, Merged, Method, Options, Share, Unit, elements, separately, wide
 from merganser.methods.selection import PIECE, selection_memory
 
 #: Numbers of a slice that a function is given at once on a processor: few enough for the caches of one core, and enough
 #: that threads do not wait for each other between calls.
 BLOCK = 1 << 18
-_HALVES = 2  # random numbers that a 64-bit word gives
+_DIGITS = 24  # bits of a random word that float32 holds exactly
 
 
 @dataclass(frozen=True)
@@ -43,14 +45,49 @@ class Position:
     def uniform(self, delta: Tensor, index: int, seed: int) -> Tensor:
         """Random numbers from [0, 1) in float32 for the δ of this index, shaped like it and on its device.
 
-        They depend on the seed, the tensor's name, the contributor's number and the place in the whole tensor (PCG
-        can be entered anywhere: O'Neill 2014), and so on nothing that a run could choose.
+        They depend on the seed, the tensor's name, the contributor's number and the place in the whole tensor, which
+        is what the generator counts by (Salmon et al. 2011), and so on nothing that a run could choose.
         """
-        identity = f"{seed} {self.contributors[index]} {self.name}".encode()
-        key = int.from_bytes(hashlib.sha256(identity).digest()[:16], "little")
-        width = prod(delta.shape[1:])
-        found = [_uniform(key, start * width, stop * width) for start, stop in _runs(self.rows)]
-        return torch.from_numpy(np.concatenate(found)).reshape(delta.shape).to(delta.device)
+        numbers = (self.words(delta, index, seed) >> np.uint32(32 - _DIGITS)).astype(np.float32)
+        numbers *= np.float32(2.0**-_DIGITS)
+        return torch.from_numpy(numbers).reshape(delta.shape).to(delta.device)
+
+    def words(self, delta: Tensor, index: int, seed: int) -> np.ndarray:
+        """(n,) uint32: the random words of which :meth:`uniform` takes the upper bits."""
+        from merganser.methods import kernels
+
+        words = np.empty(delta.numel(), dtype=np.uint32)
+        for here, start in self._runs(delta):
+            kernels.draw(words[here], *self._key(index, seed), start)
+        return words
+
+    def drawn(self, delta: Tensor, index: int, seed: int, chance: float, divisor: float = 1.0) -> Tensor:
+        """δ, which is changed: divided where :meth:`uniform` is below a chance, and zero elsewhere."""
+        below = ceil(float(np.float32(chance)) * 2**_DIGITS) << (32 - _DIGITS)
+        if below >= 2**32:
+            return delta.div_(divisor)
+        if not fits_kernels(delta):
+            kept = torch.from_numpy(self.words(delta, index, seed) < below)
+            return delta.mul_(kept.reshape(delta.shape).to(delta.device)).div_(divisor)
+        from merganser.methods import kernels
+
+        numbers, key = kernels.flat(delta), self._key(index, seed)
+        for here, start in self._runs(delta):
+            kernels.keep_drawn(numbers[here], *key, start, np.uint32(below), np.float32(divisor))
+        return delta
+
+    def _key(self, index: int, seed: int) -> tuple[np.uint32, np.uint32]:
+        """Of the contributor's sequence of random words for this tensor."""
+        identity = hashlib.sha256(f"{seed} {self.contributors[index]} {self.name}".encode()).digest()
+        first, second = struct.unpack_from("<II", identity)
+        return np.uint32(first), np.uint32(second)
+
+    def _runs(self, delta: Tensor) -> Iterator[tuple[slice, int]]:
+        """Where rows that follow each other lie in δ, and at which number of the whole tensor they start."""
+        width, done = prod(delta.shape[1:]), 0
+        for start, stop in _runs(self.rows):
+            yield slice(done * width, (done + stop - start) * width), start * width
+            done += stop - start
 
 
 @dataclass(frozen=True)
@@ -114,9 +151,9 @@ class Whole:
         """Every contributor's δ (or θ, where the method reads no base or wants no differences) in these rows."""
         (name,), stop = self.unit.names, min(stop, self.height)
         if not (self.with_base and self.differences):
-            return [share.rows(name, start, stop) for share in self.shares]
+            return [wide(share.rows(name, start, stop)) for share in self.shares]
         base = self.base(start, stop)
-        return [share.rows(name, start, stop).sub_(base) for share in self.shares]
+        return [difference(share.rows(name, start, stop), base) for share in self.shares]
 
     def position(self, start: int, stop: int) -> Position:
         """Where these rows lie, for random numbers and for options that differ between contributors."""
@@ -204,7 +241,7 @@ class Elementwise(Method):
     def _apply(self, unit: Unit, shares: Sequence[Share], whole: Any) -> Merged:
         (name,), (fact,) = unit.names, unit.facts
         base = shares[0].base(name) if self.needs.base else None
-        tensors = [share.tensor(name) for share in shares]
+        tensors = [share.stored(name) for share in shares]
         rows = range(fact.shape[0] if fact.shape else 1) if fact.rows is None else fact.rows
         position = Position(name, rows, [share.number for share in shares], whole)
         coefficients = [share.coefficient for share in shares]
@@ -213,25 +250,34 @@ class Elementwise(Method):
         def block(here: slice | EllipsisType) -> Tensor:
             theirs = None if base is None else base[here]
             origin = theirs if self.differences else None
-            deltas = (tensor[here] if origin is None else tensor[here].sub_(origin) for tensor in tensors)
+            deltas = (wide(tensor[here]) if origin is None else difference(tensor[here], origin) for tensor in tensors)
             there = position if here is ... else replace(position, rows=rows[here])
             found = self.function(theirs, deltas, coefficients, self.options, there)
             return found if origin is None else added(origin, found, scale)
 
         blocks = blocks_of_rows(tensors[0], self.by_rows)
-        merged = block(...) if len(blocks) < 2 else _in_place(map(block, blocks), blocks, tensors[0])
+        merged = block(...) if len(blocks) < 2 else _joined(map(block, blocks), blocks, fact.shape)
         return Merged({name: merged}, "; ".join(dict.fromkeys(position.notes)) or None)
 
 
-def _in_place(parts: Iterator[Tensor], blocks: Sequence[slice], used: Tensor) -> Tensor:
-    """Parts put together in the place of a tensor whose numbers are used up, block by block; often they are there."""
-    merged = used
-    for here, part in zip(blocks, parts, strict=True):
-        if part.dtype != merged.dtype:
-            merged = torch.empty_like(used, dtype=part.dtype)
-        if part.data_ptr() != merged[here].data_ptr():
-            merged[here] = part
+def _joined(parts: Iterator[Tensor], blocks: Sequence[slice], shape: Sequence[int]) -> Tensor:
+    """Parts put together to one tensor, each before the next one is made."""
+    first = next(parts)
+    merged = first.new_empty(shape)
+    for here, part in zip(blocks, chain([first], parts), strict=True):
+        merged[here] = part
     return merged
+
+
+def difference(stored: Tensor, base: Tensor) -> Tensor:
+    """θ − θ₀ in float32 or wider, in a tensor of its own or in the place of θ, which is not used again."""
+    if stored.dtype != torch.bfloat16 or not fits_kernels(base) or not stored.is_contiguous():
+        return wide(stored).sub_(base)
+    from merganser.methods import kernels
+
+    found = torch.empty_like(base)
+    kernels.subtract(kernels.flat(stored.view(torch.uint16)), kernels.flat(base), kernels.flat(found))
+    return found
 
 
 def blocks_of_rows(tensor: Tensor, by_rows: bool = False) -> list[slice]:
@@ -247,6 +293,11 @@ def blocks_of_rows(tensor: Tensor, by_rows: bool = False) -> list[slice]:
     return [slice(start, start + step) for start in range(0, len(tensor), step)]
 
 
+def fits_kernels(*tensors: Tensor) -> bool:
+    """Whether :mod:`merganser.methods.kernels` can work on these: float32 on the processor, without gaps."""
+    return all(t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous() for t in tensors)
+
+
 def added(total: Tensor, tensor: Tensor, factor: float) -> Tensor:
     """total + factor · tensor, in place unless ``tensor`` is wider."""
     return total.add_(tensor, alpha=factor) if tensor.dtype == total.dtype else total + tensor * factor
@@ -257,17 +308,3 @@ def _runs(rows: Sequence[int]) -> list[tuple[int, int]]:
     if isinstance(rows, range):
         return [(rows.start, rows.stop)]
     return [(row, row + 1) for row in rows]
-
-
-def _uniform(key: int, start: int, stop: int) -> np.ndarray:
-    """Numbers start:stop of an endless sequence."""
-    bits = np.random.PCG64DXSM(key)
-    bits.advance(start // _HALVES)
-    count = -(-stop // _HALVES) - start // _HALVES
-    # Integers of the whole range are the generator's own; unlike random_raw, other threads can run meanwhile.
-    words = np.random.Generator(bits).integers(2**64 - 1, size=count, dtype=np.uint64, endpoint=True)
-    halves = words.view(np.uint32)
-    halves >>= np.uint32(8)
-    numbers = halves.astype(np.float32)
-    numbers *= np.float32(2.0**-24)
-    return numbers[start % _HALVES :][: stop - start]

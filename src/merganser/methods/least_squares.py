@@ -29,6 +29,7 @@ from merganser.methods.base import (
     output_height,
     separately,
     transposed,
+    wide,
 )  # fmt: skip
 from merganser.methods.sums import BLOCK, GramSums, Solution
 
@@ -230,7 +231,7 @@ class LeastSquares(Method):
             gram = self._gram(unit, share)
             if not local:
                 kept[share.number] = gram
-            stored = share.rows(unit.names[0], 0, 1).dtype
+            stored = wide(share.rows(unit.names[0], 0, 1)).dtype
             whole.add(gram.new_empty(0, gram.shape[0], dtype=stored), gram, share.coefficient, alpha)
         factored = whole.factor(self.ridge, toward_reference=self.toward_base)
 

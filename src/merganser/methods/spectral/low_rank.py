@@ -145,7 +145,7 @@ class _OneMatrix:
     number: int
     coefficient: float
 
-    def tensor(self, name: str) -> Tensor:
+    def stored(self, name: str) -> Tensor:
         return self.matrix.clone()
 
     def base(self, name: str) -> Tensor:

@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from merganser.methods.base import PerContributor, of_contributor
-from merganser.methods.elementwise import Position, Whole
+from merganser.methods.elementwise import Position, Whole, fits_kernels
 from merganser.methods.selection import kth_largest
 from merganser.methods.task_vectors.sparsified import (
     ELECTED,
@@ -74,6 +74,11 @@ def _bounds(whole: Whole, coefficients: Sequence[float], options: MiddleOptions)
 
 
 def _middle(delta: Tensor, index: int, options: MiddleOptions, position: Position) -> Tensor:
+    if position.whole is not None and fits_kernels(delta):
+        from merganser.methods import kernels
+
+        kernels.keep_between(kernels.flat(delta), *map(np.float32, position.whole[index]))
+        return delta
     magnitudes = delta.abs().to(torch.float32)
     if position.whole is not None:
         least, most = position.whole[index]

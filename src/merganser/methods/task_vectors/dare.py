@@ -44,8 +44,8 @@ def _dropped(delta: Tensor, index: int, options: DropOptions, position: Position
     density = of_contributor(options.density, position.contributors[index])
     if density == 1:
         return delta
-    delta.mul_(position.uniform(delta, index, options.seed).lt_(density))
-    return delta.div_(density) if options.rescale == "expected" and density else delta
+    divisor = density if options.rescale == "expected" and density else 1.0
+    return position.drawn(delta, index, options.seed, density, divisor)
 
 
 _REFERENCE = "Yu et al. 2024, arXiv 2311.03099"

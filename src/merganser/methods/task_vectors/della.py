@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from merganser.methods.base import PerContributor, of_contributor
-from merganser.methods.elementwise import Position
+from merganser.methods.elementwise import Position, fits_kernels
 from merganser.methods.task_vectors.dare import DropOptions
 from merganser.methods.task_vectors.sparsified import ELECTED, ElectionOptions, TaskVectorOptions, sparsified
 
@@ -67,8 +67,13 @@ def _dropped(delta: Tensor, index: int, options: MagnitudeDropOptions, position:
     width = prod(delta.shape[1:]) if delta.dim() > 1 else delta.numel()
     ranked = torch.linspace(density - epsilon, density + epsilon, width) if width > 1 else torch.tensor([density])
     kept = _by_rank(delta.reshape(-1, width), ranked).reshape(delta.shape)
-    mask = position.uniform(delta, index, options.seed).lt_(kept)
-    delta.mul_(mask)
+    if fits_kernels(delta, kept):
+        from merganser.methods import kernels
+
+        words, divide = position.words(delta, index, options.seed), options.rescale == "expected"
+        kernels.keep_drawn_by_chances(kernels.flat(delta), words, kernels.flat(kept), divide)
+        return delta
+    delta.mul_(position.uniform(delta, index, options.seed).lt_(kept))
     return delta.div_(kept) if options.rescale == "expected" else delta
 
 
@@ -78,15 +83,12 @@ def _by_rank(rows: Tensor, ranked: Tensor) -> Tensor:
     The bits of a magnitude, and behind them the place, are sorted as one integer: one sort gives the ranks, and equal
     magnitudes rank in the order of their places.
     """
-    height, width = rows.shape
-    keys = rows.abs().to(torch.float32).cpu().numpy().view(np.int32).astype(np.int64)
-    keys <<= 32
-    keys |= np.arange(width)
+    from merganser.methods import kernels
+
+    keys, found = np.empty(rows.shape, dtype=np.int64), np.empty(rows.shape, dtype=np.float32)
+    kernels.magnitudes_and_places(rows.to("cpu", torch.float32).contiguous().numpy(), keys)
     keys.sort(axis=1)
-    keys &= 2**32 - 1
-    keys += np.arange(0, height * width, width)[:, None]
-    found = np.empty(height * width, dtype=np.float32)
-    found[keys] = ranked.numpy()
+    kernels.give_to_places(keys, ranked.numpy(), found)
     return torch.from_numpy(found).to(rows.device)
 
 

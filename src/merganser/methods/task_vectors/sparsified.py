@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from merganser.methods.base import Needs, Options, sums_to_zero
-from merganser.methods.elementwise import Elementwise, Position, Whole, added
+from merganser.methods.elementwise import Elementwise, Position, Whole, added, fits_kernels
 
 #: Of δ, its index among the contributors, the options and the position: what is left of δ, which may be changed.
 Sparsify = Callable[[Tensor, int, Any, Position], Tensor]
@@ -65,7 +66,7 @@ def elect(
     A negative coefficient stands for the negated δᵢ with the coefficient's magnitude.
 
     Args:
-        kept: the δᵢ, which are changed.
+        kept: the δᵢ.
         base: what they are shaped like.
         coefficients: the cᵢ.
         normalize: the mean of those that agree, instead of their sum.
@@ -75,17 +76,27 @@ def elect(
     elected = torch.zeros_like(base)
     for delta, coefficient in zip(kept, coefficients, strict=True):
         elected = added(elected, delta, coefficient)
-        deltas.append(delta.neg_() if coefficient < 0 else delta)
-    sign = torch.copysign(torch.ones_like(elected), elected)
-    agreed, weight = torch.zeros_like(elected), torch.zeros_like(elected)
-    for coefficient, delta in zip(weights or map(abs, coefficients), deltas, strict=True):
-        delta = delta.mul(sign) if delta.dtype != sign.dtype else delta.mul_(sign)
-        agreed.add_(delta.clamp_min_(0), alpha=coefficient)
-        if normalize:
-            weight.add_(delta.sign_(), alpha=coefficient)
-    if normalize:
-        agreed.div_(weight.clamp_min_(torch.finfo(weight.dtype).tiny))
-    return agreed.mul_(sign)
+        deltas.append(delta)
+    agreed, counted = torch.zeros_like(elected), torch.zeros_like(elected)
+    for coefficient, weight, delta in zip(coefficients, weights or map(abs, coefficients), deltas, strict=True):
+        _count_agreeing(delta, elected, -1.0 if coefficient < 0 else 1.0, weight, agreed, counted)
+    return agreed.div_(counted.clamp_min_(torch.finfo(counted.dtype).tiny)) if normalize else agreed
+
+
+def _count_agreeing(
+    delta: Tensor, elected: Tensor, flip: float, weight: float, agreed: Tensor, counted: Tensor
+) -> None:
+    """Where flip·δ has the sign of what was elected, add weight·flip·δ to one sum and the weight to another."""
+    if fits_kernels(delta, elected):
+        from merganser.methods import kernels
+
+        arrays = [kernels.flat(tensor) for tensor in (delta, elected, agreed, counted)]
+        kernels.count_agreeing(*arrays[:2], np.float32(flip), np.float32(weight), *arrays[2:])
+        return
+    numbers = delta.to(elected.dtype) * flip
+    counts = torch.where(elected >= 0, numbers, -numbers).gt(0).to(elected.dtype).mul_(weight)
+    counted += counts
+    agreed.addcmul_(counts, numbers)
 
 
 @dataclass(frozen=True)

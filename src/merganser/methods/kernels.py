@@ -1,0 +1,235 @@
+"""Loops over numbers that are compiled when they are first used: several steps in one pass through a core's caches.
+
+Elementwise methods spend their time in moving numbers between memory and the processor, and a call of torch for each
+step moves them each time. What is compiled here runs without Python's lock, so that threads do not wait for each other.
+Every number is computed by itself and in the same order of operations, so that the bytes do not depend on how a tensor
+is cut. What is compiled is kept beside this file, or in the user's cache folder, for the next run.
+
+Import this module inside functions: its compiler takes a quarter of a second to import.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numba import njit
+from torch import Tensor
+
+_word = np.uint32
+_TILE = 1024  # numbers of which a loop's sums and marks stay in a core's first cache
+_ZERO, _ONE, _UNIT = np.float32(0), np.float32(1), np.float32(2.0**-24)
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    try:
+        return njit(nogil=True, error_model="numpy", cache=True)(function)
+    except RuntimeError:  # no folder can be written to
+        return njit(nogil=True, error_model="numpy")(function)
+
+
+def flat(tensor: Tensor) -> np.ndarray:
+    """The numbers of a tensor that :func:`~merganser.methods.elementwise.fits_kernels`, in a row and in place."""
+    return tensor.numpy().reshape(-1)
+
+
+@_compiled
+def subtract(halves, base, found):
+    """θ − θ₀ of a θ in bfloat16, which is the upper half of a float32 number.
+
+    Args:
+        halves: (n,) uint16, the bits of θ.
+        base, found: (n,) float32.
+    """
+    bits = found.view(np.uint32)
+    for i in range(halves.size):
+        bits[i] = np.uint32(halves[i]) << np.uint32(16)
+        found[i] -= base[i]
+
+
+@_compiled
+def count_agreeing(delta, elected, flip, weight, agreed, counted):
+    """Where flip·δ has the sign of what was elected, add weight·flip·δ to one sum and the weight to another.
+
+    Args:
+        delta: (n,) float32.
+        elected: (n,) float32; of 0 the sign is positive.
+        flip: 1 or −1.
+        weight: of the contributor.
+        agreed, counted: (n,) float32, the sums.
+    """
+    for i in range(delta.size):
+        number = flip * delta[i]
+        along = number if elected[i] >= _ZERO else -number
+        counts = weight if along > _ZERO else _ZERO
+        counted[i] += counts
+        agreed[i] += counts * number
+
+
+@_compiled
+def _turned(word, by):
+    """The bits of a word, rotated to the left. All numbers are of 32 bits, or the loops around would not be fast."""
+    return _word(_word(word << by) | _word(word >> _word(_word(32) - by)))
+
+
+@_compiled
+def _four_rounds(one, two, by0, by1, by2, by3):
+    one = _word(one + two)
+    two = _turned(two, by0) ^ one
+    one = _word(one + two)
+    two = _turned(two, by1) ^ one
+    one = _word(one + two)
+    two = _turned(two, by2) ^ one
+    one = _word(one + two)
+    return one, _turned(two, by3) ^ one
+
+
+@_compiled
+def _draw_tile(words, key0, key1, tile):
+    """Fill 2 · 1024 words: the pairs that Threefry-2x32 with 13 rounds (Salmon et al. 2011) gives for 1024 counters.
+
+    The first words of all pairs come before the second ones, since loops without steps between numbers are faster.
+    """
+    key2 = _word(key0 ^ key1 ^ _word(0x1BD11BDA))
+    low, high = _word(_word(tile << 10) + key0), _word(_word(tile >> 22) + key1)
+    ones, twos = words[:_TILE], words[_TILE:]
+    for i in range(_TILE):
+        one, two = _four_rounds(_word(low + _word(i)), high, _word(13), _word(15), _word(26), _word(6))
+        one, two = _word(one + key1), _word(two + _word(key2 + _word(1)))
+        one, two = _four_rounds(one, two, _word(17), _word(29), _word(16), _word(24))
+        one, two = _word(one + key2), _word(two + _word(key0 + _word(2)))
+        one, two = _four_rounds(one, two, _word(13), _word(15), _word(26), _word(6))
+        one, two = _word(one + key0), _word(two + _word(key1 + _word(3)))
+        one = _word(one + two)
+        ones[i] = one
+        twos[i] = _turned(two, _word(17)) ^ one
+
+
+@_compiled
+def draw(found, key0, key1, start):
+    """Random words, numbers start:start + n of the endless sequence that belongs to a key.
+
+    Args:
+        found: (n,) uint32, for them.
+        key0, key1: uint32.
+        start: int64.
+    """
+    words, size = np.empty(2 * _TILE, dtype=np.uint32), 2 * _TILE
+    for tile in range(start // size, -(-(start + found.size) // size)):
+        _draw_tile(words, key0, key1, tile)
+        first, last = max(tile * size, start), min((tile + 1) * size, start + found.size)
+        found[first - start : last - start] = words[first - tile * size : last - tile * size]
+
+
+@_compiled
+def keep_drawn(delta, key0, key1, start, below, divisor):
+    """Divide δ where its random word is below a bound, and set it to zero elsewhere.
+
+    Args:
+        delta: (n,) float32.
+        key0, key1, start: of its words; see :func:`draw`.
+        below: uint32.
+        divisor: float32, of what is kept.
+    """
+    words, size = np.empty(2 * _TILE, dtype=np.uint32), 2 * _TILE
+    for tile in range(start // size, -(-(start + delta.size) // size)):
+        _draw_tile(words, key0, key1, tile)
+        first, last = max(tile * size, start), min((tile + 1) * size, start + delta.size)
+        here, own = delta[first - start : last - start], words[first - tile * size :]
+        for i in range(here.size):
+            here[i] = here[i] / divisor if own[i] < below else _ZERO
+
+
+@_compiled
+def keep_drawn_by_chances(delta, words, chances, divide):
+    """Set each δ to zero but with a chance of its own, by which it is divided if that is wanted.
+
+    Args:
+        delta: (n,) float32.
+        words: (n,) uint32, of which the upper 24 bits are a number from [0, 1).
+        chances: (n,) float32, above 0.
+        divide: bool.
+    """
+    for i in range(delta.size):
+        kept = delta[i] if np.float32(words[i] >> np.uint32(8)) * _UNIT < chances[i] else _ZERO
+        delta[i] = kept / (chances[i] if divide else _ONE)
+
+
+@_compiled
+def magnitudes_and_places(rows, keys):
+    """Put the bits of each magnitude, which are in the order of magnitudes, and behind them its place into one integer.
+
+    Args:
+        rows: (rows, width) float32.
+        keys: (rows, width) int64, for the integers.
+    """
+    bits = rows.view(np.uint32)
+    for row in range(rows.shape[0]):
+        for i in range(rows.shape[1]):
+            keys[row, i] = (np.int64(bits[row, i] & _word(0x7FFFFFFF)) << 32) | i
+
+
+@_compiled
+def give_to_places(keys, given, found):
+    """Give what stands at the rank of a key, of which each row is sorted, to the place that the key names.
+
+    Args:
+        keys: (rows, width) int64; see :func:`magnitudes_and_places`.
+        given: (width,) float32.
+        found: (rows, width) float32.
+    """
+    for row in range(keys.shape[0]):
+        for i in range(keys.shape[1]):
+            found[row, keys[row, i] & 0xFFFFFFFF] = given[i]
+
+
+@_compiled
+def keep_between(delta, least, most):
+    """Set δ to zero where its magnitude is smaller than ``least`` or larger than ``most``; all are float32."""
+    for i in range(delta.size):
+        magnitude = abs(delta[i])
+        delta[i] = delta[i] if (magnitude >= least) & (magnitude <= most) else _ZERO
+
+
+@_compiled
+def count_between(values, low, high, shift, first, counts, mixed):
+    """Count numbers by how they lie to two bounds, and those between them by their bits.
+
+    Args:
+        values: (n,) non-negative float32.
+        low, high: float32.
+        shift: how many of the lower bits of a number are left away.
+        first: what is left of ``low``.
+        counts: int64, of each of the following upper bits, how many numbers between the bounds have them.
+        mixed: bool, likewise, whether the lower bits of some are not zero.
+
+    Returns:
+        how many are above ``high``, at or above ``high``, above ``low``, at or above ``low``.
+    """
+    bits = values.view(np.uint32)
+    lower = np.uint32((1 << shift) - 1)
+    inside = np.zeros(_TILE, dtype=np.uint8)
+    eights = inside.view(np.uint64)  # most of which are zero: few numbers lie between the bounds
+    above, from_high, above_low, from_low = 0, 0, 0, 0
+    for start in range(0, values.size, _TILE):
+        size = min(_TILE, values.size - start)
+        here, here_bits = values[start : start + size], bits[start : start + size]
+        one, two, three, four = np.uint32(0), np.uint32(0), np.uint32(0), np.uint32(0)
+        for i in range(size):
+            one += np.uint32(here[i] > high)
+            two += np.uint32(here[i] >= high)
+            three += np.uint32(here[i] > low)
+            four += np.uint32(here[i] >= low)
+        for i in range(size):  # apart, so that both loops are made of wide instructions
+            inside[i] = (here[i] > low) & (here[i] < high)
+        above, from_high, above_low, from_low = above + one, from_high + two, above_low + three, from_low + four
+        for eight in range((size + 7) // 8):
+            if eights[eight]:
+                for i in range(8 * eight, min(8 * eight + 8, size)):
+                    if inside[i]:
+                        place = (here_bits[i] >> shift) - first
+                        counts[place] += 1
+                        if here_bits[i] & lower:
+                            mixed[place] = True
+    return above, from_high, above_low, from_low
