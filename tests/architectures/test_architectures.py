@@ -14,6 +14,7 @@ import pytest
 
 from architectures.examine import examine
 from architectures.tiny import TINY
+from merging.test_unasked_model import plans, without_layers
 
 #: One of each family.
 FAST = {
@@ -47,3 +48,15 @@ def test_it_is_merged_as_in_memory(name: str, tmp_path: Path) -> None:
     assert not faults
     assert row.actmat is not None and row.own is not None
     assert min(row.actmat, row.own) >= 0.98 or name in PARTLY_COVERED
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in FAST else pytest.mark.architectures) for name in TINY]
+)
+def test_files_tell_as_much_as_the_model(name: str, tmp_path: Path) -> None:
+    """Whatever the architecture: buffers, stacks of experts and copies are asked for, and nothing else changes."""
+    base, *models = (str(TINY[name].save(tmp_path / str(seed), seed)) for seed in range(3))
+    found, asked = plans({"contributors": models, "base": base, "method": "ties"})
+    assert without_layers(found) == without_layers(asked)
+    assert found.coverage.share == asked.coverage.share

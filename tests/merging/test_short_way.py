@@ -74,14 +74,3 @@ def test_a_merge_by_regmean_is_short(family: Callable[..., tuple[Path, list[Path
     assert len(found["modules"]) <= MODULES, found["modules"]
     frames = [*found["stacks"]["main"], "execute", *found["stacks"]["thread"]]
     assert found["stacks"]["thread"][-1] == "add_product_" and len(frames) <= FRAMES, frames
-
-
-def test_an_average_does_not_wait_for_transformers(
-    family: Callable[..., tuple[Path, list[Path]]], tmp_path: Path
-) -> None:
-    """It takes longer to import than models that are alike take to be averaged."""
-    _, models = family("bert", 2, statistics=False)
-    code = "import sys; from merganser import merge; merge(sys.argv[1:3], sys.argv[3], method='simple'); "
-    arguments = [sys.executable, "-c", f"{code}print('transformers' in sys.modules)", *map(str, models)]
-    done = subprocess.run([*arguments, str(tmp_path / "out")], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "False"

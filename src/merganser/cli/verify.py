@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import click
 
-from merganser.cli.common import quiet_libraries, tell, warn
+from merganser.cli.common import tell, warn
 from merganser.errors import UserError
 
 _PROVENANCE = "provenance.json"
@@ -59,7 +59,6 @@ def verify_command(path: Path | None, deep: str | None, key: Path | None, seed: 
         )
     elif signature_of(path).is_file():
         warn("it is signed; by whom is not checked without --key")
-    quiet_libraries()
     from merganser.merging import verify
 
     result = verify(path, deep=None if deep is None else _steps(deep), seed=seed, **settings)
@@ -87,7 +86,6 @@ def _steps(deep: str) -> int | Literal["all"] | None:
 @click.option("--allow-pickle", is_flag=True, help="Accept parents in pytorch_model.bin (weights_only).")
 def reproduce_command(folder: Path, output: Path | None, allow_pickle: bool) -> None:
     """Repeat a merge from its provenance and compare byte for byte."""
-    quiet_libraries()
     from merganser.merging import reproduce
 
     differing = reproduce(folder, output, allow_pickle=allow_pickle)

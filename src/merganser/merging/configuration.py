@@ -8,7 +8,6 @@ difference is an error, unless one model's configuration is taken on purpose.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from merganser.checkpoints import Checkpoint
 from merganser.checkpoints.layers import BadConfiguration, build_empty, check_config, load_config
 from merganser.checkpoints.reader import read_json
 from merganser.errors import CheckpointError, ErrorCollector, RecipeError, UserError, did_you_mean
-from merganser.merging.inputs import Inputs, Parent
+from merganser.merging.inputs import Inputs, Parent, same_configurations
 from merganser.merging.layer_stacking import StackedCheckpoint
 from merganser.merging.recipe import Recipe
 from merganser.text import shortened
@@ -98,7 +97,7 @@ def match_configurations(
     chosen = problems.catch(_chosen, recipe.config_from, "config_from", parents, base)
     below = [] if base is None or any(base is one for one in parents) else [base]
     people = [one for one in [*parents, *below] if one.checkpoint.config]
-    if any(one.checkpoint.config != people[0].checkpoint.config for one in people):
+    if not all(same_configurations(people[0].checkpoint, one.checkpoint) for one in people):
         sound = [problems.catch(check_config, one.checkpoint) for one in people]
         if not all(sound):
             return []
@@ -188,22 +187,18 @@ def merged_config(recipe: Recipe, inputs: Inputs, own: Parent, tokens: Parent | 
     return config
 
 
-def check_written(recipe: Recipe, inputs: Inputs, *, plain: bool) -> None:
+def check_written(recipe: Recipe, inputs: Inputs) -> None:
     """Refuse a configuration of transformers' own that it cannot build a model from: the result would not open.
 
     Args:
         recipe: for ``config_from``.
         inputs: the open files.
-        plain: nothing else is asked of transformers. What all models say is then left to whoever opens it, as theirs.
 
     Raises:
         CheckpointError: the configuration that would be written cannot be used.
     """
     reference = inputs.reference.checkpoint
     config = merged_config(recipe, inputs, inputs.reference, None)
-    written = json.dumps(config, sort_keys=True)  # in which 1 is not true
-    if plain and all(json.dumps(person.checkpoint.config, sort_keys=True) == written for person in inputs.people):
-        return
     if config == reference.config and inputs.reference.view.model is not None:
         return
     asked, people = recipe.config_from, (inputs.parents, inputs.base)

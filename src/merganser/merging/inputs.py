@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import gc
+import json
 import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 from merganser.checkpoints import (
     AdapterCheckpoint,
@@ -26,8 +27,11 @@ from merganser.merging.layer_stacking import Stacking, stack_layers
 from merganser.merging.recipe import Contributor, Recipe
 from merganser.paths import real
 from merganser.statistics import FILE_NAME, Statistics
+from merganser.tensors import byte_view, is_floating
 
 _LABELLED = re.compile(r"Classification|Detection|Segmentation")  # in the names of classes whose heads have labels
+#: Keys of configurations that say where they come from, and in which dtype the weights are.
+_ORIGIN = frozenset({"_name_or_path", "_commit_hash", "transformers_version", "dtype", "torch_dtype"})
 
 
 @dataclass(frozen=True)
@@ -120,12 +124,28 @@ class Inputs:
 
     @cached_property
     def alike(self) -> bool:
-        """Whether all have tensors of the same names and shapes in one class, so that nothing has to be found."""
-        if self.stacking is not None:
-            return False
-        return not _may_hold_copies(self.reference.checkpoint) and all(
-            _same_files(self.reference.checkpoint, parent.checkpoint) for parent in self.people
+        """Whether all, and the base, have tensors of the same names and shapes in one class with one configuration.
+
+        Then nothing has to be found, if there are no second copies of tied tensors either.
+        """
+        first = self.reference.checkpoint
+        others = [parent.checkpoint for parent in (*self.people, *([self.base] if self.base else []))]
+        return (
+            self.stacking is None
+            and all(same_configurations(first, other) and _same_files(first, other) for other in others)
+            and not _may_hold_copies(first)
         )
+
+    @cached_property
+    def trained_matrices(self) -> bool:
+        """Whether names and shapes tell that every tensor is trained and one: no buffer, and no stack of experts.
+
+        In the classes of transformers, what is called ``weight`` or ``bias`` and has no more than two dimensions is no
+        stack, and a buffer only in a norm that has its statistics beside it.
+        """
+        stored = self.reference.checkpoint.tensors.items()
+        floating = ((name, info.shape) for name, info in stored if is_floating(info.dtype))
+        return all(name.rpartition(".")[2] in ("weight", "bias") and len(shape) < 3 for name, shape in floating)
 
     @property
     def without_base(self) -> bool:
@@ -271,14 +291,38 @@ def _same_files(one: Checkpoint, other: Checkpoint) -> bool:
     return classes[0] == classes[1] and shapes[0] == shapes[1]
 
 
+def same_configurations(one: Checkpoint, other: Checkpoint) -> bool:
+    """Whether two configurations are the same, but for who wrote them, and for the dtype, which the result states."""
+    said = [json.dumps(_without_origin(checkpoint.config), sort_keys=True) for checkpoint in (one, other)]
+    return said[0] == said[1]  # as text, in which 1 is not true
+
+
+def _without_origin(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {key: _without_origin(inner) for key, inner in value.items() if key not in _ORIGIN}
+
+
 def _may_hold_copies(checkpoint: Checkpoint) -> bool:
-    """Whether there could be second copies of tied tensors: several tables of one height, not said to be untied."""
-    parts = [checkpoint.config, *(part for part in checkpoint.config.values() if isinstance(part, dict))]
-    if any(part.get("tie_word_embeddings") is False for part in parts):
-        return False
-    heights = Counter(info.shape[0] for info in checkpoint.tensors.values() if len(info.shape) == 2)
-    sizes = [part.get("vocab_size") for part in parts]
-    return any(type(size) is int and heights.get(size, 0) > 1 for size in sizes)
+    """Whether there could be second copies of tied tensors: two of one shape that have the same row in their middle.
+
+    Embeddings, heads and whole stacks of layers are tied to one another, so that it is enough to look at what lies
+    outside of layers, and at the matrices of the first layers.
+    """
+    groups: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+    for name, info in checkpoint.tensors.items():
+        numbers = {part for part in name.split(".") if part.isdecimal()}
+        if info.shape and (not numbers or (numbers == {"0"} and len(info.shape) == 2)):
+            groups.setdefault((info.dtype, info.shape), []).append(name)
+    several = [(shape, names) for (_, shape), names in groups.items() if len(names) > 1]
+    if several and not checkpoint.is_here:
+        return True
+    for shape, names in several:
+        start, stop = (shape[0] // 2, shape[0] // 2 + 1) if len(shape) > 1 else (0, shape[0])
+        rows = [checkpoint.read(name, start, stop) for name in names]
+        if len({bytes(byte_view(row)) for row in rows}) < len(rows):
+            return True
+    return False
 
 
 def open_base(

@@ -39,10 +39,10 @@ from merganser.merging.matching import (
 from merganser.merging.modules import check_modules
 from merganser.merging.plan import BUFFER, COPY, HEADS, KEPT, TAKEN, AdapterForm, Plan, Step
 from merganser.merging.recipe import Recipe, recorded_options
-from merganser.merging.rules import Assignment, assign, is_plain, needs_parts
+from merganser.merging.rules import Assignment, assign, needs_parts
 from merganser.merging.steps import find_all_layers, make_steps, method_of
 from merganser.merging.vocabulary import match_vocabularies
-from merganser.methods import Facts, Unit, choose
+from merganser.methods import METHODS, Facts, Unit, choose
 from merganser.methods.averages.simple import SIMPLE
 from merganser.tensors import DTYPE_NAMES, DTYPES, is_floating
 
@@ -66,8 +66,8 @@ def make_plan(recipe: Recipe, *, adapter: AdapterForm | None = None, allow_pickl
 
 
 @without_collection()
-def plan_of(recipe: Recipe, inputs: Inputs, *, adapter: AdapterForm | None = None) -> Plan:
-    """The same of files that are open."""
+def plan_of(recipe: Recipe, inputs: Inputs, *, adapter: AdapterForm | None = None, ask_model: bool = False) -> Plan:
+    """The same of files that are open; with ``ask_model`` it says what each tensor is in the model, in any case."""
     problems = ErrorCollector()
     parents, base, reference = inputs.parents, inputs.base, inputs.reference
     people = inputs.people
@@ -85,8 +85,8 @@ def plan_of(recipe: Recipe, inputs: Inputs, *, adapter: AdapterForm | None = Non
     chosen, choice = choose_method(recipe, inputs)
     options = recorded_options(recipe, chosen)
     settled = recipe.model_copy(update={"method": chosen})
-    # The average of files that are alike asks nothing of the model: transformers takes longer to import than it takes.
-    plain = chosen == SIMPLE.name and inputs.alike and is_plain(recipe)
+    form = AdapterForm() if adapter is None and inputs.without_base else adapter
+    plain = form is None and not ask_model and treats_all_alike(settled, inputs)
     names, untied, left_out = names_to_merge(recipe, people, reference, plain=plain)
     notes += left_out
     if not plain:
@@ -104,11 +104,10 @@ def plan_of(recipe: Recipe, inputs: Inputs, *, adapter: AdapterForm | None = Non
         for person in (*people, *([base] if base else []))
         if (found := person.checkpoint.quantisation) is not None and found.codes
     ]
-    form = AdapterForm() if adapter is None and inputs.without_base else adapter
     per_layer = frozenset() if inputs.stacking is None else inputs.stacking.checkpoint.per_layer
     notes += match_configurations(recipe, people, base, problems, adapter=form is not None, per_layer=per_layer)
-    if form is None and not problems.found:
-        problems.catch(check_written, recipe, inputs, plain=plain)
+    if form is None and not plain and not problems.found:
+        problems.catch(check_written, recipe, inputs)
     vocabulary = match_vocabularies(
         recipe, people, base, names, problems, needs_base=needs_base, adapter=form is not None
     )
@@ -169,6 +168,24 @@ def plan_of(recipe: Recipe, inputs: Inputs, *, adapter: AdapterForm | None = Non
         notes=tuple(notes),
         bytes_read=_bytes_read(replace(inputs, base=used), statistics=any(one.needs.statistics for one in methods)),
     )
+
+
+def treats_all_alike(recipe: Recipe, inputs: Inputs) -> bool:
+    """Whether nothing has to be known of the model that opens from the files, since every tensor is treated alike.
+
+    Then the model is not asked: to import transformers and to build the model takes longer than many a merge. Whether
+    it opens, if all contributors say the same of it, is left to whoever opens it, as it is with these.
+
+    Args:
+        recipe: whose method is chosen.
+        inputs: the open files.
+    """
+    if recipe.exclude or needs_parts(recipe) or not inputs.alike:
+        return False
+    named = {recipe.method, *(place.method for _, place in recipe.places() if place.method is not None)}
+    if named == {SIMPLE.name}:  # the average is what buffers get, and of a stack it is that of its parts
+        return True
+    return inputs.trained_matrices and not any(METHODS[name].needs.structure for name in named)
 
 
 def check_all_needs(

@@ -240,6 +240,11 @@ class Needs:
     data: bool = False
     package: tuple[str, str] | None = None
 
+    @property
+    def structure(self) -> bool:
+        """Whether it matters what a tensor is in the model: of which layer it is the weight, and what goes into it."""
+        return self.layers or self.data or self.statistics is not None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Method(ABC):

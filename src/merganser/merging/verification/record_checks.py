@@ -149,7 +149,8 @@ def plan_anew(
     inputs = open_inputs(recipe, allow_pickle=allow_pickle)
     for parent, entry in zip(inputs.sources, [*entries, *([base] if base else [])], strict=False):
         parent.checkpoint.hashes.update(hashes.get(entry["model"], {}))
-    plan = plan_of(recipe, inputs, adapter=form_of(provenance, folder))
+    asked = bool((provenance.get("coverage") or {}).get("linear"))  # other merges tell of no tensor what it is
+    plan = plan_of(recipe, inputs, adapter=form_of(provenance, folder), ask_model=asked)
     choice = provenance.get("method_chosen_because")
     grown = any(p.statistics and not entry["statistics"] for p, entry in zip(inputs.parents, entries, strict=True))
     if choice is not None and not grown:  # else there is more to choose from than there was
