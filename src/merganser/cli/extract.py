@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
 
-from merganser.cli.common import warn
+from merganser.cli.plans import show_or_carry_out
 
 
 @click.command("extract")
@@ -77,25 +76,13 @@ def extract_command(
     """
     if output is None and not dry_run:
         raise click.UsageError("where to? Add -o FOLDER (or --dry-run to see the plan)")
-    from merganser.cli.merge import show_plan
-    from merganser.merging import RunSettings, carry_out
+    from merganser.merging import RunSettings
     from merganser.merging.extract import make_form, prepare_extraction
-    from merganser.merging.memory import keep_freed
 
     kept: dict[str, Any] = {key: list(value) for key, value in patterns.items()}
     kept |= {"embeddings": embeddings.replace("-", " "), "others": others.replace("-", " ")}
     settings = RunSettings.make(threads, max_memory, allow_pickle=allow_pickle)
     form = make_form(rank, energy, max_rank, **kept)
     prepared = prepare_extraction(model, output, base, form, settings, statistics, dtype, overwrite=overwrite)
-    told = prepared.plan.notes + prepared.verdict.notes
-    for note in told:
-        warn(note)
-    if dry_run or output is None:
-        show_plan(prepared, as_json)
-        return
-    keep_freed()
-    result = carry_out(prepared, Path(output), overwrite=overwrite)
-    for note in result.notes:
-        if note not in told:
-            warn(note)
-    click.echo(output)
+    if show_or_carry_out(prepared, output, overwrite=overwrite, dry_run=dry_run, as_json=as_json) is not None:
+        click.echo(output)

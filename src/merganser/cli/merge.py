@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from merganser.cli.common import make_cluster, parse_options, print_table, quiet_libraries, tell, warn
+from merganser.cli.common import make_cluster, parse_options, quiet_libraries, warn
+from merganser.cli.plans import show_or_carry_out
+from merganser.cli.sources import make_earlier_stages, read_source, show_ready_stages
 from merganser.files import human_bytes
 
 if TYPE_CHECKING:
     from merganser.merging import RunSettings
-    from merganser.merging.merge import PreparedMerge
-    from merganser.merging.mergekit import Stage
     from merganser.merging.plan import AdapterForm
 
 
@@ -131,75 +129,45 @@ def merge_command(
     """
     if output is None and not (dry_run or explain):
         raise click.UsageError("where to? Add -o FOLDER (or --dry-run to see the plan)")
-    from merganser.merging import RunSettings, carry_out, load_recipe, make_recipe, prepare
-    from merganser.merging.memory import keep_freed
-    from merganser.merging.merge import contributors_of
+    from merganser.merging import RunSettings, make_recipe, prepare
 
-    values: dict[str, Any] = {}
-    stages: list[Stage] = []
-    where, reads = "command line", list[Path]()
-    if len(models) == 1 and Path(models[0]).suffix in (".yaml", ".yml"):
-        from merganser.merging.mergekit import read_stages
-
-        where, reads = models[0], [Path(models[0])]
-        stages = read_stages(reads[0], Path(intermediate or f"{output or 'merged'}-intermediate"))
-        values = dict(stages[-1].recipe) if stages else load_recipe(reads[0])
-        if coefficients or statistics:
-            raise click.UsageError("--weights and --statistics go with models; in a recipe they belong to contributors")
-    else:
-        values["contributors"] = contributors_of(models, _numbers(coefficients), statistics or None)
+    intermediates = Path(intermediate or f"{output or 'merged'}-intermediate")
+    source = read_source(models, _numbers(coefficients), statistics, intermediates)
     flags = {key: list(v) if isinstance(v, tuple) else v for key, v in keys.items() if v not in (None, ())}
     given = {"alpha": alpha, "ridge": ridge, **parse_options(pairs)}
     chosen = {key: value for key, value in given.items() if value is not None}
-    if {**values, **flags}.get("method") == "regmean_pp":
+    if {**source.values, **flags}.get("method") == "regmean_pp":
         if output is None or dry_run or explain or as_adapter is not None or engine != "serial" or statistics:
             raise click.UsageError(
                 "regmean_pp merges layer after layer, here: it has no plan, engine, adapter or statistics"
             )
         settings = RunSettings.make(threads, max_memory, device, allow_pickle=allow_pickle)
-        _merge_in_turn({**values, **flags}, chosen, data, output, settings, overwrite=overwrite)
+        _merge_in_turn({**source.values, **flags}, chosen, data, output, settings, overwrite=overwrite)
         return
     if len(data) > 1:
         raise click.UsageError("--data is given once, but for --method regmean_pp")
     chosen |= {"data": data[0]} if data else {}
     if chosen:
-        flags["options"] = {**(values.get("options") or {}), **chosen}
-    earlier, notes = stages[:-1], stages[-1].notes if stages else ()
+        flags["options"] = {**(source.values.get("options") or {}), **chosen}
     if explain:
-        from merganser.merging.mergekit import Stage, explain_stages
-
-        click.echo(explain_stages([*earlier, Stage(None, {**values, **flags}, notes, where)]), nl=False)
+        click.echo(source.explained(flags), nl=False)
         return
-    for note in notes:
+    for note in source.notes:
         warn(note)
-    recipe = make_recipe({**values, **flags}, where)
+    recipe = make_recipe({**source.values, **flags}, source.where)
     cluster = make_cluster(engine, ray_address, "merge")
     settings = RunSettings.make(threads, max_memory, device, engine=cluster, allow_pickle=allow_pickle)
-    if earlier:
-        from merganser.merging.mergekit import make_intermediates, ready_stages, stage_recipe
-
-        for stage in (ready := ready_stages(stages) if dry_run else []):
-            warn(f"{stage.name}: the plan of what others need; these are planned once it is there")
-            show_plan(prepare(stage_recipe(stage, flags), None, settings, reads=reads), as_json)
-        if ready:
-            return
-    if earlier and not dry_run:
-        make_intermediates(stages, flags, settings, overwrite=overwrite, reads=reads, tell=warn)
-    prepared = prepare(recipe, output, settings, overwrite=overwrite, adapter=_form(as_adapter), reads=reads)
+    if dry_run and show_ready_stages(source, flags, settings, as_json):
+        return
+    if not dry_run:
+        make_earlier_stages(source, flags, settings, overwrite=overwrite)
+    prepared = prepare(recipe, output, settings, overwrite=overwrite, adapter=_form(as_adapter), reads=source.reads)
     plan = prepared.plan
     if plan.choice:
         warn(f"method {plan.recipe.method}, because {plan.choice}")
-    told = plan.notes + prepared.verdict.notes
-    for note in told:
-        warn(note)
-    if dry_run or output is None:  # without a place only a dry run comes here
-        show_plan(prepared, as_json)
+    result = show_or_carry_out(prepared, output, overwrite=overwrite, dry_run=dry_run, as_json=as_json)
+    if result is None:
         return
-    keep_freed()
-    result = carry_out(prepared, output, overwrite=overwrite)
-    for note in result.notes:
-        if note not in told:
-            warn(note)
     treated = ", ".join(f"{count} {method}" for method, count in plan.counts.items())
     warn(f"{human_bytes(plan.bytes_written)} merged in {result.seconds:.1f} s; tensors: {treated}")
     warn(f"{plan.recipe.method} reached {plan.coverage}")
@@ -232,48 +200,6 @@ def _merge_in_turn(
     warn(f"{human_bytes(result.plan.bytes_written)} merged in {result.seconds:.1f} s by RegMean++: {result.coverage}")
     warn(f"made from the statistics in {output}-statistics, which verify and reproduce read again")
     click.echo(output)
-
-
-def show_plan(prepared: PreparedMerge, as_json: bool) -> None:
-    """The plan on standard output."""
-    plan, schedule = prepared.plan, prepared.schedule
-    uncut = schedule.uncut()
-    if as_json:
-        summary = {
-            "method": plan.recipe.method,
-            "options": plan.recipe.options,
-            "counts": plan.counts,
-            "coverage": {**asdict(plan.coverage), "share": plan.coverage.share},
-            "treatments": [asdict(part) for part in plan.treatments],
-            "bytes_read": plan.bytes_read,
-            "bytes_written": plan.bytes_written,
-            "peak_bytes": schedule.peak_bytes,
-            "rows_at_once": {s.unit.names[0]: r for s, r in zip(plan.steps, schedule.rows, strict=True) if r},
-            "uncut": [{"tensor": name, "bytes": nbytes} for name, nbytes in uncut],
-            **prepared.verdict.record(),
-            "plan": plan.to_json(),
-        }
-        click.echo(json.dumps(summary, indent=1))
-        return
-    rows = [
-        [p.method, p.kind, str(p.tensors), human_bytes(p.nbytes), p.reason or p.rule or ""] for p in plan.treatments
-    ]
-    options = ", ".join(f"{key}={value}" for key, value in plan.recipe.options.items()) or "no options"
-    print_table(
-        f"{len(plan.recipe.contributors)} models by {plan.recipe.method} ({options})",
-        ["method", "how", "tensors", "size", "why"],
-        rows,
-    )
-    tell(f"{plan.recipe.method} reaches {plan.coverage}")
-    if prepared.verdict.influence is not None:
-        tell(f"influence: {prepared.verdict.influence}")
-    tell(
-        f"reads {human_bytes(plan.bytes_read)}, writes {human_bytes(plan.bytes_written)}, "
-        f"peak memory about {human_bytes(schedule.peak_bytes)} on {schedule.threads} threads"
-    )
-    if uncut:
-        name, nbytes = uncut[0]
-        tell(f"{len(uncut)} units cannot be cut into rows; the largest, of {name}, takes {human_bytes(nbytes)} at once")
 
 
 def _form(text: str | None) -> AdapterForm | None:
