@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from merganser.statistics import LayerStatistics, Statistics, StatisticsHeader, write_statistics
+from merganser.statistics.storage import compress
 from merganser.tensors import pack_upper
 
 Example = dict[str, Any]
@@ -131,6 +133,11 @@ def with_gradients(statistics: Statistics, height: int = 5) -> tuple[StatisticsH
         layers.append(layer)
     changes = {"protocol": 5, "hash_kind": "blake3", "kfac": "sampled", "kfac_examples": 6, "layers": tuple(layers)}
     return statistics.header.model_copy(update=changes), tensors
+
+
+def stored(storage: str, path: Path, statistics: Statistics | None = None) -> Statistics:
+    file = write_statistics(path / "s.safetensors", *compress(statistics or make_statistics(), storage))
+    return Statistics.open(file)
 
 
 if __name__ == "__main__":

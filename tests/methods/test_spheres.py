@@ -1,4 +1,4 @@
-"""Averages on spheres, Model Stock, NearSwap, passthrough and Arcee Fusion against float64 oracles."""
+"""Averages on spheres, Model Stock, NearSwap and passthrough against float64 oracles, and what holds for all."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from torch import Tensor
 from merganser.errors import MerganserError
 from merganser.merging import merge
 from merganser.methods import METHODS, Facts, Merged, Unit
-from merganser.methods.task_vectors.arcee_fusion import divergence
 from merging.test_bytes import write_family
 from methods.in_memory import InMemory
 
@@ -265,40 +264,6 @@ def test_passthrough_is_the_model_or_a_multiple() -> None:
     assert torch.equal(merged(base, tuned, (1,), "passthrough"), tuned[0])
     assert torch.equal(merged(base, tuned, (1,), "passthrough", scale=(0.5,)), tuned[0] * 0.5)
     assert torch.equal(merged(base, tuned, (1,), "passthrough", scale=0), tuned[0] * 0)
-
-
-def oracle_of_divergence(tuned: Array, base: Array) -> Array:
-    """By its definition, with 64 bits of mantissa."""
-    wide, origin = tuned.astype(np.longdouble), base.astype(np.longdouble)
-    logs = []
-    for rows in (wide, origin):
-        shifted = rows - rows.max(-1, keepdims=True)
-        logs.append(shifted - np.log(np.exp(shifted).sum(-1, keepdims=True)))
-    return (np.exp(logs[0]) * (logs[0] - logs[1])).sum(-1)
-
-
-@pytest.mark.parametrize("change", [1e-6, 1e-4, 0.1, 3.0, 500.0])
-def test_divergences_of_rows_are_right_however_near_they_are(change: float) -> None:
-    base, (tuned,) = family((7, 300), 1, change)
-    found = divergence(tuned, base).numpy()
-    expected = oracle_of_divergence(*arrays([tuned, base])).astype(np.float64)
-    np.testing.assert_allclose(found, expected, rtol=1e-3 if change < 1e-5 else 1e-7)
-    assert expected.min() > 0
-
-
-@pytest.mark.parametrize("shape", [(40, 30), (600, 900), (77,), (1, 50)])
-def test_arcee_fusion_equals_the_formula(shape: tuple[int, ...]) -> None:
-    base, (tuned,) = family(shape, 1, 0.01)
-    origin, moved = base.double().numpy(), tuned.double().numpy()
-    importance = np.abs(moved - origin) * oracle_of_divergence(moved, origin)[..., None].astype(np.float64)
-    ordered = np.sort(importance.ravel())
-    lower, median, upper = (ordered[int(q * (ordered.size - 1))] for q in (0.25, 0.5, 0.75))
-    threshold = median + 1.5 * (upper - lower)
-    found = merged(base, [tuned], (1,), "arcee_fusion")
-    certain = np.abs(importance - threshold) > 1e-6 * threshold
-    taken = np.where(importance >= threshold, tuned.numpy(), base.numpy())
-    assert np.array_equal(found.numpy()[certain], taken[certain])
-    assert certain.sum() >= base.numel() - 3 and 0 < (importance >= threshold).mean() < 0.4
 
 
 # What holds for all of them.

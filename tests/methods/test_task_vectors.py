@@ -1,4 +1,4 @@
-"""Task arithmetic and TIES against float64 oracles; the selection of thresholds against a sort."""
+"""Task arithmetic, TIES and Arcee Fusion against float64 oracles; the selection of thresholds against a sort."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from merganser.methods import METHODS, Facts, Unit
+from merganser.methods.task_vectors.arcee_fusion import divergence
 from methods.in_memory import InMemory
 
 
@@ -77,3 +78,44 @@ def test_task_arithmetic_equals_the_formula_and_takes_negative_coefficients() ->
     found = merged("task_arithmetic", base, tuned, c, scale=0.3)
     expected = base.double() + 0.3 * sum(ci * (t.double() - base.double()) for ci, t in zip(c, tuned, strict=True))
     torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-7)
+
+
+def changed(shape: tuple[int, ...], change: float) -> tuple[Tensor, Tensor]:
+    """A base and one model that differs from it by so much."""
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(shape, generator=generator)
+    return base, base + change * torch.randn(shape, generator=generator)
+
+
+def oracle_of_divergence(tuned: np.ndarray, base: np.ndarray) -> np.ndarray:
+    """By its definition, with 64 bits of mantissa."""
+    wide, origin = tuned.astype(np.longdouble), base.astype(np.longdouble)
+    logs = []
+    for rows in (wide, origin):
+        shifted = rows - rows.max(-1, keepdims=True)
+        logs.append(shifted - np.log(np.exp(shifted).sum(-1, keepdims=True)))
+    return (np.exp(logs[0]) * (logs[0] - logs[1])).sum(-1)
+
+
+@pytest.mark.parametrize("change", [1e-6, 1e-4, 0.1, 3.0, 500.0])
+def test_divergences_of_rows_are_right_however_near_they_are(change: float) -> None:
+    base, tuned = changed((7, 300), change)
+    found = divergence(tuned, base).numpy()
+    expected = oracle_of_divergence(*(one.double().numpy() for one in (tuned, base))).astype(np.float64)
+    np.testing.assert_allclose(found, expected, rtol=1e-3 if change < 1e-5 else 1e-7)
+    assert expected.min() > 0
+
+
+@pytest.mark.parametrize("shape", [(40, 30), (600, 900), (77,), (1, 50)])
+def test_arcee_fusion_equals_the_formula(shape: tuple[int, ...]) -> None:
+    base, tuned = changed(shape, 0.01)
+    origin, moved = base.double().numpy(), tuned.double().numpy()
+    importance = np.abs(moved - origin) * oracle_of_divergence(moved, origin)[..., None].astype(np.float64)
+    ordered = np.sort(importance.ravel())
+    lower, median, upper = (ordered[int(q * (ordered.size - 1))] for q in (0.25, 0.5, 0.75))
+    threshold = median + 1.5 * (upper - lower)
+    found = merged("arcee_fusion", base, [tuned], (1,))
+    certain = np.abs(importance - threshold) > 1e-6 * threshold
+    taken = np.where(importance >= threshold, tuned.numpy(), base.numpy())
+    assert np.array_equal(found.numpy()[certain], taken[certain])
+    assert certain.sum() >= base.numel() - 3 and 0 < (importance >= threshold).mean() < 0.4

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,89 +16,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from adapter_examples import adapt_linears, materialise
-from conftest import ARCHITECTURES, SMALL, VOCABULARY, save_tokenizer
+from conftest import ARCHITECTURES, save_tokenizer
 from merganser.checkpoints.header import read_infos
 from merganser.checkpoints.writer import SafetensorsWriter, TensorSpec
 from merganser.cli import main
 from merganser.errors import UserError
 from merganser.merging import reproduce, verify
 from merganser.merging.moe import build_moe
-from merganser.merging.moe.routers import normal_numbers
 from merganser.merging.provenance import FILE_NAME, hash_file, own_hash, read_provenance
+from merging.moe.mixtures import KINDS, ONE, Save, logits, mixture, opened
 
-Save = Callable[..., Path]
-KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
-    "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM, {}),
-    "llama-tied": (
-        transformers.LlamaConfig,
-        transformers.LlamaForCausalLM,
-        {"tie_word_embeddings": True, "head_dim": 4, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
-    ),
-    "llama3": (
-        transformers.LlamaConfig,
-        transformers.LlamaForCausalLM,
-        {
-            "rope_parameters": {
-                "rope_type": "llama3",
-                "rope_theta": 500.0,
-                "factor": 8.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 16,
-            }
-        },
-    ),
-    "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM, {"sliding_window": 3}),
-    "qwen2": (
-        transformers.Qwen2Config,
-        transformers.Qwen2ForCausalLM,
-        {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1},
-    ),
-    "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM, {"head_dim": 8, "attention_bias": True}),
-}
 CLASSES = dict.fromkeys(KINDS, "Mixtral") | {"qwen2": "Qwen2Moe", "qwen3": "Qwen3Moe"}
-ONE, TWO, NOT = "the movie was good", "Anna saw Paris", "I liked the food"
-
-
-@pytest.fixture
-def save(tmp_path: Path) -> Save:
-    """``save(name, kind, seed, **config)``: a tiny dense decoder with a tokenizer, far from its initialisation."""
-
-    def saved(name: str, kind: str = "llama", seed: int = 0, **config: Any) -> Path:
-        config_class, model_class, more = KINDS[kind]
-        sizes = {"vocab_size": VOCABULARY, "max_position_embeddings": 32, "num_key_value_heads": 1}
-        torch.manual_seed(seed)
-        model = model_class(config_class(**(SMALL | sizes | more | config)))
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(0.2 * torch.randn_like(parameter))
-        model.save_pretrained(tmp_path / name)
-        save_tokenizer(tmp_path / name, "llama")
-        return tmp_path / name
-
-    return saved
-
-
-def mixture(base: Path, *experts: Path, **more: Any) -> dict[str, Any]:
-    prompts: list[dict[str, Any]] = [
-        {"positive_prompts": [ONE, "yes"]},
-        {"positive_prompts": [TWO], "negative_prompts": [NOT]},
-        {"positive_prompts": ["no"]},
-    ]
-    entries = [{"source_model": str(expert), **said} for expert, said in zip(experts, prompts, strict=False)]
-    return {"base_model": str(base), "experts": entries, **more}
-
-
-def opened(folder: Any) -> Any:
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    assert not (info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"])
-    return model.eval()
-
-
-def logits(model: Any) -> Tensor:
-    ids = torch.randint(3, 30, (2, 9), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        return model(ids).logits
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -160,106 +86,6 @@ def test_a_mixture_computes_what_its_experts_and_routers_say(kind: str, mode: st
         blocks = [one.model.layers[number].mlp for one in experts]
         layer.mlp = _ByHand(blocks, files[f"{name}gate.weight"], 2, shared)
     torch.testing.assert_close(logits(opened(out)), logits(dense), rtol=0, atol=5e-5)
-
-
-def states(folder: Path, text: str, how: str) -> np.ndarray:
-    """What comes into each layer for a text, (layers, hidden) in float64: of the last token or the mean over tokens."""
-    model, tokenizer = opened(folder), transformers.AutoTokenizer.from_pretrained(folder)
-    seen: list[np.ndarray] = []
-    for layer in model.model.layers:
-        layer.register_forward_pre_hook(lambda module, args: seen.append(args[0][0].double().numpy()))
-    ids = [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]
-    with torch.no_grad():
-        model(torch.tensor([ids]))
-    if how == "cheap_embed":
-        table = model.get_input_embeddings().weight.detach().double().numpy()
-        return np.stack([table[ids].sum(0)] * len(seen))
-    return np.stack([one.mean(0) if how == "hidden_avg" else one[-1] for one in seen])
-
-
-def unit(rows: np.ndarray) -> np.ndarray:
-    return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
-
-
-@pytest.mark.parametrize(
-    ("kind", "mode"),
-    [
-        *(("llama", mode) for mode in ("hidden", "hidden_last", "hidden_avg", "cheap_embed")),
-        *((kind, "hidden") for kind in ("llama-tied", "llama3", "mistral", "qwen3")),
-        ("mistral", "hidden_avg"),
-    ],
-)
-def test_routers_are_made_of_the_prompts(kind: str, mode: str, save: Save, tmp_path: Path) -> None:
-    base, other = save("base", kind), save("other", kind, seed=1)
-    out = build_moe(mixture(base, base, other, gate_mode=mode), tmp_path / "out")
-    one, yes, two, wrong = (states(base, text, mode) for text in (ONE, "yes", TWO, NOT))
-    if mode == "cheap_embed":  # directions of sums are subtracted, as in mergekit
-        rows = np.stack([unit(one + yes), unit(unit(two) - unit(wrong))], 1)
-    else:
-        rows = np.stack([unit((one + yes) / 2), unit(two - wrong)], 1)
-    for number, expected in enumerate(rows):
-        block = "mlp" if kind == "qwen3" else "block_sparse_moe"
-        found = load_file(out / "model.safetensors")[f"model.layers.{number}.{block}.gate.weight"]
-        np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
-    assert any(not np.allclose(layer[0], layer[1], atol=1e-2) for layer in rows)
-
-
-def test_the_token_that_begins_texts_is_not_doubled(save: Save, tmp_path: Path) -> None:
-    base, other = save("base"), save("other", seed=1)
-    config = mixture(base, base, other)
-    first = build_moe(config, tmp_path / "first")
-    config["experts"][1] |= {"positive_prompts": f"<s>{TWO}", "negative_prompts": NOT}  # one text is a list of one
-    second = build_moe(config, tmp_path / "second")
-    assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
-
-
-def test_prompts_that_say_the_same_are_noted_and_finite(save: Save, tmp_path: Path) -> None:
-    base, other = save("base"), save("other", seed=1)
-    config = mixture(base, base, other)
-    config["experts"][1] |= {"positive_prompts": [TWO], "negative_prompts": [TWO]}
-    out = build_moe(config, tmp_path / "out")
-    assert "hardly tell the experts apart" in out.notes[-1]
-    assert torch.isfinite(logits(opened(out))).all()
-
-
-def test_the_bytes_depend_on_the_seed_alone(save: Save, tmp_path: Path) -> None:
-    base, other = save("base"), save("other", seed=1)
-    written = {}
-    for name, mode, run, seed in [
-        ("hidden", "hidden", {"threads": 1}, 0), ("hidden-again", "hidden", {"threads": 3, "max_memory": "2GB"}, 5),
-        ("random", "random", {"threads": 1}, 0), ("random-again", "random", {"threads": 3}, 0),
-        ("random-seed", "random", {}, 1), ("uniform", "uniform_random", {}, 0),
-    ]:  # fmt: skip
-        out = build_moe(mixture(base, base, other, gate_mode=mode, seed=seed), tmp_path / name, **run)
-        written[name] = (out / "model.safetensors").read_bytes()
-    assert written["hidden"] == written["hidden-again"] and written["random"] == written["random-again"]
-    assert len(set(written.values())) == 4
-    rows = load_file(tmp_path / "uniform" / "model.safetensors")["model.layers.0.block_sparse_moe.gate.weight"]
-    assert 0.1 < float(rows.abs().max()) <= 0.25  # 1/√16
-    random = load_file(tmp_path / "random" / "model.safetensors")
-    gates = [tensor for name, tensor in random.items() if "gate.weight" in name]
-    assert not torch.equal(gates[0], gates[1])
-
-
-def test_noise_is_normal_the_same_in_any_slices_and_another_for_each_expert(save: Save, tmp_path: Path) -> None:
-    whole = normal_numbers("a", range(400), 50, 3).double()
-    assert abs(whole.mean()) < 0.02 and abs(whole.std() - 1) < 0.02 and abs((whole**4).mean() - 3) < 0.2
-    assert torch.equal(
-        torch.cat([normal_numbers("a", range(7), 50, 3), normal_numbers("a", range(7, 400), 50, 3)]).double(), whole
-    )
-    base = save("base")
-    config = mixture(base, base, base, gate_mode="random")
-    for expert in config["experts"]:
-        expert |= {"noise_scale": 0.1, "residual_scale": 2.0}
-    found = load_file(build_moe(config, tmp_path / "out") / "model.safetensors")
-    dense = load_file(base / "model.safetensors")
-    noise = []
-    for matrix, name, factor in (("w1", "gate_proj", 1), ("w2", "down_proj", 2), ("w3", "up_proj", 1)):
-        for expert in (0, 1):
-            made = found[f"model.layers.0.block_sparse_moe.experts.{expert}.{matrix}.weight"] / factor
-            noise.append(made - dense[f"model.layers.0.mlp.{name}.weight"])
-            assert 0.08 < float(noise[-1].std()) < 0.12
-    assert not any(torch.allclose(a.flatten(), b.flatten()) for a, b in itertools.pairwise(noise))
 
 
 def test_an_adapter_on_its_base_is_an_expert_and_a_base(save: Save, tmp_path: Path) -> None:
