@@ -75,13 +75,57 @@ def is_name(path: str) -> bool:
         return False
 
 
+def path_text(
+    given: object, kind: type[UserError] = UserError, *, what: str = "a path", mend: str = "give the path as text"
+) -> str:
+    """A path or a name as a caller gave it, as text.
+
+    Args:
+        given: text or a path; a function of Python may be given anything.
+        kind: of the errors.
+        what: is expected, with its article.
+        mend: what to give.
+
+    Raises:
+        UserError: it is neither, such as a list or a model in memory, or no file can have this name.
+    """
+    check_type(given, kind, what=what, mend=mend)
+    text = str(given)
+    if not is_name(text):
+        raise kind("no file or folder can have this name", where=text, mend=mend)
+    return text
+
+
+def check_type(
+    given: object, kind: type[UserError] = UserError, *, what: str = "a path", mend: str = "give the path as text"
+) -> None:
+    """Refuse an object of Python that is no path, likewise."""
+    if not isinstance(given, str | os.PathLike):
+        raise kind(f"{what} is expected, as a str or a Path, and this is {described(given)}", mend=mend)
+
+
+def path_as_text(value: object) -> object:
+    """A path as text, for a field that is one; anything else as it is, for the field to accept or refuse."""
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def described(given: object) -> str:
+    """An object of Python by its kind, for messages: it may be large, or print what is private."""
+    return "None" if given is None else f"of the type {type(given).__name__}"
+
+
 def _stays(path: Path, root: Path) -> bool:
     """Whether a path stays in a folder by its spelling."""
     return Path(os.path.abspath(path)).is_relative_to(os.path.abspath(root))  # noqa: PTH100 (links stay as they are)
 
 
 def expanded(path: str | Path) -> Path:
-    """A path with the home that it begins with; one of a user who is not there stays as it is."""
+    """A path with the home that it begins with; one of a user who is not there stays as it is.
+
+    Raises:
+        UserError: an object that is no path.
+    """
+    check_type(path)
     try:
         return Path(path).expanduser()
     except RuntimeError:

@@ -24,7 +24,7 @@ from typing import Any
 
 from merganser.errors import FileError, UserError, require
 from merganser.files import scratch_folder, write_bytes
-from merganser.paths import real
+from merganser.paths import expanded, real
 from merganser.text import listed
 
 #: What a folder's signature is called in it, and how a file's, which lies beside it, ends.
@@ -57,7 +57,7 @@ def sign(path: str | Path, key: str | Path, *, password: bytes | None = None) ->
             be signed.
         UserError: the extra ``sign`` is not installed.
     """
-    path, key = _existing(Path(path)), _key(Path(key))
+    path, key = _existing(expanded(path)), _key(expanded(key))
     if path.is_dir() and real(key).is_relative_to(real(path)):
         what = "the private key lies in the folder that is to be signed, and would be published with it"
         raise FileError(what, where=key, mend="move it elsewhere")
@@ -92,7 +92,7 @@ def check_signature(path: str | Path, key: str | Path) -> None:
         FileError: there is no signature, it is of another key, or anything was changed, added or removed since.
         UserError: the extra ``sign`` is not installed.
     """
-    path, key = _existing(Path(path)), _key(Path(key))
+    path, key = _existing(expanded(path)), _key(expanded(key))
     signature = signature_of(path)
     if not signature.is_file():
         mend = "ask its owner for a signed one, or leave --key out and know that anyone may have made it"

@@ -26,7 +26,7 @@ from merganser.checkpoints.layers import Layer
 from merganser.checkpoints.opening import is_adapter, names_missing_base, open_files, pair_of
 from merganser.checkpoints.reader import HASHES, Checkpoint, align, read_json
 from merganser.errors import CheckpointError, ErrorCollector, UserError, raise_all
-from merganser.paths import expanded
+from merganser.paths import expanded, is_name
 from merganser.text import listed
 
 _WITH_BASE = "give the base too, as base+adapter"
@@ -260,7 +260,7 @@ class _Adapter:
 
 
 def _pair(reference: str) -> tuple[str, str] | None:
-    return None if expanded(reference).is_dir() else pair_of(reference)
+    return None if not is_name(reference) or expanded(reference).is_dir() else pair_of(reference)
 
 
 def _open(reference: str, allow_pickle: bool) -> _Adapter:

@@ -28,7 +28,7 @@ from merganser.checkpoints.quantised import as_numbers
 from merganser.checkpoints.reader import Checkpoint
 from merganser.errors import CheckpointError, ErrorCollector
 from merganser.files import remove_leftovers
-from merganser.paths import expanded, inside, leads_anywhere, real
+from merganser.paths import expanded, inside, leads_anywhere, path_text, real
 
 _HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -39,6 +39,7 @@ _UNWANTED = [
     "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.ot", "*.gguf", "*.pkl", "onnx/*", "openvino/*",
     "checkpoint-*/*",
 ]  # fmt: skip
+_GIVE = "give a model folder, or org/name@revision on the Hub"
 _STATISTICS = "merge_statistics.safetensors"  # small beside the weights, and needed to plan
 
 
@@ -65,7 +66,7 @@ def open_checkpoint(
         UserError: nothing there, truncated or malformed files, missing shards, pickled weights, quantised weights that
             cannot be read as numbers, an adapter that does not fit its base (all of its problems at once).
     """
-    name = str(reference)
+    name = model_reference(reference)
     known = {} if known is None else known
     pair = None if expanded(name).is_dir() else pair_of(name)
     files = open_files(name if pair is None else pair[1], allow_pickle)
@@ -81,6 +82,16 @@ def open_checkpoint(
     if place not in known:
         known[place] = _open_base(place, files, allow_pickle)
     return combine(name, known[place], files)
+
+
+def model_reference(given: object) -> str:
+    """What a caller named as a model, as text.
+
+    Raises:
+        CheckpointError: it is no text and no path, such as a model in memory; or no folder can have this name.
+    """
+    mend = f"{_GIVE}; save_pretrained writes the folder of a model that is in memory"
+    return path_text(given, CheckpointError, what="a model", mend=mend)
 
 
 def is_adapter(files: Checkpoint) -> bool:
@@ -212,7 +223,7 @@ def _open_base(place: str, adapter: Checkpoint, allow_pickle: bool) -> Checkpoin
 
 def open_files(name: str, allow_pickle: bool) -> Checkpoint:
     """The files of a folder or Hub reference as they are, be it a model or an adapter."""
-    path = expanded(name)
+    path = expanded(model_reference(name))
     if not path.exists():
         remove_leftovers(path)  # which puts a folder back that a killed command had moved away
     if path.is_dir():
@@ -222,7 +233,7 @@ def open_files(name: str, allow_pickle: bool) -> Checkpoint:
         raise CheckpointError("a model is a folder, this is a file", where=name, mend=f"give its folder, {path.parent}")
     match = _HUB.fullmatch(name)
     if match is None or name.startswith((".", "/", "~")):
-        raise CheckpointError("no such folder", where=name, mend="give a model folder, or org/name@revision on the Hub")
+        raise CheckpointError("no such folder", where=name, mend=_GIVE)
     return open_hub(name, match["repo"], match["revision"], allow_pickle=allow_pickle)
 
 

@@ -191,7 +191,8 @@ def _merge_in_turn(
     quiet_libraries()
     recipe = {key: value for key, value in values.items() if key not in ("method", "options", "contributors")}
     given = {**(values.get("options") or {}), **options}
-    texts = data or tuple(given.pop("data", ()))
+    said = given.pop("data", ())
+    texts = data or ((said,) if isinstance(said, str) else tuple(said))
     result = merge_regmean_pp(
         values["contributors"], texts, output, options=given, overwrite=overwrite, settings=settings, **recipe
     )

@@ -42,7 +42,7 @@ def make_jobs(
     shards: Sequence[Shard],
     folder: Path,
     *,
-    data: str | Path | Rows,
+    data: str | Rows,
     cpus: float,
     grams: bool,
     fisher: FisherKind | None,
@@ -75,7 +75,7 @@ def make_jobs(
     memory = job_memory(examples.opened, grams=grams, fisher=fisher is not None, kfac=kfac is not None)
     shared = {
         "model": _absolute(examples.opened.name),
-        "data": _absolute(str(data)),
+        "data": _absolute(data),
         "folder": str(folder.absolute()),
         "task": examples.task.name,
         "columns": asdict(examples.columns),

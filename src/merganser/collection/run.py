@@ -28,7 +28,7 @@ from merganser.collection.stopping import StoppingRule
 from merganser.engines import Engine, make_engine
 from merganser.errors import ErrorCollector, StatisticsError, UserError, did_you_mean, raise_all
 from merganser.files import Output, local_path, parse_size, space_error, staging_folder
-from merganser.paths import expanded
+from merganser.paths import expanded, is_name
 from merganser.progress import bar
 from merganser.results import PathResult, html_table
 from merganser.statistics import FILE_NAME, FisherKind, Statistics, StatisticsHeader, write_statistics
@@ -37,7 +37,7 @@ from merganser.statistics.writing import statistics_output
 from merganser.tasks import task_for
 from merganser.tasks.base import Task
 from merganser.tasks.columns import Columns
-from merganser.tasks.data import Rows, read_rows, selected
+from merganser.tasks.data import DataSource, in_memory, read_rows
 from merganser.tasks.feature_extraction import FeatureExtraction
 from merganser.tasks.models import Opened, open_model
 from merganser.tasks.separate_texts import separate_texts
@@ -65,7 +65,7 @@ class CollectResult(PathResult):
 
 def collect(
     model: str | Path,
-    data: str | Path | Rows,
+    data: DataSource,
     *,
     task: str | Task = "auto",
     fisher: str | None = None,
@@ -102,7 +102,8 @@ def collect(
 
     Args:
         model: a model folder, ``folder::heads/name`` or ``org/name@revision``.
-        data: rows, or what :func:`merganser.tasks.data.read_rows` takes; of several splits, ``train`` is taken.
+        data: a file, a folder, a data set's name or a ``Dataset``, or a list of texts or of dictionaries by column; see
+            :func:`merganser.tasks.data.read_rows`. Of several splits, ``train`` is taken.
         task: a name of :data:`merganser.tasks.TASKS`, or ``auto`` to go by the model's configuration.
         fisher: also collect diagonal Fisher information: ``expected`` (over the model's own labels),
             ``empirical`` (the labels of the data) or ``predicted`` (the most probable label).
@@ -167,7 +168,7 @@ def collect(
     limit_bytes = parse_size(max_memory) if isinstance(max_memory, str) else max_memory
     errors = ErrorCollector()
     opened = errors.catch(open_model, model, allow_pickle=allow_pickle)
-    rows = errors.catch(_rows, data, split, limit)
+    rows = errors.catch(read_rows, data, split=split, limit=limit, prefer=("train",))
     target = None if opened is None else errors.catch(_target, opened, data, output, overwrite)
     chosen = None if opened is None else errors.catch(_task, opened, task, kind, factors)
     placement = (
@@ -207,7 +208,8 @@ def collect(
         with staging_folder(target.path) as folder:
             jobs = make_jobs(
                 examples, shards, folder,
-                data=data, split=split, separate=None if separate is None else dict(separate.prompts),
+                data=rows if in_memory(data) else str(data), split=split,
+                separate=None if separate is None else dict(separate.prompts),
                 labelled=labels is not None, batch_size=batch_size, cpus=cpus, **wanted,
             )  # fmt: skip
             sums, tally = sum_shards(run_jobs(elsewhere, jobs))
@@ -240,12 +242,6 @@ def _inner_storage(stored: Storage) -> Storage:
     """Of the inputs inside experts: low rank, and no higher one than of all others."""
     rank = min(INNER_RANK, stored.rank) if stored.kind == "lowrank" else INNER_RANK
     return Storage("lowrank", rank)
-
-
-def _rows(data: str | Path | Rows, split: str | None, limit: int | None) -> Rows:
-    if isinstance(data, Rows):
-        return data if limit is None else selected(data, range(min(limit, len(data))))
-    return read_rows(data, split=split, limit=limit, prefer=("train",))
 
 
 def _task(opened: Opened, task: str | Task, kind: FisherKind | None, factors: KfacChoice | None) -> Task:
@@ -340,7 +336,7 @@ def _check_numbers(**numbers: int | None) -> None:
             raise UserError(f"{name} is {value}", where=option, mend="give a number of at least 1")
 
 
-def _target(opened: Opened, data: str | Path | Rows, output: str | Path | None, overwrite: bool) -> Output:
+def _target(opened: Opened, data: DataSource, output: str | Path | None, overwrite: bool) -> Output:
     """The file to write, which must not be there unless it may be replaced, and whose folder must take it."""
     home = opened.checkpoint.home
     if output is None and home.revision is not None:
@@ -354,7 +350,7 @@ def _target(opened: Opened, data: str | Path | Rows, output: str | Path | None, 
         path = path / FILE_NAME
     reads = places_read(opened.checkpoint)
     allowed = reads if path.name == FILE_NAME else []  # any other file of the model's folder may be loaded with it
-    given = None if isinstance(data, Rows) else local_path(data)
+    given = local_path(str(data)) if not in_memory(data) and is_name(str(data)) else None
     target = statistics_output(path, [*reads, *([given] if given else [])], overwrite=overwrite, allowed=allowed)
     target.raise_problem()
     if not path.parent.is_dir():

@@ -6,6 +6,7 @@ merganser.evaluate(["merged", "specialist"], ["a.jsonl", "b.jsonl"], ensemble=Tr
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 
 from merganser import progress
+from merganser.checkpoints.opening import model_reference
 from merganser.errors import CheckpointError, ErrorCollector, UserError, did_you_mean
 from merganser.evaluation.bootstrap import difference, resample, standard_error
 from merganser.evaluation.encoders import compare_embeddings, load_encoder
@@ -24,7 +26,7 @@ from merganser.evaluation.result import Evaluation, Score
 from merganser.tasks import task_for
 from merganser.tasks.base import Task
 from merganser.tasks.columns import Columns
-from merganser.tasks.data import Rows, read_rows
+from merganser.tasks.data import DataSource, Rows, in_memory, read_rows
 from merganser.tasks.embedding import Embedding
 from merganser.tasks.labels import LabelSpace, union
 from merganser.tasks.models import Opened, load_model, load_tokenizer, open_model, prepare_padding
@@ -47,7 +49,7 @@ class _EvaluatedModel:
 
 def evaluate(
     models: str | Path | Sequence[str | Path],
-    data: str | Path | Sequence[str | Path],
+    data: DataSource | Sequence[DataSource],
     *,
     task: str | Task = "auto",
     task_options: Mapping[str, Any] | None = None,
@@ -69,7 +71,8 @@ def evaluate(
 
     Args:
         models: folders, ``folder::heads/name`` or ``org/name@revision``.
-        data: see :func:`merganser.tasks.data.read_rows`; a split can be chosen for each as ``source[split]``.
+        data: files, folders or data sets, see :func:`merganser.tasks.data.read_rows`; a split can be chosen for each as
+            ``source[split]``. A list of dictionaries by column is one; a list of texts names several.
         task: a name of :data:`merganser.tasks.TASKS`, or ``auto`` to go by each model's configuration.
         task_options: of the task, such as ``{"threshold_on": "logit"}`` for ``multi-label``.
         columns: names of the columns; what is not given is found by its usual name.
@@ -91,7 +94,7 @@ def evaluate(
     Raises:
         UserError: any mistake in the arguments, the models or the data.
     """
-    references, sources = _as_list(models, "models"), _as_list(data, "data")
+    references, sources = _models(models), _sources(data)
     if batch_size < 1 or bootstrap < 0 or (max_length is not None and max_length < 1):
         raise UserError("batch size and length must be at least 1, bootstrap 0 or more", where="evaluate")
     if ensemble and len(references) < 2:
@@ -99,7 +102,7 @@ def evaluate(
     errors = ErrorCollector()
     options = dict(task_options or {})
     models_found = _found(errors.catch(_open, name, task, options, allow_pickle) for name in references)
-    rows_of = _found(errors.catch(read_rows, source, split=split, limit=limit) for source in sources)
+    rows_of = _found(errors.catch(read_rows, one, split=split, limit=limit, called=name) for name, one in sources)
     if len(models_found) == len(references):
         errors.catch(_check_together, models_found, ensemble, metric)
     errors.raise_all()
@@ -141,12 +144,26 @@ def _found(items: Iterable[T | None]) -> list[T]:
     return [item for item in items if item is not None]
 
 
-def _as_list(given: str | Path | Sequence[str | Path], what: str) -> list[str]:
-    found = [str(given)] if isinstance(given, str | Path) else [str(item) for item in given]
+def _models(given: Any) -> list[str]:
+    single = not isinstance(given, Iterable) or isinstance(given, str | os.PathLike | Mapping)
+    found = [model_reference(one) for one in ([given] if single else given)]
     if not found:
-        raise UserError(f"no {what} to evaluate", where=what, mend=f"give at least one of the {what}")
-    _check_names(found, what)
+        raise UserError("no models to evaluate", where="models", mend="give at least one of the models")
+    _check_names(found, "models")
     return found
+
+
+def _sources(given: Any) -> list[tuple[str, DataSource]]:
+    """What to read, each with a name."""
+    found = list(given) if isinstance(given, list | tuple) else [given]
+    if found and isinstance(found[0], Mapping) and not isinstance(given, Mapping):  # the rows of one
+        found = [found]
+    if not found:
+        raise UserError("no data to evaluate", where="data", mend="give at least one of the data")
+    called = ["data" if len(found) == 1 else f"data {number}" for number in range(1, len(found) + 1)]
+    named = [(name if in_memory(one) else str(one), one) for name, one in zip(called, found, strict=True)]
+    _check_names([name for name, _ in named], "data")
+    return named
 
 
 def _check_names(names: Sequence[str], what: str) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from merganser.errors import FileError, UserError
+from merganser.paths import check_type
 
 #: Stores without folders. What is missing there is the bucket, and that is not ours to create.
 _OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss"}
@@ -17,7 +18,12 @@ _PIECE = 8 * 2**20  # bytes that are copied at once by stores that cannot copy
 
 
 def is_url(place: str | Path) -> bool:
-    """Whether a place is a URL, such as ``s3://bucket/merged``."""
+    """Whether a place is a URL, such as ``s3://bucket/merged``.
+
+    Raises:
+        UserError: an object that is no path.
+    """
+    check_type(place, mend="give a folder or a URL as text")
     return "://" in str(place)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from merganser.checkpoints.opening import model_reference
 from merganser.errors import RecipeError
 from merganser.merging.memory import RunSettings
 from merganser.merging.merge import MergeResult, PreparedMerge, carry_out, prepare
@@ -105,7 +106,7 @@ def prepare_extraction(
     overwrite: bool = False,
 ) -> PreparedMerge:
     """The plan of an extraction, everything checked; the arguments are those of :func:`extract`."""
-    contributor = {"model": str(model), "statistics": None if statistics is None else str(statistics)}
-    values: dict[str, Any] = {"contributors": [contributor], "method": SIMPLE.name, "base": str(base)}
+    contributor = {"model": model_reference(model), "statistics": None if statistics is None else str(statistics)}
+    values: dict[str, Any] = {"contributors": [contributor], "method": SIMPLE.name, "base": model_reference(base)}
     recipe = make_recipe(values if dtype is None else {**values, "dtype": dtype}, "extract()")
     return prepare(recipe, output, settings, overwrite=overwrite, adapter=form)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from merganser.engines import Engine
+from merganser.checkpoints.opening import model_reference
+from merganser.engines import Engine, make_engine
 from merganser.errors import ErrorCollector, RecipeError, UserError, raise_all
 from merganser.files import local_path
 from merganser.merging.activations import recorded_activations
@@ -36,6 +37,7 @@ from merganser.merging.targets.checkpoint import (
     output_problems,
     write_small_files,
 )
+from merganser.paths import described, path_text
 from merganser.progress import track
 from merganser.results import PathResult, html_table
 
@@ -91,20 +93,20 @@ class MergeResult(PathResult):
 
 
 def merge(
-    models: Recipe | Sequence[str | Path | Contributor],
+    models: Recipe | Sequence[str | Path | Contributor | Mapping[str, Any]],
     output: str | Path,
     *,
     method: str = "auto",
     base: str | Path | None = None,
     coefficients: Sequence[float] | None = None,
-    statistics: Sequence[str | Path] | None = None,
+    statistics: Sequence[str | Path | None] | None = None,
     options: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     threads: int | None = None,
     sums: str | Path | None = None,
     max_memory: str | int | None = None,
     device: str = "cpu",
-    engine: Engine | None = None,
+    engine: str | Engine | None = None,
     as_adapter: int | AdapterForm | None = None,
     allow_pickle: bool = False,
     **settings: Any,
@@ -112,13 +114,13 @@ def merge(
     """Merge checkpoints of one pre-trained model into a folder that ``from_pretrained`` opens.
 
     Args:
-        models: the checkpoints (folders or ``org/name@revision``), or a whole :class:`Recipe`, which then stands
-            alone: give no other setting with it.
+        models: the checkpoints (folders or ``org/name@revision``), contributors, or dictionaries of what a recipe has
+            for one; or a whole :class:`Recipe`, which then stands alone: give no other setting with it.
         output: the folder or fsspec URL to write; written whole or not at all.
         method: ``auto``, or one of ``merganser.methods.METHODS``.
         base: the pre-trained model, for the methods that need it.
         coefficients: one weight a model, relative; equal by default.
-        statistics: one statistics file a model; by default the one in each model's folder.
+        statistics: one statistics file a model, None for the one in its folder; by default those of all folders.
         options: the method's options, such as ``{"alpha": 0.9}``.
         overwrite: replace what an earlier merge has written; nothing else is ever replaced.
         threads: how many units are worked on at once; the bytes do not depend on it.
@@ -127,7 +129,8 @@ def merge(
         max_memory: what the process may take, in bytes or as ``"2GB"``; by default what the machine has. The bytes
             do not depend on it.
         device: ``cpu``, ``cuda`` or ``auto``.
-        engine: where the work is done (see :mod:`merganser.engines`); by default in this process.
+        engine: where the work is done (see :mod:`merganser.engines`): ``ray``, or an engine itself; by default in this
+            process.
         as_adapter: write the nearest LoRA adapter of this rank, or of this form, instead of a full checkpoint.
         allow_pickle: accept ``pytorch_model.bin`` (read with ``weights_only``).
         settings: the other keys of :class:`Recipe`: ``exclude``, ``keep_separate``, ``labels``, ``vocabulary``,
@@ -144,37 +147,70 @@ def merge(
         recipe = models
     else:
         contributors = contributors_of(models, coefficients, statistics)
-        values = {"contributors": contributors, "method": method, "options": dict(options or {}), **settings}
-        recipe = make_recipe(values if base is None else {**values, "base": str(base)}, "merge()")
-    run = RunSettings.make(threads, max_memory, device, sums, engine, allow_pickle)
+        values = {"contributors": contributors, "method": method, "options": _plain(options), **settings}
+        recipe = make_recipe(values if base is None else {**values, "base": model_reference(base)}, "merge()")
+    run = RunSettings.make(threads, max_memory, device, sums, _engine(engine), allow_pickle)
     form = AdapterForm(as_adapter) if isinstance(as_adapter, int) else as_adapter
+    if not isinstance(form, AdapterForm | None):
+        mend = "give the rank as a number, such as 16, or an AdapterForm"
+        raise RecipeError(f"{as_adapter!r} is no rank", where="as_adapter", mend=mend)
     return carry_out(prepare(recipe, output, run, overwrite=overwrite, adapter=form), output, overwrite=overwrite)
 
 
+def _engine(engine: str | Engine | None) -> Engine | None:
+    """Where the work is done; None for this process."""
+    if not isinstance(engine, str):
+        return engine
+    return None if engine == "serial" else make_engine(engine)
+
+
+def _plain(options: Any) -> Any:
+    """Options as a recipe has them; what is no mapping is refused with the recipe."""
+    return dict(options or {}) if options is None or isinstance(options, Mapping) else options
+
+
 def contributors_of(
-    models: Sequence[str | Path | Contributor],
+    models: Sequence[str | Path | Contributor | Mapping[str, Any]],
     coefficients: Sequence[float] | None = None,
-    statistics: Sequence[str | Path] | None = None,
+    statistics: Sequence[str | Path | None] | None = None,
 ) -> list[dict[str, Any]]:
     """Contributors of a recipe from parallel lists.
 
     Raises:
-        RecipeError: lists of different length.
+        RecipeError: no lists, or lists of different length.
+        CheckpointError: a model that is given as something else than its path or name.
     """
+    models = _list(models, "models", "merge([model, model], output)")
     for name, values in (("coefficients", coefficients), ("statistics", statistics)):
-        if values is not None and len(values) != len(models):
-            raise RecipeError(
-                f"{len(values)} {name} for {len(models)} models", where=name, mend="give one for each model, in order"
-            )
+        if values is not None and (given := len(_list(values, name, f"{name}=[…, …]"))) != len(models):
+            what = f"{given} {name} for {len(models)} models"
+            raise RecipeError(what, where=name, mend="give one for each model, in order")
     found = []
     for number, model in enumerate(models):
-        entry: dict[str, Any] = model.model_dump() if isinstance(model, Contributor) else {"model": str(model)}
+        if isinstance(model, Contributor):
+            entry: dict[str, Any] = model.model_dump()
+        else:
+            entry = dict(model) if isinstance(model, Mapping) else {"model": model_reference(model)}
         if coefficients is not None:
             entry["coefficient"] = coefficients[number]
-        if statistics is not None:
-            entry["statistics"] = str(statistics[number])
+        if statistics is not None and (file := statistics[number]) is not None:
+            entry["statistics"] = path_text(file, RecipeError, what="a statistics file")
         found.append(entry)
     return found
+
+
+def _list(given: Any, what: str, example: str) -> list[Any]:
+    """What has to be a list, as one.
+
+    Raises:
+        RecipeError: it is none, such as a single path, whose letters would be taken for paths.
+    """
+    if isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable):
+        mend = f"give a list: {example}"
+        if isinstance(given, str | Path) and Path(given).suffix in (".yaml", ".yml"):
+            mend = f"read the recipe: make_recipe(load_recipe(Path({str(given)!r}))), both of merganser.merging"
+        raise RecipeError(f"{what} are a list, and this is {described(given)}", where=what, mend=mend)
+    return list(given)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from merganser.errors import ErrorCollector, RecipeError, UserError, did_you_mea
 from merganser.methods import IN_TURN, METHODS
 from merganser.methods.base import LARGEST
 from merganser.methods.names import KEYS_ELSEWHERE, name_here, suggest_method
+from merganser.paths import path_as_text
 
 _LISTS = ("exclude", "keep_separate", "tensors", "role")  # keys under which one text is a list of one
 
@@ -35,6 +36,9 @@ def _number_or_gradient(value: Any) -> Any:
 #: One number, or several that are interpolated over the depth of the model.
 Coefficient: TypeAlias = Annotated[float | tuple[float, ...], BeforeValidator(_number_or_gradient)]
 
+#: A path or the name of a model, which Python may give as a ``Path``.
+PathText: TypeAlias = Annotated[str, BeforeValidator(path_as_text)]
+
 
 class _Part(BaseModel):
     """A mapping of a recipe."""
@@ -52,10 +56,10 @@ class _Part(BaseModel):
 class Contributor(_Part):
     """A checkpoint that takes part in a merge."""
 
-    model: str = Field(description="a model folder, or org/name@revision on the Hub")
+    model: PathText = Field(description="a model folder, or org/name@revision on the Hub")
     coefficient: Coefficient = Field(1.0, description="its weight, relative to the others'; a list: over the layers")
     options: dict[str, Any] = Field(default_factory=dict, description="the method's options, as they are for it alone")
-    statistics: str | None = Field(None, description="its statistics file; by default the one in its folder")
+    statistics: PathText | None = Field(None, description="its statistics file; by default the one in its folder")
     labels: tuple[str, ...] | None = Field(None, description="the labels it votes on; by default all it knows")
     name: str | None = Field(None, description="what to call it; by default the folder's name")
 
@@ -172,7 +176,7 @@ class Recipe(_Part):
 
     contributors: tuple[Contributor, ...] = Field(description="the checkpoints to merge, at least one")
     method: str = Field("auto", description=f"auto, {', '.join(METHODS)}")
-    base: str | None = Field(None, description="the pre-trained model that all of them started from")
+    base: PathText | None = Field(None, description="the pre-trained model that all of them started from")
     without_base: bool = Field(
         False, description="merge LoRA adapters with one another; their base is not read, and `base` only names it"
     )

@@ -45,13 +45,14 @@ from merganser.merging.recipe import Contributor, make_recipe
 from merganser.methods import Facts, average
 from merganser.methods.regression.regmean import REGMEAN
 from merganser.methods.regression.regmean_pp import REGMEAN_PP, RegMeanPPOptions
+from merganser.paths import described
 from merganser.progress import track
 from merganser.sequential.stages import Replay, Stage, find_stages, restricted
 from merganser.statistics import LayerStatistics, StatisticsHeader, write_statistics
 from merganser.statistics.writing import LazyTensors, TensorGroup, statistics_output
 from merganser.tasks import task_for
 from merganser.tasks.columns import Columns
-from merganser.tasks.data import read_rows
+from merganser.tasks.data import DataSource, read_rows
 from merganser.tasks.feature_extraction import FeatureExtraction
 from merganser.tasks.models import open_model, prepare_padding
 from merganser.tasks.separate_texts import separate_texts
@@ -113,7 +114,7 @@ class _StageShare:
 
 def merge_regmean_pp(
     models: Sequence[str | Path | Contributor | Mapping[str, Any]],
-    data: Sequence[str | Path],
+    data: Sequence[DataSource],
     output: str | Path,
     *,
     coefficients: Sequence[float] | None = None,
@@ -144,7 +145,10 @@ def merge_regmean_pp(
     """
     started, settings = time.monotonic(), settings or RunSettings.make()
     chosen = validated(RegMeanPPOptions, dict(options or {}), f"options of {REGMEAN_PP.name}")
-    people = contributors_of([Contributor(**one) if isinstance(one, Mapping) else one for one in models], coefficients)
+    people = contributors_of(models, coefficients)
+    if not isinstance(data, list | tuple):
+        mend = "give a list, of one for each model: [data of the first, data of the second]"
+        raise RecipeError(f"data are a list, and this is {described(data)}", where="data", mend=mend)
     if len(data) != len(people):
         what = f"{len(data)} data for {len(people)} models"
         raise RecipeError(what, where="--data", mend="give one for each model, in order")
@@ -223,7 +227,7 @@ class _Stages:
         people: Sequence[Mapping[str, Any]],
         titles: Sequence[str],
         coefficients: Sequence[float],
-        data: Sequence[str | Path],
+        data: Sequence[DataSource],
         options: RegMeanPPOptions,
         scratch: Path,
         settings: RunSettings,
@@ -269,7 +273,9 @@ class _Stages:
     def _examples(self, number: int) -> Examples:
         """The first texts of a contributor, tokenised; labels are not read but where they are a decoder's inputs."""
         opened = open_model(self._people[number]["model"], allow_pickle=self._settings.allow_pickle)
-        rows = read_rows(self._data[number], limit=self._options.examples, prefer=("train",))
+        rows = read_rows(
+            self._data[number], limit=self._options.examples, prefer=("train",), called=f"data {number + 1}"
+        )
         task = task_for(self._options.task, opened.config)
         task.check_head(opened)
         columns = Columns()
@@ -285,7 +291,7 @@ class _Stages:
         prepare_padding(model, examples.tokenizer)
         batches = [tensors for _, tensors in examples.batches(range(len(examples)), self._options.batch_size, 0)]
         if not batches:
-            raise StatisticsError("there are no examples", where=str(self._data[number]), mend="give at least one text")
+            raise StatisticsError("there are no examples", where=self._titles[number], mend="give at least one text")
         check_signals(batches[0])
         checkpoint = examples.opened.checkpoint
         with torch.no_grad():

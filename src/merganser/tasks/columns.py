@@ -26,10 +26,13 @@ class Columns:
         """Columns from what a caller gave.
 
         Raises:
-            UserError: a mapping with a key that is no column role.
+            UserError: no mapping, or one with a key that is no column role.
         """
         if isinstance(given, Columns):
             return given
+        if given is not None and not isinstance(given, Mapping):
+            mend = f"give a dictionary by role, such as {{'text': {str(given)!r}}}"
+            raise UserError("columns are named by their roles", where="columns", mend=mend)
         known = [entry.name for entry in fields(cls)]
         for key in given or {}:
             if key not in known:
@@ -112,6 +115,8 @@ def resolve(
         elif role in needs:
             what = f"no column for the {role} was found; the columns are {', '.join(present) or 'none'}"
             mend = f"name it with {option(role)} (found by themselves: {', '.join(usual.get(role, ()))})"
+            if "input_ids" in present:
+                mend = f"give the texts, which the model's own tokenizer reads here; or {mend}"
             raise DataError(what, where=rows.source, mend=mend)
     return replace(Columns(), **found)
 

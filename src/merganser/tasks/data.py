@@ -1,27 +1,31 @@
-"""Rows of text from a file, a folder or a data set of the ``datasets`` library; each row knows its place.
+"""Rows of text from a file, a folder, a data set of the ``datasets`` library or memory; each row knows its place.
 
 read_rows("reviews.jsonl")                       read_rows("glue:sst2", split="validation")
 read_rows("corpora/sst2", split="train")         read_rows("glue:sst2[validation]")
+read_rows(["a text", "another"])                 read_rows([{"text": "a text", "label": 1}])
 """
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from merganser.errors import DataError, UserError, did_you_mean, require
-from merganser.paths import expanded
+from merganser.paths import described, expanded, is_name, path_text
 from merganser.tasks.files import READERS, Row, read_file
 
 _SPLIT_SUFFIX = re.compile(r"(?P<source>.+)\[(?P<split>[\w.-]+)\]")
 _NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _SHARD = re.compile(r"(?P<split>.+?)-\d+-of-\d+")
+_IN_MEMORY = "give a list of texts, or of dictionaries by column such as {'text': …, 'label': …}, or a file"
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,10 @@ class Rows(Sequence[Row]):
         return value
 
 
+#: What :func:`read_rows` takes.
+DataSource: TypeAlias = "str | os.PathLike[str] | Rows | Iterable[str | Mapping[str, Any]]"
+
+
 def joined(parts: Sequence[Rows], source: str) -> Rows:
     """Rows of several sources, one after the other."""
     return Rows(
@@ -99,33 +107,52 @@ def sample(rows: Rows, limit: int | None, seed: int) -> Rows:
 
 
 def read_rows(
-    source: str | Path, *, split: str | None = None, limit: int | None = None, prefer: Sequence[str] = ()
+    source: DataSource,
+    *,
+    split: str | None = None,
+    limit: int | None = None,
+    prefer: Sequence[str] = (),
+    called: str = "data",
 ) -> Rows:
     """Read rows of data.
 
     Args:
         source: a ``.jsonl``, ``.json``, ``.csv``, ``.tsv``, ``.parquet`` or ``.txt`` (a text a line) file; a folder of
             such files named by split, or written by ``datasets``' ``save_to_disk``; or the name of a data set (``name``
-            or ``name:config``) for ``datasets.load_dataset``. ``source[split]`` chooses a split, too.
+            or ``name:config``) for ``datasets.load_dataset``. ``source[split]`` chooses a split, too. In memory: rows,
+            a ``Dataset`` or ``DatasetDict``, or an iterable of texts or of dictionaries by column.
         split: which split of a source that has several.
         limit: read at most this many rows, the first ones.
         prefer: splits to take, the first that exists, when none was asked for.
+        called: what to call data in memory that have no name.
 
     Raises:
         DataError: nothing there, an unreadable row (with file and line), no rows, several splits and none
-            chosen, or a data set that is neither on this machine nor to be had.
+            chosen, a data set that is neither on this machine nor to be had, or an object that is no data.
         UserError: a limit below 1.
     """
     if limit is not None and limit < 1:
         raise UserError(f"the limit is {limit}", where="limit", mend="give a limit of at least 1, or none")
-    name = str(source)
-    suffixed = _SPLIT_SUFFIX.fullmatch(name)
-    if split is None and suffixed and not Path(name).exists():
-        name, split = suffixed["source"], suffixed["split"]
-    rows = _read(_Request(name, split, limit, prefer))
+    if isinstance(source, str | os.PathLike):
+        rows = _from_place(source, split, limit, prefer)
+    else:
+        rows = _from_memory(source, _Request(called, split, limit, prefer))
     if not rows.rows:
         raise DataError("no data: not a single row", where=rows.source, mend="give data with at least one row")
     return rows
+
+
+def in_memory(source: DataSource) -> bool:
+    """Whether these are data themselves, and not the path or name of some."""
+    return not isinstance(source, str | os.PathLike)
+
+
+def _from_place(source: str | os.PathLike[str], split: str | None, limit: int | None, prefer: Sequence[str]) -> Rows:
+    name = path_text(source, DataError, mend="give a file, or texts as a list: [text, …]")
+    suffixed = _SPLIT_SUFFIX.fullmatch(name)
+    if split is None and suffixed and not Path(name).exists():
+        name, split = suffixed["source"], suffixed["split"]
+    return _read(_Request(name, split, limit, prefer))
 
 
 @dataclass(frozen=True)
@@ -205,6 +232,30 @@ def _from_subfolders(asked: _Request, folder: Path, config: str | None) -> Rows:
         mend = f"give files ending in {', '.join(READERS)}"
         raise DataError("no data files in this folder", where=asked.name, mend=mend)
     return _from_datasets(asked, str(folder), config)
+
+
+def _from_memory(source: Any, asked: _Request) -> Rows:
+    if isinstance(source, Rows):
+        return source if asked.limit is None else selected(source, range(min(asked.limit, len(source))))
+    library = sys.modules.get("datasets")  # who has a data set of it has imported it
+    if library is not None and isinstance(source, library.Dataset | library.DatasetDict):
+        return _from_loaded(asked, source)
+    if isinstance(source, bytes | Mapping | Set) or not isinstance(source, Iterable):
+        raise DataError(f"data are expected, and this is {described(source)}", where=asked.name, mend=_IN_MEMORY)
+    if asked.split is not None:
+        what = f"rows in memory have no splits, but split {asked.split!r} was asked for"
+        raise DataError(what, where=asked.name, mend="leave the split out")
+    given = list(islice(source, asked.limit))
+    for number, row in enumerate(given, 1):
+        if not isinstance(row, str) and not (isinstance(row, Mapping) and all(isinstance(key, str) for key in row)):
+            what = f"a text or a dictionary by column is expected, and this is {described(row)}"
+            raise DataError(what, where=f"{asked.name}, row {number}", mend=_IN_MEMORY)
+    if given and all(isinstance(row, str) and is_name(row) and Path(row).is_file() for row in given):
+        what = f"these are no texts but names of files, such as {given[0]}"
+        raise DataError(what, where=asked.name, mend="give one file, or a folder that has one for each split")
+    rows = tuple({"text": row} if isinstance(row, str) else dict(row) for row in given)
+    places = tuple((asked.name, number) for number in range(1, len(rows) + 1))
+    return Rows(asked.name, rows, places, by_line=False)
 
 
 def _from_disk(asked: _Request, folder: Path) -> Rows:

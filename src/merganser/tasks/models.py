@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from merganser.checkpoints import AdapterCheckpoint, Checkpoint, CodedCheckpoint, QuantisedCheckpoint, open_checkpoint
 from merganser.checkpoints.layers import load_config
+from merganser.checkpoints.opening import model_reference
 from merganser.checkpoints.quantisation import refusal
 from merganser.checkpoints.reader import read_json
 from merganser.checkpoints.tokenizer_files import is_tokenizer_file
@@ -79,7 +80,7 @@ def open_model(reference: str | Path, *, allow_pickle: bool = False, codes: bool
     Raises:
         CheckpointError: nothing there, no configuration, or weights that cannot be used.
     """
-    name = str(reference)
+    name = model_reference(reference)
     folder, _, subfolder = name.partition(SEPARATOR)
     if subfolder:
         parts = PurePosixPath(subfolder).parts

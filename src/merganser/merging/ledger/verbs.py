@@ -56,7 +56,7 @@ from merganser.methods import SUMMED
 from merganser.methods.base import input_width
 from merganser.methods.names import suggest_method
 from merganser.methods.regression.regmean import REGMEAN
-from merganser.paths import real
+from merganser.paths import expanded, real
 from merganser.tensors import packed_width
 
 _FEWEST = 4  # digits of a hash that are taken for one
@@ -86,7 +86,7 @@ def init(
     Raises:
         UserError: anything the user can mend; several at once as ``Problems``.
     """
-    target, problems, method = Path(folder), ErrorCollector(), method or REGMEAN.name
+    target, problems, method = expanded(folder), ErrorCollector(), method or REGMEAN.name
     problems.add(*new_ledger(target, ()).problems())
     if method not in SUMMED:
         mend = suggest_method(method, SUMMED)
@@ -155,7 +155,7 @@ def add(
     Raises:
         UserError: anything the user can mend, before any work; several at once as ``Problems``.
     """
-    place, settings = Path(folder), RunSettings.make(threads, max_memory)
+    place, settings = expanded(folder), RunSettings.make(threads, max_memory)
     with locked(place) as record:
         reference = open_same_base(record, place, _text(base), allow_pickle=allow_pickle)
         parent, plan = open_contributor(
@@ -202,7 +202,7 @@ def remove(
     Raises:
         UserError: it is not in the ledger, or weights or statistics are not those that were added.
     """
-    place, settings = Path(folder), RunSettings.make(threads, max_memory)
+    place, settings = expanded(folder), RunSettings.make(threads, max_memory)
     with locked(place) as record:
         reference = open_same_base(record, place, _text(base), allow_pickle=allow_pickle)
         listed = _by_digits(record, str(model))
@@ -251,7 +251,7 @@ def combine(
     Raises:
         UserError: they do not fit together; several mistakes at once as ``Problems``.
     """
-    places, target = [Path(folder) for folder in folders], Path(output)
+    places, target = [expanded(folder) for folder in folders], expanded(output)
     problems = ErrorCollector()
     if len({real(place) for place in places}) < len(places):
         problems.add(LedgerError("a ledger is named twice", mend="name each ledger once"))
@@ -444,4 +444,4 @@ def show(folder: str | Path) -> LedgerRecord:
     Raises:
         LedgerError: there is none, or it is damaged.
     """
-    return load(Path(folder))
+    return load(expanded(folder))

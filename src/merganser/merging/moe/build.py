@@ -6,6 +6,7 @@ The result is a folder as a merge writes it, with a card, provenance, and the ha
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -73,9 +74,9 @@ def build_moe(
         UserError: anything the user can mend, before any work; several at once as ``Problems``.
     """
     reads, where = list[Path](), "mixture of experts"
-    if isinstance(config, (str, Path)):
+    if isinstance(config, str | os.PathLike):
         reads, where = [Path(config)], str(config)
-        config = load_config(Path(config))
+        config = load_config(reads[0])
     values = config.model_dump(mode="json") if isinstance(config, MoeConfig) else config
     checked = make_config(values, where, allow_same=allow_same)
     settings = RunSettings.make(threads, max_memory, device, allow_pickle=allow_pickle)

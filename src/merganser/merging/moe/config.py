@@ -19,6 +19,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from merganser.errors import ErrorCollector, RecipeError, UserError, validated
 from merganser.merging.recipe import read_mapping
+from merganser.paths import path_as_text
 
 RANDOM = ("random", "uniform_random")
 _KEYS = "'base_model:', 'gate_mode:' and 'experts:'"
@@ -30,7 +31,7 @@ _LARGEST_SCALE = 1e6
 def _reference(value: Any) -> Any:
     """A model as one text; mergekit may also write it as a mapping of path, revision and adapter."""
     if not isinstance(value, Mapping):
-        return str(value) if isinstance(value, Path) else value
+        return path_as_text(value)
     text = _placed(value.get("model"))
     return f"{text}+{_placed(value['lora'])}" if value.get("lora") else text
 
@@ -123,7 +124,7 @@ def make_config(values: Mapping[str, Any], where: str = "mixture of experts", *,
     Raises:
         RecipeError: one mistake; several come as ``Problems``.
     """
-    config = validated(MoeConfig, dict(values), where)
+    config = validated(MoeConfig, dict(values) if isinstance(values, Mapping) else values, where)
     problems = ErrorCollector()
     problems.add(*_problems(config, where, allow_same))
     problems.raise_all()

@@ -43,6 +43,7 @@ from merganser.merging.verification.record_checks import (
     told_by_itself,
     told_by_repetition,
 )
+from merganser.paths import expanded
 from merganser.results import html_table
 
 #: How many steps are merged again where it is not said how many.
@@ -101,7 +102,7 @@ def verify(
     """
     if deep is not None and deep != "all" and deep < 1:
         raise RecipeError(f"{deep} steps are none", where="deep", mend="give a positive number, or all")
-    folder, settings = Path(folder), RunSettings.make(threads, max_memory, allow_pickle=allow_pickle)
+    folder, settings = expanded(folder), RunSettings.make(threads, max_memory, allow_pickle=allow_pickle)
     found, problems = read_provenance(folder), ErrorCollector()
     problems.add(*check_itself(found, folder), *check_files(folder, found, allow_pickle=allow_pickle))
     record = _check_record(found, folder, problems, allow_pickle=allow_pickle)
@@ -148,7 +149,7 @@ def reproduce(folder: str | Path, output: str | Path | None = None, *, allow_pic
         UserError: a record that is not of these parents, parents that cannot be had or are other weights, or anything
             that :func:`merganser.merging.merge` raises.
     """
-    folder = Path(folder)
+    folder = expanded(folder)
     found, problems = read_provenance(folder), ErrorCollector()
     if found.get("ledger") is not None:
         raise CheckpointError(

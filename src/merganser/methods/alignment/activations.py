@@ -9,15 +9,16 @@ may also merge units of one model with each other, which is not done here: units
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from torch import Tensor
 
 from merganser.methods.alignment.blocks import UnitAxis, split, unit_count
 from merganser.methods.alignment.rebasin import Rebasin, RebasinOptions
 from merganser.methods.base import Needs, Share, Unit, input_width
+from merganser.paths import path_as_text
 
 _STILL = 1e-6  # of a unit's largest activation: one that varies by less says nothing
 
@@ -25,7 +26,9 @@ _STILL = 1e-6  # of a unit's largest activation: one that varies by less says no
 class ActivationOptions(RebasinOptions):
     """Options of :data:`ACTIVATIONS`."""
 
-    data: str = Field("", description="texts that all models read: a file, or the name of a data set")
+    data: Annotated[str, BeforeValidator(path_as_text)] = Field(
+        "", description="texts that all models read: a file, or the name of a data set"
+    )
     tokens: int = Field(4096, ge=2, le=2**24, description="how many tokens of the texts are looked at")
     seed: int = Field(0, ge=0, lt=2**63, description="of the choice of these")
     similarity: Literal["correlation", "product"] = Field(
