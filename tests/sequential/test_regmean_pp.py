@@ -214,6 +214,28 @@ def test_the_same_bytes_again_and_anywhere(save_ready: Save, tmp_path: Path) -> 
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == one
 
 
+def test_each_text_goes_twice_through_each_block_however_many_there_are(save_ready: Save, tmp_path: Path) -> None:
+    """Beyond what finding the stages takes, which runs the first texts alone."""
+    blocks, calls = 5, 0
+
+    def count(module: nn.Module, _: Any) -> None:
+        nonlocal calls
+        calls += isinstance(module, transformers.models.bert.modeling_bert.BertSelfAttention)
+
+    folders = [save_ready(f"m{n}", "bert", n, num_hidden_layers=blocks) for n in (0, 1)]
+    counted = []
+    hook = nn.modules.module.register_module_forward_pre_hook(count)
+    try:
+        for number, texts in enumerate((TEXTS[0], TEXTS[0] * 3)):
+            before = calls
+            merge_regmean_pp(folders, [texts, texts], tmp_path / str(number), options={"batch_size": 1})
+            counted.append(calls - before)
+    finally:
+        hook.remove()
+    more = 2 * 2 * len(TEXTS[0])  # texts, of both contributors
+    assert counted[1] - counted[0] == 2 * more * blocks
+
+
 def test_heads_of_their_own_stay_apart(save_ready: Save, tmp_path: Path) -> None:
     folders = [
         save_ready(f"m{n}", "bert", n, transformers.BertForSequenceClassification, num_labels=labels)
