@@ -52,6 +52,24 @@ def check(result: Path, expected: Rows) -> None:
     verify(result)
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"layers": [{"sources": [{"contributor": "a", "range": [0, 1]}, {"contributor": "b", "range": [0, 1]}]}]},
+        {"layers": [{"sources": [{"contributor": "b", "range": [1, 2]}]}] * 3},
+        {"names": "canonical"},
+        {"config_from": "b"},
+    ],
+)
+@pytest.mark.parametrize("more", [{"vocabulary": "union"}, {"vocabulary": "tokenizer", "pad_to_multiple_of": 1}])
+def test_the_configuration_says_how_many_rows_there_are(
+    three: list[Path], tmp_path: Path, asked: dict[str, Any], more: dict[str, Any]
+) -> None:
+    merge(three[:2], tmp_path / "out", method="simple", **asked, **more)
+    assert opens(tmp_path / "out").config.vocab_size == len(table(tmp_path / "out")[1])
+    verify(tmp_path / "out")
+
+
 @pytest.fixture
 def three(tmp_path: Path) -> list[Path]:
     return [

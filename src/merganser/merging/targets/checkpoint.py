@@ -285,8 +285,10 @@ def _config_of(plan: Plan, inputs: Inputs, own: Parent, *, head: bool = False) -
     """The configuration of the result, or of a contributor's head in a folder of its own."""
     shared = not head or plan.vocabulary is not None  # then token ids are those of the root's tokenizer
     config = merged_config(plan.recipe, inputs, own, _tokenizer_of(plan, inputs) if shared else None)
-    if plan.vocabulary is not None and own in inputs.parents:
-        config = resize(config, plan.vocabulary.heights[inputs.parents.index(own)], plan.vocabulary.size)
+    if plan.vocabulary is not None:  # whose heights are those of the models that have to fit together
+        people = inputs.people  # of which the first stands for the first contributor, under other names perhaps
+        before = plan.vocabulary.heights[people.index(own) if own in people else 0]
+        config = resize(config, before, plan.vocabulary.size)
     if plan.labels is not None and not head:
         config["id2label"] = {str(i): label for i, label in enumerate(plan.labels)}
         config["label2id"] = {label: i for i, label in enumerate(plan.labels)}
