@@ -217,6 +217,20 @@ def test_an_intermediate_result_that_was_changed_is_made_again(families: dict[st
     assert "is not made again" not in done.stderr and (between / "model.safetensors").read_bytes() == whole
 
 
+def test_what_a_killed_command_left_beside_an_intermediate_result_is_removed(
+    families: dict[str, Path], tmp_path: Path
+) -> None:
+    folder, out = families["llama"], tmp_path / "out"
+    run(STAGES, folder, out)
+    for name in ("first", "another"):  # as it is while a folder takes its place, and of a file that has changed since
+        left = tmp_path / "out-intermediate" / f".{name}.partial-0123abcd"
+        left.mkdir()
+        (left / "lock").touch()
+    done = run(STAGES, folder, out, "--overwrite")
+    assert "is not made again" in done.stderr
+    assert [path.name for path in (tmp_path / "out-intermediate").iterdir()] == ["first"]
+
+
 def test_models_of_later_stages_are_opened_before_the_first_is_merged(
     families: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -17,6 +17,7 @@ import yaml
 from merganser.checkpoints import Checkpoint, open_checkpoint
 from merganser.documents import parse_yaml_documents, read_yaml_text
 from merganser.errors import ErrorCollector, RecipeError, UserError
+from merganser.files import remove_leftovers_in
 from merganser.merging.memory import RunSettings
 from merganser.merging.merge import PreparedMerge, carry_out, prepare
 from merganser.merging.mergekit.schema import RECOGNISED_BY, is_mergekit, read_configuration
@@ -139,6 +140,8 @@ def make_intermediates(
         UserError: what cannot be merged; the results that are finished stay.
     """
     _check_models(stages, settings)
+    for place in {stage.folder.parent for stage in stages if stage.folder is not None}:
+        remove_leftovers_in(place)  # of a stage that is not made again, too
     for stage in stages[:-1]:
         if stage.folder is None:
             continue
