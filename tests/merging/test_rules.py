@@ -303,6 +303,26 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return folders
 
 
+@pytest.mark.parametrize("own", [{"coefficient": 2}, {"options": {"density": 0.5}}])
+@pytest.mark.parametrize("place", ["rules", "layers"])
+def test_the_base_has_no_weight_of_its_own(shared: list[Path], own: dict[str, Any], place: str) -> None:
+    sources = [{"contributor": name, "range": [0, 2]} for name in ("tuned-0", "tuned-1")]
+    places: dict[str, Any] = {
+        "rules": [{"role": "mlp", "contributors": {"base": own}}],
+        "layers": [{"sources": [*sources, {"contributor": "base", "range": [0, 2], **own}]}],
+    }
+    asked = {"method": "ties", "base": str(shared[0]), place: places[place]}
+    with pytest.raises(UserError, match=rf"{place}\.0: the base is no contributor"):
+        plan_of(shared, **asked)
+
+
+def test_a_contributor_may_be_called_base(shared: list[Path]) -> None:
+    rules = [{"role": "mlp", "contributors": {"base": {"coefficient": 2}}}]
+    people = [{"name": "base"}, {"name": "other"}]
+    plan = plan_of(shared, method="ties", base=str(shared[1]), rules=rules, contributors=people)
+    assert {step.coefficients for step in plan.steps} == {(1.0, 1.0), (2.0, 1.0)}
+
+
 def test_options_that_are_one_for_all(shared: list[Path]) -> None:
     with pytest.raises(UserError, match="one for all contributors; these can: density"):
         plan_of(shared, method="ties", base=str(shared[0]), contributors=[{"options": {"scale": 1}}, {}])

@@ -102,6 +102,11 @@ class Rule(_Part):
         return self
 
     @property
+    def settings(self) -> Mapping[str, OwnSettings]:
+        """What it says of single models, by their names."""
+        return self.contributors
+
+    @property
     def named(self) -> list[str]:
         """The models that it names."""
         return [*self.contributors, *([self.take] if self.take else [])]
@@ -136,9 +141,14 @@ class LayerBlock(_Part):
     rules: tuple[Rule, ...] = Field((), description="like the recipe's, for these layers, before them")
 
     @property
+    def settings(self) -> Mapping[str, OwnSettings]:
+        """What it says of single models, by their names."""
+        return {source.contributor: source for source in self.sources}
+
+    @property
     def named(self) -> list[str]:
         """The models that it names."""
-        return [source.contributor for source in self.sources]
+        return [*self.settings]
 
     @property
     def size(self) -> int:
@@ -241,10 +251,7 @@ class Recipe(_Part):
         """All that are given, those of rules and layers too."""
         yield from (contributor.coefficient for contributor in self.contributors)
         for _, place in self.places():
-            settings: Sequence[OwnSettings] = (
-                place.sources if isinstance(place, LayerBlock) else [*place.contributors.values()]
-            )
-            yield from (own.coefficient for own in settings if own.coefficient is not None)
+            yield from (own.coefficient for own in place.settings.values() if own.coefficient is not None)
 
 
 def make_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
@@ -291,7 +298,8 @@ def unknown_method(name: str, where: str, others: Sequence[str] = ()) -> RecipeE
 def _place_problems(recipe: Recipe, where: str) -> Iterator[UserError]:
     """Methods and contributors that rules and blocks of layers name and that do not exist."""
     titles = list(dict.fromkeys(contributor.title for contributor in recipe.contributors))
-    known = {*titles, *(contributor.model for contributor in recipe.contributors), "base"}
+    people = {*titles, *(contributor.model for contributor in recipe.contributors)}
+    known = people | {"base"}
     for place, part in recipe.places():
         if part.method is not None and part.method not in METHODS:
             yield unknown_method(part.method, f"{where}: {place}")
@@ -299,6 +307,10 @@ def _place_problems(recipe: Recipe, where: str) -> Iterator[UserError]:
             if name not in known:
                 what, mend = f"no contributor is called {name!r}", did_you_mean(name, [*titles, "base"])
                 yield RecipeError(what, where=f"{where}: {place}", mend=mend)
+        said = part.settings.get("base")
+        if said is not None and "base" not in people and (said.coefficient is not None or said.options):
+            what = "the base is no contributor, so that it has no coefficient and no options of its own"
+            yield RecipeError(what, where=f"{where}: {place}", mend="leave them out, or list it among the contributors")
 
 
 def coefficient_problems(coefficients: Sequence[float], where: str) -> Iterator[UserError]:

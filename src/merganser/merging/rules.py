@@ -18,10 +18,11 @@ from merganser.checkpoints.parts import ROLES, Part
 from merganser.errors import ErrorCollector, RecipeError, UserError, did_you_mean, validated
 from merganser.merging.layer_stacking import Scope
 from merganser.merging.matching import BASE_NUMBER, matches
-from merganser.merging.recipe import LayerBlock, OwnSettings, Recipe, Rule
+from merganser.merging.recipe import OwnSettings, Recipe, Rule
 from merganser.methods import METHODS
 from merganser.methods.base import Options
 from merganser.methods.names import KEYS_ELSEWHERE
+from merganser.text import listed
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def needs_parts(recipe: Recipe) -> bool:
     roles = any(isinstance(place, Rule) and place.role for place in places)
     owners: list[OwnSettings] = []
     for place in places:
-        owners += place.sources if isinstance(place, LayerBlock) else place.contributors.values()
+        owners += place.settings.values()
     options = [recipe, *recipe.contributors, *places, *owners]
     values = [value for one in options for value in one.options.values()]
     return roles or any(isinstance(value, (list, tuple)) for value in [*values, *recipe.coefficients()])
@@ -154,6 +155,7 @@ class _Assigning:
         }
         self._validated: dict[str, dict[str, Any]] = {}
         self._matched: set[str] = set()
+        self._astray: dict[tuple[str, str, int], list[str]] = {}  # (rule, who it takes, block without it), with tensors
         self._heeded: set[tuple[str, str]] = set()  # (place, option) that some tensor's method has
         self._unheeded: dict[tuple[str, str], set[str]] = {}  # the same of those that none has, with the methods
 
@@ -162,6 +164,10 @@ class _Assigning:
             return dict.fromkeys(names, self._of_tensor(""))
         found = {name: self._of_tensor(name) for name in names}
         self._check_matches(names)
+        for (place, model, number), tensors in self._astray.items():
+            lie = f"where {tensors[0]} lies" if len(tensors) == 1 else f"where {listed(tensors, 2)} lie"
+            what, mend = f"{model} is no source of layers.{number}, {lie}", "name one of its sources, or match less"
+            self._problems.add(RecipeError(what, where=place, mend=mend))
         for (place, option), methods in self._unheeded.items():
             if (place, option) not in self._heeded:
                 known = {key for method in methods for key in METHODS[method].options_type.model_fields}
@@ -184,8 +190,7 @@ class _Assigning:
         if said is not None and said.take is not None:
             number = self._numbers[said.take]
             if scope is not None and number != BASE_NUMBER and number not in people:
-                what = f"{said.take} is no source of layers.{scope.number}, where {name} lies"
-                self._problems.add(RecipeError(what, where=said.place, mend="name one of its sources, or match less"))
+                self._astray.setdefault((said.place, said.take, scope.number), []).append(name)
             return self._taken(number, said.title)
         method = recipe.method if said is None or said.method is None else said.method
         coefficients = tuple(
