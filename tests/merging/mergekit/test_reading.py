@@ -238,6 +238,10 @@ def test_modules_are_rules_for_the_names_of_their_tensors():
         ("{merge_method: linear, models: [{model: a}], parameters: {weight: 1, normalize: 2}}", ["true or false"]),
         ("{merge_method: linear, models: [{model: a}]}", ["weight is missing", "parameters: {weight"]),
         (
+            "{merge_method: linear, models: [{model: a}, {model: b}, {model: c}, {model: d}, {model: e}]}",
+            ["file: models: a, models: b, models: c and 2 more: the weight is missing"],
+        ),
+        (
             "{merge_method: linear, models: [{model: a, parameters: {weight: {filter: x, value: 1}}}]}",
             ["no filter holds", "- value:"],
         ),

@@ -157,7 +157,7 @@ def _decisions(work: Work, name: str, parameter: Parameter, places: Iterable[Par
     if parameter.default is REQUIRED:
         rest = " of tensors that no filter holds for" if found else ""
         mend = f"add '- value: …' behind the others of {name}" if found else f"add parameters: {{{name}: …}}"
-        work.refuse(f"{where}: the {name}{rest} is missing", mend)
+        work.missing.setdefault((f"the {name}{rest}", mend), {}).setdefault(where)
     return [*found, (None, parameter.default)]
 
 

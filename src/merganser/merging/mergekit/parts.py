@@ -9,6 +9,7 @@ from typing import Any
 from merganser.errors import ErrorCollector, RecipeError, did_you_mean
 from merganser.merging.mergekit.methods import METHODS, MergekitMethod
 from merganser.merging.mergekit.schema import Configuration, Parameters, Slice
+from merganser.text import listed
 
 #: The parts that mergekit knows models of several parts to have, by patterns of the names of their tensors.
 MODULES: Mapping[str, tuple[str, ...]] = {
@@ -50,6 +51,7 @@ class Work:
         method: mergekit's.
         problems: mistakes so far.
         notes: what to tell, in order.
+        missing: what is missing, with its mend, and the places where it is.
     """
 
     configuration: Configuration
@@ -57,6 +59,7 @@ class Work:
     method: MergekitMethod = field(init=False)
     problems: ErrorCollector = field(default_factory=ErrorCollector)
     notes: dict[str, None] = field(default_factory=dict)
+    missing: dict[tuple[str, str], dict[str, None]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         name = self.configuration.merge_method
@@ -67,6 +70,12 @@ class Work:
     def refuse(self, what: str, mend: str) -> None:
         """Keep a mistake."""
         self.problems.add(RecipeError(what, where=self.where, mend=mend))
+
+    def raise_all(self) -> None:
+        """Raise the mistakes so far, those of one cause at many places as one."""
+        for (what, mend), places in self.missing.items():
+            self.refuse(f"{listed([*places], 3)}: {what} is missing", mend)
+        self.problems.raise_all()
 
     def note(self, text: str) -> None:
         """Keep what is to be told, once."""

@@ -54,15 +54,15 @@ def translate(configuration: Configuration, where: str) -> Translation:
     """
     work = Work(configuration, where)
     parts = find_parts(work)
-    work.problems.raise_all()
+    work.raise_all()
     for part in parts:
         check_inputs(work, part)
     check_parameters(work, parts)
     settle_method(work, parts)
-    work.problems.raise_all()
+    work.raise_all()
     names = _named(dict.fromkeys(source.model for part in parts for source in work.contributors(part)))
     decided = [decide(work, part, names) for part in parts]
-    work.problems.raise_all()
+    work.raise_all()
     recipe: dict[str, Any] = {"contributors": [], "method": work.method.ours}
     base = configuration.base_model
     if base is not None and work.method.base.startswith("origin"):
@@ -78,7 +78,7 @@ def translate(configuration: Configuration, where: str) -> Translation:
                 f"give the template itself, or --chat-template with one of {', '.join(dict.fromkeys(known.values()))}"
             )
             work.refuse(f"chat_template {template!r}: merganser has no templates of its own", mend)
-    work.problems.raise_all()
+    work.raise_all()
     return Translation(_without_empty(recipe), tuple(work.notes))
 
 
