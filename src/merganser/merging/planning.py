@@ -252,10 +252,11 @@ def check_treated(steps: Sequence[Step], chosen: str) -> None:
         own = [step for step in merged if (step.asked or chosen) == method]
         why, of_rule = Counter(step.reason for step in own).most_common(1)[0][0], own[0].rule
         what = "these models" if of_rule is None else of_rule
+        publish = "publish the statistics it needs, or " if METHODS[method].needs.statistics else ""
         raise RecipeError(
             f"method {method!r} can treat no tensor of {what} ({why})",
             where="recipe",
-            mend=f"publish the statistics it needs, or choose --method {SIMPLE.name}",
+            mend=f"{publish}choose another method, such as --method {SIMPLE.name}",
         )
 
 
