@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import peft
@@ -44,7 +46,9 @@ def settings_of(adapter: Path) -> dict[str, object]:
     return found
 
 
-@pytest.mark.parametrize("architecture", ["bert", "roberta", "llama", "gpt2", "qwen2"])
+@pytest.mark.parametrize(
+    "architecture", ["bert", "roberta", "distilbert", "deberta-v2", "mpnet", "llama", "gpt2", "qwen2"]
+)
 def test_all_of_the_energy_gives_the_model(family: Family, tmp_path: Path, architecture: str) -> None:
     """Heads that PEFT replaces whatever the file says, and embeddings that are tied to the head, among them."""
     base, (model,) = family(architecture, 1, statistics=False)
@@ -128,6 +132,29 @@ def test_what_is_whole_and_what_is_left_out(family: Family, tmp_path: Path) -> N
         "q_proj"
     }
     assert reproduce(out) == [] and reproduce(only) == []
+
+
+@pytest.mark.parametrize("architecture", ["bert", "roberta", "distilbert"])
+@pytest.mark.parametrize(
+    "kept",
+    [{"only": ["*.0.*"]}, {"left_out": ["*classifier*"]}, {"left_out": ["classifier*bias"]}, {"others": "left out"}],
+)
+def test_peft_opens_an_adapter_that_leaves_the_head_as_it_is(
+    family: Family, tmp_path: Path, architecture: str, kept: dict[str, Any]
+) -> None:
+    base, (model,) = family(architecture, 1, statistics=False)
+    out = Path(extract(model, tmp_path / "out", base=base, energy=1.0, **kept))
+    before, after = load_file(base / "model.safetensors"), load_file(model / "model.safetensors")
+
+    def changes(name: str) -> bool:
+        if "others" in kept:
+            return before[name].dim() > 1
+        matches = [fnmatch(name, pattern) for patterns in kept.values() for pattern in patterns]
+        return any(matches) is ("only" in kept)
+
+    expected = ARCHITECTURES[architecture][1].from_pretrained(base)
+    expected.load_state_dict({name: (after if changes(name) else before)[name] for name in before}, strict=False)
+    torch.testing.assert_close(outputs(opened(base, out, architecture)), outputs(expected), rtol=1e-4, atol=1e-4)
 
 
 def test_statistics_give_the_norm(family: Family, tmp_path: Path) -> None:

@@ -68,10 +68,18 @@ class NamesOfModel:
         return [name for name, _ in self._model.get_submodule(module).named_parameters()]
 
     def head_of(self, module: str) -> str | None:
-        """The outermost module around this one, or itself, that is replaced as a whole."""
+        """The outermost module around this one, or itself, that is replaced as a whole.
+
+        PEFT compares the ends of names: DistilBERT's ``pre_classifier`` is replaced where ``classifier`` is.
+        """
         parents = [module[:at] for at, letter in enumerate(module) if letter == "."]
-        named = (name for name in [*parents, module] if any(f".{name}".endswith(f".{head}") for head in self._heads))
+        named = (name for name in [*parents, module] if name.endswith(tuple(self._heads)))
         return next(named, None)
+
+    def replaced_heads(self) -> set[str]:
+        """The modules that PEFT replaces as a whole for the task; it does not open an adapter that lacks one."""
+        modules = (name for name, _ in self._model.named_modules() if name.endswith(_SAVED_HEADS))
+        return {head for module in modules if (head := self.head_of(module)) is not None}
 
     def tied(self, modules: Collection[str]) -> list[str]:
         """Those of some modules that the model ties to others."""
@@ -108,6 +116,10 @@ class NamesOfChanges(NamesOfModel):
     def kinds(self, module: str) -> list[str]:
         """None beside those that are there."""
         return []
+
+    def replaced_heads(self) -> set[str]:
+        """None that have to be asked for: the contributors have them, as they open."""
+        return set()
 
     def keeps_tied(self, modules: Collection[str]) -> bool:
         """What the contributors say that adapt an embedding; they agree."""
@@ -149,7 +161,7 @@ def adapter_settings(
     pattern = {module: rank for module, rank in sorted(ranks.items()) if rank != usual}
     settings: dict[str, Any] = {
         "peft_type": "LORA",
-        "task_type": names.task,
+        "task_type": names.task if names.replaced_heads() <= set(saved) else None,
         **names.more_settings(),
         "base_model_name_or_path": named.split("@")[0] if revision else named,
         "revision": revision,
