@@ -36,7 +36,13 @@ from merganser.merging.matching import matches
 from merganser.merging.memory import RunSettings, Schedule, fit
 from merganser.merging.plan import AdapterForm, Plan, Step
 from merganser.merging.provenance import describe_inputs, model_card, public_name, write_provenance
-from merganser.merging.targets.adapter_names import NamesOfChanges, NamesOfModel, adapter_settings, known_to_be_tied
+from merganser.merging.targets.adapter_names import (
+    READ_DIRECTLY,
+    NamesOfChanges,
+    NamesOfModel,
+    adapter_settings,
+    known_to_be_tied,
+)
 from merganser.merging.targets.low_rank import best_low_rank
 from merganser.methods import Merged
 from merganser.methods.base import elements, input_width
@@ -196,7 +202,8 @@ class AdapterTarget:
         matrix = len(self.inputs.reference.checkpoint.tensors[layer.weight].shape) == 2
         plain = matrix and layer.experts is None and layer.kind in ("linear", "conv1d", "embedding")
         wanted = self._kept_as(name, layer) == "factors" and self._names.head_of(layer.module) is None
-        return plain and wanted and min(shape) >= self._rank(name)
+        seen = self.inputs.without_base or not layer.module.endswith(READ_DIRECTLY)
+        return plain and wanted and seen and min(shape) >= self._rank(name)
 
     def _before(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
         """The base's tensor, if it has one of this shape."""

@@ -16,6 +16,8 @@ from merganser.merging.plan import Plan
 
 _HEAD_CLASSES = {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"}
 _SAVED_HEADS = ("classifier", "score")  # that PEFT replaces as a whole for these tasks, whatever else is said
+#: Embeddings whose table a model (DeBERTa) reads without calling the module, so that factors beside it do nothing.
+READ_DIRECTLY = ("rel_embeddings",)
 _TIED_BY_PEFT = ("embed_tokens", "lm_head")  # names of modules that it finds to be tied
 
 
