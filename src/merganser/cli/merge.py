@@ -150,6 +150,7 @@ def merge_command(
     if chosen:
         flags["options"] = {**(source.values.get("options") or {}), **chosen}
     if explain:
+        make_recipe({**source.values, **flags}, source.where)  # nothing is explained that is no recipe
         click.echo(source.explained(flags), nl=False)
         return
     for note in source.notes:

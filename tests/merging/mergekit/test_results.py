@@ -264,6 +264,13 @@ def test_explain_writes_nothing_and_prints_a_recipe(families: dict[str, Path], t
     assert CliRunner().invoke(cli, ["merge", str(recipe), "-o", str(tmp_path / "again")]).exit_code == 0
 
 
+def test_what_is_no_recipe_is_not_explained(tmp_path: Path) -> None:
+    file = tmp_path / "file.yaml"
+    file.write_text("contributors: [a, b]\nmethod: simple\nrules: [ties]\n")
+    done = CliRunner().invoke(cli, ["merge", str(file), "--explain"])
+    assert done.exit_code != 0 and "rules.0" in str(done.exception) and not done.stdout
+
+
 def test_modules_of_whole_models(tmp_path: Path) -> None:
     """An encoder and a decoder with weights of their own, each over its own depth."""
     sizes = {"vocab_size": 32, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_heads": 2, "decoder_start_token_id": 0}
