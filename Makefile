@@ -21,7 +21,7 @@ test: $(VENV)/.ready
 kill: $(VENV)/.ready
 	PYTHONPATH=tests OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m kill --kills $(KILLS) --seed $(SEED)
 
-# Changed inputs of twelve kinds (KIND= for one), for MINUTES; what goes wrong is kept in .pytest_cache/fuzz.
+# Changed inputs of eighteen kinds (KIND= for one), for MINUTES; what goes wrong is kept in .pytest_cache/fuzz.
 fuzz: $(VENV)/.ready
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH=tests $(BIN)/python -m fuzz --minutes $(MINUTES) --seed $(SEED) \
 	  $(if $(KIND),--kind $(KIND))

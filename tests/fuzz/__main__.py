@@ -21,7 +21,7 @@ from fuzz.accepted import TABLE, unnamed
 from fuzz.fuzzer import Fuzzer, Run, prepare
 from fuzz.kinds import KINDS
 
-FAULTS = ("traceback", "slow", "memory", "killed", "control", "long", "escape", "unusable")
+FAULTS = ("traceback", "slow", "memory", "killed", "control", "long", "escape", "unusable", "refused")
 
 
 def main() -> int:

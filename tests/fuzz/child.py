@@ -6,6 +6,7 @@ The process that forks has imported everything, so that a run costs what the com
 from __future__ import annotations
 
 import faulthandler
+import json
 import os
 import resource
 import signal
@@ -116,13 +117,13 @@ def _unusable(model: Path, parts: bool) -> str:
         model: the folder that was written; where there is none, or no plain transformers model, nothing is said.
         parts: its heads lie in folders of their own, so that they are missing.
     """
-    if not (model / "config.json").is_file():
+    file = next((file for file in ("adapter_config.json", "config.json") if (model / file).is_file()), None)
+    if file is None:
         return ""
     import torch
-    import transformers
 
     try:
-        made, told = transformers.AutoModelForSequenceClassification.from_pretrained(model, output_loading_info=True)
+        made, told = _open(model, json.loads((model / file).read_text()))
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     wrong = {name: sorted(map(str, keys))[:3] for name, keys in told.items() if keys}
@@ -132,6 +133,23 @@ def _unusable(model: Path, parts: bool) -> str:
         return str(wrong)
     broken = [name for name, tensor in made.state_dict().items() if not torch.isfinite(tensor.float()).all()]
     return f"not finite: {broken[:3]}" if broken else ""
+
+
+def _open(model: Path, values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A model, or an adapter on the base that its configuration names, and what was missing or too much in it."""
+    import peft
+    import torch
+    import transformers
+
+    if "peft_type" in values:
+        path = Path(values["base_model_name_or_path"])
+        if not path.is_dir():  # without it, an adapter may name any base
+            return torch.nn.Module(), {}
+        base, told = _open(path, json.loads((path / "config.json").read_text()))
+        return peft.PeftModel.from_pretrained(base, model), told
+    writes = str((values.get("architectures") or [""])[0]).endswith("ForCausalLM")
+    opens = transformers.AutoModelForCausalLM if writes else transformers.AutoModelForSequenceClassification
+    return opens.from_pretrained(model, output_loading_info=True)  # type: ignore[no-any-return]
 
 
 def _child(

@@ -42,7 +42,12 @@ def render(value: Any) -> str:
 
 
 def values(root: Path, style: str) -> dict[str, str]:
-    """Name → text of what can stand in place of any value; ``root`` is the folder of the world."""
+    """Name → text of what can stand in place of any value.
+
+    Args:
+        root: the folder of the world.
+        style: ``json``, ``yaml``, or ``recipe`` for the YAML of a merge, in which more values mean something.
+    """
     texts = {
         "empty": "",
         "long": "x" * 100_000,
@@ -75,8 +80,8 @@ def values(root: Path, style: str) -> dict[str, str]:
         "5000 digits": "9" * 5000,
         "1e308": "1e308",
         "1e999": "1e999",
-        "NaN": ".nan" if style == "yaml" else "NaN",
-        "infinity": "-.inf" if style == "yaml" else "-Infinity",
+        "NaN": "NaN" if style == "json" else ".nan",
+        "infinity": "-Infinity" if style == "json" else "-.inf",
         "empty list": "[]",
         "empty object": "{}",
         "list of numbers": "[1, 2, 3]",
@@ -87,7 +92,7 @@ def values(root: Path, style: str) -> dict[str, str]:
         "deep list": "[" * 100_000 + "]" * 100_000,
         "deep object": '{"a": ' * 5_000 + "1" + "}" * 5_000,
     }
-    if style == "yaml":
+    if style != "json":
         found |= {
             "date": "2001-99-99",
             "sound date": "2001-01-01",
@@ -101,7 +106,44 @@ def values(root: Path, style: str) -> dict[str, str]:
             "number as key": "{1: 2, null: 3, [1]: 4, 2.5: 5, true: 6}",
             "unclosed": '"abc',
         }
-    return found
+    return {**found, **_of_recipes(root)} if style == "recipe" else found
+
+
+def _of_recipes(root: Path) -> dict[str, str]:
+    """What a recipe, or a configuration of mergekit, may have at another place or in another measure."""
+    from merganser.merging.mergekit.methods import METHODS as MERGEKIT
+    from merganser.methods import METHODS
+
+    return {
+        **{f"method {name}": json.dumps(name) for name in sorted({*METHODS, *MERGEKIT, "auto", "regmean_pp"})},
+        **{f"model {name}": json.dumps(str(root / "in" / name)) for name in ("a", "base", "dense", "merged")},
+        "model and adapter": json.dumps(f"{root / 'in' / 'base'}+{root / 'in' / 'adapter'}"),
+        "its own result": json.dumps(str(root / "out" / "model")),
+        "negative range": "[-1, 2]",
+        "empty range": "[1, 1]",
+        "range backwards": "[2, 0]",
+        "range too far": "[0, 1000000000]",
+        "range of 2**80": f"[0, {2**80}]",
+        "range of three": "[0, 1, 2]",
+        "two numbers": "[0, 1]",
+        "gradient of texts": '[0.1, "x"]',
+        "gradient of NaN": "[0.5, .nan]",
+        "gradient of 1e38": "[1e38, -1e38]",
+        "gradient of nulls": "[null, null]",
+        "gradient of lists": "[[0.5, 1], [0.5]]",
+        "gradient of booleans": "[true, false, 0.5]",
+        "long gradient": "[" + "0.5, " * 20_000 + "0.5]",
+        "filters": '[{filter: "*[", value: 0.5}, {filter: "", value: 2}, {filter: "(a+)+$", value: [.5, 1]}, -1]',
+        "filter alone": "[{filter: mlp, value: 0.5}]",
+        "many filters": "[" + ", ".join(f'{{filter: "{number}", value: {number}}}' for number in range(3000)) + "]",
+        "zero row": "{kind: zero}",
+        "row of another": f'{{kind: model_token, model: {json.dumps(str(root / "in" / "b"))}, token_id: 99999}}',
+        "reference": f'{{path: {json.dumps(str(root / "in" / "b"))}, revision: "../x"}}',
+        "many stars": json.dumps("*a" * 500),
+        "all": '"*"',
+        "template": json.dumps("{% for x in range(10**9) %}{{ x }}{% endfor %}"),
+        "code": json.dumps("{{ ''.__class__.__mro__[1].__subclasses__() }}"),
+    }  # fmt: skip
 
 
 def _aliases() -> str:
@@ -117,6 +159,17 @@ MORE_KEYS = (
     "allow_pickle", "trust_remote_code", "extends", "tokenizer_class", "chat_template", "dtype", "torch_dtype",
     "rank_pattern", "alpha_pattern", "modules_to_save", "tie_word_embeddings", "statistics", "labels", "vocabulary",
     "architectures", "added_tokens_decoder", "model_max_length", "revision", "format", "protocol", "more",
+)  # fmt: skip
+#: The same of recipes, and of configurations of mergekit.
+RECIPE_KEYS = (
+    "rules", "layers", "tensors", "role", "take", "optional", "options", "coefficient", "contributors", "sources",
+    "range", "stack", "method", "tokens", "token", "id", "zero", "force", "vocabulary", "missing_rows", "computation",
+    "keep_separate", "exclude", "labels", "without_base", "config_from", "tokenizer_from", "pad_to_multiple_of",
+    "merge_method", "models", "slices", "modules", "base_model", "parameters", "layer_range", "filter", "value", "name",
+    "out_path", "out_dtype", "tokenizer_source", "tokenizer", "weight", "density", "lambda", "normalize", "int8_mask",
+    "residual_weight", "gate_mode", "experts", "shared_experts", "experts_per_token", "noise_scale", "residual_scale",
+    "negative_prompts", "architecture", "seed", "default", "text_decoder", "path", "lora", "override_architecture",
+    "data", "max_shard_size", "scale", "t",
 )  # fmt: skip
 _CODE = (
     '{"AutoConfig": "configuration_x.X", "AutoTokenizer": ["x.X", "x.X"], '
@@ -174,7 +227,8 @@ def _change_once(draw: Draw, document: Any, root: Path, style: str) -> tuple[Any
         ("replace", "other", "delete", "twice", "swap", "rename", "tweak", "insert"), (10, 1.5, 1.5, 0.7, 1, 1, 4, 2)
     )[0]
     if kind == "insert" and isinstance(container, dict):
-        more, name = draw.choice(MORE_KEYS), draw.choice(list(known))
+        keys = RECIPE_KEYS if style == "recipe" and draw.random() < 0.8 else MORE_KEYS
+        more, name = draw.choice(keys), draw.choice(list(known))
         code = more == "auto_map" and draw.random() < 0.7
         container[more] = Raw(_CODE if code else known[name])
         above = place.rpartition(".")[0]

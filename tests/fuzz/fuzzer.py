@@ -23,7 +23,8 @@ from blake3 import blake3
 
 from fuzz import child
 from fuzz.kinds import KINDS, Kind, Target
-from fuzz.mutations import FORMS, add_file, change_bytes, change_file
+from fuzz.mutations import FORMS, add_file, change_bytes, change_file, change_words
+from fuzz.recipes import draw_file
 from fuzz.seals import seal
 from fuzz.world import RAN, SECRET, make_world
 
@@ -33,8 +34,11 @@ ERROR_LINES, ERROR_CHARACTERS, OUTPUT_CHARACTERS = 60, 6_000, 200_000
 #: What a terminal would act upon: control characters but line ends and tabs, and those that turn the direction.
 _ACTS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
-#: Commands that keep something on purpose when they fail: a ledger, finished cells, a repetition that differs.
-_KEEPING = ("ledger add", "experiment", "reproduce")
+#: Commands that keep something on purpose when they fail: a ledger, finished cells, a repetition that differs,
+#: intermediate results.
+_KEEPING = ("ledger add", "experiment", "reproduce", "stages.yaml")
+#: The class of no change at all: a command that refuses what it reads then is at fault.
+SOUND = "none"
 _Cache = type(lru_cache(lambda: None))
 _ERROR = re.compile(r"^[\w.]*(?:Error|Exception|Exit|Interrupt|Panic)\w*:.*", re.MULTILINE)
 
@@ -78,6 +82,7 @@ def prepare() -> None:
     for name, value in cli.QUIET.items():
         os.environ.setdefault(name, value)
     import matplotlib  # noqa: F401
+    import peft  # noqa: F401
     import sentence_transformers  # noqa: F401
     import transformers
 
@@ -137,11 +142,19 @@ class Fuzzer:
         draw = random.Random(f"{kind_name} {number}")
         target = draw.choices(kind.targets, [3 if not at else 1 for at in range(len(kind.targets))])[0]
         command = kind.commands[draw.choice(target.commands or range(len(kind.commands)))]
-        change = self._change(draw, kind, target)
-        return self._finish(Run(kind_name, number, change, target.file, command), kind)
+        words = self._arguments(command)
+        if target.file:
+            change = self._change(draw, kind, target)
+        else:
+            words, change = change_words(draw, words, self.root)
+        return self._finish(Run(kind_name, number, change, target.file, command), kind, words)
 
     def _change(self, draw: random.Random, kind: Kind, target: Target) -> str:
         path = self.inputs / target.file.format(id=self.identity)
+        if target.made:
+            draw_file(target.made, draw, path)
+            if draw.random() < 0.1:
+                return SOUND
         if kind.models and draw.random() < 0.05:
             return add_file(draw, self.inputs / draw.choice(kind.models), self.root)
         sort = draw.choices(("form", "bytes", "file"), (7 if target.form else 0, 2, 1))[0]
@@ -166,11 +179,10 @@ class Fuzzer:
         identity = next(iter(sorted(p.name for p in (self.inputs / "zoo").iterdir() if p.name[0] != ".")), "none")
         return [word.format(out=self.out, id=identity) for word in command.split()]
 
-    def _finish(self, run: Run, kind: Kind) -> Run:
+    def _finish(self, run: Run, kind: Kind, arguments: list[str]) -> Run:
         """Run the command, find its faults and put everything back."""
-        arguments = self._arguments(run.command)
         self._prepare_output(run.command)
-        run.command = " ".join(arguments).replace(f"{self.root}/", "")
+        run.command = " ".join(word[:500] for word in arguments).replace(f"{self.root}/", "")
         before = {name: _snapshot(self.root / name) for name in ("in", "outside")}
         old = {name: os.environ.get(name) for name in self._environment}
         os.environ.update(self._environment)
@@ -194,6 +206,8 @@ class Fuzzer:
         if "Traceback (most recent call last)" in text or outcome.status == 1 or outcome.status > 2:
             named = _ERROR.findall(text)
             faults["traceback"] = (named or text.strip().splitlines() or ["nothing"])[-1][:200]
+        if run.change == SOUND and outcome.status == 2:
+            faults["refused"] = text[:500]
         if outcome.seconds > SECONDS or (outcome.status == -signal.SIGKILL and outcome.memory < child.MEMORY_LIMIT):
             faults["slow"] = f"{outcome.seconds:.1f} s, {outcome.waited:.1f} s of the clock"
         if outcome.memory > MEMORY:

@@ -1,4 +1,4 @@
-"""The twelve kinds of input that may come from a stranger: their files, and the commands that read them."""
+"""The kinds of input that may come from a stranger or by mistake: their files, and the commands that read them."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ class Target:
     """A file that is changed.
 
     Attributes:
-        file: in the folder of inputs.
+        file: in the folder of inputs; empty where the words of the command are changed.
         form: one of :data:`fuzz.mutations.FORMS`, or empty: only its bytes are changed.
         seal: how its hash of itself is computed anew, where it has one; see :mod:`fuzz.seals`.
         commands: those of the kind that read it, as numbers; all where it is empty.
+        made: one of :data:`fuzz.recipes.MADE`, which draws the file anew for each run, before it is changed.
     """
 
     file: str
     form: str = ""
     seal: str = ""
     commands: tuple[int, ...] = ()
+    made: str = ""
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,75 @@ KINDS: dict[str, Kind] = {
     "recipe": Kind(
         (Target("recipe.yaml", "yaml"),),
         (f"merge recipe.yaml -o {OUT}/model", "merge recipe.yaml --dry-run", "merge recipe.yaml --dry-run --json"),
+        own=True,
+    ),
+    "rules": Kind(
+        (Target("rules.yaml", "recipe", made="rules"),),
+        (
+            f"merge rules.yaml -o {OUT}/model",
+            "merge rules.yaml --dry-run",
+            "merge rules.yaml --dry-run --json",
+            "merge rules.yaml --explain",
+        ),
+        own=True,
+    ),
+    "mergekit": Kind(
+        (Target("mergekit.yaml", "recipe", made="mergekit"),),
+        (
+            f"merge mergekit.yaml -o {OUT}/model",
+            "merge mergekit.yaml --dry-run",
+            "merge mergekit.yaml --dry-run --json",
+            "merge mergekit.yaml --explain",
+        ),
+        own=True,
+    ),
+    "stages": Kind(
+        (Target("stages.yaml", "recipe", made="stages"),),
+        (
+            f"merge stages.yaml -o {OUT}/model",
+            f"merge stages.yaml -o {OUT}/model --intermediate {OUT}/others",
+            "merge stages.yaml --dry-run",
+            "merge stages.yaml --explain",
+        ),
+        own=True,
+    ),
+    "moe": Kind(
+        (Target("moe.yaml", "recipe", made="experts"),),
+        (f"moe moe.yaml -o {OUT}/model", f"moe moe.yaml -o {OUT}/model --seed 3", "moe moe.yaml --dry-run"),
+        own=True,
+    ),
+    "extract": Kind(
+        (
+            Target("a/model.safetensors", "safetensors"),
+            Target("a/config.json", "json"),
+            Target("base/model.safetensors", "safetensors"),
+            Target("base/config.json", "json"),
+            Target("a/merge_statistics.safetensors", "safetensors", commands=(0, 1, 2)),
+        ),
+        (
+            f"extract a --base base -o {OUT}/model",
+            f"extract a --base base --rank 2 --dtype BF16 -o {OUT}/model",
+            f"extract a --base base --energy 0.5 --max-rank 3 --embeddings whole -o {OUT}/model",
+            f"extract a --base base --others left-out --only *query* -o {OUT}/model",
+            "extract a --base base --dry-run",
+            f"merge a b --base base --as-adapter 2 -o {OUT}/model",
+        ),
+        models=("a", "base"),
+    ),
+    "words": Kind(
+        (Target(""),),
+        (
+            f"merge a b --method ties --base base --option density=0.5 --weights 1,2 -o {OUT}/model",
+            f"merge a b --method regmean --alpha 0.9 --exclude *pooler* -o {OUT}/model",
+            f"merge dense expert-1 --method slerp --option t=0.5 --vocabulary union -o {OUT}/model",
+            f"merge adapter adapter --without-base --method ties -o {OUT}/model",
+            f"merge recipe.yaml --dtype F32 -o {OUT}/model",
+            f"merge a b --base base --as-adapter 2 -o {OUT}/model",
+            f"extract a --base base --energy 0.5 --max-rank 3 -o {OUT}/model",
+            f"extract expert-1 --base dense --rank 2 --whole *norm* -o {OUT}/model",
+            f"moe moe.yaml --seed 1 --max-shard-size 20kB -o {OUT}/model",
+            f"collect a --data rows/rows.jsonl --batch-size 4 -o {OUT}/statistics.safetensors",
+        ),
         own=True,
     ),
     "provenance": Kind(

@@ -32,6 +32,24 @@ def _yaml(draw: Draw, path: Path, root: Path) -> str:
     return f"yaml {name}"
 
 
+def _recipe(draw: Draw, path: Path, root: Path) -> str:
+    """A value of one of a file's documents, or the documents themselves."""
+    documents = list(yaml.safe_load_all(path.read_text()))
+    at = draw.randrange(len(documents))
+    kind = draw.choices(("value", "twice", "drop", "swap", "null"), (30, 1, 1, 1, 1))[0]
+    name = f"document {kind}"
+    if kind == "value":
+        documents[at], name = change_document(draw, documents[at], root, "recipe")
+    elif kind == "drop":
+        del documents[at]
+    elif kind == "swap":
+        documents.reverse()
+    else:
+        documents.insert(at, documents[at] if kind == "twice" else None)
+    path.write_text("\n---\n".join(map(render, documents)), encoding="utf-8", errors="surrogatepass")
+    return f"yaml {name}"
+
+
 def _json_lines(draw: Draw, path: Path, root: Path) -> str:
     lines = path.read_text().splitlines()
     at = draw.randrange(len(lines))
@@ -142,11 +160,49 @@ def _change_numbers(draw: Draw, header: dict[str, Any], body: bytearray) -> str:
 FORMS: dict[str, Callable[[Draw, Path, Path], str]] = {
     "json": _json,
     "yaml": _yaml,
+    "recipe": _recipe,
     "jsonl": _json_lines,
     "table": _table,
     "parquet": _parquet,
     "safetensors": _safetensors,
 }
+
+
+# -- the words of a command --------------------------------------------------------------------------------
+
+#: Options that are left as they are: where results go is the user's own wish, and a cluster takes minutes to start.
+_LEFT_ALONE = ("-o", "--output", "--intermediate", "--engine", "--ray-address", "--help")
+
+
+def change_words(draw: Draw, words: list[str], root: Path) -> tuple[list[str], str]:
+    """Another value, an option more, one less or one twice; returns the words and the class of the change."""
+    import click
+
+    from merganser.cli import cli
+
+    command = cli.get_command(click.Context(cli), words[0])
+    assert command is not None
+    options = [one for one in command.params if one.param_type_name == "option" and one.opts[-1] not in _LEFT_ALONE]
+    places = [at for at in range(1, len(words)) if words[at - 1] not in _LEFT_ALONE and words[at] not in _LEFT_ALONE]
+    at = draw.choice(places)
+    kind = draw.choices(("value", "more", "drop", "twice"), (4, 6, 1, 1))[0]
+    place = words[at - 1] if words[at - 1].startswith("-") else words[at] if words[at].startswith("-") else "word"
+    if kind == "drop":
+        return words[:at] + words[at + 1 :], f"words drop {place}"
+    if kind == "twice":
+        return [*words[:at], words[at], *words[at:]], f"words twice {place}"
+    known = {name: text for name, text in values(root, "recipe").items() if not name.startswith(("text nul", "deep"))}
+    name = draw.choice(list(known))
+    text = known[name]
+    value = json.loads(text) if text.startswith('"') and text.endswith('"') and name != "unclosed" else text
+    value = value[:2000]  # more would be the length of what is told of it
+    if kind == "value":
+        return [*words[:at], value, *words[at + 1 :]], f"words {place}={name}"
+    option = draw.choice(options)
+    more = [option.opts[-1]] if getattr(option, "is_flag", False) else [option.opts[-1], value]
+    if more[-1] is value and more[0] == "--option" and draw.random() < 0.7:
+        more[-1] = f"{draw.choice(('density', 'scale', 't', 'steps', 'seed', 'ridge', 'normalize', 'rank'))}={value}"
+    return words + more, f"words more {more[0]}" + (f"={name}" if len(more) > 1 else "")
 
 
 # -- bytes -------------------------------------------------------------------------------------------------

@@ -16,6 +16,8 @@ from typing import Any
 SECRET = "a-secret-that-nobody-sends"
 #: Made by whatever code a changed input brings along, if anything runs it.
 RAN = "code-was-run"
+#: Of every model.
+CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 MOODS = {"LABEL_0": "bad no not", "LABEL_1": "good liked yes"}
 
 
@@ -77,6 +79,11 @@ def _write_models(folder: Path) -> None:
     )
     adapt_linears(folder / "adapter", folder / "base", ("query", "value"), task_type="SEQ_CLS")
     _write_sentence_model(folder / "sentences", folder / "a")
+    for seed, name in enumerate(("dense", "expert-1", "expert-2")):
+        make_model("llama", seed).save_pretrained(folder / name)
+        save_tokenizer(folder / name, "llama")
+    for name in ("base", "a", "b", "dense", "expert-1", "expert-2"):
+        (folder / name / "chat_template.jinja").write_text(CHAT_TEMPLATE)
 
 
 def _write_sentence_model(folder: Path, model: Path) -> None:
@@ -129,9 +136,12 @@ def _write_rows(folder: Path) -> None:
 
 def _write_merges(folder: Path) -> None:
     """Statistics, and what is made of them: merges, a ledger, recipes."""
+    import random
+
     import yaml
 
     import merganser
+    from fuzz.recipes import draw_file
     from merganser.merging import ledger
 
     for name, rows in (("a", "rows.jsonl"), ("b", "more.jsonl")):
@@ -155,6 +165,8 @@ def _write_merges(folder: Path) -> None:
         "max_shard_size": "5GB",
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    for file, made in (("rules", "rules"), ("mergekit", "mergekit"), ("stages", "stages"), ("moe", "experts")):
+        draw_file(made, random.Random(0), folder / f"{file}.yaml")
 
 
 def _write_lab(folder: Path) -> None:
