@@ -118,7 +118,10 @@ def test_statistics_of_other_weights_show_both_hashes(family, tmp_path: Path) ->
     edit(models[1], lambda s: s[name].mul_(2))
     new = open_checkpoint(models[1]).hash(name, "blake3")
     text = refused(models, tmp_path / "out", "statistics of other weights", method="regmean")
-    assert old in text and new in text and name in text
+    assert old in text and new in text and name in text and "more like it" not in text
+    edit(models[1], lambda s: [tensor.mul_(2) for tensor in s.values() if tensor.is_floating_point()])
+    text = refused(models, tmp_path / "out", "more like it", method="regmean")
+    assert text.count("statistics of other weights") == 1
 
 
 def test_statistics_that_are_absent_or_lack_what_the_method_needs(family, tmp_path: Path) -> None:

@@ -239,7 +239,7 @@ def layout_problems(header: StatisticsHeader, tensors: Mapping[str, TensorInfo])
 def binding_problems(
     header: StatisticsHeader, tensors: Mapping[str, TensorInfo], checkpoint: Checkpoint, *, read: bool = True
 ) -> Iterator[str]:
-    """Each way in which the statistics are not of these weights: absent, misshapen, another hash.
+    """How the statistics are not of these weights: absent, another hash (one tensor stands for all), misshapen.
 
     Args:
         read: the weights, for their hashes; without that, headers alone are compared.
@@ -247,11 +247,9 @@ def binding_problems(
     kind, hashes = header.hash_kind, header.tensor_hashes.items()
     found = [_other_weight(name, known if read else None, kind, checkpoint) for name, known in hashes]
     texts = [text for text in found if text]
-    more = len(texts) - MOST_NAMED
-    rest = [f"{more} more tensors {'differ' if read else 'are absent'}"] if more > 0 else []
-    for text in (*texts[:MOST_NAMED], *rest):
-        yield f"statistics of other weights: {text}"
     if texts:
+        rest = f"; {len(texts) - 1} more like it" if len(texts) > 1 else ""
+        yield f"statistics of other weights: {texts[0]}{rest}"
         return
     if read and (ours := checkpoint.manifest_hash(kind)) != header.manifest_hash:
         yield (
