@@ -18,6 +18,7 @@ from torch import Tensor
 from merganser.errors import MerganserError
 from merganser.merging import merge
 from merganser.methods import METHODS, Facts, Merged, Unit
+from merganser.methods.averages.span import _gram_of_rows
 from merging.test_bytes import write_family
 from methods.in_memory import InMemory
 
@@ -380,6 +381,22 @@ def test_both_storage_widths_together() -> None:
         assert found.dtype == torch.float64
         close(found, merged(base, [x.double() for x in tuned], [1.0] * len(tuned), method).numpy(), 1e-12)
     assert merged(base.double(), [one, two], (1, 1), "model_stock").dtype in (torch.float32, torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(2, 600_001), (300, 4097), (1_200_000, 1)])
+def test_inner_products_of_rows_wider_than_what_is_looked_at_at_once(
+    shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(shape, generator=generator)
+    tensors = [(base + torch.randn(shape, generator=generator) / 10).to(dtype) for _ in range(3)]
+    for origin in (base, None):
+        found = _gram_of_rows(tensors, origin, shape[0])
+        theirs = [tensor.double().numpy() for tensor in tensors]
+        start = 0 if origin is None else origin.double().numpy()
+        basis = np.array([theirs[0] - start, *(other - theirs[0] for other in theirs[1:])])
+        assert np.allclose(found, np.einsum("irn,jrn->ijr", basis, basis), rtol=1e-4, atol=1e-4 * shape[1] ** 0.5)
 
 
 def test_a_contributor_alone_is_as_it_is() -> None:

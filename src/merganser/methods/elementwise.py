@@ -149,11 +149,15 @@ class Whole:
 
     def deltas(self, start: int, stop: int) -> list[Tensor]:
         """Every contributor's δ (or θ, where the method reads no base or wants no differences) in these rows."""
-        (name,), stop = self.unit.names, min(stop, self.height)
         if not (self.with_base and self.differences):
-            return [wide(share.rows(name, start, stop)) for share in self.shares]
+            return [wide(theta) for theta in self.stored(start, stop)]
         base = self.base(start, stop)
-        return [difference(share.rows(name, start, stop), base) for share in self.shares]
+        return [difference(theta, base) for theta in self.stored(start, stop)]
+
+    def stored(self, start: int, stop: int) -> Iterator[Tensor]:
+        """Every contributor's θ in these rows, as it is stored."""
+        (name,), stop = self.unit.names, min(stop, self.height)
+        return (share.rows(name, start, stop) for share in self.shares)
 
     def position(self, start: int, stop: int) -> Position:
         """Where these rows lie, for random numbers and for options that differ between contributors."""
@@ -269,13 +273,14 @@ def _joined(parts: Iterator[Tensor], blocks: Sequence[slice], shape: Sequence[in
     return merged
 
 
-def difference(stored: Tensor, base: Tensor) -> Tensor:
-    """θ − θ₀ in float32 or wider, in a tensor of its own or in the place of θ, which is not used again."""
-    if stored.dtype != torch.bfloat16 or not fits_kernels(base) or not stored.is_contiguous():
-        return wide(stored).sub_(base)
+def difference(stored: Tensor, base: Tensor, out: Tensor | None = None) -> Tensor:
+    """θ − θ₀ in float32 or wider: in ``out``, in a tensor of its own or in the place of θ, which is not used again."""
+    simple = stored.dtype == torch.bfloat16 and stored.is_contiguous()
+    if not simple or not fits_kernels(base, *([] if out is None else [out])):
+        return wide(stored).sub_(base) if out is None else torch.sub(wide(stored), base, out=out)
     from merganser.methods import kernels
 
-    found = torch.empty_like(base)
+    found = torch.empty_like(base) if out is None else out
     kernels.subtract(kernels.flat(stored.view(torch.uint16)), kernels.flat(base), kernels.flat(found))
     return found
 

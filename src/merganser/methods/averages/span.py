@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from merganser.methods.base import Needs, Options
-from merganser.methods.elementwise import Elementwise, Position, Whole
+from merganser.methods.base import Needs, Options, wide
+from merganser.methods.elementwise import Elementwise, Position, Whole, difference
 
 #: What a tensor is taken for: one vector, or its rows or its columns each by itself.
 Vectors = Literal["whole", "rows", "columns"]
@@ -162,7 +162,7 @@ def _gram_of_whole(whole: Whole, *, columns: bool) -> np.ndarray:
     total: np.ndarray | float = 0.0
     for start, stop in whole.pieces():
         base = whole.base(start, stop) if whole.with_base else None
-        tensors = whole.deltas(start, stop)
+        tensors = list(whole.stored(start, stop))
         total = total + (_gram_of_columns(tensors, base) if columns else _gram_of_rows(tensors, base, 1)[..., 0])
     return np.asarray(total)
 
@@ -181,7 +181,7 @@ def _gram_of_rows(tensors: Sequence[Tensor], base: Tensor | None, height: int) -
     found = _summed(rows, origin, _widest(rows))
     if _widest(rows) == torch.float64 or not _doubtful(found, rows, origin):
         return found
-    return _summed(rows, origin, torch.float64)
+    return _summed([wide(row) for row in rows], origin, torch.float64)
 
 
 def _doubtful(found: np.ndarray, tensors: Sequence[Tensor], base: Tensor | None) -> bool:
@@ -195,7 +195,7 @@ def _doubtful(found: np.ndarray, tensors: Sequence[Tensor], base: Tensor | None)
         return True
     for number in map(int, np.flatnonzero((squares < _TINY).any(1))):
         origin = tensors[0] if number else base
-        if bool(tensors[0].any()) if origin is None else not torch.equal(tensors[number], origin):
+        if bool(tensors[0].any()) if origin is None else bool((tensors[number] != origin).any()):
             return True
     along = squares[0] + found[0, 1:]  # inner products of the others and the first
     own = along + found[0, 1:] + squares[1:]
@@ -217,21 +217,21 @@ def _summed(tensors: Sequence[Tensor], base: Tensor | None, dtype: torch.dtype) 
     rows = max(1, min(height, room // columns))
     blocks = -(-columns // _BLOCK)  # of each row, all of one size
     size = -(-columns // blocks)
-    basis = torch.zeros((count, rows, blocks * size), dtype=dtype, device=device)
+    basis = torch.empty((count, rows, blocks * size), dtype=dtype, device=device)
     found = torch.zeros((height, count, count), dtype=torch.float64, device=device)
     for top in range(0, height, rows):
         for left in range(0, width, columns):
             here = slice(top, top + rows), slice(left, left + columns)
-            first = tensors[0][here]
-            high, wide = first.shape
+            first = wide(tensors[0][here])
+            high, across = first.shape
             if base is None:
-                basis[0, :high, :wide] = first
+                basis[0, :high, :across] = first
             else:
-                torch.sub(first, base[here], out=basis[0, :high, :wide])
+                torch.sub(first, base[here], out=basis[0, :high, :across])
             for number, other in enumerate(tensors[1:], start=1):
-                torch.sub(other[here], first, out=basis[number, :high, :wide])
-            if wide < basis.shape[2]:
-                basis[:, :, wide:] = 0
+                difference(other[here], first, out=basis[number, :high, :across])
+            if across < basis.shape[2]:
+                basis[:, :, across:] = 0
             parts = basis[:, :high].reshape(count, high * blocks, size).transpose(0, 1)
             products = torch.bmm(parts, parts.mT).reshape(high, blocks, count, count)
             found[here[0]] += products.sum(1, dtype=torch.float64)
@@ -239,4 +239,4 @@ def _summed(tensors: Sequence[Tensor], base: Tensor | None, dtype: torch.dtype) 
 
 
 def _widest(tensors: Sequence[Tensor]) -> torch.dtype:
-    return max((tensor.dtype for tensor in tensors), key=lambda dtype: dtype.itemsize)
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
