@@ -266,6 +266,12 @@ def test_the_command(save_ready: Save, tmp_path: Path, capsys: pytest.CaptureFix
     with pytest.raises(SystemExit) as ended:
         main([str(one) for one in (*arguments, "--data", files[0], "--overwrite")])
     assert ended.value.code == 2 and "1 data for 2 models" in capsys.readouterr().err
+    for said, words in ((str(files[0]), "1 data for 2 models"), (3, "data are a list"), ({"a": 1}, "data are a list")):
+        recipe = {"method": "regmean_pp", "contributors": [str(one) for one in folders], "options": {"data": said}}
+        (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+        with pytest.raises(SystemExit) as ended:
+            main(["merge", str(tmp_path / "recipe.yaml"), "-o", str(tmp_path / "other")])
+        assert ended.value.code == 2 and words in capsys.readouterr().err
 
 
 def test_what_cannot_be_is_said_before_any_work(save_ready: Save, tmp_path: Path, monkeypatch: Any) -> None:

@@ -193,7 +193,7 @@ def _merge_in_turn(
     recipe = {key: value for key, value in values.items() if key not in ("method", "options", "contributors")}
     given = {**(values.get("options") or {}), **options}
     said = given.pop("data", ())
-    texts = data or ((said,) if isinstance(said, str) else tuple(said))
+    texts = data or ((said,) if isinstance(said, str) else said)
     result = merge_regmean_pp(
         values["contributors"], texts, output, options=given, overwrite=overwrite, settings=settings, **recipe
     )
