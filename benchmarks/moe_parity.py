@@ -2,8 +2,9 @@
 
     python benchmarks/moe_parity.py --output benchmarks/results/moe-parity.md
 
-mergekit comes from PyPI into an environment of its own (``peers.py``; ``--programs`` names one that is there). Models
-are tiny and random, in float32; two experts with prompts of different lengths, one scaled, one with negative prompts.
+mergekit comes from PyPI into an environment of its own (``peers.py``; ``--cache`` says where). Models are tiny and
+random, in float32; two experts with prompts of different lengths, one scaled, one with negative prompts; in a Qwen2-MoE
+a shared one beside them. Both results are opened with transformers, and compared as the models that open.
 """
 
 from __future__ import annotations
@@ -24,12 +25,15 @@ from merganser.merging.moe import build_moe
 from peers import MERGEKIT, mergekit
 
 SPECIAL = ("<unk>", "<s>", "</s>")
+#: What each kind of dense model has beside sizes.
 KINDS: dict[str, dict[str, Any]] = {
     "Llama": {},
     "Mistral": {"sliding_window": None},
     "Qwen2": {},
     "Qwen3": {"head_dim": 8},
 }
+#: Dense models and the architecture that is made of them, where it is not the first that fits.
+PAIRS = [*((kind, None) for kind in KINDS), ("Llama", "qwen"), ("Mistral", "qwen")]
 MODES = ("cheap_embed", "hidden", "hidden_avg", "hidden_avg, prompts of one length")
 
 
@@ -51,7 +55,7 @@ def save_model(folder: Path, kind: str, seed: int) -> Path:
     return folder
 
 
-def compare(scratch: Path, kind: str, mode: str, programs: Path) -> list[str]:
+def compare(scratch: Path, kind: str, architecture: str | None, mode: str, programs: Path) -> list[str]:
     """One row of the table."""
     base, other = (save_model(scratch / f"{kind}-{seed}", kind, seed) for seed in (0, 1))
     second = "Anna saw old Paris" if "one length" in mode else "Anna"
@@ -65,7 +69,9 @@ def compare(scratch: Path, kind: str, mode: str, programs: Path) -> list[str]:
         },
     ]
     config = {"base_model": str(base), "gate_mode": mode.partition(",")[0], "dtype": "float32", "experts": experts}
-    if kind == "Qwen2":
+    if architecture is not None:
+        config["architecture"] = architecture
+    if kind == "Qwen2" or architecture == "qwen":
         shared = {"source_model": str(other), "positive_prompts": ["no"], "residual_scale": 0.1}
         config["shared_experts"] = [shared]
     ours, theirs, file = scratch / f"{kind}-ours", scratch / f"{kind}-theirs", scratch / "mixture.yaml"
@@ -74,7 +80,8 @@ def compare(scratch: Path, kind: str, mode: str, programs: Path) -> list[str]:
     build_moe(file, ours)
     opened = [transformers.AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (ours, theirs)]
     states = [model.state_dict() for model in opened]
-    if states[0].keys() != states[1].keys():
+    more = states[1].keys() - states[0].keys()  # biases that the dense models have not
+    if states[0].keys() - states[1].keys() or any(states[1][name].any() for name in more):
         raise RuntimeError(f"{kind}: the results have other tensors")
     apart = {name: float((tensor - states[1][name]).abs().max()) for name, tensor in states[0].items()}
     routers = {name for name in apart if name.endswith("gate.weight")}
@@ -95,10 +102,10 @@ def compare(scratch: Path, kind: str, mode: str, programs: Path) -> list[str]:
 def main() -> None:
     """Compare, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--programs", type=Path, help="the folder of mergekit's programs; installed by default")
+    parser.add_argument("--cache", type=Path, help="folder of the environments of other tools")
     parser.add_argument("--output", type=Path, help="a Markdown file; standard output by default")
     arguments = parser.parse_args()
-    programs = arguments.programs or mergekit()
+    programs = mergekit(arguments.cache)
     transformers.logging.disable_progress_bar()
     header = [
         "models",
@@ -110,14 +117,15 @@ def main() -> None:
         "of logits",
     ]
     rows = []
-    for kind, mode in product(KINDS, MODES):
+    for (kind, architecture), mode in product(PAIRS, MODES):
         with tempfile.TemporaryDirectory() as folder:
-            rows.append(compare(Path(folder), kind, mode, programs))
+            rows.append(compare(Path(folder), kind, architecture, mode, programs))
     table = "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
     text = f"""# merganser moe beside {MERGEKIT}
 
 Made by `python benchmarks/moe_parity.py`; tiny models in float32, torch {torch.__version__}. Rows of routers have
-length 1. mergekit computes hidden states in bfloat16, and `hidden_avg` with the padding of shorter prompts counted in.
+length 1. mergekit computes hidden states in bfloat16, and `hidden_avg` with the padding of shorter prompts counted in;
+in a Qwen2-MoE of models without biases of attention it has zeros for these, which count as equal.
 
 {table}
 """
