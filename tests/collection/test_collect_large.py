@@ -301,8 +301,9 @@ def test_no_gpu(save_ready: Save, reviews: Path) -> None:
 
 def test_what_jobs_cannot_be_told(save_ready: Save, reviews: Path) -> None:
     folder, rows = save_ready("m"), read_rows(reviews)
-    with pytest.raises(UserError, match="rows in memory are not on other machines"):
-        collect(folder, rows, engine=SerialEngine())
+    for data in (rows, ["the movie was good"], [{"text": "bad food !"}]):
+        with pytest.raises(UserError, match="rows in memory are not on other machines"):
+            collect(folder, data, engine=SerialEngine())
     with pytest.raises(UserError, match="has options of its own"):
         collect(folder, reviews, engine=SerialEngine(), task=TextClassification(key="accuracy"))
     with pytest.raises(Problems, match=r"(?s)--until-converged.*--max-memory"):
