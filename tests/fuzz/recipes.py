@@ -59,14 +59,14 @@ def stages(draw: Draw, folder: Path) -> list[Document]:
     found = [first]
     if _some(draw):
         found.append({key: "second", **_merge(draw, draw.choice(adding), base, ["first", two], whole=True)})
-    found.append(_merge(draw, draw.choice(adding), base, [found[-1][key], one], whole=True))
+    found.append(_merge(draw, draw.choice(adding), base, [found[-1][key], one]))
     if _some(draw, 0.5):
         draw.shuffle(found)
     return found
 
 
 def _merge(draw: Draw, name: str, base: str, others: Sequence[str], *, whole: bool = False) -> Document:
-    """One configuration; ``whole``: the result has the models' own layers, so that another one can use it."""
+    """One configuration; ``whole``: its result has the models' own layers and tokens, as another one needs it."""
     method = METHODS[name]
     low, high = method.inputs
     people = list(others[: max(low, min(2, high or 2))])
@@ -104,7 +104,11 @@ def _merge(draw: Draw, name: str, base: str, others: Sequence[str], *, whole: bo
         made["out_dtype"] = draw.choice(("float32", "bfloat16"))
     if _some(draw, 0.2):
         made["chat_template"] = _TEMPLATE
-    return made | _tokenizer(draw, [*dict.fromkeys(inputs), *([base] if based and base not in inputs else [])], based)
+    return (
+        made
+        if whole
+        else made | _tokenizer(draw, [*dict.fromkeys(inputs), *([base] if based and base not in inputs else [])], based)
+    )
 
 
 def _reference(draw: Draw, model: str) -> Any:

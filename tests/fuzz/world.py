@@ -77,7 +77,7 @@ def _write_models(folder: Path) -> None:
     transformers.BertForSequenceClassification.from_pretrained(folder / "a").save_pretrained(
         folder / "sharded", max_shard_size="8KB"
     )
-    adapt_linears(folder / "adapter", folder / "base", ("query", "value"), task_type="SEQ_CLS")
+    adapt_linears(folder / "adapter", folder / "base", ("query", "value"))
     _write_sentence_model(folder / "sentences", folder / "a")
     for seed, name in enumerate(("dense", "expert-1", "expert-2")):
         make_model("llama", seed).save_pretrained(folder / name)
