@@ -233,6 +233,13 @@ def test_layers_that_cannot_be(models: list[Path], tmp_path: Path, layers: list[
         stacked(tmp_path / "out", models, layers)
 
 
+def test_a_rule_for_layers_of_the_base_alone_is_one_mistake(models: list[Path], tmp_path: Path) -> None:
+    rules = [{"tensors": "*layers*", "method": "simple"}]
+    with pytest.raises(UserError) as refused:
+        stacked(tmp_path / "out", models, [block("base", 0, 1)], base=str(models[0]), rules=rules)
+    assert str(refused.value).startswith("rules.0 (*layers*): method 'simple' merges 1 model or more, 0 are given")
+
+
 def test_the_base_s_layer_has_to_be_known(models: list[Path], tmp_path: Path) -> None:
     layers = [{"sources": [{"contributor": "a", "range": [0, 1]}, {"contributor": "b", "range": [1, 2]}]}]
     with pytest.raises(UserError, match=r"layers.0: .*needs the base's layer"):

@@ -339,7 +339,8 @@ def check_needs(
         )
     exactly, least = method.needs.models, method.needs.at_least
     if (exactly is not None and len(parents) != exactly) or len(parents) < least:
-        wanted = f"exactly {exactly} models" if exactly is not None else f"{least} models or more"
+        wanted = f"{least} models or more" if least > 1 else "1 model or more"
+        wanted = wanted if exactly is None else f"exactly {exactly} model{'s' if exactly > 1 else ''}"
         are = "is" if len(parents) == 1 else "are"
         problems.add(
             RecipeError(
@@ -393,8 +394,8 @@ def _check_signs(
             able = ", ".join(name for name, one in METHODS.items() if one.needs.signed)
             mend = f"use a coefficient of at least 0, or a method that takes negative ones: {able}"
             problems.add(RecipeError(what, where=place, mend=mend))
-    if not any(coefficients) and partly and method.needs.base:
-        return
+    if not coefficients or (not any(coefficients) and partly and method.needs.base):
+        return  # where nobody has a say, that is the mistake
     if not method.needs.weighted and len({one for one in coefficients if one}) > 1:
         what = f"method {method.name!r} does not weigh models, so that coefficients {listed_coefficients(coefficients)}"
         mend = "give every model the same coefficient, or leave them out"
