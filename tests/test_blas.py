@@ -181,3 +181,20 @@ def test_eigenvectors_are_rows_and_only_the_lower_triangle_is_read(width: int, d
         product = (vectors.T * values) @ vectors
         torch.testing.assert_close(product.double(), matrix.double(), rtol=bound, atol=bound)
     assert eigh_(torch.empty(0, 0)).shape == (0,)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("width", "wanted"), [(1, 0), (2, 1), (65, 20), (200, 199), (65, 65), (65, 90)])
+def test_eigenvectors_of_the_largest_eigenvalues_alone(width: int, wanted: int, dtype: torch.dtype) -> None:
+    matrix = positive(width, dtype)
+    exact = torch.linalg.eigvalsh(matrix.double())
+    bound = 1e-4 if dtype == torch.float32 else 1e-12
+    for place in (torch.clone, inside):
+        vectors = place(matrix.tril() + torch.full_like(matrix, torch.nan).triu(1))
+        values = eigh_(vectors, wanted)
+        torch.testing.assert_close(values.double(), exact, rtol=bound, atol=bound)
+        last = vectors[max(0, width - wanted) :]
+        torch.testing.assert_close(
+            last @ matrix, values[-len(last) :, None] * last if len(last) else last @ matrix, rtol=bound, atol=bound
+        )
+        torch.testing.assert_close(last @ last.T, torch.eye(len(last), dtype=dtype), rtol=bound, atol=bound)

@@ -100,13 +100,17 @@ def add_gram_(out: Tensor, matrix: Tensor) -> Tensor:
     return out
 
 
-def eigh_(matrix: Tensor) -> Tensor:
+def eigh_(matrix: Tensor, wanted: int | None = None) -> Tensor:
     """Eigenvalues (d,) of a symmetric matrix (d, d), the smallest first; the matrix then holds eigenvectors as rows.
 
-    By divide and conquer (Cuppen 1981). Beside the matrix, this takes room for two more of them.
+    By divide and conquer (Cuppen 1981). Beside the matrix, this takes room for two more of them, and one more for a
+    part of the vectors.
 
     Args:
         matrix: only the lower triangle is read.
+        wanted: how many eigenvectors, those of the largest eigenvalues, are in the last rows, in a quarter of the time
+            less for few of them; the other rows are of no meaning then. Squares of the numbers have to be neither too
+            large nor too small for the dtype. All by default.
 
     Raises:
         ValueError: as :func:`add_product_`, or it does not converge.
@@ -118,11 +122,22 @@ def eigh_(matrix: Tensor) -> Tensor:
         matrix.copy_(vectors.T)
         return values
     values, failed = matrix.new_empty(width), ctypes.c_int()
-    if width:
-        work = matrix.new_empty(1 + 6 * width + 2 * width**2)
-        whole = torch.empty(3 + 5 * width, dtype=torch.int32)
-        room = (ctypes.c_void_p(work.data_ptr()), len(work), ctypes.c_void_p(whole.data_ptr()), len(whole))
-        _call("syevd", matrix, b"V", b"U", width, *_matrix(matrix), ctypes.c_void_p(values.data_ptr()), *room, failed)
+    if not width:
+        return values
+    work, whole = matrix.new_empty(1 + 6 * width + 2 * width**2), torch.empty(3 + 5 * width, dtype=torch.int32)
+    at, room = _address(values), (_address(work), len(work))
+    more = (*room, _address(whole), len(whole))
+    if wanted is None or wanted >= width:
+        _call("syevd", matrix, b"V", b"U", width, *_matrix(matrix), at, *more, failed)
+    else:  # the same in its three steps: a tridiagonal matrix, its eigenvectors, and those that are wanted turned back
+        beside, reflectors, vectors = matrix.new_empty(width), matrix.new_empty(width), torch.empty_like(matrix)
+        _call("sytrd", matrix, b"U", width, *_matrix(matrix), at, _address(beside), _address(reflectors), *room, failed)
+        _call("stedc", matrix, b"I", width, at, _address(beside), *_matrix(vectors), *more, failed)
+        last = vectors[width - wanted :]
+        given = (*_matrix(matrix), _address(reflectors), *_matrix(last), *room, failed)
+        if wanted and not failed.value:
+            _call("ormtr", matrix, b"L", b"U", b"N", width, wanted, *given)
+        matrix[width - wanted :] = last
     if failed.value:
         raise ValueError("the eigenvalues of a symmetric matrix were not found")
     return values
@@ -167,6 +182,10 @@ def _matrix(matrix: Tensor) -> tuple[ctypes.c_void_p, ctypes.c_int]:
     """Where a matrix begins, and by how many numbers the next row does later."""
     step = matrix.stride(0) if len(matrix) > 1 else 0
     return ctypes.c_void_p(matrix.data_ptr()), ctypes.c_int(max(step, matrix.shape[1], 1))
+
+
+def _address(vector: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(vector.data_ptr())
 
 
 def _number(like: Tensor, value: float) -> Any:
