@@ -81,6 +81,17 @@ def drawn(shape: tuple[int, int], tasks: int, seed: int = 0, decay: float = 0.0)
     return found
 
 
+def fine_tuned(shape: tuple[int, int], tasks: int, seed: int = 0, rank: int = 4) -> list[Array]:
+    """Changes of low rank, a hundredth of weights in bfloat16, and the rounding of all of these: exact in float32."""
+    draw = np.random.default_rng(seed)
+    rounded = [torch.from_numpy(draw.standard_normal(shape) * 0.02).bfloat16()]
+    for _ in range(tasks):
+        low = draw.standard_normal((shape[0], rank)) / np.arange(1, rank + 1) @ draw.standard_normal((rank, shape[1]))
+        low *= 0.01 * np.linalg.norm(rounded[0].double()) / np.linalg.norm(low)
+        rounded.append((rounded[0].double() + torch.from_numpy(low)).bfloat16())
+    return [(one.double() - rounded[0].double()).numpy() for one in rounded[1:]]
+
+
 class Anew(list[torch.Tensor]):
     """Weights that are a function's own each time they are asked for."""
 
@@ -124,14 +135,53 @@ def test_weights_in_float32_are_within_the_bound_of_float64(method: str, decay: 
     assert distance(change(method, given, dtype=torch.float32), ORACLES[method](given)) < 1e-4
 
 
+@pytest.mark.parametrize("method", SPECTRAL)
+@pytest.mark.parametrize("shape", [(200, 200), (300, 160), (150, 400)])
+def test_fine_tuned_weights_in_float32_are_within_the_bound_of_float64(method: str, shape: tuple[int, int]) -> None:
+    given = fine_tuned(shape, 3, 11)
+    assert distance(change(method, given, dtype=torch.float32), ORACLES[method](given)) < 1e-4
+
+
+@pytest.mark.parametrize("shape", [(256, 256), (160, 600), (600, 160)])
+@pytest.mark.parametrize("kind", ["flat", "decaying", "fine-tuned"])
+def test_float32_does_for_what_task_matrices_are_like(kind: str, shape: tuple[int, int]) -> None:
+    """Neither function says that it is too narrow, and both are within the bound."""
+    (task,) = {
+        "flat": lambda: drawn(shape, 1, 12),
+        "decaying": lambda: drawn(shape, 1, 12, 0.5),
+        "fine-tuned": lambda: fine_tuned(shape, 1, 12),
+    }[kind]()
+    matrix = torch.from_numpy(task).float()
+    left, values, right = svd(matrix.double().numpy())
+    assert distance(polar_factor(matrix).double().numpy(), left @ right) < 1e-4
+    found = singular_triples(matrix, 40)
+    product = (found.left * found.values).double() @ found.right.double().T
+    assert distance(product.numpy(), left[:, :40] * values[:40] @ right[:40]) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(150, 150), (140, 300), (300, 140)])
+def test_an_exactly_low_rank_leaves_no_other_direction(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    """Whole numbers, so that they are exact in float32; the vectors of zeros could be any, and are left out."""
+    draw = np.random.default_rng(13)
+    given = [draw.integers(-4, 5, (shape[0], 3)) @ draw.integers(-4, 5, (3, shape[1])) * 1.0 for _ in range(2)]
+    left, values, right = svd(np.sum(given, axis=0))
+    expected = values.sum() / min(shape) * left[:, :6] @ right[:6]
+    assert distance(change("iso_c", given, dtype=dtype), expected) < 1e-4
+    parts = [svd(task) for task in given]
+    lefts, rights = np.hstack([u[:, :3] for u, _, _ in parts]), np.vstack([v[:3] for _, _, v in parts])
+    expected = polar(lefts) * np.concatenate([s[:3] for _, s, _ in parts]) @ polar(rights)
+    assert distance(change("tsv_m", given, dtype=dtype), expected) < 1e-4
+
+
 def test_float32_is_left_where_it_does_not_do() -> None:
     steep = torch.from_numpy(drawn((150, 150), 1, 2, 3.0)[0]).float()
     with pytest.raises(Imprecise):
         polar_factor(steep)
-    factor, _ = polar_factor(steep.double())
+    factor = polar_factor(steep.double())
     assert distance(factor.numpy(), polar(steep.double().numpy())) < 1e-6
     flat = torch.from_numpy(drawn((150, 150), 1, 2)[0])
-    assert distance(polar_factor(flat.float())[0].double().numpy(), polar(flat.numpy())) < 1e-4
+    assert distance(polar_factor(flat.float()).double().numpy(), polar(flat.numpy())) < 1e-4
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -283,7 +333,7 @@ def test_what_is_cut_between_equal_singular_values_is_decomposed_in_float64(monk
     matrix = torch.from_numpy(left * values @ right).float()
     with pytest.raises(Imprecise):
         singular_triples(matrix, 30)
-    monkeypatch.setattr(singular, "_FAR", np.inf)
+    monkeypatch.setattr(singular, "_ALLOWED_CUT", np.inf)
     found = singular_triples(matrix, 29)
     product = (found.left * found.values).double() @ found.right.double().T
     assert distance(product.numpy(), left[:, :29] * values[:29] @ right[:29]) < 1e-4

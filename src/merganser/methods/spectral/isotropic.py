@@ -21,8 +21,10 @@ class IsoCTSOptions(SpectralOptions):
 
 
 def _common(tasks: TaskMatrices, options: SpectralOptions) -> Tensor:
-    factor, values = polar_factor(tasks.total())
-    return factor.mul_(values.mean())
+    total = tasks.total()
+    factor = polar_factor(total)
+    values = (factor * total).sum(dtype=torch.float64)  # the sum of all singular values
+    return factor.mul_(values / tasks.rank)
 
 
 def shares(rank: int, tasks: int, common: float) -> tuple[int, int]:
@@ -44,8 +46,8 @@ def _common_and_own(tasks: TaskMatrices, options: IsoCTSOptions) -> Tensor:
     for matrix in tasks:
         whole = float(matrix.norm())
         found.append(singular_triples(matrix.sub_(common @ (common.T @ matrix)), own, whole))
-    left, _ = polar_factor(torch.cat([one.left for one in found], dim=1), of_vectors=True)
-    right, _ = polar_factor(torch.cat([one.right for one in found], dim=1), of_vectors=True)
+    left = polar_factor(torch.cat([one.left for one in found], dim=1), of_vectors=True)
+    right = polar_factor(torch.cat([one.right for one in found], dim=1), of_vectors=True)
     values = torch.cat([one.values for one in found])
     return left @ right.T * (values.sum() / tasks.rank)
 

@@ -18,8 +18,8 @@ def _merged(tasks: TaskMatrices, options: SpectralOptions) -> Tensor:
     # Of a matrix with fewer rows or columns than there are tasks, each task keeps one triple.
     count = max(1, tasks.rank // len(tasks))
     found = [singular_triples(matrix, count) for matrix in tasks]
-    left, _ = polar_factor(torch.cat([one.left for one in found], dim=1), of_vectors=True)
-    right, _ = polar_factor(torch.cat([one.right for one in found], dim=1), of_vectors=True)
+    left = polar_factor(torch.cat([one.left for one in found], dim=1), of_vectors=True)
+    right = polar_factor(torch.cat([one.right for one in found], dim=1), of_vectors=True)
     return (left * torch.cat([one.values for one in found])) @ right.T
 
 
