@@ -1,6 +1,6 @@
 """TSV-M and Iso-C of four encoders' linear layers: merganser beside full singular value decompositions in float32.
 
-    python benchmarks/spectral.py                       # 12 layers x 768: minutes; all layers are alike
+    python benchmarks/spectral.py                       # 4 layers x 768 of each kind: minutes; all layers are alike
     python benchmarks/spectral.py --layers 1 --hidden 64
 
 Task matrices are in memory; what is timed is the arithmetic, in processor seconds of one thread, so that a busy machine
@@ -8,8 +8,9 @@ disturbs it little. Variants take turns at every layer. Full decompositions are 
 as it is, and, since LAPACK takes long for wide ones, of their transposes. Errors are ‖τ − τ*‖/‖τ*‖ with τ* by full
 decompositions in float64 of the same float32 weights, in the first layers.
 
-Matrices are Gaussian, whose singular values lie close to each other, or have singular values like i^-d (``--decay``),
-as task vectors rather have them: small ones then are told less well from large ones, and more is done in float64.
+Task matrices are of three kinds. Gaussian ones have singular values that lie close to each other. Those of others fall
+like i^-0.5, so that small ones are told less well from large ones. And there are such as fine-tuning leaves: a change
+of low rank, as large as a hundredth of the weights, and the rounding of all weights to bfloat16.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,22 +38,18 @@ def main() -> int:
     """Measure and write the tables."""
     options = _options()
     torch.set_num_threads(1)
-    text, values = "", {}
-    for decay, layers in ((0.0, options.layers), (options.decay, options.decayed)):
-        if not layers:
-            continue
-        found = measured(options.hidden, layers, options.contributors, decay, options.judged)
-        what = f"singular values like i^-{decay:g}" if decay else "Gaussian"
-        text += f"\n## {what}, {layers} layers\n\n{table(found)}"
-        values[what] = found
+    values = {
+        kind: measured(kind, options.hidden, options.layers, options.contributors, options.judged) for kind in KINDS
+    }
     machine = measure.machine()
-    title = f"# TSV-M and Iso-C of {options.contributors} encoders, layers x {options.hidden}, one thread"
-    head = f"{title}\n\n{measure.machine_line(machine)}\nProcessor seconds; in brackets as a multiple of merganser's.\n"
+    title = f"# TSV-M and Iso-C of {options.contributors} encoders, {options.layers} layers x {options.hidden}"
+    head = f"{title}, one thread\n\n{measure.machine_line(machine)}\n"
+    text = "Processor seconds; in brackets as a multiple of merganser's.\n\n" + table(values)
     measure.save("spectral", head + text, {"machine": machine, **values}, options.results)
     return 0
 
 
-def measured(hidden: int, layers: int, contributors: int, decay: float, judged: int) -> dict[str, Any]:
+def measured(kind: str, hidden: int, layers: int, contributors: int, judged: int) -> dict[str, Any]:
     """Seconds and errors by method and variant, over all layers and by shape."""
     square = [(hidden, hidden)] * 4
     shapes = [*square, (4 * hidden, hidden), (hidden, 4 * hidden)]
@@ -61,8 +58,8 @@ def measured(hidden: int, layers: int, contributors: int, decay: float, judged: 
     draw = torch.Generator().manual_seed(0)
     for layer in range(layers):
         for shape in shapes:
-            base = torch.randn(shape, generator=draw) * 0.02
-            tuned = [base + 1e-3 * matrix for matrix in drawn(shape, contributors, decay, draw)]
+            base = (torch.randn(shape, generator=draw) * 0.02).bfloat16().float()
+            tuned = [KINDS[kind](base, draw) for _ in range(contributors)]
             for method in METHOD_NAMES:
                 answer = None
                 if layer < judged:
@@ -76,19 +73,34 @@ def measured(hidden: int, layers: int, contributors: int, decay: float, judged: 
                     if answer is not None:
                         missed = float((result.double() - base.double() - answer).norm() / answer.norm())
                         errors[method].setdefault(variant, []).append(missed)
-        print(f"layer {layer + 1} of {layers}", file=sys.stderr, flush=True)
+        print(f"{kind}: layer {layer + 1} of {layers}", file=sys.stderr, flush=True)
     return {"seconds": seconds, "errors": errors}
 
 
-def drawn(shape: tuple[int, int], count: int, decay: float, draw: torch.Generator) -> Iterator[Tensor]:
-    """Gaussian matrices, or such with the singular values i^-decay."""
-    side = min(shape)
-    for _ in range(count):
-        if not decay:
-            yield torch.randn(shape, generator=draw)
-            continue
-        left, right = (torch.linalg.qr(torch.randn(size, side, generator=draw))[0] for size in shape)
-        yield (left * torch.arange(1, side + 1) ** -decay) @ right.T * side**0.5
+def gaussian(base: Tensor, draw: torch.Generator) -> Tensor:
+    """Weights that differ from the base model's by as much everywhere."""
+    return base + 1e-3 * torch.randn(base.shape, generator=draw)
+
+
+def decaying(base: Tensor, draw: torch.Generator) -> Tensor:
+    """Weights whose differences have the singular values i^-0.5."""
+    side = min(base.shape)
+    left, right = (torch.linalg.qr(torch.randn(size, side, generator=draw))[0] for size in base.shape)
+    return base + 1e-3 * side**0.5 * (left * torch.arange(1, side + 1) ** -0.5) @ right.T
+
+
+def fine_tuned(base: Tensor, draw: torch.Generator, rank: int = 16, share: float = 0.01) -> Tensor:
+    """Weights in bfloat16 that were changed in a few directions, by so large a share of their norm."""
+    left, right = (torch.randn(size, rank, generator=draw) for size in base.shape)
+    change = (left / torch.arange(1, rank + 1)) @ right.T
+    return (base + change * (share * base.norm() / change.norm())).bfloat16().float()
+
+
+KINDS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
+    "Gaussian": gaussian,
+    "i^-0.5": decaying,
+    "low rank + rounding": fine_tuned,
+}
 
 
 def variants(method: str, base: Tensor, tuned: Sequence[Tensor]) -> dict[str, Callable[[], Tensor]]:
@@ -147,30 +159,29 @@ def iso_c(tasks: Sequence[Tensor], *, turned: bool) -> Tensor:
 FULLY: dict[str, Callable[..., Tensor]] = {"tsv_m": tsv_m, "iso_c": iso_c}
 
 
-def table(found: dict[str, Any]) -> str:
+def table(values: dict[str, dict[str, Any]]) -> str:
     """Seconds, ratios and errors as Markdown."""
-    rows = []
+    rows, shapes = [], []
     for method in METHOD_NAMES:
-        ours = found["seconds"][method][OURS]
-        for variant, by_shape in found["seconds"][method].items():
-            cells = [f"{by_shape[shape]:.2f} ({by_shape[shape] / ours[shape]:.2f})" for shape in by_shape]
-            whole = sum(by_shape.values())
-            missed = found["errors"][method].get(variant)
-            error = f"{statistics.median(missed):.1e}, {max(missed):.1e}" if missed else "–"
-            title = METHODS[method].title
-            rows.append([title, variant, f"{whole:.1f} ({whole / sum(ours.values()):.2f})", *cells, error])
-    shapes = [shape.strip("()").replace(", ", "×") for shape in found["seconds"]["tsv_m"][OURS]]
-    return measure.markdown(["", "", "all", *shapes, "error: median, worst"], rows)
+        for kind, found in values.items():
+            ours = found["seconds"][method][OURS]
+            for variant, by_shape in found["seconds"][method].items():
+                cells = [f"{by_shape[shape]:.2f} ({by_shape[shape] / ours[shape]:.2f})" for shape in by_shape]
+                whole = sum(by_shape.values())
+                missed = found["errors"][method].get(variant)
+                error = f"{statistics.median(missed):.1e}, {max(missed):.1e}" if missed else "–"
+                title = f"{METHODS[method].title}, {kind}"
+                rows.append([title, variant, f"{whole:.1f} ({whole / sum(ours.values()):.2f})", *cells, error])
+            shapes = [shape.strip("()").replace(", ", "×") for shape in ours]
+    return measure.markdown(["task matrices", "", "all", *shapes, "error: median, worst"], rows)
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--layers", type=int, default=4, help="of each kind of task matrices")
     parser.add_argument("--hidden", type=int, default=768)
     parser.add_argument("--contributors", type=int, default=4)
-    parser.add_argument("--decay", type=float, default=0.5, help="of the second kind of matrices' singular values")
-    parser.add_argument("--decayed", type=int, default=2, help="layers of the second kind")
-    parser.add_argument("--judged", type=int, default=3, help="layers whose errors are measured")
+    parser.add_argument("--judged", type=int, default=2, help="layers whose errors are measured")
     parser.add_argument("--results", type=Path, default=measure.RESULTS, help="folder of the tables")
     return parser.parse_args()
 
