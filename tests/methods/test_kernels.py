@@ -12,7 +12,7 @@ import torch
 
 from merganser.methods import kernels
 from merganser.methods.elementwise import Position, difference
-from merganser.methods.task_vectors import sparsified
+from merganser.methods.task_vectors import sce, sparsified
 
 _FULL = 2**32 - 1
 _TURNS = (13, 15, 26, 6, 17, 29, 16, 24)
@@ -108,6 +108,15 @@ def test_an_election_is_the_same_with_and_without_kernels(normalize: bool) -> No
         tensors = [torch.from_numpy(delta).to(dtype) for delta in deltas]
         found = sparsified.elect(iter(tensors), tensors[0], coefficients, normalize, weights)
         assert np.allclose(found.numpy(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_the_spread_is_the_variance_times_the_number() -> None:
+    deltas = [torch.from_numpy(one) for one in np.random.default_rng(3).normal(size=(5, 3000))]
+    expected = np.var(torch.stack(deltas).numpy(), axis=0) * 5
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-6)):
+        found = sce._spread([delta.to(dtype).reshape(30, 100) for delta in deltas])
+        assert found.shape == (30, 100)
+        assert np.allclose(found.flatten().numpy(), expected, rtol=tolerance, atol=tolerance)
 
 
 def test_kernels_work_where_nothing_can_be_written(tmp_path: Path) -> None:

@@ -303,6 +303,11 @@ def fits_kernels(*tensors: Tensor) -> bool:
     return all(t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous() for t in tensors)
 
 
+def stacked(tensors: Sequence[Tensor]) -> np.ndarray:
+    """(T, n): the numbers of T tensors that fit kernels."""
+    return torch.stack(list(tensors)).reshape(len(tensors), -1).numpy()
+
+
 def added(total: Tensor, tensor: Tensor, factor: float) -> Tensor:
     """total + factor · tensor, in place unless ``tensor`` is wider."""
     return total.add_(tensor, alpha=factor) if tensor.dtype == total.dtype else total + tensor * factor

@@ -49,22 +49,71 @@ def subtract(halves, base, found):
 
 
 @_compiled
-def count_agreeing(delta, elected, flip, weight, agreed, counted):
-    """Where flip·δ has the sign of what was elected, add weight·flip·δ to one sum and the weight to another.
+def elect(deltas, coefficients, weights, normalize):
+    """Σwᵢ·sᵢδᵢ over the δᵢ that have, times the sign sᵢ of cᵢ, the sign of Σcᵢδᵢ; where that is 0, positive.
 
     Args:
-        delta: (n,) float32.
-        elected: (n,) float32; of 0 the sign is positive.
-        flip: 1 or −1.
-        weight: of the contributor.
-        agreed, counted: (n,) float32, the sums.
+        deltas: (T, n) float32.
+        coefficients: (T,) float32.
+        weights: (T,) float32.
+        normalize: bool, divide by the sum of their weights where there are any.
+
+    Returns:
+        (n,) float32.
     """
-    for i in range(delta.size):
-        number = flip * delta[i]
-        along = number if elected[i] >= _ZERO else -number
-        counts = weight if along > _ZERO else _ZERO
-        counted[i] += counts
-        agreed[i] += counts * number
+    found = np.empty(deltas.shape[1], dtype=np.float32)
+    elected, counted = np.empty(_TILE, dtype=np.float32), np.empty(_TILE, dtype=np.float32)
+    for start in range(0, found.size, _TILE):
+        size = min(_TILE, found.size - start)
+        agreed = found[start : start + size]
+        elected[:], counted[:], agreed[:] = _ZERO, _ZERO, _ZERO
+        for number in range(len(deltas)):
+            delta, coefficient = deltas[number, start : start + size], coefficients[number]
+            for i in range(size):
+                elected[i] += coefficient * delta[i]
+        for number in range(len(deltas)):
+            delta, weight = deltas[number, start : start + size], weights[number]
+            flip = -_ONE if coefficients[number] < _ZERO else _ONE
+            for i in range(size):
+                one = flip * delta[i]
+                along = one if elected[i] >= _ZERO else -one
+                counts = weight if along > _ZERO else _ZERO
+                counted[i] += counts
+                agreed[i] += counts * one
+        if normalize:
+            for i in range(size):
+                agreed[i] /= counted[i] if counted[i] > _ZERO else _ONE
+    return found
+
+
+@_compiled
+def spread(deltas):
+    """Σ(δᵢ − δ̄)², number by number, with δ̄ the mean of the δᵢ.
+
+    Args:
+        deltas: (T, n) float32.
+
+    Returns:
+        (n,) float32.
+    """
+    found, count = np.zeros(deltas.shape[1], dtype=np.float32), np.float32(len(deltas))
+    means = np.empty(_TILE, dtype=np.float32)
+    for start in range(0, found.size, _TILE):
+        size = min(_TILE, found.size - start)
+        total = found[start : start + size]
+        means[:] = _ZERO
+        for number in range(len(deltas)):
+            delta = deltas[number, start : start + size]
+            for i in range(size):
+                means[i] += delta[i]
+        for i in range(size):
+            means[i] /= count
+        for number in range(len(deltas)):
+            delta = deltas[number, start : start + size]
+            for i in range(size):
+                away = delta[i] - means[i]
+                total[i] += away * away
+    return found
 
 
 @_compiled

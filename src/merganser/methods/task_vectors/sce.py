@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from merganser.methods.base import Needs, Options
-from merganser.methods.elementwise import Elementwise, Position, Whole, blocks_of_rows
+from merganser.methods.elementwise import Elementwise, Position, Whole, blocks_of_rows, fits_kernels, stacked
 from merganser.methods.selection import kth_largest
 from merganser.methods.task_vectors.sparsified import elect
 
@@ -35,6 +35,10 @@ class SCEOptions(Options):
 
 def _spread(deltas: Sequence[Tensor]) -> Tensor:
     """The variance over contributors, times their number, in float32."""
+    if fits_kernels(*deltas):
+        from merganser.methods import kernels
+
+        return torch.from_numpy(kernels.spread(stacked(deltas))).reshape(deltas[0].shape)
     mean = sum(deltas[1:], start=deltas[0]) / len(deltas)
     total = torch.zeros_like(mean)
     for delta in deltas:

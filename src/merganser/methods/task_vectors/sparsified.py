@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from merganser.methods.base import Needs, Options, sums_to_zero
-from merganser.methods.elementwise import Elementwise, Position, Whole, added, fits_kernels
+from merganser.methods.elementwise import Elementwise, Position, Whole, added, fits_kernels, stacked
 
 #: Of δ, its index among the contributors, the options and the position: what is left of δ, which may be changed.
 Sparsify = Callable[[Tensor, int, Any, Position], Tensor]
@@ -72,31 +72,23 @@ def elect(
         normalize: the mean of those that agree, instead of their sum.
         weights: of the mean or the sum; by default the coefficients' magnitudes.
     """
-    deltas = []
-    elected = torch.zeros_like(base)
-    for delta, coefficient in zip(kept, coefficients, strict=True):
-        elected = added(elected, delta, coefficient)
-        deltas.append(delta)
-    agreed, counted = torch.zeros_like(elected), torch.zeros_like(elected)
-    for coefficient, weight, delta in zip(coefficients, weights or map(abs, coefficients), deltas, strict=True):
-        _count_agreeing(delta, elected, -1.0 if coefficient < 0 else 1.0, weight, agreed, counted)
-    return agreed.div_(counted.clamp_min_(torch.finfo(counted.dtype).tiny)) if normalize else agreed
-
-
-def _count_agreeing(
-    delta: Tensor, elected: Tensor, flip: float, weight: float, agreed: Tensor, counted: Tensor
-) -> None:
-    """Where flip·δ has the sign of what was elected, add weight·flip·δ to one sum and the weight to another."""
-    if fits_kernels(delta, elected):
+    deltas, weights = list(kept), weights or [abs(coefficient) for coefficient in coefficients]
+    if fits_kernels(*deltas):
         from merganser.methods import kernels
 
-        arrays = [kernels.flat(tensor) for tensor in (delta, elected, agreed, counted)]
-        kernels.count_agreeing(*arrays[:2], np.float32(flip), np.float32(weight), *arrays[2:])
-        return
-    numbers = delta.to(elected.dtype) * flip
-    counts = torch.where(elected >= 0, numbers, -numbers).gt(0).to(elected.dtype).mul_(weight)
-    counted += counts
-    agreed.addcmul_(counts, numbers)
+        numbers = [np.array(values, dtype=np.float32) for values in (coefficients, weights)]
+        found = kernels.elect(stacked(deltas), *numbers, normalize)
+        return torch.from_numpy(found).reshape(base.shape)
+    elected = torch.zeros_like(base)
+    for delta, coefficient in zip(deltas, coefficients, strict=True):
+        elected = added(elected, delta, coefficient)
+    agreed, counted = torch.zeros_like(elected), torch.zeros_like(elected)
+    for delta, coefficient, weight in zip(deltas, coefficients, weights, strict=True):
+        own = delta.to(elected.dtype) * (-1 if coefficient < 0 else 1)
+        counts = torch.where(elected >= 0, own, -own).gt(0).to(elected.dtype).mul_(weight)
+        counted += counts
+        agreed.addcmul_(counts, own)
+    return agreed.div_(counted.clamp_min_(torch.finfo(counted.dtype).tiny)) if normalize else agreed
 
 
 @dataclass(frozen=True)
