@@ -23,8 +23,7 @@ class IsoCTSOptions(SpectralOptions):
 def _common(tasks: TaskMatrices, options: SpectralOptions) -> Tensor:
     total = tasks.total()
     factor = polar_factor(total)
-    values = (factor * total).sum(dtype=torch.float64)  # the sum of all singular values
-    return factor.mul_(values / tasks.rank)
+    return factor.mul_(total.mul_(factor).sum() / tasks.rank)  # the mean of all singular values
 
 
 def shares(rank: int, tasks: int, common: float) -> tuple[int, int]:

@@ -32,9 +32,9 @@ _ZERO, _ZERO_OF_VECTORS = 2.0**-40, 1e-8
 _ALLOWED, _ALLOWED_CUT = 4e-5, 6e-5
 #: An entry of the error of an eigenvalue problem, as a multiple of rounding · ‖M‖² / √d; measured.
 _EIGEN = 4.0
-#: Directions stand out if the largest eigenvalue is so many times the mean, as so many vectors tell in one round; then
-#: they are sought in so many rounds.
-_OUTSTANDING, _TRIED, _ROUNDS = 112, 4, 4
+#: Directions stand out if the mean of squared eigenvalues is so many times the square of their mean; then they are
+#: sought in so many rounds.
+_OUTSTANDING, _ROUNDS = 32, 4
 _SIGN = 8  # times the error of an entry; a smaller singular value could be of the other sign
 _EDGE = 16  # singular values on each side of a cut that are told from each other anew
 _FAR_OFF = 24  # powers of two from 1
@@ -71,12 +71,12 @@ def singular_triples(matrix: Tensor, count: int, whole: float = 0.0) -> Triples:
     Raises:
         Imprecise: see there; never for float64.
     """
-    if not count or not matrix.any():
-        return Triples(matrix.new_empty(matrix.shape[0], 0), matrix.new_empty(0), matrix.new_empty(matrix.shape[1], 0))
     if matrix.shape[0] > matrix.shape[1]:
         found = singular_triples(matrix.T, count, whole)
         return Triples(found.right, found.values, found.left)
     rows, unit = _scaled(matrix)
+    if not count or not unit:
+        return Triples(matrix.new_empty(matrix.shape[0], 0), matrix.new_empty(0), matrix.new_empty(matrix.shape[1], 0))
     count = min(count, len(rows))
     top = _top_in_float32(rows, count) if matrix.dtype == torch.float32 else None
     basis, turned = top or _top(rows.double(), count)
@@ -104,11 +104,11 @@ def polar_factor(matrix: Tensor, *, of_vectors: bool = False) -> Tensor:
     Raises:
         Imprecise: see there; never for float64.
     """
-    if not matrix.any():
-        return torch.zeros_like(matrix)
     if matrix.shape[0] > matrix.shape[1]:
         return polar_factor(matrix.T, of_vectors=of_vectors).T
-    rows, _ = _scaled(matrix)
+    rows, unit = _scaled(matrix)
+    if not unit:
+        return torch.zeros_like(matrix)
     zero, part_of_goal = (_ZERO_OF_VECTORS, _GOAL_OF_VECTORS) if of_vectors else (_ZERO, 1.0)
     gram = _gram(rows)
     flat, gram = _levelled(rows, gram) if rows.dtype == torch.float32 else (rows, gram)
@@ -286,13 +286,11 @@ def _outstanding(rows: Tensor, gram: Tensor, size: int) -> tuple[Tensor, Tensor]
         left singular vectors (k, d); their products (k, n) with the matrix.
     """
     height = len(rows)
-    draw = torch.Generator().manual_seed(0)
-    tried = _symmetric_product(gram, torch.randn(height, _TRIED, generator=draw).to(rows))
-    strongest = (_symmetric_product(gram, tried).norm(dim=0) / tried.norm(dim=0)).max()
-    if strongest * height < _OUTSTANDING * gram.trace():
+    diagonal = gram.diagonal()
+    if height * (2 * gram.norm() ** 2 - diagonal.norm() ** 2) < _OUTSTANDING * diagonal.sum() ** 2:
         return None
     whole = mirror_upper(gram.clone().T)
-    block = torch.randn(height, max(1, size), generator=draw).to(rows)
+    block = torch.randn(height, max(1, size), generator=torch.Generator().manual_seed(0)).to(rows)
     for _ in range(_ROUNDS):
         block = torch.linalg.qr(whole @ block)[0]
     image = whole @ block
@@ -304,11 +302,6 @@ def _outstanding(rows: Tensor, gram: Tensor, size: int) -> tuple[Tensor, Tensor]
     error = missed.square().sum(dim=1).cumsum(0).div(height).sqrt()
     found = int((error <= _GOAL[rows.dtype]).sum())
     return (basis[:found], basis[:found] @ rows) if found else None
-
-
-def _symmetric_product(lower: Tensor, block: Tensor) -> Tensor:
-    """By a matrix of which the lower triangle is given; the other one is zero."""
-    return lower @ block + lower.T @ block - lower.diagonal()[:, None] * block
 
 
 def _stored_error(rows: Tensor) -> float:
@@ -371,8 +364,11 @@ def _cut(values: Tensor, count: int, *, one: float = 0.0, squared: float = 0.0) 
 
 
 def _scaled(matrix: Tensor) -> tuple[Tensor, float]:
-    """A matrix divided by a power of two where squares of its numbers could overflow or vanish; and that power."""
-    largest = max(abs(float(one)) for one in torch.aminmax(matrix))
+    """A matrix divided by a power of two where squares of its numbers could overflow or vanish; and that power.
+
+    It is 0 for a matrix of zeros, or of no numbers.
+    """
+    largest = max(abs(float(one)) for one in torch.aminmax(matrix)) if matrix.numel() else 0.0
     exponent = frexp(largest)[1]
     unit = 1.0 if abs(exponent) < _FAR_OFF else 2.0**exponent
-    return (matrix if unit == 1 else matrix / unit), unit
+    return (matrix if unit == 1 else matrix / unit), unit if largest else 0.0
