@@ -24,6 +24,7 @@ from merganser.lab.grid.config import make_config
 from merganser.lab.grid.loading import load_config, number_of
 from merganser.lab.zoo import Zoo, ZooError
 from merganser.merging import ledger
+from merganser.merging.mergekit.schema import read_configuration
 from merganser.tasks import files
 from merganser.tasks.models import blamed
 from zoo_examples import KEY, make
@@ -154,6 +155,19 @@ def test_patterns_of_an_adapter_that_are_none(save_ready: Save, tmp_path: Path, 
     change(adapter / "adapter_config.json", lambda values: values.update({key: value}))
     with pytest.raises(UserError, match=key):
         open_checkpoint(adapter)
+
+
+# -- recipes
+
+
+@pytest.mark.parametrize("rows", [2**16 + 1, 8 * 10**9, 2**80, 0, -8])
+def test_rows_of_padding_that_nobody_can_mean(save_ready: Save, tmp_path: Path, rows: int) -> None:
+    with pytest.raises(RecipeError, match="pad_to_multiple_of: "):
+        merganser.merge([save_ready("a"), save_ready("b")], tmp_path / "out", method="simple", pad_to_multiple_of=rows)
+    model = [{"model": str(tmp_path / "a")}]
+    values = {"merge_method": "karcher", "models": model, "tokenizer": {"pad_to_multiple_of": rows}}
+    with pytest.raises(RecipeError, match=r"tokenizer.pad_to_multiple_of: "):
+        read_configuration(values, "here")
 
 
 # -- experiments

@@ -16,6 +16,7 @@ from merganser.methods.base import LARGEST
 from merganser.methods.names import KEYS_ELSEWHERE, name_here, suggest_method
 from merganser.paths import path_as_text
 
+MOST_PADDING = 2**16  # rows that are added at most
 _LISTS = ("exclude", "keep_separate", "tensors", "role")  # keys under which one text is a list of one
 
 
@@ -208,7 +209,9 @@ class Recipe(_Part):
         False, description="models that do not know a token vote on its row, too, as if they had that row"
     )
     tokens: dict[str, TokenRow] = Field(default_factory=dict, description="where the rows of some tokens come from")
-    pad_to_multiple_of: int | None = Field(None, ge=1, description="of which the number of tokens' rows is a multiple")
+    pad_to_multiple_of: int | None = Field(
+        None, ge=1, le=MOST_PADDING, description="of which the number of tokens' rows is a multiple"
+    )
     config_from: str | None = Field(None, description="whose configuration is written where they differ, or base")
     tokenizer_from: str | None = Field(None, description="whose tokenizer, chat template and generation settings")
     chat_template: str | None = Field(

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from merganser.errors import RecipeError, validated
-from merganser.merging.recipe import Recipe
+from merganser.merging.recipe import MOST_PADDING, Recipe
 
 #: One value of a parameter; a list of them is a gradient over the layers.
 Scalar: TypeAlias = bool | int | float | str
@@ -164,7 +164,7 @@ class Tokenizer(_Strict):
 
     source: str = "union"
     tokens: dict[str, TokenSource] = Field(default_factory=dict)
-    pad_to_multiple_of: int | None = Field(None, ge=1)
+    pad_to_multiple_of: int | None = Field(None, ge=1, le=MOST_PADDING)
 
     @model_validator(mode="before")
     @classmethod
