@@ -25,6 +25,7 @@ from merganser.lab.grid.loading import load_config, number_of
 from merganser.lab.zoo import Zoo, ZooError
 from merganser.merging import ledger
 from merganser.merging.mergekit.schema import read_configuration
+from merganser.merging.recipe import make_recipe
 from merganser.tasks import files
 from merganser.tasks.models import blamed
 from zoo_examples import KEY, make
@@ -168,6 +169,24 @@ def test_rows_of_padding_that_nobody_can_mean(save_ready: Save, tmp_path: Path, 
     values = {"merge_method": "karcher", "models": model, "tokenizer": {"pad_to_multiple_of": rows}}
     with pytest.raises(RecipeError, match=r"tokenizer.pad_to_multiple_of: "):
         read_configuration(values, "here")
+
+
+@pytest.mark.parametrize("place", ["take", "contributors", "block", "source", "token", "rows", "config"])
+def test_nobody_is_called_nothing(save_ready: Save, tmp_path: Path, place: str) -> None:
+    both = [{"contributor": name, "range": [0, 1]} for name in ("a", "")]
+    asked: dict[str, dict[str, Any]] = {
+        "take": {"rules": [{"take": ""}]},
+        "contributors": {"rules": [{"contributors": {"": {"coefficient": 2}}}]},
+        "block": {"layers": [{"sources": both[:1], "rules": [{"take": ""}]}]},
+        "source": {"layers": [{"sources": both}]},
+        "token": {"tokens": {"movie": {"take": "", "force": True}}},
+        "rows": {"vocabulary": "union", "missing_rows": ""},
+        "config": {"config_from": ""},
+    }
+    people = [{"model": str(save_ready(name))} for name in ("a", "b")]
+    with pytest.raises(UserError, match=r"''"):
+        merganser.merge(make_recipe({"contributors": people, "method": "simple", **asked[place]}), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 # -- experiments

@@ -110,7 +110,7 @@ class Rule(_Part):
     @property
     def named(self) -> list[str]:
         """The models that it names."""
-        return [*self.contributors, *([self.take] if self.take else [])]
+        return [*self.contributors, *([] if self.take is None else [self.take])]
 
     def __str__(self) -> str:
         parts = [", ".join(self.tensors)] if self.tensors else []
