@@ -101,17 +101,20 @@ def read_once(checkpoint: Checkpoint, known: dict[str, Table | None]) -> Table |
         checkpoint: the model.
         known: the vocabularies that were read before; receives this one.
     """
-    digest, folder = hashlib.sha256(), checkpoint.tokenizer_path
-    for file in sorted({*_LISTS, *(path.name for path in folder.glob("*.model"))}):
-        place = folder / file
-        digest.update(f"{file} ".encode() + _digest(place))
-    key = digest.hexdigest()
-    if key not in known:
+    if (key := vocabulary_digest(checkpoint)) not in known:
         try:
             known[key] = read_vocabulary(checkpoint)
         except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError):  # damaged: as if there were none
             known[key] = None
     return known[key]
+
+
+def vocabulary_digest(checkpoint: Checkpoint) -> str:
+    """The hash of the files that name the tokens: where it is the same, so is the vocabulary, whatever is in them."""
+    digest, folder = hashlib.sha256(), checkpoint.tokenizer_path
+    for file in sorted({*_LISTS, *(path.name for path in folder.glob("*.model"))}):
+        digest.update(f"{file} ".encode() + _digest(folder / file))
+    return digest.hexdigest()
 
 
 def _digest(file: Path) -> bytes:

@@ -14,7 +14,7 @@ from typing import Any
 from merganser.checkpoints import Checkpoint
 from merganser.checkpoints.layers import map_parameters
 from merganser.checkpoints.model_view import view_of
-from merganser.checkpoints.tokenizer_files import Table, add_tokens, has_tokenizer, read_once
+from merganser.checkpoints.tokenizer_files import Table, add_tokens, has_tokenizer, read_once, vocabulary_digest
 from merganser.errors import CheckpointError, ErrorCollector, RecipeError
 from merganser.merging.configuration import BASE, choose_model
 from merganser.merging.inputs import Parent
@@ -89,14 +89,16 @@ def match_vocabularies(
     uses_base = base is not None and BASE in named
     below = base if base is not None and (needs_base or adapter or uses_base) else None
     models = [*people, *([below] if below else [])]
-    known: dict[str, Table | None] = {}
-    tables = [read_once(one.checkpoint, known) for one in models]
     usual = -1 if taken is base and base is not None else people.index(taken) if taken in people else 0
     if taken is not None and not has_tokenizer(taken.checkpoint) and any(has_tokenizer(m.checkpoint) for m in models):
         text, mend = "has no tokenizer to take", "name a model that has one"
         problems.add(CheckpointError(text, where=taken.checkpoint.name, mend=mend))
-    as_it_is = not (recipe.tokens or recipe.pad_to_multiple_of)
-    if as_it_is and all(table == tables[0] for table in tables) and _alike(models, names):
+    as_it_is = not (recipe.tokens or recipe.pad_to_multiple_of) and _alike(models, names)
+    if as_it_is and len({vocabulary_digest(one.checkpoint) for one in models}) == 1:
+        return VocabularyPlan({}, usual, uses_base=uses_base)  # a hundred thousand tokens take long to read
+    known: dict[str, Table | None] = {}
+    tables = [read_once(one.checkpoint, known) for one in models]
+    if as_it_is and all(table == tables[0] for table in tables):
         return VocabularyPlan({}, usual, uses_base=uses_base)
     tensors = vocabulary_tensors(people[0].checkpoint)
     merged = [name for name in tensors if name in names]
