@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from merganser.checkpoints import open_checkpoint
+from merganser.checkpoints import open_checkpoint, tokenizer_files
 from merganser.cli import cli
 from merganser.collection import collect_statistics
 from merganser.errors import UserError
@@ -396,3 +396,31 @@ def test_matched_rows_are_merged_in_slices_to_the_same_bytes(
     assert (whole / "model.safetensors").read_bytes() == (sliced / "model.safetensors").read_bytes()
     step = next(s for s in sliced.plan.steps if s.unit.names == ("model.embed_tokens.weight",))
     assert memory._cut(step, None)[0] == 3
+
+
+def test_the_same_files_are_read_once(
+    save: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None of them where all are the same; tokenizer.json once, where only the settings beside it differ."""
+    read: list[str] = []
+    real = tokenizer_files.read_json
+
+    def noted(path: Path, **settings: Any) -> Any:
+        read.append(path.name)
+        return real(path, **settings)
+
+    monkeypatch.setattr(tokenizer_files, "read_json", noted)
+    models = [save(name, seed) for seed, name in enumerate("abc")]
+    recipe = make_recipe({"contributors": list(map(str, models)), "method": "simple"})
+    make_plan(recipe)
+    assert not read
+    settings = models[1] / "tokenizer_config.json"
+    said = json.loads(settings.read_text())
+    settings.write_text(json.dumps({**said, "padding_side": "left"}))
+    make_plan(recipe)
+    assert read.count("tokenizer.json") == 1 and read.count("tokenizer_config.json") == 2
+    taller = [save(name, seed, 42) for seed, name in enumerate("de")]
+    more = {**said, "added_tokens_decoder": {"41": {"content": "<more>"}}}
+    (taller[1] / "tokenizer_config.json").write_text(json.dumps(more))
+    with pytest.raises(UserError, match="<more>"):  # what is said beside the file is this model's alone
+        make_plan(make_recipe({"contributors": list(map(str, taller)), "method": "simple"}))

@@ -43,15 +43,20 @@ def has_tokenizer(checkpoint: Checkpoint) -> bool:
     return any((folder / file).is_file() for file in _LISTS) or any(folder.glob("*.model"))
 
 
-def read_vocabulary(checkpoint: Checkpoint) -> Table | None:
+def read_vocabulary(checkpoint: Checkpoint, known: dict[str, Table | None]) -> Table | None:
     """The id of each token by the files beside the weights; None where they do not tell.
+
+    Args:
+        checkpoint: the model.
+        known: what was read of ``tokenizer.json`` before, by its hash: fine-tunes often differ in nothing but the
+            settings beside it. Receives this one's.
 
     Raises:
         CheckpointError: a file that is damaged, or a token whose id no vocabulary can have.
     """
     folder = checkpoint.tokenizer_path
     try:
-        found = _read_tables(folder)
+        found = _read_tables(folder, known)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, OSError) as error:
         what = f"the tokenizer's files are malformed: {type(error).__name__}: {error}"
         raise CheckpointError(what, where=folder, mend=_RESTORE) from None
@@ -62,14 +67,14 @@ def read_vocabulary(checkpoint: Checkpoint) -> Table | None:
     return found
 
 
-def _read_tables(folder: Path) -> dict[str, int] | None:
+def _read_tables(folder: Path, known: dict[str, Table | None]) -> dict[str, int] | None:
     found: dict[str, int] = {}
-    if whole := read_json(folder / "tokenizer.json"):
-        tokens = (whole.get("model") or {}).get("vocab") or {}
-        if isinstance(tokens, list):  # with their scores
-            tokens = {pair[0]: number for number, pair in enumerate(tokens)}
-        found |= tokens
-        found |= {entry["content"]: entry["id"] for entry in whole.get("added_tokens") or []}
+    key = _digest(folder / "tokenizer.json").hex()
+    whole = known[key] if key in known else _in_one_file(read_json(folder / "tokenizer.json"))
+    if key:
+        known[key] = whole
+    if whole is not None:
+        found |= whole
     elif len([*folder.glob("*vocab*.json")]) > 1:  # one for each of two languages
         return None
     elif (folder / "vocab.txt").is_file():
@@ -89,6 +94,16 @@ def _read_tables(folder: Path) -> dict[str, int] | None:
     return found
 
 
+def _in_one_file(values: Mapping[str, Any]) -> Table | None:
+    """The tokens of a ``tokenizer.json``; None where there is none."""
+    if not values:
+        return None
+    tokens = (values.get("model") or {}).get("vocab") or {}
+    if isinstance(tokens, list):  # with their scores
+        tokens = {pair[0]: number for number, pair in enumerate(tokens)}
+    return tokens | {entry["content"]: entry["id"] for entry in values.get("added_tokens") or []}
+
+
 def _text(file: Path) -> str:
     inside(file.parent, file.name, CheckpointError, where=file.parent, what="the file")
     return read_text(file, CheckpointError)
@@ -103,7 +118,7 @@ def read_once(checkpoint: Checkpoint, known: dict[str, Table | None]) -> Table |
     """
     if (key := vocabulary_digest(checkpoint)) not in known:
         try:
-            known[key] = read_vocabulary(checkpoint)
+            known[key] = read_vocabulary(checkpoint, known)
         except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError):  # damaged: as if there were none
             known[key] = None
     return known[key]
