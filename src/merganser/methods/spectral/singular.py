@@ -222,7 +222,7 @@ def _top_in_float32(rows: Tensor, count: int) -> tuple[Tensor, Tensor] | None:
     """
     height, width = rows.shape
     vectors = _gram(rows)
-    found = _outstanding(rows, vectors, height // 16)
+    found = _outstanding(rows, vectors, height // 16, _GOAL[rows.dtype])
     first, taken = (rows.new_empty(0, height), rows[:0]) if found is None else (one[:count] for one in found)
     missing = count - len(taken)
     rest = rows
@@ -262,7 +262,8 @@ def _levelled(rows: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         such a matrix, and its Gram matrix.
     """
-    found = _outstanding(rows, gram, len(rows) // 8)  # several tasks may have their own
+    # Several tasks may have their own; the error is relative to a factor of the norm √d.
+    found = _outstanding(rows, gram, len(rows) // 8, _GOAL[rows.dtype] * len(rows) ** 0.5)
     if found is None:
         return rows, gram
     basis, turned = found
@@ -272,7 +273,7 @@ def _levelled(rows: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
     return rest, _gram(rest)
 
 
-def _outstanding(rows: Tensor, gram: Tensor, size: int) -> tuple[Tensor, Tensor] | None:
+def _outstanding(rows: Tensor, gram: Tensor, size: int, allowed: float) -> tuple[Tensor, Tensor] | None:
     """The singular directions of a matrix that are far stronger than most, if there are such.
 
     By subspace iteration from a random block, the same for all matrices.
@@ -281,6 +282,7 @@ def _outstanding(rows: Tensor, gram: Tensor, size: int) -> tuple[Tensor, Tensor]
         rows: (d, n) with d ≤ n.
         gram: the lower triangle of its Gram matrix.
         size: of the block.
+        allowed: how far all of them together may be turned.
 
     Returns:
         left singular vectors (k, d); their products (k, n) with the matrix.
@@ -299,8 +301,8 @@ def _outstanding(rows: Tensor, gram: Tensor, size: int) -> tuple[Tensor, Tensor]
     rotation = rotation.flip(0).to(rows.dtype)
     basis, image = rotation @ block.T, rotation @ image.T
     missed = image / (basis * image).sum(dim=1, keepdim=True) - basis
-    error = missed.square().sum(dim=1).cumsum(0).div(height).sqrt()
-    found = int((error <= _GOAL[rows.dtype]).sum())
+    error = missed.square().sum(dim=1).cumsum(0).sqrt()
+    found = int((error <= allowed).sum())
     return (basis[:found], basis[:found] @ rows) if found else None
 
 
