@@ -108,8 +108,8 @@ def eigh_(matrix: Tensor, wanted: int | None = None) -> Tensor:
 
     Args:
         matrix: only the lower triangle is read.
-        wanted: how many eigenvectors, those of the largest eigenvalues, are in the last rows, in a quarter of the time
-            less for few of them; the other rows are of no meaning then. Squares of the numbers have to be neither too
+        wanted: how many eigenvectors, those of the largest eigenvalues, are in the last rows, which saves up to
+            a quarter of the time; other rows are of no meaning then. Squares of the numbers have to be neither too
             large nor too small for the dtype. All by default.
 
     Raises:

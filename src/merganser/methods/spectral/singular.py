@@ -28,7 +28,7 @@ _GOAL, _GOAL_OF_VECTORS = {torch.float32: 2e-5, torch.float64: 1e-10}, 0.4
 #: side by side, which are themselves known less well where singular values lie close.
 _ZERO, _ZERO_OF_VECTORS = 2.0**-40, 1e-8
 #: The estimated relative error from which on float32 does not do: where all singular vectors count, and where they are
-#: cut after some. Measured errors were as large at most.
+#: cut after some. Where float32 did, measured errors of merged task matrices were below 1e-4.
 _ALLOWED, _ALLOWED_CUT = 4e-5, 6e-5
 #: An entry of the error of an eigenvalue problem, as a multiple of rounding · ‖M‖² / √d; measured.
 _EIGEN = 4.0
