@@ -264,6 +264,18 @@ def test_explain_writes_nothing_and_prints_a_recipe(families: dict[str, Path], t
     assert CliRunner().invoke(cli, ["merge", str(recipe), "-o", str(tmp_path / "again")]).exit_code == 0
 
 
+@pytest.mark.parametrize("name", ["\x1b]0;x\x07", "x\nmethod: ties", "\u202ex", "x\u2028method: ties", "x\x85y"])
+def test_names_stay_in_the_comments_of_an_explanation(families: dict[str, Path], tmp_path: Path, name: str) -> None:
+    file = tmp_path / "file.yaml"
+    first, last = yaml.safe_load_all(placed(STAGES, families["llama"]))
+    first["name"] = last["models"][0]["model"] = name
+    file.write_text(yaml.safe_dump_all([first, last]))
+    done = CliRunner().invoke(cli, ["merge", str(file), "--explain"])
+    assert done.exit_code == 0, done.exception
+    assert all(letter == "\n" or letter.isprintable() for letter in done.stdout)
+    assert [one["method"] for one in yaml.safe_load_all(done.stdout)] == ["slerp", "task_arithmetic"]
+
+
 def test_what_is_no_recipe_is_not_explained(tmp_path: Path) -> None:
     file = tmp_path / "file.yaml"
     file.write_text("contributors: [a, b]\nmethod: simple\nrules: [ties]\n")

@@ -25,6 +25,7 @@ from merganser.merging.mergekit.translation import translate
 from merganser.merging.provenance import plan_of_record, read_provenance
 from merganser.merging.recipe import Recipe, make_recipe
 from merganser.merging.verification import verify
+from merganser.text import printable
 
 _REFERENCES = ("model", "base_model", "tokenizer_source", "source", "path", "lora")  # keys under which models stand
 
@@ -94,10 +95,11 @@ def explain_stages(stages: Sequence[Stage]) -> str:
     """The recipes as YAML, with what means something else here as comments above each."""
     texts = []
     for stage in stages:
-        comments = [f"# {line}\n" for note in stage.notes for line in note.splitlines()]
+        comments = [line for note in stage.notes for line in note.splitlines()]
         if stage.folder is not None:
-            comments.insert(0, f"# {stage.name}: an intermediate result, written to {stage.folder}\n")
-        texts.append("".join(comments) + yaml.dump(dict(stage.recipe), Dumper=_Dumper, sort_keys=False, width=120))
+            comments.insert(0, f"{stage.name}: an intermediate result, written to {stage.folder}")
+        above = "".join(f"# {printable(line)}\n" for line in comments)  # no name ends a comment
+        texts.append(above + yaml.dump(dict(stage.recipe), Dumper=_Dumper, sort_keys=False, width=120))
     return "---\n".join(texts)
 
 
