@@ -5,12 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from merganser.methods import kernels
+from merganser.methods.averages import span
 from merganser.methods.elementwise import Position, difference
 from merganser.methods.task_vectors import sce, sparsified
 
@@ -131,3 +133,25 @@ def test_kernels_work_where_nothing_can_be_written(tmp_path: Path) -> None:
         "assert delta.tolist() == [0, -2, 0]",
     )
     subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True, cwd=tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("pull", [0.0, 0.3, 0.7, 1.0])
+@pytest.mark.parametrize("vectors", ["whole", "rows"])
+def test_a_combination_is_the_same_with_and_without_kernels(dtype: torch.dtype, pull: float, vectors: Any) -> None:
+    rng = np.random.default_rng(4)
+    base = torch.from_numpy(rng.normal(size=(7, 1500)).astype(np.float32))
+    tensors = [(base + torch.from_numpy(rng.normal(size=(7, 1500)) / 10)).to(dtype) for _ in range(3)]
+    weights = [rng.normal(size=7 if vectors == "rows" else ()) for _ in range(3)]
+    for origin in (base, None):
+        chosen = span.Combination(1, weights, 0.25, pull)
+        columns = [np.reshape(weight, (-1, 1)) for weight in weights]
+        theirs = [tensor.double().numpy() for tensor in tensors]
+        start = 0 if origin is None else base.double().numpy()
+        expected = theirs[1] + sum(columns[i] * (theirs[i] - theirs[1]) for i in (0, 2)) + 0.25 * (theirs[1] - start)
+        if origin is not None:
+            expected = (1 - pull) * expected + pull * start
+        found = span.combined([tensor.clone() for tensor in tensors], origin, chosen, vectors)
+        assert np.allclose(found.numpy(), expected, rtol=1e-5, atol=1e-5)
+        wide = span.combined([tensor.double() for tensor in tensors], origin, chosen, vectors)  # no kernel takes it
+        assert np.allclose(wide.numpy(), expected, rtol=1e-7, atol=1e-7)

@@ -180,8 +180,8 @@ class Elementwise(Method):
         reduce: where the function depends on the whole tensor, what it has to know of it: a function of the whole,
             the coefficients and the options.
         by_rows: the function looks at whole rows, each by itself; a tensor of one dimension is one row.
-        differences: False for a function that takes the θᵢ, not the δᵢ, and gives the merged numbers, though it
-            reads the base: it can return what is in a model exactly.
+        differences: False for a function that takes the θᵢ as they are stored, not the δᵢ, and gives the merged
+            numbers, though it reads the base: it can return what is in a model exactly.
         weighted: where the result is θ₀ + Σwᵢδᵢ, the wᵢ, of the coefficients and the options.
         thresholds: how many k-th largest numbers of each contributor ``reduce`` looks for at once, which takes memory.
     """
@@ -242,6 +242,12 @@ class Elementwise(Method):
             return work
         return max(work, selection_memory(elements(unit), contributors, contributors * self.thresholds))
 
+    def _given(self, stored: Tensor, origin: Tensor | None) -> Tensor:
+        """What a function is given of a contributor."""
+        if origin is not None:
+            return difference(stored, origin)
+        return wide(stored) if self.differences else stored
+
     def _apply(self, unit: Unit, shares: Sequence[Share], whole: Any) -> Merged:
         (name,), (fact,) = unit.names, unit.facts
         base = shares[0].base(name) if self.needs.base else None
@@ -254,7 +260,7 @@ class Elementwise(Method):
         def block(here: slice | EllipsisType) -> Tensor:
             theirs = None if base is None else base[here]
             origin = theirs if self.differences else None
-            deltas = (wide(tensor[here]) if origin is None else difference(tensor[here], origin) for tensor in tensors)
+            deltas = (self._given(tensor[here], origin) for tensor in tensors)
             there = position if here is ... else replace(position, rows=rows[here])
             found = self.function(theirs, deltas, coefficients, self.options, there)
             return found if origin is None else added(origin, found, scale)
@@ -304,8 +310,10 @@ def fits_kernels(*tensors: Tensor) -> bool:
 
 
 def stacked(tensors: Sequence[Tensor]) -> np.ndarray:
-    """(T, n): the numbers of T tensors that fit kernels."""
-    return torch.stack(list(tensors)).reshape(len(tensors), -1).numpy()
+    """(T, n): the numbers of T tensors on the processor, as uint16 where all are bfloat16, else as float32."""
+    if all(tensor.dtype == torch.bfloat16 for tensor in tensors):
+        return torch.stack(list(tensors)).reshape(len(tensors), -1).view(torch.uint16).numpy()
+    return torch.stack([wide(tensor) for tensor in tensors]).reshape(len(tensors), -1).numpy()
 
 
 def added(total: Tensor, tensor: Tensor, factor: float) -> Tensor:

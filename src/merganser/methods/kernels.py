@@ -14,12 +14,13 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import njit
+from numba import njit, types
+from numba.extending import overload
 from torch import Tensor
 
 _word = np.uint32
 _TILE = 1024  # numbers of which a loop's sums and marks stay in a core's first cache
-_ZERO, _ONE, _UNIT = np.float32(0), np.float32(1), np.float32(2.0**-24)
+_ZERO, _HALF, _ONE, _UNIT = np.float32(0), np.float32(0.5), np.float32(1), np.float32(2.0**-24)
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -27,6 +28,18 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         return njit(nogil=True, error_model="numpy", cache=True)(function)
     except RuntimeError:  # no folder can be written to
         return njit(nogil=True, error_model="numpy")(function)
+
+
+def _wide(number: Any) -> Any:
+    """A number as float32, of which a bfloat16 number, given as uint16, is the upper half."""
+    raise NotImplementedError("compiled loops alone call it")
+
+
+@overload(_wide)
+def _wide_for(number):
+    if isinstance(number, types.Integer):
+        return lambda number: _word(_word(number) << _word(16)).view(np.float32)
+    return lambda number: number
 
 
 def flat(tensor: Tensor) -> np.ndarray:
@@ -42,10 +55,106 @@ def subtract(halves, base, found):
         halves: (n,) uint16, the bits of θ.
         base, found: (n,) float32.
     """
-    bits = found.view(np.uint32)
     for i in range(halves.size):
-        bits[i] = np.uint32(halves[i]) << np.uint32(16)
-        found[i] -= base[i]
+        found[i] = _wide(halves[i]) - base[i]
+
+
+@_compiled
+def _dot(one, two, products):
+    """The inner product of two (n,) float32, summed in pairs, in float64 at the end; ``products`` is for (n,)."""
+    left = one.size
+    for i in range(left):
+        products[i] = one[i] * two[i]
+    while left > 16:
+        half = (left + 1) // 2
+        lower, upper = products[:half], products[half:left]
+        for i in range(upper.size):
+            lower[i] += upper[i]
+        left = half
+    total = 0.0
+    for i in range(left):
+        total += products[i]
+    return total
+
+
+@_compiled
+def inner_products(stored, base, block, found):
+    """Inner products of rows of the first tensor and of the differences of the others from it.
+
+    Args:
+        stored: (T, rows, n) float32, or the bits of bfloat16 as uint16.
+        base: (rows, n) float32, what the first one's difference is taken from; or empty.
+        block: of so many numbers, products are summed in float32.
+        found: (rows, T, T) float64, to which they are added.
+    """
+    count, rows, width = stored.shape
+    basis, products = np.empty((count, block), dtype=np.float32), np.empty(block, dtype=np.float32)
+    for row in range(rows):
+        for start in range(0, width, block):
+            size = min(block, width - start)
+            first, theirs = basis[0, :size], stored[0, row, start : start + size]
+            for i in range(size):
+                first[i] = _wide(theirs[i])
+            for number in range(1, count):
+                difference, theirs = basis[number, :size], stored[number, row, start : start + size]
+                for i in range(size):
+                    difference[i] = _wide(theirs[i]) - first[i]
+            if base.size:
+                origin = base[row, start : start + size]
+                for i in range(size):
+                    first[i] -= origin[i]
+            for one in range(count):
+                for two in range(one, count):
+                    product = _dot(basis[one, :size], basis[two, :size], products)
+                    found[row, one, two] += product
+                    if one != two:
+                        found[row, two, one] += product
+
+
+@_compiled
+def combine(stored, base, reference, weights, excess, pull):
+    """R + Σwᵢ(θᵢ − R) + excess·(R − θ₀), then drawn to θ₀; row by row, and R is one of the θᵢ.
+
+    Args:
+        stored: (T, rows, n) float32, or the bits of bfloat16 as uint16.
+        base: (rows, n) float32; or empty, and θ₀ is 0.
+        reference: which one R is.
+        weights: (rows, T) float32.
+        excess: (rows,) float32.
+        pull: (rows,) float32, from 0 to 1, which is θ₀.
+
+    Returns:
+        (rows, n) float32.
+    """
+    count, rows, width = stored.shape
+    found, own = np.empty((rows, width), dtype=np.float32), np.empty(_TILE, dtype=np.float32)
+    for row in range(rows):
+        more, drawn = excess[row], pull[row]
+        for start in range(0, width, _TILE):
+            size = min(_TILE, width - start)
+            total, theirs = found[row, start : start + size], stored[reference, row, start : start + size]
+            for i in range(size):
+                own[i] = _wide(theirs[i])
+                total[i] = _ZERO
+            for number in range(count):
+                if number != reference:
+                    weight, others = weights[row, number], stored[number, row, start : start + size]
+                    for i in range(size):
+                        total[i] += weight * (_wide(others[i]) - own[i])
+            if base.size:
+                origin = base[row, start : start + size]
+                for i in range(size):
+                    total[i] = own[i] + (total[i] + more * (own[i] - origin[i]))
+                if drawn > _HALF:  # so that 1 is θ₀ itself
+                    for i in range(size):
+                        total[i] = origin[i] - (origin[i] - total[i]) * (_ONE - drawn)
+                elif drawn > _ZERO:
+                    for i in range(size):
+                        total[i] += drawn * (origin[i] - total[i])
+            else:
+                for i in range(size):
+                    total[i] = own[i] + (total[i] + more * own[i])
+    return found
 
 
 @_compiled

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from merganser.methods.base import Needs, Options, wide
-from merganser.methods.elementwise import Elementwise, Position, Whole, difference
+from merganser.methods.elementwise import Elementwise, Position, Whole, difference, stacked
 
 #: What a tensor is taken for: one vector, or its rows or its columns each by itself.
 Vectors = Literal["whole", "rows", "columns"]
@@ -89,7 +89,7 @@ def spanned(
     ) -> Tensor:
         given = list(tensors)
         if len(given) < 2:
-            return given[0]
+            return wide(given[0])
         taken, combination = _taken(vectors(options), given[0].dim()), position.whole
         if combination is None:
             combination = weigh(_gram_of_rows(given, base, len(given[0])), coefficients, options)
@@ -104,8 +104,10 @@ def spanned(
 
 
 def combined(tensors: Sequence[Tensor], base: Tensor | None, combination: Combination, vectors: Vectors) -> Tensor:
-    """A weighted sum of tensors, which are used up."""
+    """A weighted sum of tensors as they are stored, which are used up."""
     dtype = _widest(tensors)
+    if vectors != "columns" and _compiles(tensors, base):
+        return _combined_by_rows(tensors, base, combination, len(tensors[0]) if vectors == "rows" else 1)
     given = [tensor.to(dtype) for tensor in tensors]
     shape, device = given[0].shape, given[0].device
 
@@ -130,6 +132,27 @@ def combined(tensors: Sequence[Tensor], base: Tensor | None, combination: Combin
         pull = factor(combination.pull)
         total = torch.lerp(total, base.to(dtype), pull)
     return total
+
+
+def _compiles(tensors: Sequence[Tensor], base: Tensor | None) -> bool:
+    """Whether compiled loops can work on these."""
+    return tensors[0].device.type == "cpu" and _widest([*tensors, *([] if base is None else [base])]) == torch.float32
+
+
+def _by_rows(tensors: Sequence[Tensor], base: Tensor | None, height: int) -> tuple[np.ndarray, np.ndarray]:
+    """(T, rows, n) of the tensors and (rows, n) of the base, which is empty without one."""
+    origin = np.empty((0, 0), dtype=np.float32) if base is None else base.contiguous().numpy().reshape(height, -1)
+    return stacked(tensors).reshape(len(tensors), height, -1), origin
+
+
+def _combined_by_rows(tensors: Sequence[Tensor], base: Tensor | None, combination: Combination, height: int) -> Tensor:
+    from merganser.methods import kernels
+
+    numbers = [np.broadcast_to(one, height) for one in (*combination.weights, combination.excess, combination.pull)]
+    *weights, excess, pull = (one.astype(np.float32) for one in numbers)
+    given, origin = _by_rows(tensors, base, height)
+    total = kernels.combine(given, origin, combination.reference, np.stack(weights, 1), excess, pull)
+    return torch.from_numpy(total).reshape(tensors[0].shape)
 
 
 def lengths(gram: np.ndarray) -> np.ndarray:
@@ -178,7 +201,14 @@ def _gram_of_rows(tensors: Sequence[Tensor], base: Tensor | None, height: int) -
     """Inner products of each of so many rows (T, T, rows) in float64."""
     rows = [tensor.reshape(height, -1) for tensor in tensors]
     origin = None if base is None else base.reshape(height, -1)
-    found = _summed(rows, origin, _widest(rows))
+    if _compiles(tensors, base):
+        from merganser.methods import kernels
+
+        products = np.zeros((height, len(tensors), len(tensors)))
+        kernels.inner_products(*_by_rows(tensors, base, height), _BLOCK, products)
+        found = products.transpose(1, 2, 0)
+    else:
+        found = _summed(rows, origin, _widest(rows))
     if _widest(rows) == torch.float64 or not _doubtful(found, rows, origin):
         return found
     return _summed([wide(row) for row in rows], origin, torch.float64)

@@ -17,7 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from merganser.methods.base import Needs, Options
+from merganser.methods.base import Needs, Options, wide
 from merganser.methods.elementwise import Elementwise, Position, Whole
 from merganser.methods.selection import kth_largest
 
@@ -100,7 +100,7 @@ def _important(whole: Whole, coefficients: Sequence[float], options: ArceeFusion
 def _fused(
     base: Tensor, tensors: Iterator[Tensor], coefficients: Sequence[float], options: Options, position: Position
 ) -> Tensor:
-    tuned, known = next(tensors), position.whole
+    tuned, known = wide(next(tensors)), position.whole
     return torch.where(_importance(tuned, base, known.of(position.rows)) >= known.threshold, tuned, base)
 
 
