@@ -8,8 +8,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-#: Before a tensor is read: what the command is given, folders and what they may hold, quantisation, modules, the model view, rules,
-#: configurations, tokenizers, labels, and statistics, which are judged.
+#: Before a tensor is read: what the command is given, folders and what they may hold, quantisation, modules, the model
+#: view, rules, configurations, tokenizers, labels, and statistics, which are judged.
 MODULES, FRAMES = 65, 11
 
 FOLLOW = """

@@ -352,10 +352,10 @@ def keep_between(delta, least, most):
 
 @_compiled
 def count_between(values, low, high, shift, first, counts, mixed):
-    """Count numbers by how they lie to two bounds, and those between them by their bits.
+    """Count magnitudes by how they lie to two bounds, and those between them by their bits.
 
     Args:
-        values: (n,) non-negative float32.
+        values: (n,) float32.
         low, high: float32.
         shift: how many of the lower bits of a number are left away.
         first: what is left of ``low``.
@@ -367,12 +367,14 @@ def count_between(values, low, high, shift, first, counts, mixed):
     """
     bits = values.view(np.uint32)
     lower = np.uint32((1 << shift) - 1)
-    inside = np.zeros(_TILE, dtype=np.uint8)
+    here, inside = np.empty(_TILE, dtype=np.float32), np.zeros(_TILE, dtype=np.uint8)
     eights = inside.view(np.uint64)  # most of which are zero: few numbers lie between the bounds
     above, from_high, above_low, from_low = 0, 0, 0, 0
     for start in range(0, values.size, _TILE):
         size = min(_TILE, values.size - start)
-        here, here_bits = values[start : start + size], bits[start : start + size]
+        signed, here_bits = values[start : start + size], bits[start : start + size]
+        for i in range(size):
+            here[i] = abs(signed[i])
         one, two, three, four = np.uint32(0), np.uint32(0), np.uint32(0), np.uint32(0)
         for i in range(size):
             one += np.uint32(here[i] > high)
@@ -386,8 +388,9 @@ def count_between(values, low, high, shift, first, counts, mixed):
             if eights[eight]:
                 for i in range(8 * eight, min(8 * eight + 8, size)):
                     if inside[i]:
-                        place = (here_bits[i] >> shift) - first
+                        magnitude = here_bits[i] & _word(0x7FFFFFFF)
+                        place = (magnitude >> shift) - first
                         counts[place] += 1
-                        if here_bits[i] & lower:
+                        if magnitude & lower:
                             mixed[place] = True
     return above, from_high, above_low, from_low

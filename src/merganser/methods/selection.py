@@ -1,4 +1,4 @@
-"""The k-th largest number of large tensors, exactly, without keeping or sorting them."""
+"""The k-th largest magnitude of large tensors, exactly, without keeping or sorting their numbers."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ Place = int | Callable[[int], int]
 
 
 def kth_largest(
-    magnitudes: Callable[[int, int], Sequence[Tensor]], height: int, width: int, ks: Sequence[Place]
+    read: Callable[[int, int], Sequence[Tensor]], height: int, width: int, ks: Sequence[Place]
 ) -> list[float]:
-    """The k-th largest of each of several tensors, each with a k of its own.
+    """The k-th largest magnitude of each of several tensors, each with a k of its own.
 
     A sample tells between which two numbers it very likely is. A pass counts what is above and at these two, and how
     often each number between them occurs: a few hundredths of all. That is the end of it but where the sample was
@@ -31,23 +31,23 @@ def kth_largest(
     with closer bounds.
 
     Args:
-        magnitudes: non-negative float32 numbers of rows start:stop of each tensor.
+        read: the float32 numbers of rows start:stop of each tensor.
         height, width: of the tensors, in rows and numbers a row.
         ks: of each tensor, from 1, or a function of how many of its numbers are not 0; for 0 the answer is infinity.
     """
     step = max(1, PIECE // max(width, 1))
     pieces = [(start, min(start + step, height)) for start in range(0, height, step)]
     if len(pieces) == 1:
-        tensors = magnitudes(*pieces[0])
+        tensors = read(*pieces[0])
         places = [_place(k, _varying(numbers) if callable(k) else 0) for numbers, k in zip(tensors, ks, strict=True)]
         return [_kth_largest(numbers, k)[0] if k else inf for numbers, k in zip(tensors, places, strict=True)]
-    bounds = _sampled(magnitudes, height, width, ks)
+    bounds = _sampled(read, height, width, ks)
     found: list[float | None] = [None if k else inf for k in ks]
     while None in found:
         counts = {i: Between(*bounds[i]) for i in range(len(ks)) if found[i] is None}
         varying = dict.fromkeys(counts, 0)
         for start, stop in pieces:
-            numbers = magnitudes(start, stop)
+            numbers = read(start, stop)
             for i, one in counts.items():
                 one.count(numbers[i])
                 varying[i] += _varying(numbers[i]) if callable(ks[i]) else 0
@@ -83,9 +83,9 @@ def selection_memory(numbers: int, tensors: int, places: int) -> int:
 
 
 class Between:
-    """How many of some non-negative float32 numbers lie above two bounds, at them, and where between them.
+    """How many magnitudes of some float32 numbers lie above two bounds, at them, and where between them.
 
-    The bits of such numbers, read as integers, are in their order. Numbers between the bounds are counted by their
+    The bits of magnitudes, read as integers, are in their order. Numbers between the bounds are counted by their
     upper bits: a count is of one number where the bounds are close, or the lower bits zero, as they mostly are in
     differences of bfloat16 numbers.
 
@@ -129,13 +129,13 @@ class Between:
 
 
 def _sampled(
-    magnitudes: Callable[[int, int], Sequence[Tensor]], height: int, width: int, ks: Sequence[Place]
+    read: Callable[[int, int], Sequence[Tensor]], height: int, width: int, ks: Sequence[Place]
 ) -> list[Bounds]:
     """Two numbers of each tensor between which the k-th largest very likely is."""
     rows = max(1, _SAMPLE // _PLACES // max(width, 1))
     places = max(1, min(_PLACES, height // rows))
     starts = [place * (height - rows) // max(places - 1, 1) for place in range(places)]
-    samples = [magnitudes(start, start + rows) for start in starts]
+    samples = [read(start, start + rows) for start in starts]
     bounds = []
     for number, k in enumerate(ks):
         values = torch.cat([sample[number].flatten() for sample in samples])
@@ -148,8 +148,8 @@ def _sampled(
 
 
 def _kth_largest(numbers: Tensor, *ks: int) -> list[float]:
-    """The k-th largest of a few numbers, for each k."""
-    values = numbers.cpu().numpy().reshape(-1)
+    """The k-th largest magnitude of a few numbers, for each k."""
+    values = np.abs(numbers.cpu().numpy().reshape(-1))
     places = np.array([len(values) - k for k in ks], dtype=np.int64)
     return [float(value) for value in np.partition(values, places)[places]]
 

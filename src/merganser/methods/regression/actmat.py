@@ -77,10 +77,10 @@ def _threshold(unit: Unit, share: Share, density: float) -> float:
     (name,), (fact,) = unit.names, unit.facts
     height, width = fact.shape[0], prod(fact.shape[1:])
 
-    def magnitudes(start: int, stop: int) -> list[Tensor]:
-        return [_change(name, share, start, min(stop, height)).abs_().to(torch.float32)]
+    def read(start: int, stop: int) -> list[Tensor]:
+        return [_change(name, share, start, min(stop, height)).to(torch.float32)]
 
-    (found,) = kth_largest(magnitudes, height, width, [max(1, int(density * height * width))])
+    (found,) = kth_largest(read, height, width, [max(1, int(density * height * width))])
     return found
 
 

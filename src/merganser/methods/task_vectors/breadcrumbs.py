@@ -64,12 +64,12 @@ def _bounds(whole: Whole, coefficients: Sequence[float], options: MiddleOptions)
     size = prod(whole.shape)
     counts = [_counts(size, number, options) for number in whole.position(0, 0).contributors]
 
-    def magnitudes(start: int, stop: int) -> list[Tensor]:
-        deltas = [delta.abs_().to(torch.float32) for delta in whole.deltas(start, stop)]
+    def read(start: int, stop: int) -> list[Tensor]:
+        deltas = [delta.to(torch.float32) for delta in whole.deltas(start, stop)]
         return deltas + deltas
 
     places = [drop + keep if keep else 0 for drop, keep in counts] + [drop + 1 if keep else 0 for drop, keep in counts]
-    found = kth_largest(magnitudes, whole.height, whole.width, places)
+    found = kth_largest(read, whole.height, whole.width, places)
     return list(zip(found[: len(counts)], found[len(counts) :], strict=True))
 
 

@@ -35,10 +35,10 @@ def thresholds(whole: Whole, coefficients: Sequence[float], options: TIESOptions
     densities = [of_contributor(options.density, number) for number in contributors]
     keep = [min(size, max(1, floor(density * size))) if density else 0 for density in densities]
 
-    def magnitudes(start: int, stop: int) -> list[Tensor]:
-        return [delta.abs_().to(torch.float32) for delta in whole.deltas(start, stop)]
+    def read(start: int, stop: int) -> list[Tensor]:
+        return [delta.to(torch.float32) for delta in whole.deltas(start, stop)]
 
-    return kth_largest(magnitudes, whole.height, whole.width, keep)
+    return kth_largest(read, whole.height, whole.width, keep)
 
 
 def trimmed(delta: Tensor, index: int, options: TIESOptions, position: Position) -> Tensor:
