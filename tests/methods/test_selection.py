@@ -13,7 +13,11 @@ from merganser.methods.selection import kth_largest
 
 
 @settings(max_examples=80, deadline=None)
-@given(st.lists(st.floats(-3.0000000054977558e38, 3.0000000054977558e38, width=32), min_size=1, max_size=60), st.integers(1, 4), st.data())
+@given(
+    st.lists(st.floats(-3.0000000054977558e38, 3.0000000054977558e38, width=32), min_size=1, max_size=60),
+    st.integers(1, 4),
+    st.data(),
+)
 def test_the_kth_largest_is_exact_however_the_sample_turns_out(
     numbers: list[float], width: int, data: st.DataObject
 ) -> None:
