@@ -10,7 +10,7 @@ from pathlib import Path
 
 #: Before a tensor is read: what the command is given, folders and what they may hold, quantisation, modules, the model
 #: view, rules, configurations, tokenizers, labels, and statistics, which are judged.
-MODULES, FRAMES = 65, 11
+MODULES, FRAMES = 65, 12
 
 FOLLOW = """
 import json, sys, threading
