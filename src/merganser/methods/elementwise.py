@@ -84,10 +84,12 @@ class Position:
 
     def _runs(self, delta: Tensor) -> Iterator[tuple[slice, int]]:
         """Where rows that follow each other lie in δ, and at which number of the whole tensor they start."""
-        width, done = prod(delta.shape[1:]), 0
-        for start, stop in _runs(self.rows):
-            yield slice(done * width, (done + stop - start) * width), start * width
-            done += stop - start
+        width, rows = prod(delta.shape[1:]), self.rows
+        if isinstance(rows, range):
+            yield slice(0, len(rows) * width), rows.start * width
+            return
+        for place, row in enumerate(rows):
+            yield slice(place * width, (place + 1) * width), row * width
 
 
 @dataclass(frozen=True)
@@ -279,14 +281,13 @@ def _joined(parts: Iterator[Tensor], blocks: Sequence[slice], shape: Sequence[in
     return merged
 
 
-def difference(stored: Tensor, base: Tensor, out: Tensor | None = None) -> Tensor:
-    """θ − θ₀ in float32 or wider: in ``out``, in a tensor of its own or in the place of θ, which is not used again."""
-    simple = stored.dtype == torch.bfloat16 and stored.is_contiguous()
-    if not simple or not fits_kernels(base, *([] if out is None else [out])):
-        return wide(stored).sub_(base) if out is None else torch.sub(wide(stored), base, out=out)
+def difference(stored: Tensor, base: Tensor) -> Tensor:
+    """θ − θ₀ in float32 or wider, in a tensor of its own or in the place of θ, which is not used again."""
+    if stored.dtype != torch.bfloat16 or not stored.is_contiguous() or not fits_kernels(base):
+        return wide(stored).sub_(base)
     from merganser.methods import kernels
 
-    found = torch.empty_like(base) if out is None else out
+    found = torch.empty_like(base)
     kernels.subtract(kernels.flat(stored.view(torch.uint16)), kernels.flat(base), kernels.flat(found))
     return found
 
@@ -319,10 +320,3 @@ def stacked(tensors: Sequence[Tensor]) -> np.ndarray:
 def added(total: Tensor, tensor: Tensor, factor: float) -> Tensor:
     """total + factor · tensor, in place unless ``tensor`` is wider."""
     return total.add_(tensor, alpha=factor) if tensor.dtype == total.dtype else total + tensor * factor
-
-
-def _runs(rows: Sequence[int]) -> list[tuple[int, int]]:
-    """Rows that follow each other, as (start, stop)."""
-    if isinstance(rows, range):
-        return [(rows.start, rows.stop)]
-    return [(row, row + 1) for row in rows]

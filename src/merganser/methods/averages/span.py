@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from merganser.methods.base import Needs, Options, wide
-from merganser.methods.elementwise import Elementwise, Position, Whole, difference, stacked
+from merganser.methods.elementwise import Elementwise, Position, Whole, stacked
 
 #: What a tensor is taken for: one vector, or its rows or its columns each by itself.
 Vectors = Literal["whole", "rows", "columns"]
@@ -211,7 +211,7 @@ def _gram_of_rows(tensors: Sequence[Tensor], base: Tensor | None, height: int) -
         found = _summed(rows, origin, _widest(rows))
     if _widest(rows) == torch.float64 or not _doubtful(found, rows, origin):
         return found
-    return _summed([wide(row) for row in rows], origin, torch.float64)
+    return _summed(rows, origin, torch.float64)
 
 
 def _doubtful(found: np.ndarray, tensors: Sequence[Tensor], base: Tensor | None) -> bool:
@@ -241,6 +241,7 @@ def _summed(tensors: Sequence[Tensor], base: Tensor | None, dtype: torch.dtype) 
         base: (rows, n).
         dtype: float32 or float64.
     """
+    tensors = [wide(tensor) for tensor in tensors]
     (height, width), count, device = tensors[0].shape, len(tensors), tensors[0].device
     room = max(_ROOM // count, _LEAST) if device.type == "cpu" else height * width
     columns = max(1, min(width, max(room // _BLOCK, 1) * _BLOCK))
@@ -252,14 +253,14 @@ def _summed(tensors: Sequence[Tensor], base: Tensor | None, dtype: torch.dtype) 
     for top in range(0, height, rows):
         for left in range(0, width, columns):
             here = slice(top, top + rows), slice(left, left + columns)
-            first = wide(tensors[0][here])
+            first = tensors[0][here]
             high, across = first.shape
             if base is None:
                 basis[0, :high, :across] = first
             else:
                 torch.sub(first, base[here], out=basis[0, :high, :across])
             for number, other in enumerate(tensors[1:], start=1):
-                difference(other[here], first, out=basis[number, :high, :across])
+                torch.sub(other[here], first, out=basis[number, :high, :across])
             if across < basis.shape[2]:
                 basis[:, :, across:] = 0
             parts = basis[:, :high].reshape(count, high * blocks, size).transpose(0, 1)
