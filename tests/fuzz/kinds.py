@@ -50,6 +50,12 @@ MERGED = f"merge a b -o {OUT}/model"
 COLLECT = f"collect a --data rows/rows.jsonl --batch-size 4 -o {OUT}/statistics.safetensors"
 EVALUATE = "evaluate a --data rows/rows.jsonl --device cpu --bootstrap 5"
 
+
+def _planned_or_made(file: str) -> tuple[str, ...]:
+    """What a recipe is given to."""
+    return (f"merge {file} -o {OUT}/model", f"merge {file} --dry-run", f"merge {file} --dry-run --json")
+
+
 KINDS: dict[str, Kind] = {
     "statistics": Kind(
         (
@@ -131,29 +137,15 @@ KINDS: dict[str, Kind] = {
         ),
         models=("a",),
     ),
-    "recipe": Kind(
-        (Target("recipe.yaml", "yaml"),),
-        (f"merge recipe.yaml -o {OUT}/model", "merge recipe.yaml --dry-run", "merge recipe.yaml --dry-run --json"),
-        own=True,
-    ),
+    "recipe": Kind((Target("recipe.yaml", "yaml"),), _planned_or_made("recipe.yaml"), own=True),
     "rules": Kind(
         (Target("rules.yaml", "recipe", made="rules"),),
-        (
-            f"merge rules.yaml -o {OUT}/model",
-            "merge rules.yaml --dry-run",
-            "merge rules.yaml --dry-run --json",
-            "merge rules.yaml --explain",
-        ),
+        (*_planned_or_made("rules.yaml"), "merge rules.yaml --explain"),
         own=True,
     ),
     "mergekit": Kind(
         (Target("mergekit.yaml", "recipe", made="mergekit"),),
-        (
-            f"merge mergekit.yaml -o {OUT}/model",
-            "merge mergekit.yaml --dry-run",
-            "merge mergekit.yaml --dry-run --json",
-            "merge mergekit.yaml --explain",
-        ),
+        (*_planned_or_made("mergekit.yaml"), "merge mergekit.yaml --explain"),
         own=True,
     ),
     "stages": Kind(
