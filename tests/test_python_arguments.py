@@ -201,3 +201,14 @@ def test_other_arguments_of_merge_that_are_no_lists(family: tuple[Path, list[Pat
             merge(family[1][:2], tmp_path / "out", **arguments)
     with pytest.raises(UserError, match="by their roles"):
         merganser.collect(family[1][0], TEXTS, columns="text", output=tmp_path / "s.safetensors")  # type: ignore[arg-type]
+
+
+def test_a_recipe_s_file_may_be_text_and_what_is_no_recipe_is_said(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text("contributors: [{model: a}, {model: b}]\n", encoding="utf-8")
+    assert load_recipe(str(file)) == load_recipe(file)
+    for wrong in (None, 3, ["a"]):
+        with pytest.raises(UserError):
+            load_recipe(wrong)  # type: ignore[arg-type]
+        with pytest.raises(UserError):
+            make_recipe(wrong)  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ from merganser.errors import ErrorCollector, RecipeError, UserError, did_you_mea
 from merganser.methods import IN_TURN, METHODS
 from merganser.methods.base import LARGEST
 from merganser.methods.names import KEYS_ELSEWHERE, name_here, suggest_method
-from merganser.paths import path_as_text
+from merganser.paths import expanded, path_as_text
 
 MOST_PADDING = 2**16  # rows that are added at most
 _LISTS = ("exclude", "keep_separate", "tensors", "role")  # keys under which one text is a list of one
@@ -266,7 +266,7 @@ def make_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
         Problems: several of these.
     """
     problems = ErrorCollector()
-    if "allow_pickle" in values:
+    if isinstance(values, dict) and "allow_pickle" in values:
         what = "a file cannot allow pickled weights: only who runs the merge can"
         problems.add(
             RecipeError(what, where=where, mend="leave out allow_pickle; if you trust the files, --allow-pickle")
@@ -335,13 +335,14 @@ def listed_coefficients(coefficients: Sequence[float]) -> str:
     return f"[{shown}{', …' if len(coefficients) > 8 else ''}]"
 
 
-def load_recipe(path: Path) -> dict[str, Any]:
+def load_recipe(path: str | Path) -> dict[str, Any]:
     """The values of a recipe file.
 
     Raises:
         RecipeError: see :func:`read_mapping`.
+        UserError: an object that is no path.
     """
-    return read_mapping(path, "a recipe", "'contributors:' and 'method:'")
+    return read_mapping(expanded(path), "a recipe", "'contributors:' and 'method:'")
 
 
 def read_mapping(path: Path, what: str, keys: str) -> dict[str, Any]:
