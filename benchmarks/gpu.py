@@ -43,10 +43,10 @@ SHAPES = {
 }
 #: What each method is tried on: whole systems of 14336 inputs take minutes on a processor, and say nothing more.
 WIDEST = {"regmean": 4096, "tsv_m": 4096}
-METHOD_NAMES = ("simple", "ties", "dare_ties", "regmean", "tsv_m")
+METHOD_NAMES = ("simple", "ties", "dare_ties", "della", "breadcrumbs", "regmean", "tsv_m")
 CONTRIBUTORS, TOKENS, RUNS = 3, 2048, 3
 #: Largest differences that count as equal, relative to the largest change: of float32 sums, and of systems.
-BOUNDS = {"simple": 1e-5, "ties": 1e-5, "dare_ties": 1e-5, "regmean": 1e-3, "tsv_m": 1e-3, "collect": 1e-3}
+BOUNDS = dict.fromkeys(METHOD_NAMES, 1e-5) | {"regmean": 1e-3, "tsv_m": 1e-3, "collect": 1e-3}
 ENCODERS = {
     "8B": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
     "toy": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64},
@@ -75,7 +75,7 @@ class OnDevice:
         return self.origin.float()
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        return self.weight[start:stop].float()
+        return self.weight[start:stop].clone()
 
     def base_rows(self, name: str, start: int, stop: int) -> Tensor:
         return self.origin[start:stop].float()

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from merganser.methods import devices
 from merganser.methods.base import Facts, Merged, Method, Options, Share, Unit, elements, separately, wide
 from merganser.methods.selection import PIECE, selection_memory
 
@@ -48,9 +49,10 @@ class Position:
         They depend on the seed, the tensor's name, the contributor's number and the place in the whole tensor, which
         is what the generator counts by (Salmon et al. 2011), and so on nothing that a run could choose.
         """
-        numbers = (self.words(delta, index, seed) >> np.uint32(32 - _DIGITS)).astype(np.float32)
-        numbers *= np.float32(2.0**-_DIGITS)
-        return torch.from_numpy(numbers).reshape(delta.shape).to(delta.device)
+        found = torch.empty(delta.numel(), dtype=torch.float32, device=delta.device)
+        for here, words in self._words_beside(delta, index, seed):
+            found[here] = devices.uniform(words)
+        return found.reshape(delta.shape)
 
     def words(self, delta: Tensor, index: int, seed: int) -> np.ndarray:
         """(n,) uint32: the random words of which :meth:`uniform` takes the upper bits."""
@@ -65,16 +67,28 @@ class Position:
         """δ, which is changed: divided where :meth:`uniform` is below a chance, and zero elsewhere."""
         below = ceil(float(np.float32(chance)) * 2**_DIGITS) << (32 - _DIGITS)
         if below >= 2**32:
-            return delta.div_(divisor)
+            return devices.divide_(delta, divisor)
         if not fits_kernels(delta):
-            kept = torch.from_numpy(self.words(delta, index, seed) < below)
-            return delta.mul_(kept.reshape(delta.shape).to(delta.device)).div_(divisor)
+            delta = delta.contiguous()
+            for here, words in self._words_beside(delta, index, seed):
+                delta.view(-1)[here].masked_fill_(devices.at_least(words, below), 0)
+            return devices.divide_(delta, divisor)
         from merganser.methods import kernels
 
         numbers, key = kernels.flat(delta), self._key(index, seed)
         for here, start in self._runs(delta):
             kernels.keep_drawn(numbers[here], *key, start, np.uint32(below), np.float32(divisor))
         return delta
+
+    def _words_beside(self, delta: Tensor, index: int, seed: int) -> Iterator[tuple[slice, Tensor]]:
+        """The words of some of δ's numbers at a time, as int32 on its device; made there, unless its rows lie apart."""
+        if devices.elsewhere(delta) and isinstance(self.rows, range):
+            first, second = map(int, self._key(index, seed))
+            ((_, start),) = self._runs(delta)
+            yield from devices.draw((first, second), start, delta.numel(), delta.device)
+        else:
+            words = torch.from_numpy(self.words(delta, index, seed).view(np.int32))
+            yield slice(0, len(words)), words.to(delta.device)
 
     def _key(self, index: int, seed: int) -> tuple[np.uint32, np.uint32]:
         """Of the contributor's sequence of random words for this tensor."""
@@ -283,6 +297,8 @@ def _joined(parts: Iterator[Tensor], blocks: Sequence[slice], shape: Sequence[in
 
 def difference(stored: Tensor, base: Tensor) -> Tensor:
     """θ − θ₀ in float32 or wider, in a tensor of its own or in the place of θ, which is not used again."""
+    if devices.elsewhere(stored) and stored.dtype.itemsize == 2 and base.dtype == torch.float32:
+        return torch.sub(stored, base)  # one pass, in which θ is widened
     if stored.dtype != torch.bfloat16 or not stored.is_contiguous() or not fits_kernels(base):
         return wide(stored).sub_(base)
     from merganser.methods import kernels

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from merganser.methods import devices
+
 #: Numbers of a tensor that are looked at at once.
 PIECE = 1 << 19
 _SAMPLE, _PLACES = 1 << 15, 16  # numbers of a sample, and at how many places of a tensor they are taken
@@ -35,16 +37,17 @@ def kth_largest(
         height, width: of the tensors, in rows and numbers a row.
         ks: of each tensor, from 1, or a function of how many of its numbers are not 0; for 0 the answer is infinity.
     """
-    step = max(1, PIECE // max(width, 1))
-    pieces = [(start, min(start + step, height)) for start in range(0, height, step)]
+    pieces = _pieces(height, width, PIECE)
     if len(pieces) == 1:
         tensors = read(*pieces[0])
         places = [_place(k, _varying(numbers) if callable(k) else 0) for numbers, k in zip(tensors, ks, strict=True)]
         return [_kth_largest(numbers, k)[0] if k else inf for numbers, k in zip(tensors, places, strict=True)]
-    bounds = _sampled(read, height, width, ks)
+    bounds, device = _sampled(read, height, width, ks)
+    if device.type != "cpu":
+        pieces = _pieces(height, width, devices.PIECE)
     found: list[float | None] = [None if k else inf for k in ks]
     while None in found:
-        counts = {i: Between(*bounds[i]) for i in range(len(ks)) if found[i] is None}
+        counts = {i: Between(*bounds[i], device) for i in range(len(ks)) if found[i] is None}
         varying = dict.fromkeys(counts, 0)
         for start, stop in pieces:
             numbers = read(start, stop)
@@ -61,16 +64,24 @@ def kth_largest(
     return [value for value in found if value is not None]
 
 
+def _pieces(height: int, width: int, size: int) -> list[tuple[int, int]]:
+    """Rows start:stop of about so many numbers each."""
+    step = max(1, size // max(width, 1))
+    return [(start, min(start + step, height)) for start in range(0, height, step)]
+
+
 def _place(k: Place, varying: int) -> int:
     return k(varying) if callable(k) else k
 
 
 def _varying(numbers: Tensor) -> int:
-    return int(np.count_nonzero(numbers.cpu().numpy()))
+    if devices.elsewhere(numbers):
+        return int(torch.count_nonzero(numbers))
+    return int(np.count_nonzero(numbers.numpy()))
 
 
 def selection_memory(numbers: int, tensors: int, places: int) -> int:
-    """Estimate of the bytes that :func:`kth_largest` takes.
+    """Estimate of the bytes of the processor's memory that :func:`kth_largest` takes.
 
     Args:
         numbers: of each tensor, at least.
@@ -91,23 +102,30 @@ class Between:
 
     Args:
         low, high: the bounds.
+        device: where the numbers are, and are counted.
     """
 
-    def __init__(self, low: float, high: float) -> None:
+    def __init__(self, low: float, high: float, device: torch.device | str = "cpu") -> None:
         self.low, self.high = np.float32(low), np.float32(high)
-        self._beside = np.zeros(4, dtype=np.int64)  # above high, from high, above low, from low
+        # Above high, from high, above low, from low.
+        self._beside = torch.zeros(4, dtype=torch.int64, device=device)
         first, last = _bits(low), _bits(high)
         self._shift = max(0, (last - first).bit_length() - _BINS.bit_length() + 1)
         self._first = first >> self._shift
-        self._counts = torch.zeros((last >> self._shift) - self._first + 1, dtype=torch.int64)
-        self._mixed = torch.zeros(len(self._counts), dtype=torch.bool)  # which counts are of several numbers
+        self._counts = torch.zeros((last >> self._shift) - self._first + 1, dtype=torch.int64, device=device)
+        self._mixed = torch.zeros_like(self._counts, dtype=torch.bool)  # which counts are of several numbers
 
     def count(self, numbers: Tensor) -> None:
         """Look at some more numbers."""
+        if devices.elsewhere(numbers):
+            bits = _bits(float(self.low)), _bits(float(self.high))
+            self._beside += devices.count_between(numbers, *bits, self._shift, self._first, self._counts, self._mixed)
+            return
         from merganser.methods import kernels
 
-        values, counts, mixed = kernels.flat(numbers.cpu().contiguous()), self._counts.numpy(), self._mixed.numpy()
-        self._beside += kernels.count_between(values, self.low, self.high, self._shift, self._first, counts, mixed)
+        values, counts, mixed = kernels.flat(numbers.contiguous()), self._counts.numpy(), self._mixed.numpy()
+        found = kernels.count_between(values, self.low, self.high, self._shift, self._first, counts, mixed)
+        self._beside += torch.tensor(found)
 
     def closer(self, k: int) -> Bounds:
         """Bounds of the k-th largest of all numbers that were looked at; where it is known, both are it."""
@@ -130,8 +148,8 @@ class Between:
 
 def _sampled(
     read: Callable[[int, int], Sequence[Tensor]], height: int, width: int, ks: Sequence[Place]
-) -> list[Bounds]:
-    """Two numbers of each tensor between which the k-th largest very likely is."""
+) -> tuple[list[Bounds], torch.device]:
+    """Two numbers of each tensor between which the k-th largest very likely is, and where the tensors lie."""
     rows = max(1, _SAMPLE // _PLACES // max(width, 1))
     places = max(1, min(_PLACES, height // rows))
     starts = [place * (height - rows) // max(places - 1, 1) for place in range(places)]
@@ -144,12 +162,14 @@ def _sampled(
         inner = [k for k in (more, fewer) if 0 < k < len(values)]
         found = dict(zip(inner, _kth_largest(values, *inner), strict=True))
         bounds.append((found.get(more, 0.0), found.get(fewer, inf)))
-    return bounds
+    return bounds, samples[0][0].device
 
 
 def _kth_largest(numbers: Tensor, *ks: int) -> list[float]:
     """The k-th largest magnitude of a few numbers, for each k."""
-    values = np.abs(numbers.cpu().numpy().reshape(-1))
+    if devices.elsewhere(numbers):
+        return devices.largest(numbers, ks)
+    values = np.abs(numbers.numpy().reshape(-1))
     places = np.array([len(values) - k for k in ks], dtype=np.int64)
     return [float(value) for value in np.partition(values, places)[places]]
 

@@ -17,6 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from merganser.methods import devices
 from merganser.methods.base import PerContributor, of_contributor
 from merganser.methods.elementwise import Position, Whole, fits_kernels
 from merganser.methods.selection import kth_largest
@@ -95,10 +96,13 @@ def _bounds_of_rows(magnitudes: Tensor, number: int, options: MiddleOptions) -> 
     shape = (-1,) + (1,) * (magnitudes.dim() - 1) if magnitudes.dim() > 1 else magnitudes.shape[:0]
     if not keep:
         return torch.tensor(inf), torch.tensor(inf)
-    ascending = np.sort(magnitudes.cpu().numpy().reshape(-1, width), axis=1)
-    bounds = (ascending[:, width - drop - keep], ascending[:, width - drop - 1])
-    least, most = (torch.from_numpy(bound.copy()).to(magnitudes.device).reshape(shape) for bound in bounds)
-    return least, most
+    rows, places = magnitudes.reshape(-1, width), (width - drop - keep, width - drop - 1)
+    if devices.elsewhere(rows):
+        least, most = (rows.kthvalue(place + 1).values for place in places)
+    else:
+        ascending = np.sort(rows.numpy(), axis=1)
+        least, most = (torch.from_numpy(ascending[:, place].copy()) for place in places)
+    return least.reshape(shape), most.reshape(shape)
 
 
 _REFERENCE = "Davari & Belilovsky 2024, arXiv 2312.06795"

@@ -16,6 +16,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from merganser.methods import devices
 from merganser.methods.base import PerContributor, of_contributor
 from merganser.methods.elementwise import Position, fits_kernels
 from merganser.methods.task_vectors.dare import DropOptions
@@ -83,13 +84,15 @@ def _by_rank(rows: Tensor, ranked: Tensor) -> Tensor:
     The bits of a magnitude, and behind them the place, are sorted as one integer: one sort gives the ranks, and equal
     magnitudes rank in the order of their places.
     """
+    if devices.elsewhere(rows):
+        return devices.give_by_rank(rows, ranked)
     from merganser.methods import kernels
 
     keys, found = np.empty(rows.shape, dtype=np.int64), np.empty(rows.shape, dtype=np.float32)
-    kernels.magnitudes_and_places(rows.to("cpu", torch.float32).contiguous().numpy(), keys)
+    kernels.magnitudes_and_places(rows.to(torch.float32).contiguous().numpy(), keys)
     keys.sort(axis=1)
     kernels.give_to_places(keys, ranked.numpy(), found)
-    return torch.from_numpy(found).to(rows.device)
+    return torch.from_numpy(found)
 
 
 _DROPPED = "δᵢ/pᵢ with probability pᵢ, else 0; pᵢ: from d − ε to d + ε by the rank of |δᵢ| in its row"

@@ -83,11 +83,12 @@ def elect(
     for delta, coefficient in zip(deltas, coefficients, strict=True):
         elected = added(elected, delta, coefficient)
     agreed, counted = torch.zeros_like(elected), torch.zeros_like(elected)
+    sign = elected.ge_(0).mul_(2).sub_(1)
     for delta, coefficient, weight in zip(deltas, coefficients, weights, strict=True):
-        own = delta.to(elected.dtype) * (-1 if coefficient < 0 else 1)
-        counts = torch.where(elected >= 0, own, -own).gt(0).to(elected.dtype).mul_(weight)
+        along = sign * delta  # in place, comparisons give 0 and 1 as numbers
+        counts = (along.lt_(0) if coefficient < 0 else along.gt_(0)).mul_(weight)
         counted += counts
-        agreed.addcmul_(counts, own)
+        agreed.addcmul_(counts, delta.to(sign.dtype), value=-1 if coefficient < 0 else 1)
     return agreed.div_(counted.clamp_min_(torch.finfo(counted.dtype).tiny)) if normalize else agreed
 
 
