@@ -32,6 +32,7 @@ from merganser.merging import Plan, make_plan, make_recipe, merge, reproduce, ve
 from merganser.merging.matching import Fill, RowMap
 from merganser.merging.rules import interpolated
 from merganser.methods import IN_TURN, METHODS
+from merganser.methods.auto import AUTO
 from merganser.methods.names import METHODS_ELSEWHERE, suggest_method
 
 Family = Callable[..., tuple[Path, list[Path]]]
@@ -352,7 +353,7 @@ def byte_tokenizer(folder: Path, template: str) -> None:
 
 
 def test_what_methods_are_called_elsewhere() -> None:
-    known = {*METHODS, *IN_TURN}
+    known = {*METHODS, *IN_TURN, AUTO}
     assert set(METHODS_ELSEWHERE.values()) <= known and not set(METHODS_ELSEWHERE) & known
     assert suggest_method("Git-ReBasin", METHODS) == "Git-ReBasin is called rebasin here"
     assert suggest_method("tsvm", METHODS) == "tsvm is called tsv_m here"

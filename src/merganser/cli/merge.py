@@ -165,7 +165,9 @@ def merge_command(
     prepared = prepare(recipe, output, settings, overwrite=overwrite, adapter=_form(as_adapter), reads=source.reads)
     plan = prepared.plan
     if plan.choice:
-        warn(f"method {plan.recipe.method}, because {plan.choice}")
+        warn(f"auto chose {plan.recipe.method}, because {plan.choice}")
+    for line in prepared.advice:
+        warn(line)
     result = show_or_carry_out(prepared, output, overwrite=overwrite, dry_run=dry_run, as_json=as_json)
     if result is None:
         return

@@ -19,16 +19,22 @@ def methods_command(name: str | None, as_json: bool) -> None:
     \b
     merganser methods
     merganser methods ties
+    merganser methods auto
     """
     from merganser.errors import RecipeError
     from merganser.methods import IN_TURN, METHODS
-    from merganser.methods.description import describe
+    from merganser.methods.auto import AUTO
+    from merganser.methods.description import describe, describe_auto
     from merganser.methods.names import suggest_method
 
     known = {**METHODS, **IN_TURN}
+    if name == AUTO:
+        _explain_auto(as_json)
+        return
     if name is not None and name not in known:
-        raise RecipeError(f"unknown method {name!r}", where="methods", mend=suggest_method(name, known))
+        raise RecipeError(f"unknown method {name!r}", where="methods", mend=suggest_method(name, known, [AUTO]))
     found = [describe(method) for method in known.values() if name in (None, method.name)]
+    found = [describe_auto(), *found] if name is None else found
     if as_json:
         listed = [asdict(one) for one in found]
         click.echo(json.dumps(listed if name is None else listed[0], indent=1, ensure_ascii=False))
@@ -56,3 +62,20 @@ def methods_command(name: str | None, as_json: bool) -> None:
             ["option", "default", "values", "meaning"],
             [[o.name, json.dumps(o.default), o.kind, o.meaning] for o in one.options],
         )
+
+
+def _explain_auto(as_json: bool) -> None:
+    """The table that ``auto`` looks up, and what was measured."""
+    from merganser.methods.auto import ROWS, table
+    from merganser.methods.description import describe_auto
+
+    if as_json:
+        click.echo(json.dumps({**asdict(describe_auto()), "rows": table()}, indent=1, ensure_ascii=False))
+        return
+    tell(f"auto: {describe_auto().summary}")
+    rows = [[row.have, row.title, row.scores("same"), row.scores("different")] for row in ROWS]
+    title = "the first line that fits; scores × 100, beside those of each model on its own test"
+    print_table(title, ["you have", "it takes", "one task", "different tasks"], rows)
+    for row in ROWS:
+        tell(f"  {row.have}: {row.why}. It costs {row.cost}.")
+    tell("docs/choosing.md says where the figures come from, and what else there is to choose")

@@ -64,6 +64,7 @@ def show_plan(prepared: PreparedMerge, as_json: bool) -> None:
             "rows_at_once": {s.unit.names[0]: r for s, r in zip(plan.steps, schedule.rows, strict=True) if r},
             "uncut": [{"tensor": name, "bytes": nbytes} for name, nbytes in uncut],
             **prepared.verdict.record(),
+            **({"choice": plan.choice, "advice": prepared.advice} if plan.choice else {}),
             "plan": plan.to_json(),
         }
         click.echo(json.dumps(summary, indent=1))

@@ -15,6 +15,7 @@ from merganser.engines import Engine, make_engine
 from merganser.errors import ErrorCollector, RecipeError, UserError, raise_all
 from merganser.files import local_path
 from merganser.merging.activations import recorded_activations
+from merganser.merging.auto import advice_on
 from merganser.merging.distributed import run_on
 from merganser.merging.execution import Merging, execute
 from merganser.merging.influence import Influence
@@ -51,12 +52,14 @@ class MergeResult(PathResult):
         plan: what was done.
         seconds: that it took.
         verdict: what was found of the statistics.
+        advice: of a method that was left open, what to expect, and what would lead to a better one.
     """
 
     path: str | Path
     plan: Plan
     seconds: float
     verdict: Verdict = NOTHING_JUDGED
+    advice: tuple[str, ...] = ()
 
     @property
     def influence(self) -> Influence | None:
@@ -67,6 +70,11 @@ class MergeResult(PathResult):
     def method(self) -> str:
         """The name of the method, where it was left open the one that was chosen."""
         return self.plan.recipe.method
+
+    @property
+    def choice(self) -> str | None:
+        """Why that one was chosen; None where it was named."""
+        return self.plan.choice
 
     @property
     def coverage(self) -> Coverage:
@@ -88,7 +96,8 @@ class MergeResult(PathResult):
         title = f"{self.path}: {len(self.plan.recipe.contributors)} models by {self.method} in {self.seconds:.1f} s"
         title += f"; {self.coverage}"
         told = [] if self.influence is None else [f"influence: {self.influence}"]
-        notes = (*told, *self.notes)
+        told += [] if self.choice is None else [f"auto chose {self.method}, because {self.choice}"]
+        notes = (*told, *self.advice, *self.notes)
         return html_table(title, ["treatment", "how", "tensors", "why"], rows, notes)
 
 
@@ -117,7 +126,8 @@ def merge(
         models: the checkpoints (folders or ``org/name@revision``), contributors, or dictionaries of what a recipe has
             for one; or a whole :class:`Recipe`, which then stands alone: give no other setting with it.
         output: the folder or fsspec URL to write; written whole or not at all.
-        method: ``auto``, or one of ``merganser.methods.METHODS``.
+        method: ``auto`` (what was measured to be best with what is at hand, see :mod:`merganser.methods.auto`), or
+            one of ``merganser.methods.METHODS``.
         base: the pre-trained model, for the methods that need it.
         coefficients: one weight a model, relative; equal by default.
         statistics: one statistics file a model, None for the one in its folder; by default those of all folders.
@@ -224,6 +234,7 @@ class PreparedMerge:
         schedule: how it is fitted into memory.
         reads: every folder and file that the user named to be read, which no output takes the place of.
         verdict: what was found of the statistics.
+        advice: of a method that was left open, what to expect, and what would lead to a better one.
     """
 
     plan: Plan
@@ -232,6 +243,7 @@ class PreparedMerge:
     schedule: Schedule
     reads: tuple[Path, ...] = ()
     verdict: Verdict = NOTHING_JUDGED
+    advice: tuple[str, ...] = ()
 
 
 def prepare(
@@ -256,7 +268,7 @@ def prepare(
     Raises:
         UserError: what cannot be merged, all mistakes at once.
     """
-    settings = settings or RunSettings.make()
+    settings, advice = settings or RunSettings.make(), tuple[str, ...]()
     if adapter is not None:
         raise_all(_adapter_problems(output, settings))
     if isinstance(recipe, Plan):
@@ -266,6 +278,7 @@ def prepare(
         inputs = open_inputs(recipe, allow_pickle=settings.allow_pickle)
         reads = [*reads, *merge_reads(inputs)]  # a base that the method makes no use of as well
         plan = plan_of(recipe, inputs, adapter=adapter)
+        advice = advice_on(recipe, inputs)
         inputs = inputs if plan.base else replace(inputs, base=None)
     schedule = _fit(plan, inputs, settings)
     problems = ErrorCollector()
@@ -299,7 +312,7 @@ def prepare(
     problems.raise_all()
     verdict = judge_statistics(plan, inputs, settings.threads, schedule.budget)
     raise_all(verdict.problems)
-    return PreparedMerge(plan, inputs, settings, schedule, tuple(reads), verdict)
+    return PreparedMerge(plan, inputs, settings, schedule, tuple(reads), verdict, advice)
 
 
 def _fit(plan: Plan, inputs: Inputs, settings: RunSettings) -> Schedule:
@@ -364,4 +377,4 @@ def carry_out(prepared: PreparedMerge, output: str | Path, *, overwrite: bool = 
                 raise_all(check_opening(folder, inputs.reference.checkpoint))
             people, base = describe_inputs(plan, inputs)
             complete(plan, inputs.reference, layout, folder, records, people, base, verdict=prepared.verdict)
-    return MergeResult(output, plan, time.monotonic() - started, prepared.verdict)
+    return MergeResult(output, plan, time.monotonic() - started, prepared.verdict, prepared.advice)

@@ -19,6 +19,7 @@ from merganser.checkpoints.writer import TensorSpec
 from merganser.errors import ErrorCollector, RecipeError
 from merganser.merging.activations import check_texts
 from merganser.merging.adapters import adapter_ranks, check_adapter, notes_without_base
+from merganser.merging.auto import choose_method, settle
 from merganser.merging.chat_templates import choose_chat_template
 from merganser.merging.coefficients import check_averages
 from merganser.merging.configuration import BASE, check_written, compare_tokenizers, match_configurations
@@ -42,7 +43,7 @@ from merganser.merging.recipe import Recipe, recorded_options
 from merganser.merging.rules import Assignment, assign, needs_parts
 from merganser.merging.steps import find_all_layers, make_steps, method_of
 from merganser.merging.vocabulary import match_vocabularies
-from merganser.methods import METHODS, Facts, Unit, choose
+from merganser.methods import METHODS, Facts, Unit
 from merganser.methods.averages.simple import SIMPLE
 from merganser.tensors import DTYPE_NAMES, DTYPES, is_floating
 
@@ -82,9 +83,9 @@ def plan_of(recipe: Recipe, inputs: Inputs, *, adapter: AdapterForm | None = Non
         mend = "leave out chat_template, or write a full checkpoint"
         problems.add(RecipeError("an adapter has its base's chat template", where="chat_template", mend=mend))
     separate = find_separate(recipe, people, problems)
-    chosen, choice = choose_method(recipe, inputs)
-    options = recorded_options(recipe, chosen)
-    settled = recipe.model_copy(update={"method": chosen})
+    choice = choose_method(recipe, inputs)
+    settled = settle(recipe, choice)
+    chosen, options = settled.method, recorded_options(settled, settled.method)
     form = AdapterForm() if adapter is None and inputs.without_base else adapter
     plain = form is None and not ask_model and treats_all_alike(settled, inputs)
     names, untied, left_out = names_to_merge(recipe, people, reference, plain=plain)
@@ -164,7 +165,7 @@ def plan_of(recipe: Recipe, inputs: Inputs, *, adapter: AdapterForm | None = Non
         rank=rank,
         ranks=ranks,
         form=None if form is None or form == AdapterForm(form.rank or 1) else form,
-        choice=choice,
+        choice=None if choice is None else choice.because,
         notes=tuple(notes),
         bytes_read=_bytes_read(replace(inputs, base=used), statistics=any(one.needs.statistics for one in methods)),
     )
@@ -273,20 +274,6 @@ def check_coverage(recipe: Recipe, steps: Sequence[Step], unknown: str | None) -
         raise RecipeError(text, where="require_coverage", mend=mend)
     notes = [] if unknown is None else [f"layers are told by the names on disk: {unknown}"]
     return notes + ([text] if found.share < _LITTLE else [])
-
-
-def choose_method(recipe: Recipe, inputs: Inputs) -> tuple[str, str | None]:
-    """The method's name and, where the recipe leaves it open, why it was chosen."""
-    if recipe.method != "auto":
-        return recipe.method, None
-    statistics = [parent.statistics for parent in inputs.parents]
-    published = set()
-    if all(s is not None and any(layer.input for layer in s.header.layers) for s in statistics):
-        published.add("gram")
-    if all(s is not None and s.header.fisher for s in statistics):
-        published.add("fisher")
-    missing = ", ".join(p.title for p in inputs.parents if p.statistics is None) or "some contributors"
-    return choose(published, inputs.base is not None, missing)
 
 
 def _spec(name: str, recipe: Recipe, inputs: Inputs, rows: Mapping[str, RowMap]) -> TensorSpec:

@@ -406,13 +406,14 @@ def model_card(
         for (method, reason), count in sorted(used.items(), key=str)
     )
     options = ", ".join(f"{key} {markdown(value)}" for key, value in plan.recipe.options.items()) or "no options"
+    chosen = "" if plan.choice is None else f" `auto` chose it, because {markdown(plan.choice)}."
     said = "\n## Notes\n\n" + "".join(f"- {markdown(note)}\n" for note in notes) if notes else ""
     return f"""---
 {yaml.safe_dump(metadata, sort_keys=False)}---
 
 # Merge of {len(people)} models by {plan.method.name}{title}
 
-{made.format(f"{plan.method.summary} ({options})")}
+{made.format(f"{plan.method.summary} ({options})")}{chosen}
 
 | contributor | coefficient | examples in its statistics |
 |---|---|---|

@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 from merganser.documents import read_yaml
 from merganser.errors import ErrorCollector, RecipeError, UserError, did_you_mean, raise_all, validated
 from merganser.methods import IN_TURN, METHODS
+from merganser.methods.auto import AUTO
 from merganser.methods.base import LARGEST
 from merganser.methods.names import KEYS_ELSEWHERE, name_here, suggest_method
 from merganser.paths import expanded, path_as_text
@@ -186,7 +187,7 @@ class Recipe(_Part):
     """A merge, as a value."""
 
     contributors: tuple[Contributor, ...] = Field(description="the checkpoints to merge, at least one")
-    method: str = Field("auto", description=f"auto, {', '.join(METHODS)}")
+    method: str = Field(AUTO, description=f"auto, {', '.join(METHODS)}")
     base: PathText | None = Field(None, description="the pre-trained model that all of them started from")
     without_base: bool = Field(
         False, description="merge LoRA adapters with one another; their base is not read, and `base` only names it"
@@ -280,8 +281,8 @@ def make_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
         problems.add(RecipeError("there is nothing to merge", where=where, mend="name at least one model"))
     flat = [n for one in recipe.coefficients() for n in (one if isinstance(one, tuple) else (one,))]
     problems.add(*coefficient_problems(flat, where))
-    if recipe.method != "auto" and recipe.method not in METHODS:
-        problems.add(unknown_method(recipe.method, where, ["auto"]))
+    if recipe.method != AUTO and recipe.method not in METHODS:
+        problems.add(unknown_method(recipe.method, where, [AUTO]))
     problems.add(*_place_problems(recipe, where))
     if recipe.base is not None:  # which may be one of the contributors, by its name
         named = {one.name: one.model for one in recipe.contributors if one.name is not None}
@@ -292,6 +293,10 @@ def make_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
 
 def unknown_method(name: str, where: str, others: Sequence[str] = ()) -> RecipeError:
     """The mistake of a method that is none, with the nearest that is one, or what it is called here."""
+    if name == AUTO:
+        what = "auto chooses one method for the whole merge, by what all contributors bring, and none for a part of it"
+        mend = "name the method that is meant here; merganser methods auto says which is best for what"
+        return RecipeError(what, where=where, mend=mend)
     if (found := name_here(name, IN_TURN)) is not None:
         what = f"{found} merges layer after layer, with texts of every model at hand, and is no part of a plan"
         return RecipeError(what, where=where, mend=f"merganser merge MODEL… --method {found} --data FILE --data FILE")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 from merganser.methods.alignment.activations import ACTIVATIONS
 from merganser.methods.alignment.optimal_transport import OPTIMAL_TRANSPORT
 from merganser.methods.alignment.rebasin import REBASIN
@@ -65,23 +63,6 @@ SUMMED: dict[str, LeastSquares] = {
 }
 
 
-def choose(published: Collection[str], base: bool, missing: str) -> tuple[str, str]:
-    """The best method for what there is, and why.
-
-    Args:
-        published: the statistics that every contributor publishes, of "gram" and "fisher".
-        base: whether the base model is known.
-        missing: the names of those who publish none.
-    """
-    for method in (REGMEAN, FISHER):
-        if method.needs.statistics in published:
-            what = "Gram matrices" if method is REGMEAN else "Fisher information"
-            return method.name, f"every contributor publishes {what}"
-    if base:
-        return ACTMAT.name, f"the base model is known, and {missing} publish no statistics"
-    return SIMPLE.name, f"{missing} publish no statistics and no base model is given"
-
-
 __all__ = [
     "IN_TURN",
     "METHODS",
@@ -97,5 +78,4 @@ __all__ = [
     "Unit",
     "average",
     "average_unit",
-    "choose",
 ]

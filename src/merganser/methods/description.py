@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from merganser.methods.auto import AUTO
 from merganser.methods.base import Method, Options
 
 _STATISTICS = {
@@ -90,6 +91,21 @@ def describe(method: Method) -> MethodDescription:
         streaming=method.streaming,
         signed=needs.signed,
         options=_options(method.options),
+    )
+
+
+def describe_auto() -> MethodDescription:
+    """``auto`` in words, which is no method but chooses one."""
+    return MethodDescription(
+        name=AUTO,
+        title="Auto",
+        summary="what was measured to be best with what is at hand: statistics, the base model, adapters, or nothing",
+        formula="that of the method it chooses; merganser methods auto has the table",
+        reference="docs/choosing.md",
+        needs=(),
+        streaming="as the method it chooses",
+        signed=False,
+        options=(),
     )
 
 

@@ -45,6 +45,10 @@ METHODS_ELSEWHERE = {
     "git_rebasin": "rebasin",
     "weight_matching": "rebasin",
     "activation_matching": "activations",
+    "automatic": "auto",
+    "best": "auto",
+    "default": "auto",
+    "recommended": "auto",
     "ties_svd": "ties",
     "dare_linear_svd": "dare_linear",
     "dare_ties_svd": "dare_ties",
@@ -78,7 +82,7 @@ def suggest_method(name: str, known: Collection[str], others: Sequence[str] = ()
         known: the methods that there are.
         others: names beside those of methods, such as ``auto``.
     """
-    found = name_here(name, known)
+    found = name_here(name, [*known, *others])
     if found is not None:
         return f"{name} is called {found} here"
     return did_you_mean(name, [*known, *others])

@@ -13,9 +13,10 @@ from merganser.checkpoints import Checkpoint, open_changes, open_checkpoint, sha
 from merganser.checkpoints.tokenizer_files import is_tokenizer_file
 from merganser.errors import CheckpointError, ErrorCollector, UserError
 from merganser.files import scratch_folder
+from merganser.merging.auto import choose_method
 from merganser.merging.inputs import Inputs, open_inputs
 from merganser.merging.plan import AdapterForm, Plan
-from merganser.merging.planning import choose_method, plan_of
+from merganser.merging.planning import plan_of
 from merganser.merging.provenance import (
     FILE_NAME,
     FORMAT,
@@ -35,6 +36,7 @@ from merganser.merging.provenance import (
 )
 from merganser.merging.recipe import Recipe, make_recipe
 from merganser.merging.targets.checkpoint import make_layout, write_small_files
+from merganser.methods.auto import AUTO
 from merganser.statistics import FILE_NAME as STATISTICS
 
 #: Keys below which there are sentences, which another version may word otherwise.
@@ -154,8 +156,10 @@ def plan_anew(
     choice = provenance.get("method_chosen_because")
     grown = any(p.statistics and not entry["statistics"] for p, entry in zip(inputs.parents, entries, strict=True))
     if choice is not None and not grown:  # else there is more to choose from than there was
-        method, because = choose_method(recipe.model_copy(update={"method": "auto"}), inputs)
-        choice = because if method == plan.recipe.method else f"{method} would be chosen: {because}"
+        found = choose_method(recipe.model_copy(update={"method": AUTO, "options": {}}), inputs)
+        if found is not None:
+            method, choice = found.row.method, found.because
+            choice = choice if method == plan.recipe.method else f"{method} would be chosen: {choice}"
     return replace(plan, choice=choice), inputs if plan.base else replace(inputs, base=None)
 
 

@@ -1,0 +1,192 @@
+"""``method: auto``: what is at hand, found from headers and configurations, and what is chosen for it.
+
+The table that is looked up is :data:`merganser.methods.auto.ROWS`. It is looked up once for the whole recipe, while the
+plan is made; the plan has the method that was chosen, and says why.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from merganser.checkpoints import AdapterCheckpoint, Checkpoint
+from merganser.documents import parse_yaml, read_text
+from merganser.errors import RecipeError, UserError
+from merganser.merging.inputs import Inputs, Parent
+from merganser.merging.recipe import Recipe
+from merganser.methods import METHODS
+from merganser.methods.auto import AUTO, PUBLISHED, Published, Row, Situation, Tasks, better_rows, choose
+from merganser.text import listed
+
+_MOST = 3  # contributors that are named
+_CARD, _LARGEST_CARD = "README.md", 2**18
+_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")  # of a model on the Hub; a path says nothing here
+_COLLECT: dict[Published, str] = {"gram": "", "kfac": " --kfac", "fisher": " --fisher"}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What ``auto`` chose.
+
+    Attributes:
+        row: of the table.
+        because: what was found that led there, and what speaks for the method: a clause.
+    """
+
+    row: Row
+    because: str
+
+
+def choose_method(recipe: Recipe, inputs: Inputs) -> Choice | None:
+    """What is chosen for these files; None where the recipe names its method.
+
+    Raises:
+        RecipeError: the recipe has options that the chosen method has not.
+    """
+    if recipe.method != AUTO:
+        return None
+    situation = situation_of(recipe, inputs)
+    row = choose(situation)
+    _check_options(recipe, row)
+    return Choice(row, f"{_facts(row, situation, inputs)}; {row.why}")
+
+
+def settle(recipe: Recipe, choice: Choice | None) -> Recipe:
+    """The recipe with the method that was chosen; the user's options stand before those of the table."""
+    if choice is None:
+        return recipe
+    options = {**choice.row.options, **recipe.options}
+    return recipe.model_copy(update={"method": choice.row.method, "options": options})
+
+
+def advice_on(recipe: Recipe, inputs: Inputs) -> tuple[str, ...]:
+    """Of a method that the recipe leaves open: what to expect, and what would lead to a better one."""
+    if recipe.method != AUTO:
+        return ()
+    situation = situation_of(recipe, inputs)
+    return (*_advice(choose(situation), situation, inputs),)
+
+
+def situation_of(recipe: Recipe, inputs: Inputs) -> Situation:
+    """What is at hand."""
+    published = [_published(parent) for parent in inputs.parents]
+    return Situation(
+        published=frozenset.intersection(*published),
+        base=inputs.base is not None,
+        tasks=_tasks(recipe, inputs.parents),
+        adapters=inputs.without_base or all(isinstance(p.checkpoint, AdapterCheckpoint) for p in inputs.parents),
+        models=len(inputs.parents),
+    )
+
+
+def _published(parent: Parent) -> frozenset[Published]:
+    """The kinds of statistics that a contributor publishes."""
+    if parent.statistics is None:
+        return frozenset()
+    header = parent.statistics.header
+    there: dict[Published, bool] = {
+        "gram": any(layer.input is not None for layer in header.layers),
+        "kfac": header.kfac is not None,
+        "fisher": header.fisher is not None,
+    }
+    return frozenset(kind for kind, is_there in there.items() if is_there)
+
+
+def _tasks(recipe: Recipe, parents: Sequence[Parent]) -> Tasks | None:
+    """Whether one head answers for all; None where there are no labels."""
+    labels = {frozenset(parent.label_names) for parent in parents}
+    if recipe.keep_separate or len(labels) > 1:
+        return "different"
+    return "same" if any(labels) else None
+
+
+def _facts(row: Row, situation: Situation, inputs: Inputs) -> str:
+    """What was found that led to the row: what it asks for is there, and what rows before it ask for is not."""
+    found = []
+    if row.published is not None:
+        found.append(f"every contributor publishes {PUBLISHED[row.published]}")
+    elif inputs.without_base:
+        found.append("adapters without their base are changes of it, and have no statistics")
+    else:
+        lacking = [parent for parent in inputs.parents if "gram" not in _published(parent)]
+        found += ["the base model is known"] if row.base else []
+        found += [_lack(lacking, inputs.parents)] if lacking else []
+        found += [] if situation.base else ["no base model is given"]
+    if row.tasks is not None:
+        found.append("their tasks differ" if row.tasks == "different" else "they have one task")
+    return f"{', '.join(found[:-1])} and {found[-1]}" if len(found) > 1 else found[0]
+
+
+def _lack(lacking: Sequence[Parent], parents: Sequence[Parent]) -> str:
+    """Who publishes no Gram matrices."""
+    what = "no statistics" if all(parent.statistics is None for parent in lacking) else "no Gram matrices"
+    if len(lacking) == len(parents):
+        return f"no contributor publishes {'statistics' if what == 'no statistics' else 'Gram matrices'}"
+    verb = "publishes" if len(lacking) == 1 else "publish"
+    return f"{listed([parent.title for parent in lacking], _MOST)} {verb} {what}, unlike the others"
+
+
+def _check_options(recipe: Recipe, row: Row) -> None:
+    """Options of a merge by ``auto`` are those of the method that is chosen.
+
+    Raises:
+        RecipeError: it does not have one of them.
+    """
+    having = {name: set(method.options_type.model_fields) for name, method in METHODS.items()}
+    for key in recipe.options:
+        if key not in having[row.method]:
+            able = [name for name, options in having.items() if options.issuperset(recipe.options)]
+            known = ", ".join(sorted(having[row.method])) or "none"
+            mend = f"leave it out (options of {row.method}: {known})"
+            mend += f", or name the method that you mean, such as --method {able[0]}" if able else ""
+            what = f"auto chooses {row.method} for what is here, which has no option {key!r}"
+            raise RecipeError(what, where="options", mend=mend)
+
+
+def _advice(row: Row, situation: Situation, inputs: Inputs) -> Iterator[str]:
+    """What to expect, and what would lead to a better method."""
+    known = row.expectation(situation.tasks)
+    yield f"measured: {known}" if known else f"nothing has been measured yet of {row.method} on models like these"
+    additions = {}
+    for kind in _COLLECT if not inputs.without_base else ():
+        lacking = [parent for parent in inputs.parents if kind not in _published(parent)]
+        if lacking:
+            more = replace(situation, published=situation.published | {"gram", kind})
+            names = listed([parent.title for parent in lacking], _MOST)
+            command = f"merganser collect MODEL --data FILE{_COLLECT[kind]}"
+            additions[more] = f"with {PUBLISHED[kind]} of {names} ({command}, next to the data)"
+    if not situation.base:
+        name = named_base(inputs.parents)
+        where = "the base model (--base MODEL)" if name is None else f"the base that they name (--base {name})"
+        additions[replace(situation, base=True)] = f"with {where}"
+    told = set[str]()
+    for more, better in better_rows(situation, additions):
+        if better.title not in told:
+            told.add(better.title)
+            measured = better.expectation(situation.tasks)
+            yield f"{additions[more]} it would be {better.title}" + (f": {measured}" if measured else "")
+
+
+def named_base(parents: Sequence[Parent]) -> str | None:
+    """The model that every contributor's card or configuration names as the one it was made from, if it is one.
+
+    It is only proposed: what a stranger's file names is neither fetched nor read unasked.
+    """
+    names = {_named_base(parent.checkpoint) for parent in parents}
+    name = names.pop()
+    return name if not names else None
+
+
+def _named_base(checkpoint: Checkpoint) -> str | None:
+    """By the metadata of the card, else as older versions of transformers wrote it into the configuration."""
+    try:
+        text = read_text(checkpoint.path / _CARD, limit=_LARGEST_CARD)
+        front = re.match(r"---\r?\n(.*?)\r?\n---", text, re.DOTALL)
+        said = parse_yaml(front[1], _CARD) if front else None
+    except (UserError, OSError):
+        said = None
+    name = said.get("base_model") if isinstance(said, dict) else None
+    name = name[0] if isinstance(name, list) and len(name) == 1 else name
+    name = checkpoint.config.get("_name_or_path") if name is None else name
+    return name if isinstance(name, str) and _NAME.fullmatch(name) else None

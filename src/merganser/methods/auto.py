@@ -1,0 +1,231 @@
+"""What ``--method auto`` chooses: one table, from what is at hand to the method that does best with it.
+
+The table is :data:`ROWS`, and everything that is said of ``auto`` (the command, the model card, docs/choosing.md, the
+demo) is made from it. Whoever measures a better method changes a row here, and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, TypeAlias
+
+AUTO = "auto"
+#: Who is asked: ``gram`` (Gram matrices), ``kfac`` (output gradients beside them) and ``fisher`` (Fisher information).
+Published: TypeAlias = Literal["gram", "kfac", "fisher"]
+#: One head answers for all contributors, or each has labels or a head of its own.
+Tasks: TypeAlias = Literal["same", "different"]
+
+PUBLISHED: dict[Published, str] = {"gram": "Gram matrices", "kfac": "output gradients", "fisher": "Fisher information"}
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What is at hand, as far as the choice depends on it.
+
+    Attributes:
+        published: the statistics that every contributor publishes.
+        base: the base model is known.
+        tasks: of the contributors; None where no labels tell it, as with language models.
+        adapters: all are LoRA adapters.
+        models: how many there are.
+    """
+
+    published: frozenset[Published] = frozenset()
+    base: bool = False
+    tasks: Tasks | None = None
+    adapters: bool = False
+    models: int = 2
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a method gave on one suite: mean scores × 100 over its tests and seeds.
+
+    Attributes:
+        suite: in a few words.
+        tasks: of its contributors.
+        merged: of the merge.
+        alone: of each model on its own test, which needs all models and to know which text is whose.
+        average: of the plain average of the weights.
+        source: the file of the repository that holds it.
+        seconds: that the merge took there; None where this was not measured.
+    """
+
+    suite: str
+    tasks: Tasks
+    merged: float
+    alone: float
+    average: float
+    source: str
+    seconds: float | None = None
+
+    @property
+    def recovery(self) -> float:
+        """Merged over alone."""
+        return self.merged / self.alone
+
+    def __str__(self) -> str:
+        beside = "" if self.merged == self.average else f"; the plain average {self.average:.1f}"
+        return (
+            f"{self.suite}: {self.merged:.1f}, {self.recovery:.0%} of what each model reaches on its own test "
+            f"({self.alone:.1f}{beside}; {self.source})"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A line of the table: where it applies, what is chosen there, and what is known of that.
+
+    Attributes:
+        method: one of :data:`merganser.methods.METHODS`.
+        options: of it, where they are not its defaults.
+        why: what speaks for it there, a clause.
+        cost: what it takes, in words: of the owners of the data, and of who merges.
+        measured: what it gave, as far as rows of results say it.
+        published: statistics that every contributor has to publish; None: none are needed.
+        base: whether the base model is needed.
+        tasks: of the contributors; None: whatever they are.
+        adapters: for LoRA adapters alone.
+        at_least: so many models, or more.
+    """
+
+    method: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    why: str
+    cost: str
+    measured: tuple[Measured, ...] = ()
+    published: Published | None = None
+    base: bool = False
+    tasks: Tasks | None = None
+    adapters: bool = False
+    at_least: int = 1
+
+    def fits(self, situation: Situation) -> bool:
+        """Whether what the row asks for is there."""
+        return (
+            (self.published is None or self.published in situation.published)
+            and (situation.base or not self.base)
+            and self.tasks in (None, situation.tasks)
+            and (situation.adapters or not self.adapters)
+            and situation.models >= self.at_least
+        )
+
+    @property
+    def title(self) -> str:
+        """The method with the options that are not its defaults."""
+        options = ", ".join(f"{key}={value}" for key, value in self.options.items())
+        return f"{self.method} ({options})" if options else self.method
+
+    @property
+    def have(self) -> str:
+        """What it asks for, in words."""
+        parts = ["LoRA adapters"] if self.adapters else []
+        parts += [f"{PUBLISHED[self.published]} of every model"] if self.published else []
+        parts += ["the base model"] if self.base and not self.adapters else []
+        parts += [f"{self.tasks} tasks" if self.tasks == "different" else "one task"] if self.tasks else []
+        parts += [f"at least {self.at_least} models"] if self.at_least > 1 else []
+        return ", ".join(parts) or "the models alone"
+
+    def expectation(self, tasks: Tasks | None = None) -> str | None:
+        """What was measured for such tasks, in words; None where nothing was."""
+        return "; ".join(str(one) for one in self.measured if tasks in (None, one.tasks)) or None
+
+    def scores(self, tasks: Tasks) -> str:
+        """What was measured for such tasks, in figures alone."""
+        found = (one for one in self.measured if one.tasks == tasks)
+        return "; ".join(f"{one.merged:.1f} of {one.alone:.1f} ({one.recovery:.0%})" for one in found) or "not measured"
+
+
+_NER, _GLUE = "NER, five models of one task", "GLUE, pairs of models of different tasks"
+_SOURCE = "results/README.md"
+
+#: From the most to the least that can be at hand: the first row that fits counts. A row for some tasks stands before
+#: the one for all.
+ROWS: tuple[Row, ...] = (
+    Row(
+        method="regmean",
+        published="gram",
+        why="its regression on the inputs of every layer was the best on different tasks and on texts of other domains",
+        cost="a run of merganser collect by every owner, next to the data, and publishing its file; the merge solves "
+        "one linear system a layer",
+        measured=(
+            Measured(_NER, "same", 49.7, 63.5, 42.5, _SOURCE),
+            Measured(_GLUE, "different", 50.7, 55.8, 43.7, _SOURCE),
+        ),
+    ),
+    Row(
+        method="fisher",
+        published="fisher",
+        why="parameters that matter more to a model's predictions count more",
+        cost="a run of merganser collect --fisher by every owner, with a backward pass for each example, and "
+        "publishing a file as large as the model; the merge is as cheap as an average",
+        measured=(
+            Measured(_NER, "same", 48.8, 63.5, 42.5, _SOURCE),
+            Measured(_GLUE, "different", 46.2, 55.8, 43.7, _SOURCE),
+        ),
+    ),
+    Row(
+        method="actmat",
+        adapters=True,
+        base=True,
+        why="how far training moved the weights stands in for the inputs of every layer",
+        cost="the owners nothing; the merge solves one linear system a layer",
+    ),
+    Row(
+        method="actmat",
+        base=True,
+        why="how far training moved the weights stands in for the inputs of every layer, and of the methods without "
+        "statistics this was the best",
+        cost="the owners nothing; the merge reads the base model, too, and solves one linear system a layer",
+        measured=(
+            Measured(_NER, "same", 51.5, 63.5, 42.5, _SOURCE),
+            Measured(_GLUE, "different", 49.3, 55.8, 43.7, _SOURCE),
+        ),
+    ),
+    Row(
+        method="simple",
+        why="no other method that needs nothing was measured to be better",
+        cost="the owners nothing; the merge reads and writes the weights",
+        measured=(
+            Measured(_NER, "same", 42.5, 63.5, 42.5, _SOURCE),
+            Measured(_GLUE, "different", 43.7, 55.8, 43.7, _SOURCE),
+        ),
+    ),
+)
+
+
+def choose(situation: Situation) -> Row:
+    """The row for what is at hand."""
+    return next(row for row in ROWS if row.fits(situation))
+
+
+def better_rows(situation: Situation, additions: Iterable[Situation]) -> Iterator[tuple[Situation, Row]]:
+    """What could be had with more at hand: each addition that leads to another choice, which was not measured to be
+    worse, with its row."""
+    now = choose(situation)
+    for more in additions:
+        row = choose(more)
+        if (row.method, row.options) != (now.method, now.options) and not _worse(row, now, situation.tasks):
+            yield more, row
+
+
+def _worse(row: Row, other: Row, tasks: Tasks | None) -> bool:
+    """Whether a row's method gave less than another's on the suites of such tasks that both were measured on."""
+    scores = [{one.suite: one.merged for one in each.measured if tasks in (None, one.tasks)} for each in (row, other)]
+    shared = scores[0].keys() & scores[1].keys()
+    return sum(scores[0][suite] - scores[1][suite] for suite in sorted(shared)) < 0
+
+
+def table() -> list[dict[str, Any]]:
+    """The rows as plain values."""
+    return [{"have": row.have, **asdict(row)} for row in ROWS]
+
+
+def markdown_table(rows: Sequence[Row] = ROWS) -> str:
+    """The table for docs/choosing.md."""
+    lines = ["| you have | `auto` takes | one task | different tasks | what it costs |", "|---|---|---|---|---|"]
+    for row in rows:
+        cells = [row.have, f"`{row.title}`", row.scores("same"), row.scores("different"), row.cost]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
