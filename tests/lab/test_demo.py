@@ -23,13 +23,16 @@ from merganser.lab.report.rows import ResultRow, read_rows
 from merganser.lab.report.text import terminal_tables
 from merganser.lab.sentiment import Domain, Example
 from merganser.merging import merge
+from merganser.methods import auto
+from merganser.methods.auto import Row
 from merganser.statistics import Statistics
 
 SETTINGS = DemoSettings(
     train=24, test=12, dev=2, epochs=1, learning_rate=1e-3, batch_size=8, statistics_texts=16, fisher_texts=8
 )
 TONES = [["bad", "not"], ["the", "was"], ["good", "very"]]
-METHODS = ["Simple", "Fisher", "RegMean", "ACTMat"]
+WITH, WITHOUT = "Auto, with statistics: RegMean", "Auto, without statistics: ACTMat"
+METHODS = ["Simple", "Fisher", WITH, WITHOUT, "TIES"]
 
 
 def domain(name: str, topic: str) -> Domain:
@@ -106,7 +109,9 @@ def test_the_page_says_what_was_done_and_what_to_try(finished: Path) -> None:
     assert "<h1>Two specialists, one model</h1>" in page and '<p class="eyebrow">merganser demo</p>' in page
     assert f"The best one, {best}, scores {averages[best]:.1f} on average" in page
     for words in (
-        "merganser merge models/food models/film --method regmean -o merged",
+        "merganser merge models/food models/film --base models/base -o merged",
+        f"What <code>--method auto</code> takes with statistics, RegMean, scores {averages[WITH]:.1f}, ",
+        f"takes without statistics, ACTMat, scores {averages[WITHOUT]:.1f}, ",
         "--fisher-examples 8 --limit 16",
         "trained on 24 texts each: 1 epochs, learning rate 0.001",
         "The standard error (bootstrap over a test’s examples) of a score is",
@@ -124,9 +129,9 @@ def test_scores_are_those_of_the_saved_models(finished: Path, tmp_path: Path) ->
     from sklearn.metrics import f1_score
 
     models = [finished / "models" / name for name in ("food", "film")]
-    merge(models, tmp_path / "merged", method="regmean")
+    assert merge(models, tmp_path / "merged", base=finished / "models" / "base").choice
     names = ["negative", "neutral", "positive"]
-    for row, folder in (("RegMean", tmp_path / "merged"), ("food", models[0])):
+    for row, folder in ((WITH, tmp_path / "merged"), ("food", models[0])):
         model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         lines = [json.loads(line) for line in (finished / "data/film/test.jsonl").read_text().splitlines()]
@@ -136,9 +141,23 @@ def test_scores_are_those_of_the_saved_models(finished: Path, tmp_path: Path) ->
 
 
 def test_the_merges_really_used_their_methods(finished: Path) -> None:
-    for title in ("Fisher", "RegMean", "ACTMat"):
+    for title, method in (("Fisher", "fisher"), (WITH, "regmean"), (WITHOUT, "actmat"), ("TIES", "ties")):
         row = rows_of(finished)[title]
-        assert row.provenance.tensors[row.method] >= 8  # the linear maps of two layers and the head
+        assert row.provenance.tensors[method] >= 8  # the linear maps of two layers and the head
+
+
+def test_what_auto_takes_stands_beside_the_published_methods(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A method with options of the table has a column of its own; one for both situations stands once."""
+    own = Row(method="actmat", base=True, options={"ridge": 0.1}, why="", cost="")
+    monkeypatch.setattr(auto, "ROWS", (replace(own, published="gram"), replace(own, options={})))
+    assert demo._methods() == [
+        *("simple", "ties", "fisher", "regmean"),
+        {"method": "actmat", "title": "Auto, with statistics: ACTMat", "options": {"ridge": 0.1}},
+        {"method": "actmat", "title": "Auto, without statistics: ACTMat", "options": {}},
+    ]
+    monkeypatch.setattr(auto, "ROWS", (own,))
+    titles = {"method": "actmat", "title": "Auto, with or without statistics: ACTMat", "options": {"ridge": 0.1}}
+    assert demo._methods() == ["simple", "ties", "fisher", "regmean", "actmat", titles]
 
 
 def test_the_configuration_is_one_like_any_other(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from merganser.cli.common import quiet_libraries, warn
 @click.option("--seed", type=int, default=1, show_default=True, help="Of everything that is random.")
 @click.option("--overwrite", is_flag=True, help="Begin anew in the folder of another demo.")
 def demo_command(output: Path, fast: bool, seed: int, overwrite: bool) -> None:
-    """Fine-tune four specialists of a real encoder, collect their statistics, merge them four ways, compare.
+    """Fine-tune four specialists of a real encoder, collect their statistics, merge and compare.
 
     A run that was stopped goes on where it was when the same command is given again.
     """

@@ -55,7 +55,7 @@ from merganser.lab.sentiment import LABEL_NAMES, PACKAGE, SDIST_SHA256, TITLES, 
 from merganser.lab.zoo import Zoo
 from merganser.methods import METHODS as ALL_METHODS
 from merganser.methods import Method
-from merganser.methods.auto import AUTO, PUBLISHED, Row, Situation, choose
+from merganser.methods.auto import PUBLISHED, Row, Situation, choose
 from merganser.methods.averages.simple import SIMPLE
 from merganser.methods.regression.actmat import ACTMAT
 from merganser.methods.regression.fisher import FISHER
