@@ -13,6 +13,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ from torch.utils.data import ConcatDataset
 
 from merganser.errors import CheckpointError, UserError, require
 from merganser.tasks.models import quiet
-from merganser.training.heads import PROBLEM_TYPES, load_start
+from merganser.training.adapters import plain_model, save_model, with_adapter
+from merganser.training.heads import PROBLEM_TYPES, Start, load_start
 from merganser.training.loop import FeatureData, MixedBatches, OnStep, TrainingOutcome, TrainingRun, run_trainer
 from merganser.training.losses import Loss, make_loss
 from merganser.training.outputs import new_trained, trained_output
@@ -69,6 +71,7 @@ def train_multitask(
     seed: int = 1,
     head_seed: int | None = None,
     starts: Mapping[str, str | Path] | None = None,
+    separate: Sequence[str] = (),
     work: str | Path | None = None,
     device: str = "auto",
     allow_pickle: bool = False,
@@ -89,6 +92,7 @@ def train_multitask(
         head_seed: of new heads; by default ``seed``.
         starts: for each part a model folder to start from instead of ``base``: their encoders are the same
             and their heads are kept, as in a merge that left the heads apart.
+        separate: name patterns of the encoder's parameters that each part has to itself, as its head.
         work: a folder for checkpoints after each epoch, see :func:`merganser.training.train`.
         device: ``cpu``, ``cuda``, or ``auto`` for a GPU where there is one.
         allow_pickle: accept a base whose weights are pickled (read with ``weights_only``).
@@ -101,7 +105,7 @@ def train_multitask(
         UserError: parts that cannot be trained together, or a setting that does not fit.
     """
     output, starts = Path(output), dict(starts or {})
-    require("train", "training", "accelerate")
+    require("train", "training", "accelerate", *(["peft"] if settings.lora else []))
     _check_parts(parts, shared, starts)
     sources = [starts.get(part.name, base) for part in parts]
     place = trained_output(output, sources, overwrite=overwrite, work=work)
@@ -125,13 +129,14 @@ def train_multitask(
             scratch = Path(work)
             data_of = [(item.start, part.rows, part.dev) for item, part in zip(prepared, parts, strict=True)]
             described = [(part.name, part.metric, str(part.columns)) for part in parts]
-            resume = take_up(scratch, fingerprint(data_of, settings, (seed, drawn, shared, bool(starts), described)))
+            more = (seed, drawn, shared, bool(starts), described, *([tuple(separate)] if separate else []))
+            resume = take_up(scratch, fingerprint(data_of, settings, more))
         models = [
-            load_start(item.start, drawn, resume and resume / name, allow_pickle=allow_pickle)
+            _load(item.start, drawn, resume and resume / name, settings, allow_pickle)
             for item, name in zip(prepared, names, strict=False)  # the first alone, where one model is shared
         ]
         if not shared:
-            _share_encoder(models, names, same=bool(starts))
+            _share_encoder(models, names, separate, same=bool(starts))
         caches = [getattr(model.config, "use_cache", None) for model in models]
         run = TrainingRun(
             name=output.name,
@@ -162,6 +167,13 @@ def train_multitask(
     return Trained(paths, outcome.scores, None if outcome.best is None else kept + 1, outcome.losses[kept])
 
 
+def _load(start: Start, seed: int, folder: Path | None, settings: TrainingSettings, allow_pickle: bool) -> Any:
+    """The model to train, of a checkpoint of an earlier training where there is one; with its adapter, if any."""
+    if settings.lora is None:
+        return load_start(start, seed, folder, allow_pickle=allow_pickle)
+    return with_adapter(load_start(start, seed, allow_pickle=allow_pickle), start, settings.lora, folder)
+
+
 def _collate(prepared: Sequence[Prepared], examples: list[dict[str, Any]]) -> dict[str, Any]:
     """A batch of the examples of one part, with the part's place."""
     (part,) = {example["part"] for example in examples}
@@ -182,16 +194,19 @@ class _Heads(nn.Module):
         return {"loss": loss(model(**inputs).logits, labels)}
 
 
-def _share_encoder(models: Sequence[Any], names: Sequence[str], *, same: bool) -> None:
-    """Make every parameter of the encoders that has the same name one parameter.
+def _share_encoder(models: Sequence[Any], names: Sequence[str], separate: Sequence[str], *, same: bool) -> None:
+    """Make every parameter of the encoders that has the same name one parameter, but for those to be kept separate.
 
     Raises:
         CheckpointError: the architectures differ, or (where they must be the ``same``) their weights.
     """
     kept: dict[str, nn.Parameter] = {}
     for model, name in zip(models, names, strict=True):
-        encoder = model.base_model
+        plain = plain_model(model)
+        encoder, prefix = plain.base_model, plain.base_model_prefix
         for path, parameter in list(encoder.named_parameters(remove_duplicate=False)):
+            if any(fnmatchcase(f"{prefix}.{path}", pattern) for pattern in separate):
+                continue
             first = kept.setdefault(path, parameter)
             if first is parameter:
                 continue
@@ -230,7 +245,7 @@ def _save(models: Sequence[Any], caches: Sequence[bool | None], names: Sequence[
             config.use_cache = use_cache
         try:
             with quiet():
-                model.save_pretrained(folder / name)
+                save_model(model, folder / name)
         finally:
             if now is not None:
                 config.use_cache = now

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from merganser.errors import UserError, validated
 
@@ -20,6 +20,22 @@ Batching = Literal["shuffled", "by-length"]
 
 #: Where transformers' polynomial schedule ends; it takes no rate that is not above it.
 POLYNOMIAL_END = 1e-7
+
+
+class LoraSettings(BaseModel):
+    """The adapter that is trained in place of a model's weights (Hu et al. 2022); its head is trained as a whole.
+
+    Attributes:
+        rank: of each change ΔW = (alpha / rank) BA.
+        alpha: see there.
+        targets: last names of the linear layers that are adapted, such as ``query``; none for all of the base model.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rank: Annotated[int, Field(ge=1)] = 8
+    alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 16
+    targets: tuple[Annotated[str, Field(min_length=1)], ...] = ()
 
 
 class TrainingSettings(BaseModel):
@@ -39,6 +55,8 @@ class TrainingSettings(BaseModel):
             labels weigh more; see :mod:`merganser.training.losses`.
         best_epoch: keep the weights of the epoch with the best score on development data, not the last ones.
         batching: ``shuffled``, or ``by-length``: texts of similar length together, in a random order.
+        lora: train an adapter of this kind; None for all weights, and then it is not written down either, so that
+            what was trained before there were adapters keeps its name.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -54,6 +72,12 @@ class TrainingSettings(BaseModel):
     reweight: Reweight = "none"
     best_epoch: bool = False
     batching: Batching = "shuffled"
+    lora: LoraSettings | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = handler(self)
+        return {name: value for name, value in values.items() if name != "lora" or value is not None}
 
     @model_validator(mode="after")
     def _falls(self) -> TrainingSettings:

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from merganser.checkpoints import open_checkpoint
-from merganser.errors import ErrorCollector, RecipeError, UserError, did_you_mean
+from merganser.errors import ErrorCollector, RecipeError, UserError, did_you_mean, require
 from merganser.files import is_url
 from merganser.lab.grid.cells import expand
 from merganser.lab.grid.compute import scored_on
@@ -37,7 +37,9 @@ def check_inputs(models: Models) -> None:
     errors.catch(_check_architecture, models)
     errors.catch(_check_methods, models)
     for args in models.config.contributors.values():
-        errors.catch(models.settings, args)
+        settings = errors.catch(models.settings, args)
+        if settings is not None and settings.lora is not None:
+            errors.catch(require, "train", "a LoRA adapter", "peft", where="training.lora")
     for method in models.config.methods:
         if method.finetune is not None:
             errors.catch(models.tuned, method.finetune)
@@ -171,13 +173,14 @@ def _check_given(models: Models) -> None:
 def _check_patterns(models: Models) -> None:
     """Tensors that a method is to leave out are there: a pattern that means none is a mistake, as in any merge."""
     config, errors = models.config, ErrorCollector()
-    wanted = [(method, pattern) for method in config.methods for pattern in method.exclude]
+    wanted = [(f"methods: {method.key}: exclude", one) for method in config.methods for one in method.exclude]
+    wanted += [("separate", pattern) for pattern in config.separate]
     names = _tensor_names(models) if wanted else frozenset()
-    for method, pattern in wanted:
+    for where, pattern in wanted:
         if names and not any(fnmatchcase(name, pattern) for name in names):
             what = f"no tensor of the fine-tuned models is called {pattern!r}"
             mend = f"use a name or a pattern with *, such as {min(names)!r}"
-            errors.add(RecipeError(what, where=f"methods: {method.key}: exclude", mend=mend))
+            errors.add(RecipeError(what, where=where, mend=mend))
     errors.raise_all()
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import transformers
 
 from merganser.checkpoints import open_checkpoint
+from merganser.checkpoints.layers import load_config
 from merganser.errors import UserError
 from merganser.evaluation.bootstrap import resample, standard_error
 from merganser.files import scratch_folder
@@ -129,6 +130,7 @@ def cell_id(models: Models, cell: Cell) -> str:
         "scoring": config.suite.options,
         "max_length": models.settings().max_length,
         **({"bootstrap": config.bootstrap} if config.bootstrap else {}),
+        **({"separate": config.separate} if cell.heads == "separate" and config.separate else {}),
         "tests": [(*test, models.data.digest(*test[:2])) for test in scored_on(config, cell)],
     }
     text = json.dumps(content, sort_keys=True, ensure_ascii=False, default=str)
@@ -234,7 +236,7 @@ def merge_cell(
     method, wanted = models.config.method(cell.method), statistics_of(models.config, cell)
     people = [
         Contributor(
-            model=str(models.model(spec).path),
+            model=models.reference(models.model(spec)),
             coefficient=coefficient,
             statistics=str(models.statistics(spec, wanted)) if wanted else None,
             labels=models.data.suite.votes(spec.set),
@@ -244,7 +246,8 @@ def merge_cell(
     ]
     separate: dict[str, Any] = {}
     if cell.heads == "separate":
-        separate["keep_separate"] = head_patterns(models.model(cell.contributors[0]).path)
+        first = models.reference(models.model(cell.contributors[0]))
+        separate["keep_separate"] = [*head_patterns(first), *models.config.separate]
     needs_base = METHODS[method.method].needs.base
     merge(
         people,
@@ -262,17 +265,17 @@ def merge_cell(
     return output
 
 
-def head_patterns(folder: Path) -> list[str]:
+def head_patterns(reference: str) -> list[str]:
     """Patterns of all tensors outside the pretrained encoder: what fine-tuning for another task adds.
 
     Raises:
         UserError: there is nothing outside.
     """
-    config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True)
-    prefix = transformers.AutoModel._model_mapping[type(config)].base_model_prefix
-    names = [name for name in open_checkpoint(folder).tensors if not name.startswith(f"{prefix}.")]
+    opened = open_checkpoint(reference)
+    prefix = transformers.AutoModel._model_mapping[type(load_config(opened))].base_model_prefix
+    names = [name for name in opened.tensors if not name.startswith(f"{prefix}.")]
     if not names:
-        raise UserError("the model has no head to keep separate", where=folder, mend="set heads: same")
+        raise UserError("the model has no head to keep separate", where=reference, mend="set heads: same")
     return sorted({name.split(".")[0] + ".*" for name in names})
 
 
@@ -326,6 +329,7 @@ def _finetuned(models: Models, cell: Cell, finetune: Finetune, merged: Path, out
         settings=models.tuned(finetune),
         seed=cell.seed,
         starts=None if shared else starts,
+        separate=() if shared else models.config.separate,
         device=models.config.resources.device,
     )
     return output

@@ -240,6 +240,8 @@ class ExperimentConfig(_Frozen):
         resources_dir: a folder in which pretrained models are looked for by their names.
         local_zoo_dir: the zoo, where --zoo names none.
         training: hyper-parameters that differ from the published ones.
+        separate: name patterns of what each contributor keeps beside its head with ``heads: separate``, such as a
+            pooler that nobody has pre-trained.
         order: of the greedy merge; computed on development data, or the names in order.
         batch_size: for predicting; changes speed only.
         bootstrap: samples of a test's examples for the standard error of its score; 0: none.
@@ -258,6 +260,7 @@ class ExperimentConfig(_Frozen):
     layout: Literal["pairs", "greedy", "all", "partitions"]
     partitions: Partitions = Partitions()
     heads: tuple[Heads, ...] = Field(default=("same",), min_length=1)
+    separate: tuple[str, ...] = ()
     order: Literal["computed"] | tuple[str, ...] = "computed"
     methods: tuple[MethodConfig, ...] = Field(min_length=1)
     comparators: tuple[Comparator, ...] = ("individual",)
@@ -273,7 +276,7 @@ class ExperimentConfig(_Frozen):
         if not isinstance(value, dict):
             return value
         value = dict(value)
-        for key in ("heads", "seeds", "comparators"):
+        for key in ("heads", "seeds", "comparators", "separate"):
             if key in value and not isinstance(value[key], list | tuple):
                 value[key] = [value[key]]
         defaults, listed = value.get("default_model_args") or {}, as_mapping(value.get("contributors"))
@@ -306,6 +309,8 @@ class ExperimentConfig(_Frozen):
         if separate and self.tests.out_of_domain:
             mend = "leave these tests out, or give heads: same"
             raise ValueError(f"with heads: separate no head is made for tests.out_of_domain: {mend}")
+        if self.separate and not separate:
+            raise ValueError("what is kept beside a separate head is given (separate), but heads: separate is not")
         if separate and self.layout == "partitions":
             raise ValueError("the parts of one data set share its labels: give heads: same")
         return self

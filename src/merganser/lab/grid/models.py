@@ -28,6 +28,7 @@ from merganser.tasks.columns import Columns
 from merganser.tasks.data import Rows
 from merganser.tasks.models import load_model, load_tokenizer, open_model, prepare_padding
 from merganser.tasks.predict import Prediction, predict
+from merganser.training.adapters import CONFIG as ADAPTER_CONFIG
 from merganser.training.fine_tune import train
 from merganser.training.multitask import train_multitask
 from merganser.training.prepare import TrainingPart
@@ -75,8 +76,8 @@ class Models:
         Raises:
             UserError: see :meth:`settings`.
         """
-        own = finetune.training
-        return with_changes(self.settings(), {"best_epoch": False}, own, where="methods.*.finetune.training")
+        own, below = finetune.training, {"best_epoch": False, "lora": None}  # a merge is a model, not an adapter
+        return with_changes(self.settings(), below, own, where="methods.*.finetune.training")
 
     def _architecture(self) -> str:
         if self.config.pretrained.architecture:
@@ -222,11 +223,12 @@ class Models:
             output.rmdir()
             scores, best = [round(float(score), 6) for score in done.dev_scores], done.best_epoch
             inside = folder if (folder / "config.json").exists() else min(p for p in folder.iterdir() if p.is_dir())
+            weights = open_checkpoint(self._reference(inside)).manifest_sha256()
             return {
                 "dev_scores": scores,
                 "best_epoch": best,
                 "score": scores[(best or 0) - 1] if scores else None,  # without a best epoch the last is kept
-                "weights": open_checkpoint(inside).manifest_sha256(),
+                "weights": weights,
             }
 
         return self.zoo.build(key, make)
@@ -249,6 +251,7 @@ class Models:
         return {
             **self._made("multitask", named, cell.seed, self.settings(), [spec.set for spec in cell.contributors]),
             "shared": cell.heads != "separate",
+            **self._separate(cell),
             "parts": [self._data_key(spec) for spec in cell.contributors],
         }
 
@@ -256,8 +259,27 @@ class Models:
         """One encoder trained on the data of every contributor of a cell."""
         key, base, settings = self.multitask_key(cell), self.config.pretrained.model, self.settings()
         parts, shared = [self.part(spec) for spec in cell.contributors], key["shared"]
-        run = partial(train_multitask, base, parts, shared=shared, settings=settings, seed=cell.seed)
+        options = {"shared": shared, "settings": settings, "seed": cell.seed, **self._separate(cell)}
+        run = partial(train_multitask, base, parts, **options)
         return self._trained(key, run)
+
+    def _separate(self, cell: Cell) -> dict[str, Any]:
+        """What multi-task training keeps separate beside the heads, as a merge does; empty for nothing."""
+        kept = cell.heads == "separate" and self.config.separate
+        return {"separate": list(self.config.separate)} if kept else {}
+
+    def reference(self, entry: Entry, subfolder: str = "") -> str:
+        """A model of the zoo as every command takes it: an adapter together with the pretrained model below it.
+
+        Args:
+            entry: of the zoo.
+            subfolder: of one head of several.
+        """
+        return self._reference(entry.path / subfolder if subfolder else entry.path)
+
+    def _reference(self, folder: Path) -> str:
+        adapted = (folder / ADAPTER_CONFIG).is_file()
+        return f"{self.config.pretrained.model}+{folder}" if adapted else str(folder)
 
     def part(self, spec: ModelSpec, examples: Rows | None = None) -> TrainingPart:
         """A contributor's share of multi-task training."""
@@ -279,7 +301,7 @@ class Models:
 
         def make(path: Path) -> None:
             collect(
-                entry.path,
+                self.reference(entry),
                 self.rows(spec),
                 task=task,
                 grams=kind != "fisher",
@@ -327,7 +349,7 @@ class Models:
         }
 
         def make(path: Path) -> None:
-            reference = entry.path / subfolder if subfolder else entry.path
+            reference = self.reference(entry, subfolder)
             save_prediction(self.predict_all(reference, [(set_name, split)])[0], path)
 
         return load_prediction(self.zoo.attach(entry, f"outputs/{_short(settings)}.npz", make))
