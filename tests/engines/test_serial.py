@@ -67,7 +67,9 @@ def test_mistakes_are_found_before_anything_runs(tmp_path: Path) -> None:
 
 
 def test_engines_have_names() -> None:
-    assert {name: engine.name for name, engine in ENGINES.items()} == {"serial": "serial", "ray": "ray"}
+    assert {name: engine.name for name, engine in ENGINES.items()} == {
+        name: name for name in ("serial", "processes", "ray")
+    }
     assert isinstance(make_engine("serial", description="x"), SerialEngine)
     with pytest.raises(UserError, match="unknown engine 'spark'"):
         make_engine("spark")

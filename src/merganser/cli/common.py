@@ -41,16 +41,23 @@ def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def make_cluster(name: str, address: str | None, description: str) -> Any:
-    """The engine that ``--engine`` names; None for this process.
+def make_cluster(name: str, address: str | None, description: str, workers: int = 1) -> Any:
+    """The engine that ``--engine`` and ``--workers`` name; None for this process.
 
     Args:
         name: ``serial`` or ``ray``.
         address: of the Ray cluster.
         description: what the jobs are for, shown in front of the bar.
+        workers: processes of this machine that work at once.
     """
-    if name == "serial":
+    if name == "serial" and workers == 1:
         return None
+    if name == "serial":
+        from merganser.engines import ProcessEngine
+
+        return ProcessEngine(workers, description=description)
+    if workers != 1:
+        raise click.UsageError("--workers is of this machine: a Ray cluster knows what it has.")
     from merganser.engines import RayEngine
 
     return RayEngine(address, description=description)

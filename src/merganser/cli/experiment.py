@@ -60,6 +60,7 @@ class _ListOptions(click.Command):
     "--allow-pickle", is_flag=True, help="Accept models that are published as pickles (read with weights_only)."
 )
 @click.option("--engine", type=click.Choice(["serial", "ray"]), default="serial", show_default=True)
+@click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Jobs at once, in processes.")
 @click.option("--ray-address", help="Of a running cluster.  [default: $RAY_ADDRESS or auto]")
 @click.option(
     "--dry-run", is_flag=True, help="Check every input, show what is there, what is left and how long it takes."
@@ -75,6 +76,7 @@ def experiment_command(
     device: str | None,
     allow_pickle: bool,
     engine: str,
+    workers: int,
     ray_address: str | None,
     dry_run: bool,
     as_json: bool,
@@ -110,7 +112,7 @@ def experiment_command(
 
         _show_plan(config.name, plan_experiment(config, results=results, zoo=place, allow_pickle=allow_pickle), as_json)
         return
-    cluster = make_cluster(engine, ray_address, "experiment")
+    cluster = make_cluster(engine, ray_address, "experiment", workers)
     done = run_experiment(config, results=results, zoo=place, engine=cluster, allow_pickle=allow_pickle)
     for failure in done.failures:
         more = f"\n    left out for it: {failure.cells} cells" if failure.cells else ""

@@ -1,18 +1,19 @@
-"""Where the jobs of a grid run: one after the other here, or all over a Ray cluster."""
+"""Where the jobs of a grid run: one after the other here, several at once in processes, or all over a Ray cluster."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from merganser.engines.base import Engine, Job, Outcome
+from merganser.engines.processes import ProcessEngine
 from merganser.engines.ray import RayEngine
 from merganser.engines.serial import SerialEngine
 from merganser.errors import UserError, did_you_mean
 
-__all__ = ["ENGINES", "Engine", "Job", "Outcome", "RayEngine", "SerialEngine", "make_engine"]
+__all__ = ["ENGINES", "Engine", "Job", "Outcome", "ProcessEngine", "RayEngine", "SerialEngine", "make_engine"]
 
 #: Every engine by name.
-ENGINES: dict[str, type[Engine]] = {engine.name: engine for engine in (SerialEngine, RayEngine)}
+ENGINES: dict[str, type[Engine]] = {engine.name: engine for engine in (SerialEngine, ProcessEngine, RayEngine)}
 
 
 def make_engine(name: str, **settings: Any) -> Engine:
