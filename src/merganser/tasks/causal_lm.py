@@ -28,8 +28,8 @@ from merganser.tasks.tokens import Encoded, encode_texts
 
 
 def nll(judgements: np.ndarray) -> float:
-    """Mean negative log-likelihood of a token, in nats; judgements: (examples, 2) of sum and tokens."""
-    total, tokens = judgements.sum(axis=0)
+    """Mean negative log-likelihood of a token, in nats; judgements: (examples, 3) of sum, tokens and right ones."""
+    total, tokens, _ = judgements.sum(axis=0)
     return float(total / tokens) if tokens else float("nan")
 
 
@@ -37,6 +37,12 @@ def perplexity(judgements: np.ndarray) -> float:
     """The exponential of :func:`nll`: at least 1."""
     with np.errstate(over="ignore"):
         return float(np.exp(nll(judgements)))
+
+
+def accuracy(judgements: np.ndarray) -> float:
+    """The share of tokens that the model finds the likeliest; judgements as of :func:`nll`."""
+    _, tokens, right = judgements.sum(axis=0)
+    return float(right / tokens) if tokens else float("nan")
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,7 @@ class CausalLM(Task):
     auto_class = "AutoModelForCausalLM"
     heads = ("ForCausalLM", "LMHeadModel")
     problem = "next_token"
-    metrics: ClassVar[Mapping[str, Metric]] = {"nll": nll, "perplexity": perplexity}
+    metrics: ClassVar[Mapping[str, Metric]] = {"nll": nll, "perplexity": perplexity, "accuracy": accuracy}
     lower_is_better = frozenset({"nll", "perplexity"})
     ensembles = False
     wants = ()
@@ -99,15 +105,17 @@ class CausalLM(Task):
     def outputs(
         self, model: nn.Module, inputs: dict[str, Tensor], features: Sequence[Feature], tokenizer: Any
     ) -> list[np.ndarray]:
-        """For each text its summed negative log-likelihood and its predicted tokens: float64 (2,)."""
+        """For each text its summed negative log-likelihood, its predicted tokens and the right ones: float64 (3,)."""
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         with torch.inference_mode():
             logits = model(**inputs).logits
             found = []
             for row, tokens, real in zip(logits, ids, mask.sum(dim=1).tolist(), strict=True):
                 # text by text: the log-probabilities of a whole batch would be as large again as the logits
-                losses = functional.cross_entropy(row[: real - 1].float(), tokens[1:real], reduction="none")
-                found.append(np.array([losses.double().sum().item(), real - 1], np.float64))
+                said, truth = row[: real - 1].float(), tokens[1:real]
+                losses = functional.cross_entropy(said, truth, reduction="none")
+                right = (said.argmax(dim=-1) == truth).sum().item()
+                found.append(np.array([losses.double().sum().item(), real - 1, right], np.float64))
         return found
 
 

@@ -9,8 +9,9 @@ from merganser.lab.suites.glue import Glue
 from merganser.lab.suites.ner import NER
 from merganser.lab.suites.own_files import OwnFiles
 from merganser.lab.suites.sentiment import Sentiment
+from merganser.lab.suites.texts import Texts
 
 #: Every suite by name.
 SUITES: dict[str, type[Suite]] = {
-    suite.name: suite for suite in (Emotion, EmotionT5, EmotionGPT2, NER, Glue, Sentiment, OwnFiles)
+    suite.name: suite for suite in (Emotion, EmotionT5, EmotionGPT2, NER, Glue, Sentiment, Texts, OwnFiles)
 }
