@@ -13,6 +13,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -24,10 +25,10 @@ from merganser.merging.activations import Activations
 from merganser.merging.adapters import brings_product
 from merganser.merging.inputs import Inputs
 from merganser.merging.matching import RowMap
-from merganser.merging.memory import Budget, RunSettings, Schedule
+from merganser.merging.memory import Budget, RunSettings, Schedule, kept_bytes
 from merganser.merging.plan import BUFFER, COPY, KEPT, TAKEN, Step
 from merganser.merging.running_sums import RunningSums
-from merganser.merging.shares import ParentShare, Ranges, read_finite
+from merganser.merging.shares import Kept, ParentShare, Ranges, read_finite
 from merganser.methods import Merged, Method, Unit, average_unit
 from merganser.methods.base import Share, elements
 from merganser.methods.products import Product
@@ -214,15 +215,16 @@ class Merging:
             merged = average_unit(unit, self.shares(step)) if method is None else method.merge(unit, self.shares(step))
             yield dict.fromkeys(merged.tensors, 0), merged
         else:
-            merge = average_unit if method is None else method.prepare(unit, self.shares(step))
+            kept = Kept(kept_bytes(step)) if self.settings.max_memory is None else None
+            merge = average_unit if method is None else method.prepare(unit, self.shares(step, kept=kept))
             for start in range(0, unit.height(), rows):
                 part, ranges = unit.cut(start, start + rows)
-                yield {name: first for name, (first, _) in ranges.items()}, merge(part, self.shares(step, ranges))
+                yield {name: first for name, (first, _) in ranges.items()}, merge(part, self.shares(step, ranges, kept))
 
-    def shares(self, step: Step, ranges: Ranges | None = None) -> list[ParentShare]:
+    def shares(self, step: Step, ranges: Ranges | None = None, kept: Kept | None = None) -> list[ParentShare]:
         """Of every contributor that takes part, of these rows of each tensor; of all by default."""
-        device, seen = self.settings.torch_device, self.seen
-        return [ParentShare(self.inputs, step, n, ranges=ranges, device=device, seen=seen) for n in step.takers]
+        one = partial(ParentShare, ranges=ranges, device=self.settings.torch_device, seen=self.seen, kept=kept)
+        return [one(self.inputs, step, number) for number in step.takers]
 
     def _by_rows(
         self, step: Step, table: RowMap, method: Method | None, sums: RunningSums | None, height: int | None

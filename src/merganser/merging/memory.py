@@ -34,6 +34,7 @@ _KEPT, _MAPPED = 256 * 2**20, 8 * 2**20
 #: Numbers of a slice where slices cost nothing: few enough for the processor's caches, enough to keep it busy.
 SLICE = 1 << 19
 SMALL = 64 * 2**20  # bytes of a step that it is no use to cut
+HELD = 96 * 2**20  # bytes of a step's tensors that are kept, instead of being read a second time
 #: What the process takes beside tensors once it works: thread stacks, the libraries' own buffers.
 OWN_BYTES = 24 * 2**20
 #: Slices of the slicing, as read and as written, beside what the method holds.
@@ -185,7 +186,7 @@ def _cut(step: Step, room: int | None) -> tuple[int | None, int]:
     rows = max(1, SLICE // max(1, elements(step.unit) // max(height, 1))) if least == 1 else height
     if rows >= height and (room is None or whole <= room):
         return None, whole
-    size = step_bytes(step, rows)
+    size = step_bytes(step, rows) + (kept_bytes(step) if room is None else 0)
     while room is not None and size > room and rows > least:
         rows = max(least, rows // 2 // least * least)
         size = step_bytes(step, rows)
@@ -209,6 +210,13 @@ def step_bytes(step: Step, rows: int | None = None) -> int:
     method = step.treatment
     held = elements(unit) * 4 * 4 if method is None else method.memory(unit, len(step.takers))
     return (held + largest * 4 * _PIECES) * (2 if step.computation == "F64" else 1)
+
+
+def kept_bytes(step: Step) -> int:
+    """How much of a step's tensors is kept, where memory is not limited, from a pass over the whole for the slices."""
+    if step.treatment is None or not step.treatment.reads_twice:
+        return 0
+    return min(HELD, elements(step.unit) * 2 * (len(step.takers) + 1))
 
 
 def anonymous_bytes() -> int:

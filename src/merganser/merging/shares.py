@@ -42,6 +42,7 @@ class ParentShare:
         ranges: by target, the range of rows that is meant; all by default.
         device: where tensors are put.
         seen: what the contributors' units do on texts at hand.
+        kept: pieces of whole tensors; a share of a range, which is a slice, takes them from there.
     """
 
     def __init__(
@@ -56,11 +57,13 @@ class ParentShare:
         ranges: Ranges | None = None,
         device: torch.device | None = None,
         seen: Activations | None = None,
+        kept: Kept | None = None,
     ) -> None:
         self.parent, self.number, self.own = inputs.parents[number], number, rows
         self.coefficient = step.coefficients[number]
         self.sources, self._base_sources, self._base = step.sources[number], step.base, inputs.base
         self._ranges, self._device, self._seen = ranges or {}, device, seen
+        self._kept = kept
         self._dtype = None if step.computation is None else DTYPES[step.computation]
         self._rows = None if rows is None else torch.tensor(rows)
         self._facts = {fact.name: fact for fact in step.unit.facts}
@@ -180,12 +183,20 @@ class ParentShare:
         return gathered(read, own) if self._filling is None else self._filling.rows(BASE_NUMBER, name, start, stop)
 
     def _read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        return read_finite(self.parent, self.sources[name], start, stop)
+        return self._known(self.number, self.parent, self.sources[name], start, stop)
 
     def _read_base(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         if self._base is None:
             raise RuntimeError("the plan promised a base model")
-        return read_finite(self._base, self._base_sources[name], start, stop)
+        return self._known(BASE_NUMBER, self._base, self._base_sources[name], start, stop)
+
+    def _known(self, model: int, parent: Parent, source: Source, start: int, stop: int | None) -> Tensor:
+        """What a source of a model names, read or from what was kept."""
+        read = partial(read_finite, parent, source, start, stop)
+        if self._kept is None or stop is None:
+            return read()
+        place = (model, start, stop)
+        return self._kept.taken(place, read) if self._ranges else self._kept.looked_at(place, read)
 
     def _layer(self, weight: str) -> LayerStatistics | None:
         leaf = self.sources[weight].leaf
@@ -206,6 +217,34 @@ class ParentShare:
 
     def _placed(self, tensor: Tensor) -> Tensor:
         return tensor if self._device is None else tensor.to(self._device)
+
+
+class Kept:
+    """Pieces of one tensor of every model, kept from a pass over the whole for the slices that come after it.
+
+    Numbers of 16 bits alone are kept: whoever computes with them makes wider ones first, and leaves them as they are.
+
+    Args:
+        room: how many bytes may be kept.
+    """
+
+    def __init__(self, room: int) -> None:
+        self._room, self._pieces = room, dict[tuple[int, int, int], Tensor]()
+
+    def looked_at(self, place: tuple[int, int, int], read: Callable[[], Tensor]) -> Tensor:
+        """A piece, which will be asked for again: rows from and to of a model."""
+        piece = self._pieces.get(place)
+        if piece is None:
+            piece = read()
+            if piece.element_size() == 2 and piece.nbytes <= self._room:
+                self._room -= piece.nbytes
+                self._pieces[place] = piece
+        return piece
+
+    def taken(self, place: tuple[int, int, int], read: Callable[[], Tensor]) -> Tensor:
+        """A piece, for the last time."""
+        piece = self._pieces.pop(place, None)
+        return read() if piece is None else piece
 
 
 class Filling:

@@ -320,6 +320,11 @@ class Method(ABC):
         """
         return None
 
+    @property
+    def reads_twice(self) -> bool:
+        """Whether :meth:`prepare` reads tensors, piece by piece, that the slices are then made of."""
+        return False
+
     def prepare(self, unit: Unit, shares: Sequence[Share]) -> Callable[[Unit, Sequence[Share]], Merged]:
         """What merges slices of a unit that can be cut, after whatever has to be known of the whole.
 

@@ -215,6 +215,11 @@ class Elementwise(Method):
 
     weighted: Callable[[Sequence[float], Any], list[float]] | None = None
 
+    @property
+    def reads_twice(self) -> bool:
+        """Where something has to be known of the whole."""
+        return self.reduce is not None
+
     def weights(self, coefficients: Sequence[float]) -> list[float] | None:
         """Those of ``weighted``."""
         return None if self.weighted is None else self.weighted(coefficients, self.options)
