@@ -17,6 +17,7 @@ from merganser.errors import CheckpointError, RecipeError, UserError
 from merganser.merging import RunSettings, Step, make_recipe, memory, merge, prepare
 from merganser.merging.execution import Merging, longest_first
 from merganser.merging.memory import Budget, anonymous_bytes, available_bytes
+from merganser.merging.shares import Kept
 from merganser.methods import Facts, Unit, sums
 
 
@@ -121,6 +122,28 @@ def test_what_others_would_wait_for_at_the_end_goes_first() -> None:
     steps = [Step(Unit((str(n),), "average", (Facts(str(n), (n, 1)),)), "average", (), ()) for n in sizes]
     assert [int(step.unit.names[0]) for step in longest_first(steps, 2)] == [100, 6, 90, 4, 5, 3]
     assert longest_first([], 2) == []
+
+
+def test_what_is_kept_is_read_once_and_within_bounds() -> None:
+    reads: list[torch.dtype] = []
+
+    def piece(dtype: torch.dtype) -> torch.Tensor:
+        reads.append(dtype)
+        return torch.ones(8, dtype=dtype)
+
+    kept = Kept(16)
+    first = kept.looked_at((0, 0, 8), lambda: piece(torch.bfloat16))
+    assert kept.looked_at((0, 0, 8), lambda: piece(torch.bfloat16)) is first
+    kept.looked_at((1, 0, 8), lambda: piece(torch.bfloat16))  # for which there is no room
+    assert kept.taken((0, 0, 8), lambda: piece(torch.bfloat16)) is first
+    assert len(reads) == 2
+    for place in ((0, 0, 8), (1, 0, 8)):
+        kept.taken(place, lambda: piece(torch.bfloat16))
+    assert len(reads) == 4
+    kept = Kept(1000)
+    for _ in range(2):  # numbers that a reader may change in place
+        kept.looked_at((0, 0, 8), lambda: piece(torch.float32))
+    assert len(reads) == 6
 
 
 def test_a_budget_is_never_overdrawn_but_by_one() -> None:
