@@ -263,11 +263,12 @@ class Elementwise(Method):
             return work
         return max(work, selection_memory(elements(unit), contributors, contributors * self.thresholds))
 
-    def _given(self, stored: Tensor, origin: Tensor | None) -> Tensor:
-        """What a function is given of a contributor."""
-        if origin is not None:
-            return difference(stored, origin)
-        return wide(stored) if self.differences else stored
+    def _given(self, tensors: Sequence[Tensor], origin: Tensor | None) -> Iterator[Tensor]:
+        """What a function is given of the contributors: differences lie behind each other where they can."""
+        if origin is None:
+            return (wide(stored) if self.differences else stored for stored in tensors)
+        places = origin.new_empty(len(tensors), *origin.shape)
+        return (difference(stored, origin, place) for stored, place in zip(tensors, places, strict=True))
 
     def _apply(self, unit: Unit, shares: Sequence[Share], whole: Any) -> Merged:
         (name,), (fact,) = unit.names, unit.facts
@@ -281,7 +282,7 @@ class Elementwise(Method):
         def block(here: slice | EllipsisType) -> Tensor:
             theirs = None if base is None else base[here]
             origin = theirs if self.differences else None
-            deltas = (self._given(tensor[here], origin) for tensor in tensors)
+            deltas = self._given([tensor[here] for tensor in tensors], origin)
             there = position if here is ... else replace(position, rows=rows[here])
             found = self.function(theirs, deltas, coefficients, self.options, there)
             return found if origin is None else added(origin, found, scale)
@@ -300,15 +301,15 @@ def _joined(parts: Iterator[Tensor], blocks: Sequence[slice], shape: Sequence[in
     return merged
 
 
-def difference(stored: Tensor, base: Tensor) -> Tensor:
-    """θ − θ₀ in float32 or wider, in a tensor of its own or in the place of θ, which is not used again."""
+def difference(stored: Tensor, base: Tensor, place: Tensor | None = None) -> Tensor:
+    """θ − θ₀ in float32 or wider: in a place like θ₀ if one is given, or in that of θ, which is not used again."""
     if devices.elsewhere(stored) and stored.dtype.itemsize == 2 and base.dtype == torch.float32:
         return torch.sub(stored, base)  # one pass, in which θ is widened
     if stored.dtype != torch.bfloat16 or not stored.is_contiguous() or not fits_kernels(base):
         return wide(stored).sub_(base)
     from merganser.methods import kernels
 
-    found = torch.empty_like(base)
+    found = torch.empty_like(base) if place is None else place
     kernels.subtract(kernels.flat(stored.view(torch.uint16)), kernels.flat(base), kernels.flat(found))
     return found
 
@@ -335,6 +336,11 @@ def stacked(tensors: Sequence[Tensor]) -> np.ndarray:
     """(T, n): the numbers of T tensors on the processor, as uint16 where all are bfloat16, else as float32."""
     if all(tensor.dtype == torch.bfloat16 for tensor in tensors):
         return torch.stack(list(tensors)).reshape(len(tensors), -1).view(torch.uint16).numpy()
+    first, size = tensors[0], tensors[0].numel()
+    storages = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+    offsets = [tensor.storage_offset() - first.storage_offset() for tensor in tensors]
+    if len(storages) == 1 and fits_kernels(*tensors) and offsets == [size * i for i in range(len(tensors))]:
+        return first.as_strided((len(tensors), size), (size, 1)).numpy()  # they lie behind each other already
     return torch.stack([wide(tensor) for tensor in tensors]).reshape(len(tensors), -1).numpy()
 
 
