@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import inf
+from math import inf, sqrt
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from merganser.methods import devices
 #: Numbers of a tensor that are looked at at once.
 PIECE = 1 << 19
 _SAMPLE, _PLACES = 1 << 15, 16  # numbers of a sample, and at how many places of a tensor they are taken
-_MARGIN = 0.015  # of the share of numbers that are larger, on both sides of the sample's
+_MARGIN, _LEAST = 0.03, 0.002  # of the share s of larger numbers, on both sides: so much times √(s·(1 − s)), and more
 _BINS = 1 << 20  # of the histogram between two bounds
 
 Bounds = tuple[float, float]
@@ -158,7 +158,8 @@ def _sampled(
     for number, k in enumerate(ks):
         values = torch.cat([sample[number].flatten() for sample in samples])
         share = k(_varying(values)) / len(values) if callable(k) else k / (height * width)
-        more, fewer = (round((share + margin) * len(values)) for margin in (_MARGIN, -_MARGIN))
+        margin = _MARGIN * sqrt(max(share * (1 - share), 0.0)) + _LEAST  # as wide as chance makes a sample's share
+        more, fewer = (round((share + side) * len(values)) for side in (margin, -margin))
         inner = [k for k in (more, fewer) if 0 < k < len(values)]
         found = dict(zip(inner, _kth_largest(values, *inner), strict=True))
         bounds.append((found.get(more, 0.0), found.get(fewer, inf)))

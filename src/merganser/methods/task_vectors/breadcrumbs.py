@@ -67,11 +67,11 @@ def _bounds(whole: Whole, coefficients: Sequence[float], options: MiddleOptions)
 
     def read(start: int, stop: int) -> list[Tensor]:
         deltas = [delta.to(torch.float32) for delta in whole.deltas(start, stop)]
-        return deltas + deltas
+        return [delta for delta in deltas for _ in range(2)]  # one after the other, while it is in the core's cache
 
-    places = [drop + keep if keep else 0 for drop, keep in counts] + [drop + 1 if keep else 0 for drop, keep in counts]
+    places = [place if keep else 0 for drop, keep in counts for place in (drop + keep, drop + 1)]
     found = kth_largest(read, whole.height, whole.width, places)
-    return list(zip(found[: len(counts)], found[len(counts) :], strict=True))
+    return list(zip(found[::2], found[1::2], strict=True))
 
 
 def _middle(delta: Tensor, index: int, options: MiddleOptions, position: Position) -> Tensor:
