@@ -1,20 +1,21 @@
-"""The table in docs/methods.md says what the methods say of themselves. After a change that is meant, write it anew:
+"""Tables of the documentation that say what the code says of itself: methods, and what ``auto`` chooses.
 
-PYTHONPATH=tests python tests/methods/test_documented.py
+After a change that is meant, write them anew: PYTHONPATH=tests python tests/methods/test_documented.py
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from merganser.methods import METHODS
+from merganser.methods.auto import markdown_table
 from merganser.methods.description import describe
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "methods.md"
-START, END = "<!-- methods: written by tests/methods/test_documented.py -->\n", "<!-- end of methods -->\n"
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
 def table() -> str:
@@ -28,23 +29,34 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
-def parts() -> tuple[str, str, str]:
-    """The page before the table, the table, and the page behind it."""
-    before, rest = PAGE.read_text(encoding="utf-8").split(START)
-    found, after = rest.split(END)
-    return before, found, after
+#: Page → what its table is called in the comments around it, and what makes it.
+TABLES: dict[str, tuple[str, Callable[[], str]]] = {
+    "methods.md": ("methods", table),
+    "choosing.md": ("choices", markdown_table),
+}
 
 
-def test_the_table_is_up_to_date() -> None:
-    assert parts()[1] == table()
+def parts(page: str) -> tuple[str, str, str]:
+    """The page before the table, the table, and the page behind it, comments included."""
+    name = TABLES[page][0]
+    start, end = f"<!-- {name}: written by tests/methods/test_documented.py -->\n", f"<!-- end of {name} -->\n"
+    before, rest = (DOCS / page).read_text(encoding="utf-8").split(start)
+    found, after = rest.split(end)
+    return before + start, found, end + after
+
+
+@pytest.mark.parametrize("page", TABLES)
+def test_the_table_is_up_to_date(page: str) -> None:
+    assert parts(page)[1] == TABLES[page][1]()
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_page_of_its_family_explains_it(name: str) -> None:
-    pages = "".join(page.read_text(encoding="utf-8") for page in sorted(PAGE.with_suffix("").glob("*.md")))
+    pages = "".join(page.read_text(encoding="utf-8") for page in sorted((DOCS / "methods").glob("*.md")))
     assert f"`{name}`" in pages
 
 
 if __name__ == "__main__":
-    before, _, after = parts()
-    PAGE.write_text(f"{before}{START}{table()}{END}{after}", encoding="utf-8")
+    for page, (_, make) in TABLES.items():
+        before, _, after = parts(page)
+        (DOCS / page).write_text(before + make() + after, encoding="utf-8")

@@ -172,6 +172,7 @@ def test_contributors_inherit_default_model_args(tmp_path):
     [
         ({"methodz": []}, "unknown key 'methodz'.*methods"),
         ({"suite": {"name": "emotions", "root": "r"}}, "unknown suite 'emotions'.*emotion"),
+        ({"methods": ["auto"]}, "auto chooses one of the methods"),
         ({"methods": ["regmeen"]}, "unknown method 'regmeen'.*regmean"),
         ({"methods": [{"method": "regmean", "options": {"alfa": 1}}]}, "alfa"),
         ({"methods": ["simple", "simple"]}, "two methods are called 'simple'"),

@@ -15,6 +15,7 @@ from merganser.errors import Problems, UserError, did_you_mean, validated
 from merganser.files import parse_size
 from merganser.lab.suites import SUITES
 from merganser.methods import METHODS
+from merganser.methods.auto import AUTO
 from merganser.methods.names import suggest_method
 from merganser.paths import expanded, real
 
@@ -166,6 +167,8 @@ class MethodConfig(_Frozen):
 
     @model_validator(mode="after")
     def _known(self) -> MethodConfig:
+        if self.method == AUTO:
+            raise ValueError("auto chooses one of the methods (merganser methods auto), and an experiment names them")
         if self.method not in METHODS:
             raise ValueError(f"unknown method {self.method!r}. {suggest_method(self.method, METHODS)}")
         try:
