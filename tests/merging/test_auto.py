@@ -12,13 +12,12 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-import merganser.merging.auto as merging_auto
 import merganser.methods.auto as methods_auto
 from adapter_examples import adapt_linears
 from merganser.cli import main
 from merganser.errors import RecipeError, UserError
 from merganser.merging import make_recipe, merge, reproduce, verify
-from merganser.merging.auto import situation_of
+from merganser.merging.auto import advice_on, situation_of
 from merganser.merging.inputs import open_inputs
 from merganser.merging.planning import make_plan
 from merganser.methods import METHODS
@@ -108,7 +107,7 @@ def test_a_line_of_the_table(family: Family, tmp_path: Path, case: str) -> None:
 def said(recipe: dict[str, Any]) -> tuple[str, list[str]]:
     """The choice and the advice."""
     made = make_recipe(recipe)
-    return make_plan(made).choice or "", [*merging_auto.advice_on(made, open_inputs(made))]
+    return make_plan(made).choice or "", [*advice_on(made, open_inputs(made))]
 
 
 def test_who_lacks_statistics_is_named(family: Family, tmp_path: Path) -> None:

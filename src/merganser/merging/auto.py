@@ -16,7 +16,7 @@ from merganser.errors import RecipeError, UserError
 from merganser.merging.inputs import Inputs, Parent
 from merganser.merging.recipe import Recipe
 from merganser.methods import METHODS
-from merganser.methods.auto import AUTO, PUBLISHED, Published, Row, Situation, Tasks, better_rows, choose
+from merganser.methods.auto import PUBLISHED, Published, Row, Situation, Tasks, better_rows, choose
 from merganser.text import listed
 
 _MOST = 3  # contributors that are named
@@ -37,33 +37,26 @@ class Choice:
     row: Row
     because: str
 
+    def settle(self, recipe: Recipe) -> Recipe:
+        """The recipe with the method that was chosen; the user's options stand before those of the table."""
+        options = {**self.row.options, **recipe.options}
+        return recipe.model_copy(update={"method": self.row.method, "options": options})
 
-def choose_method(recipe: Recipe, inputs: Inputs) -> Choice | None:
-    """What is chosen for these files; None where the recipe names its method.
+
+def choose_method(recipe: Recipe, inputs: Inputs) -> Choice:
+    """What is chosen for these files, whatever method the recipe names.
 
     Raises:
         RecipeError: the recipe has options that the chosen method has not.
     """
-    if recipe.method != AUTO:
-        return None
     situation = situation_of(recipe, inputs)
     row = choose(situation)
     _check_options(recipe, row)
     return Choice(row, f"{_facts(row, situation, inputs)}; {row.why}")
 
 
-def settle(recipe: Recipe, choice: Choice | None) -> Recipe:
-    """The recipe with the method that was chosen; the user's options stand before those of the table."""
-    if choice is None:
-        return recipe
-    options = {**choice.row.options, **recipe.options}
-    return recipe.model_copy(update={"method": choice.row.method, "options": options})
-
-
 def advice_on(recipe: Recipe, inputs: Inputs) -> tuple[str, ...]:
-    """Of a method that the recipe leaves open: what to expect, and what would lead to a better one."""
-    if recipe.method != AUTO:
-        return ()
+    """What to expect of the method that is chosen, and what would lead to a better one; sentences."""
     situation = situation_of(recipe, inputs)
     return (*_advice(choose(situation), situation, inputs),)
 

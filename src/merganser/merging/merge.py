@@ -38,6 +38,7 @@ from merganser.merging.targets.checkpoint import (
     output_problems,
     write_small_files,
 )
+from merganser.methods.auto import AUTO
 from merganser.paths import described, path_text
 from merganser.progress import track
 from merganser.results import PathResult, html_table
@@ -278,7 +279,7 @@ def prepare(
         inputs = open_inputs(recipe, allow_pickle=settings.allow_pickle)
         reads = [*reads, *merge_reads(inputs)]  # a base that the method makes no use of as well
         plan = plan_of(recipe, inputs, adapter=adapter)
-        advice = advice_on(recipe, inputs)
+        advice = advice_on(recipe, inputs) if recipe.method == AUTO else ()
         inputs = inputs if plan.base else replace(inputs, base=None)
     schedule = _fit(plan, inputs, settings)
     problems = ErrorCollector()

@@ -19,7 +19,7 @@ from merganser.checkpoints.writer import TensorSpec
 from merganser.errors import ErrorCollector, RecipeError
 from merganser.merging.activations import check_texts
 from merganser.merging.adapters import adapter_ranks, check_adapter, notes_without_base
-from merganser.merging.auto import choose_method, settle
+from merganser.merging.auto import choose_method
 from merganser.merging.chat_templates import choose_chat_template
 from merganser.merging.coefficients import check_averages
 from merganser.merging.configuration import BASE, check_written, compare_tokenizers, match_configurations
@@ -44,6 +44,7 @@ from merganser.merging.rules import Assignment, assign, needs_parts
 from merganser.merging.steps import find_all_layers, make_steps, method_of
 from merganser.merging.vocabulary import match_vocabularies
 from merganser.methods import METHODS, Facts, Unit
+from merganser.methods.auto import AUTO
 from merganser.methods.averages.simple import SIMPLE
 from merganser.tensors import DTYPE_NAMES, DTYPES, is_floating
 
@@ -83,8 +84,8 @@ def plan_of(recipe: Recipe, inputs: Inputs, *, adapter: AdapterForm | None = Non
         mend = "leave out chat_template, or write a full checkpoint"
         problems.add(RecipeError("an adapter has its base's chat template", where="chat_template", mend=mend))
     separate = find_separate(recipe, people, problems)
-    choice = choose_method(recipe, inputs)
-    settled = settle(recipe, choice)
+    choice = choose_method(recipe, inputs) if recipe.method == AUTO else None
+    settled = recipe if choice is None else choice.settle(recipe)
     chosen, options = settled.method, recorded_options(settled, settled.method)
     form = AdapterForm() if adapter is None and inputs.without_base else adapter
     plain = form is None and not ask_model and treats_all_alike(settled, inputs)

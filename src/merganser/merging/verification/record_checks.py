@@ -36,7 +36,6 @@ from merganser.merging.provenance import (
 )
 from merganser.merging.recipe import Recipe, make_recipe
 from merganser.merging.targets.checkpoint import make_layout, write_small_files
-from merganser.methods.auto import AUTO
 from merganser.statistics import FILE_NAME as STATISTICS
 
 #: Keys below which there are sentences, which another version may word otherwise.
@@ -156,10 +155,9 @@ def plan_anew(
     choice = provenance.get("method_chosen_because")
     grown = any(p.statistics and not entry["statistics"] for p, entry in zip(inputs.parents, entries, strict=True))
     if choice is not None and not grown:  # else there is more to choose from than there was
-        found = choose_method(recipe.model_copy(update={"method": AUTO, "options": {}}), inputs)
-        if found is not None:
-            method, choice = found.row.method, found.because
-            choice = choice if method == plan.recipe.method else f"{method} would be chosen: {choice}"
+        found = choose_method(recipe.model_copy(update={"options": {}}), inputs)
+        method, because = found.row.method, found.because
+        choice = because if method == plan.recipe.method else f"{method} would be chosen: {because}"
     return replace(plan, choice=choice), inputs if plan.base else replace(inputs, base=None)
 
 
