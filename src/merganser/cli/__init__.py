@@ -33,6 +33,7 @@ COMMANDS = {
     "reproduce": ("verify", "Repeat a merge and compare byte for byte."),
     "sign": ("verify", "Sign a merge, a checkpoint or a statistics file."),
     "experiment": ("experiment", "Run a grid of merges and comparators from YAML files."),
+    "benchmark": ("benchmark", "Run every method on every suite, its options chosen once on development data."),
     "report": ("report", "Make a page of an experiment's results."),
     "zoo": ("zoo", "List, show and remove trained models."),
     "demo": ("demo", "Fine-tune, collect, merge and compare, on real data."),

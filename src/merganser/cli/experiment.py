@@ -17,14 +17,15 @@ from merganser.errors import UserError, raise_all
 if TYPE_CHECKING:
     from merganser.lab.grid.planning import Plan, Planned
 
-_LISTS = {"--templates", "--filter-model"}
+#: Options of experiments and benchmarks that take every word up to the next option or YAML file.
+_LISTS = {"--templates", "--filter-model", "--only", "--seeds"}
 #: What is made beside models and cells.
 MADE = ("multi-task models", "gram matrices", "fisher information", "kronecker factors")
 #: The original's word before the files.
 _CONFIGS = {"--config", "--configs", "--config-file", "--config-files"}
 
 
-class _ListOptions(click.Command):
+class ListOptions(click.Command):
     """``--templates a=1 b=2`` and ``--filter-model a b`` take every word up to the next option or YAML file."""
 
     def parse_args(self, context: click.Context, arguments: list[str]) -> list[str]:
@@ -46,7 +47,7 @@ class _ListOptions(click.Command):
         return super().parse_args(context, spread)
 
 
-@click.command("experiment", cls=_ListOptions)
+@click.command("experiment", cls=ListOptions)
 @click.argument("configs", nargs=-1, metavar="CONFIG…")
 @click.option("--templates", multiple=True, metavar="NAME=VALUE…", help="Values of {name} in the files.")
 @click.option("--filter-model", multiple=True, metavar="NAME…", help="Keep these contributors only.")

@@ -93,7 +93,7 @@ def expand(config: ExperimentConfig, order: Sequence[str] | None = None) -> list
     if config.order != "computed":
         order = config.order
     cells: list[Cell] = []
-    for heads, seed in product(config.heads, config.seeds):
+    for heads, seed in product(config.heads, config.keep_seeds or config.seeds):
         specs = {
             name: ModelSpec(name, config.set_of(name), generator_seed(place, seed, config.seeds, heads))
             for name, place in config.ordered.items()

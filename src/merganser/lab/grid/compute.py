@@ -24,7 +24,7 @@ from merganser.lab.grid.config import ExperimentConfig, Finetune, Search
 from merganser.lab.grid.models import Models, folder_name
 from merganser.lab.suites.base import DEV, TEST
 from merganser.lab.zoo import Entry, id_of
-from merganser.merging import Contributor, merge
+from merganser.merging import Contributor, MergeResult, merge
 from merganser.merging.provenance import library_versions, read_provenance
 from merganser.methods import METHODS
 from merganser.statistics import Statistics
@@ -56,6 +56,7 @@ def compute(models: Models, cell: Cell, identity: str, sums: Path | None = None)
     used = statistics_of(models.config, cell)
     chosen: dict[str, Any] | None = None
     tensors: dict[str, int] = {}
+    merged: dict[str, Any] | None = None
     if cell.kind == "multitask":
         entries = [models.multitask(cell)]
         found = [models.prediction(entries[0], *test[:2], _head_of(cell, test[0])) for test in tests]
@@ -66,7 +67,7 @@ def compute(models: Models, cell: Cell, identity: str, sums: Path | None = None)
         elif cell.kind == "ensemble":
             found = [_ensemble(models, cell, entries, name, split) for name, split, _ in tests]
         else:
-            found, chosen, tensors = _merged(models, cell, tests, sums)
+            found, chosen, tensors, merged = _merged(models, cell, tests, sums)
     scores = {
         name: {"domain": domain, **score(models, name, split, prediction, cell.contributors, bootstrap)}
         for (name, split, domain), prediction in zip(tests, found, strict=True)
@@ -91,9 +92,11 @@ def compute(models: Models, cell: Cell, identity: str, sums: Path | None = None)
         "sets": [spec.set for spec in cell.contributors],
         "seed": cell.seed,
         "heads": cell.heads,
+        "split": models.config.tests.split,
         "scores": scores,
         "average": average,
         "chosen": chosen,
+        **({"merged": merged} if merged else {}),
         "provenance": {
             "base": models.base if trained else None,
             "contributors": _provenance(models, cell, entries, used),
@@ -148,6 +151,8 @@ def scored_on(config: ExperimentConfig, cell: Cell) -> list[Test]:
     """What a cell is scored on: its contributors' tests, the out-of-domain sets, and for a single model also
     the other contributors' tests where it has their labels."""
     own = list(dict.fromkeys(spec.set for spec in cell.contributors))
+    if config.tests.split == "dev":
+        return [(name, DEV, IN) for name in own]
     tests: list[Test] = [(name, TEST, IN) for name in own]
     tests += [(name, config.tests.out_split, OUT) for name in config.tests.out_of_domain if name not in own]
     if cell.kind == "individual" and config.layout in ("greedy", "all") and cell.heads != "separate":
@@ -207,8 +212,8 @@ def _head_of(cell: Cell, set_name: str) -> str:
 
 def _merged(
     models: Models, cell: Cell, tests: Sequence[Test], sums: Path | None
-) -> tuple[list[Prediction], dict[str, Any] | None, dict[str, int]]:
-    """Merge, predict the tests; what the search chose; how many tensors each method treated."""
+) -> tuple[list[Prediction], dict[str, Any] | None, dict[str, int], dict[str, Any]]:
+    """Merge, predict the tests; what the search chose; how many tensors each method treated; what the merge cost."""
     method = models.config.method(cell.method)
     chosen = None
     coefficients = [1.0] * len(cell.contributors)
@@ -216,7 +221,8 @@ def _merged(
         if method.search is not None:
             chosen = _search(models, cell, method.search, folder)
             coefficients = chosen["candidates"][chosen["best"]]["coefficients"]
-        output = merge_cell(models, cell, coefficients, folder / "merged", sums)
+        result = merge_cell(models, cell, coefficients, folder / "merged", sums)
+        costs, output = _costs(models, cell, result), Path(result)
         tensors = Counter(outcome["method"] for outcome in read_provenance(output)["tensors"].values())
         if method.finetune is not None:
             output = _finetuned(models, cell, method.finetune, output, folder / "finetuned")
@@ -226,12 +232,31 @@ def _merged(
         else:  # each test by the head of its data set
             place = f"{output}/" if method.finetune else f"{output}::heads/"
             found = [models.predict_all(place + _head_of(cell, test[0]), [test])[0] for test in wanted]
-    return found, chosen, dict(sorted(tensors.items()))
+    return found, chosen, dict(sorted(tensors.items())), costs
+
+
+def _costs(models: Models, cell: Cell, result: MergeResult) -> dict[str, Any]:
+    """The method with all its options, and what a merge by it costs.
+
+    These are the seconds of the last merge alone, reading and writing included, what each contributor publishes beyond
+    its weights, and whether the pretrained model is needed.
+    """
+    method, kind = models.config.method(cell.method), statistics_of(models.config, cell)
+    known = METHODS[method.method]
+    files = [models.statistics(spec, kind) for spec in cell.contributors] if kind else []
+    return {
+        "method": result.method,
+        "options": known.options_type(**method.options).model_dump(mode="json"),
+        "seconds": round(result.seconds, 3),
+        "statistics": kind or None,
+        "statistics_bytes": [path.stat().st_size for path in files] or [0] * len(cell.contributors),
+        "base": known.needs.base,
+    }
 
 
 def merge_cell(
     models: Models, cell: Cell, coefficients: Sequence[float], output: Path, sums: Path | None = None
-) -> Path:
+) -> MergeResult:
     """Merge a cell's contributors into ``output``."""
     method, wanted = models.config.method(cell.method), statistics_of(models.config, cell)
     people = [
@@ -249,7 +274,7 @@ def merge_cell(
         first = models.reference(models.model(cell.contributors[0]))
         separate["keep_separate"] = [*head_patterns(first), *models.config.separate]
     needs_base = METHODS[method.method].needs.base
-    merge(
+    return merge(
         people,
         output,
         method=method.method,
@@ -262,7 +287,6 @@ def merge_cell(
         allow_pickle=models.allow_pickle,
         **separate,
     )
-    return output
 
 
 def head_patterns(reference: str) -> list[str]:
@@ -308,7 +332,7 @@ def _search(models: Models, cell: Cell, search: Search, folder: Path) -> dict[st
         values = []
         for spec in cell.contributors:
             head = _head_of(cell, spec.set)
-            place = f"{output}::heads/{head}" if head else output
+            place = f"{output}::heads/{head}" if head else Path(output)
             (prediction,) = models.predict_all(place, [(spec.set, DEV)])
             values.append(score(models, spec.set, DEV, prediction, cell.contributors)["value"])
         tried.append({"coefficients": list(coefficients), "dev": float(np.mean(values))})

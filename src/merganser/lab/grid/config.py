@@ -190,11 +190,19 @@ class Tests(_Frozen):
     """What the cells are scored on: always the contributors' own tests, and these.
 
     Attributes:
+        split: dev: the contributors' development data instead of their tests, for whoever has something to choose.
         out_split: all: every split of these sets together.
     """
 
+    split: Literal["test", "dev"] = "test"
     out_of_domain: tuple[str, ...] = ()
     out_split: Literal["test", "all"] = "test"
+
+    @model_validator(mode="after")
+    def _no_test_in_development(self) -> Tests:
+        if self.split == "dev" and self.out_of_domain:
+            raise ValueError("out_of_domain sets are tests: leave them out with split: dev")
+        return self
 
 
 class Partitions(_Frozen):
@@ -246,6 +254,7 @@ class ExperimentConfig(_Frozen):
         separate: name patterns of what each contributor keeps beside its head with ``heads: separate``, such as a
             pooler that nobody has pre-trained.
         order: of the greedy merge; computed on development data, or the names in order.
+        keep_seeds: work on these of the seeds alone, as --filter-model does for contributors; none: on all.
         batch_size: for predicting; changes speed only.
         bootstrap: samples of a test's examples for the standard error of its score; 0: none.
     """
@@ -268,6 +277,7 @@ class ExperimentConfig(_Frozen):
     methods: tuple[MethodConfig, ...] = Field(min_length=1)
     comparators: tuple[Comparator, ...] = ("individual",)
     seeds: tuple[Seed, ...] = Field((1,), min_length=1, max_length=MAX_SEEDS)
+    keep_seeds: tuple[Seed, ...] = ()
     tests: Tests = Tests()
     resources: Resources = Resources()
     batch_size: Count = 32
@@ -301,6 +311,8 @@ class ExperimentConfig(_Frozen):
             raise ValueError(f"the grid has up to {cells} cells, {MAX_CELLS} are accepted: give it less of something")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError("a seed is given twice")
+        if unknown := [seed for seed in self.keep_seeds if seed not in self.seeds]:
+            raise ValueError(f"keep_seeds has {unknown[0]}, which is none of seeds: {', '.join(map(str, self.seeds))}")
         if "different" in self.heads and len(self.seeds) < 2:
             raise ValueError("different heads are those of other seeds: give at least two seeds")
         separate = "separate" in self.heads  # each contributor's task has a head of its own

@@ -29,7 +29,11 @@ _INTEGER = re.compile(r"[+-]?\d{1,40}")
 
 
 def load_config(
-    files: Sequence[str | Path], *, templates: Mapping[str, str] | None = None, keep: Sequence[str] = ()
+    files: Sequence[str | Path],
+    *,
+    templates: Mapping[str, str] | None = None,
+    keep: Sequence[str] = (),
+    replaced: Mapping[str, Any] | None = None,
 ) -> ExperimentConfig:
     """Read, merge, fill in and validate.
 
@@ -37,6 +41,7 @@ def load_config(
         files: YAML files, merged left to right.
         templates: values of ``{name}``; numeric ones become numbers where they are the whole value.
         keep: the contributors to keep, in this order; empty for all.
+        replaced: keys with values that stand instead of the files' own.
 
     Raises:
         UserError: unreadable files, templates without a value or that no file uses, unknown or malformed keys, a
@@ -44,14 +49,9 @@ def load_config(
     """
     if not files:
         raise RecipeError("no configuration", where="experiment", mend="give at least one YAML file")
-    values: dict[str, Any] = {}
-    for file in files:
-        values = merge_values(values, read_values(find_file(file)))
     where = " + ".join(str(file) for file in files)
-    own = values.pop("templates", None) or {}
-    if not isinstance(own, dict) or not all(isinstance(name, str) for name in own):
-        what = f"templates: {own!r} is no mapping of names to values"
-        raise RecipeError(what, where=where, mend="write each as 'name: value'")
+    values, own = _read_files(files, where)
+    values.update(replaced or {})
     given = {**own, **(templates or {})}
     errors = ErrorCollector()
     errors.catch(_check_used, values, given, list(templates or {}), where)
@@ -64,6 +64,29 @@ def load_config(
     if keep:
         values = filter_models(values, keep, where)
     return make_config(values, where)
+
+
+def _read_files(files: Sequence[str | Path], where: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The merged values of files, and the templates that they give values to."""
+    values: dict[str, Any] = {}
+    for file in files:
+        values = merge_values(values, read_values(find_file(file)))
+    own = values.pop("templates", None) or {}
+    if not isinstance(own, dict) or not all(isinstance(name, str) for name in own):
+        what = f"templates: {own!r} is no mapping of names to values"
+        raise RecipeError(what, where=where, mend="write each as 'name: value'")
+    return values, own
+
+
+def templates_of(files: Sequence[str | Path]) -> set[str]:
+    """The names of all templates that files use, also in values of templates.
+
+    Raises:
+        RecipeError: files that cannot be read.
+    """
+    values, own = _read_files(files, " + ".join(map(str, files)))
+    used = _used(values)
+    return used | _used([own[name] for name in used if name in own])
 
 
 def named_folder() -> Path:

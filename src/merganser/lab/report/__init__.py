@@ -56,23 +56,54 @@ def write_report(
         UserError: jinja2 or matplotlib is not installed.
         FileError: a file cannot be written, or holds something else.
     """
+    found: list[Section] = []
+
+    def make() -> Mapping[str, Callable[[], str]]:
+        rows = read_rows(results)
+        found.extend(make_sections(rows, against))
+        return {
+            "html": lambda: render_page(found),
+            "markdown": lambda: render_markdown(found),
+            "latex": lambda: render_latex(found),
+            "csv": lambda: render_csv(found),
+            "rows": lambda: render_rows(rows),
+        }
+
+    write_forms(results, outputs, make, overwrite=overwrite)
+    return found
+
+
+def write_forms(
+    results: Path,
+    outputs: Mapping[str, Path],
+    make: Callable[[], Mapping[str, Callable[[], str]]],
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Write a report in one or more forms.
+
+    Args:
+        results: what it is made of.
+        outputs: form → file.
+        make: reads the results and returns what renders each form; called once it is known that all can be written.
+        overwrite: see :func:`write_report`.
+
+    Raises:
+        UserError: what ``make`` and the renderers raise, or a form that they do not have.
+        FileError: a file cannot be written, or holds something else.
+    """
     places = {form: report_output(path, form, results, overwrite=overwrite) for form, path in outputs.items()}
     errors = ErrorCollector()
     errors.add(*same_files(list(outputs.values())))
     for place in places.values():
         errors.add(*place.problems())
     errors.raise_all()
-    rows = read_rows(results)
-    sections = make_sections(rows, against)
-    renderers: dict[str, Callable[[], str]] = {
-        "html": lambda: render_page(sections),
-        "markdown": lambda: render_markdown(sections),
-        "latex": lambda: render_latex(sections),
-        "csv": lambda: render_csv(sections),
-        "rows": lambda: render_rows(rows),
-    }
+    renderers = make()
+    for form in outputs:
+        if form not in renderers:
+            what, mend = f"this report has no form {form!r}", f"choose among {', '.join(renderers)}"
+            raise UserError(what, where=outputs[form], mend=mend)
     texts = {form: marked(form, renderers[form]()) for form in outputs}  # all of them before the first is written
     for form, place in places.items():
         with place.new() as work:
             work.write_text(texts[form], encoding="utf-8")
-    return sections

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle, pairwise
 from typing import TYPE_CHECKING, Any
@@ -45,6 +45,28 @@ def dot_plot(grid: ResultGrid, domain: Domain, prefix: str, metric: str) -> Figu
     if len(tests) < 2 or not rows:
         return None
 
+    told = "; ".join(f"{row.title} {row.average:.1f}" for row in rows)
+    alt = f"Dot plot, {DOMAIN_TITLES[domain].lower()} averages of {metric}: {told}"
+    return draw(
+        prefix,
+        f"dots-{domain}",
+        title="From the worst test to the best",
+        caption=f"{DOMAIN_TITLES[domain]}, {metric}, mean over seeds. Each line spans the worst and the best test of a "
+        "model or method; the large dot and the number are the average of the tests.",
+        alt=alt,
+        paint=painter(rows, tests, metric),
+    )
+
+
+def painter(rows: Sequence[Row], tests: Sequence[str], metric: str) -> Callable[[bool], Canvas]:
+    """What draws lines of a dot plot, given whether it is wide.
+
+    Args:
+        rows: each with a score on every test.
+        tests: in the order of the legend.
+        metric: what the scores are, as the axis says it.
+    """
+
     def paint(wide: bool) -> Canvas:
         width, per_row = (7.6, 6) if wide else (3.6, 3)
         legend = 0.24 * -(-(len(tests) + 1) // per_row)
@@ -64,17 +86,7 @@ def dot_plot(grid: ResultGrid, domain: Domain, prefix: str, metric: str) -> Figu
         canvas.legend(handles=handles, bbox_to_anchor=(0, 1), ncols=per_row, labelcolor=MUTED, **spaces)
         return canvas
 
-    told = "; ".join(f"{row.title} {row.average:.1f}" for row in rows)
-    alt = f"Dot plot, {DOMAIN_TITLES[domain].lower()} averages of {metric}: {told}"
-    return draw(
-        prefix,
-        f"dots-{domain}",
-        title="From the worst test to the best",
-        caption=f"{DOMAIN_TITLES[domain]}, {metric}, mean over seeds. Each line spans the worst and the best test of a "
-        "model or method; the large dot and the number are the average of the tests.",
-        alt=alt,
-        paint=paint,
-    )
+    return paint
 
 
 def plot_rows(grid: ResultGrid, domain: Domain) -> list[Row]:

@@ -11,9 +11,10 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 from merganser.lab.report.rows import Domain, Kind, ResultRow
 from merganser.methods.averages.simple import SIMPLE
@@ -79,6 +80,7 @@ class Value:
 
 
 Values = Mapping[Comparison, Value]
+Unit = TypeVar("Unit", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -357,7 +359,7 @@ def _stem(contributor: str) -> str:
     return contributor.rpartition("/")[0] or contributor
 
 
-def common_units(values: Mapping[TableLine, Values]) -> tuple[frozenset[Comparison], frozenset[TableLine]]:
+def common_units(values: Mapping[TableLine, Mapping[Unit, object]]) -> tuple[frozenset[Unit], frozenset[TableLine]]:
     """The units that the merges are compared on, and the methods that have them all.
 
     A merge with less than half of the units of the fullest one does not take part, so that a method that has just

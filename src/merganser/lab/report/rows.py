@@ -103,11 +103,24 @@ class Provenance(_Part):
     finished: str = ""
 
 
+class Merged(_Part):
+    """How a merge was made and what it cost: the method with all its options, the seconds of the merge alone, what each
+    contributor publishes beyond its weights, and whether the pretrained model is needed."""
+
+    method: str
+    options: dict[str, Any] = Field(default_factory=dict)
+    seconds: float = 0.0
+    statistics: str | None = None
+    statistics_bytes: tuple[int, ...] = ()
+    base: bool = False
+
+
 class ResultRow(_Part):
     """One cell of an experiment's grid.
 
     ``contributors`` are their names, which units and other rows know them by; ``sets`` are their data sets, in the same
-    order. Rows of older writers have none.
+    order. ``split`` says whether the contributors' tests or their development data were scored. Rows of older writers
+    have neither sets nor costs (``merged``).
     """
 
     format: Literal[1]
@@ -123,9 +136,11 @@ class ResultRow(_Part):
     sets: tuple[str, ...] = ()
     seed: int
     heads: Heads = "same"
+    split: Literal["test", "dev"] = "test"
     scores: dict[str, RowScore]
     average: dict[Domain, Number] = Field(default_factory=dict)
     chosen: Chosen | None = None
+    merged: Merged | None = None
     provenance: Provenance = Provenance()
 
     @property

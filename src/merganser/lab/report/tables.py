@@ -156,8 +156,8 @@ def significance_table(grid: ResultGrid, found: Mapping[tuple[str, TableLine], P
             TableCell(value=paired.difference, text=signed(paired.difference)),
             TableCell(text=f"{counts.above} / {counts.below}{and_tied(counts.tied)}"),
             TableCell(value=paired.n, text=str(paired.n)),
-            TableCell(value=paired.p, text=_p(paired.p)),
-            TableCell(value=paired.adjusted, text=_p(paired.adjusted), stars=paired.marker),
+            TableCell(value=paired.p, text=p_text(paired.p)),
+            TableCell(value=paired.adjusted, text=p_text(paired.adjusted), stars=paired.marker),
         )
         lines.append(Line(method.title, cells, group=column))
     return Table(
@@ -173,7 +173,8 @@ def significance_table(grid: ResultGrid, found: Mapping[tuple[str, TableLine], P
     )
 
 
-def _p(value: float) -> str:
+def p_text(value: float) -> str:
+    """A p-value as tables show it."""
     return "< 0.0001" if value < 0.0001 else f"{value:.4f}"
 
 

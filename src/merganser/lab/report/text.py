@@ -36,13 +36,14 @@ def render_markdown(sections: Sequence[Section]) -> str:
             parts.extend(f"Order: {markdown(order)}" for order in block.orders)
             for table in block.tables:
                 parts.append(f"### {markdown(table.title)}")
-                parts.append(_markdown(table))
+                parts.append(markdown_table(table))
                 if table.caption:
                     parts.append(markdown(table.caption))
     return "\n\n".join(parts) + "\n"
 
 
-def _markdown(table: Table) -> str:
+def markdown_table(table: Table) -> str:
+    """A table as GitHub Markdown."""
     grouped = any(line.group for line in table.lines)
     rules = ["---:" if table.is_numeric(index) else "---" for index in range(len(table.columns))]
     rows = [["", table.corner, *table.columns], ["---", "---", *rules]]
@@ -89,10 +90,11 @@ def terminal_tables(sections: Sequence[Section]) -> Iterator[RichTable | str]:
             for table in block.tables:
                 if table.main:
                     yield f"[dim]{_plain(block.title)}:[/dim] {_plain(table.title)}"
-                    yield _rich(table)
+                    yield rich_table(table)
 
 
-def _rich(table: Table) -> RichTable:
+def rich_table(table: Table) -> RichTable:
+    """A table for a terminal."""
     drawn = RichTable(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     drawn.add_column(_plain(table.corner), no_wrap=True)
     for index, column in enumerate(table.columns):

@@ -1,0 +1,264 @@
+"""What a benchmark is made of: suites, which are experiments, and methods, each with the options that it may try.
+
+    load_benchmark(["leaderboard/ner", "mine.yaml"], ["leaderboard/methods"], templates={"base": "all-MiniLM-L6-v2"})
+
+A file of methods has a list ``methods`` of names, or of mappings such as
+
+    - method: ties
+      family: published                                  # or ours
+      grid: {density: [0.1, 0.2], scale: [0.5, 1, 2]}    # every combination is a candidate
+
+A grid may be a list of such mappings, whose candidates are joined; a value that is no list stands for itself, and
+options that are not named have their defaults.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+from merganser.errors import ErrorCollector, RecipeError, did_you_mean, validated
+from merganser.lab.grid.cells import expand
+from merganser.lab.grid.config import ExperimentConfig, MethodConfig
+from merganser.lab.grid.loading import find_file, load_config, read_values, templates_of
+from merganser.methods import METHODS
+from merganser.methods.names import suggest_method
+
+Family = Literal["published", "ours"]
+#: The methods that come with merganser, and what they may try.
+METHODS_FILE = "leaderboard/methods"
+#: More are a slip of the pen: each is a merge on every suite.
+MAX_CANDIDATES = 100
+
+
+class Entry(BaseModel):
+    """A method of a benchmark, a line of its table.
+
+    Attributes:
+        title: of the line; the method's own unless given.
+        family: whether others published it.
+        grid: option → the values to try, or a list of such.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: str
+    title: str = Field(default="", validate_default=True)
+    family: Family = "published"
+    grid: tuple[dict[str, Any], ...] = ({},)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shorthands(cls, value: Any) -> Any:
+        value = {"method": value} if isinstance(value, str) else value
+        if isinstance(value, dict) and isinstance(value.get("grid"), dict):
+            value = {**value, "grid": [value["grid"]]}
+        return value
+
+    @field_validator("method")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in METHODS:
+            raise ValueError(f"unknown method {name!r}. {suggest_method(name, METHODS)}")
+        return name
+
+    @field_validator("title")
+    @classmethod
+    def _titled(cls, title: str, info: ValidationInfo) -> str:
+        method = METHODS.get(info.data.get("method", ""))
+        return title or (method.title if method else "")
+
+    @model_validator(mode="after")
+    def _tried(self) -> Entry:
+        if not 1 <= len(self.candidates) <= MAX_CANDIDATES:
+            counted = f"{len(self.candidates)} candidates, 1 to {MAX_CANDIDATES} are accepted"
+            raise ValueError(f"the grid of {self.title} has {counted}: leave some of its values out")
+        return self
+
+    @property
+    def candidates(self) -> tuple[MethodConfig, ...]:
+        """The method with each combination of its options, none twice, called by the options that differ.
+
+        Raises:
+            ValueError: an option that the method does not have, or a value that it does not take.
+        """
+        found: dict[str, MethodConfig] = {}
+        for options in _combinations(self.grid):
+            candidate = MethodConfig(method=self.method, title=_called(self.title, options), options=options)
+            resolved = METHODS[self.method].options_type(**options).model_dump(mode="json")
+            found.setdefault(json.dumps(resolved, sort_keys=True), candidate)
+        return tuple(found.values())
+
+    def applies(self, suite: ExperimentConfig) -> bool:
+        """Whether the method merges as many models as the suite has it merge, and needs no texts at hand."""
+        needs = METHODS[self.method].needs
+        sizes = {len(cell.contributors) for cell in expand(suite) if cell.kind == "merge"}
+        return not needs.data and min(sizes) >= needs.at_least and (needs.models is None or sizes == {needs.models})
+
+
+class _MethodsFile(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    methods: tuple[Entry, ...] = Field(min_length=1)
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Suites, methods, and on how many seeds options are chosen.
+
+    Attributes:
+        suites: experiments; their own methods do not count.
+        entries: the methods that are run.
+        known: these, and the methods that are left out of this run.
+        dev_seeds: how many seeds of each suite, from the first, options are chosen on.
+    """
+
+    suites: tuple[ExperimentConfig, ...]
+    entries: tuple[Entry, ...]
+    known: tuple[Entry, ...]
+    dev_seeds: int = 1
+
+    def development(self, suite: ExperimentConfig, entries: Sequence[Entry]) -> ExperimentConfig | None:
+        """All candidates of the methods that apply, and the individual models, on the contributors' development data.
+
+        None where no method applies.
+        """
+        methods = [one for entry in entries if entry.applies(suite) for one in entry.candidates]
+        if not methods:
+            return None
+        return _varied(
+            suite,
+            methods=[one.model_dump(mode="json") for one in methods],
+            comparators=["individual"],
+            tests={"split": "dev"},
+            keep_seeds=list((suite.keep_seeds or suite.seeds)[: self.dev_seeds]),
+            bootstrap=0,
+        )
+
+    def test(self, suite: ExperimentConfig, chosen: Mapping[str, MethodConfig]) -> ExperimentConfig | None:
+        """The chosen candidates and the suite's own comparators on its tests.
+
+        Args:
+            suite: one of the benchmark's.
+            chosen: title of a method → its candidate; methods that it lacks are left out.
+
+        Returns:
+            None where nothing is left.
+        """
+        methods = [chosen[one.title] for one in self.entries if one.title in chosen and one.applies(suite)]
+        return _varied(suite, methods=[one.model_dump(mode="json") for one in methods]) if methods else None
+
+
+def load_benchmark(
+    suites: Sequence[str | Path],
+    methods: Sequence[str | Path] = (METHODS_FILE,),
+    *,
+    templates: Mapping[str, str] | None = None,
+    only: Sequence[str] = (),
+    seeds: Sequence[int] = (),
+    dev_seeds: int = 1,
+    device: str | None = None,
+) -> Benchmark:
+    """Read suites and methods.
+
+    Args:
+        suites: configurations of experiments, or names of those that come with merganser, each a suite.
+        methods: files of methods, whose lists are joined, or names of such that come with merganser.
+        templates: values of ``{name}`` in the suites.
+        only: names or titles of the methods to run; empty for all.
+        seeds: work on these seeds of each suite alone; empty for all.
+        dev_seeds: how many seeds of each suite options are chosen on.
+        device: where to work (auto, cpu or cuda), instead of what the suites say.
+
+    Raises:
+        UserError: files that cannot be read, unknown or malformed keys, two suites or methods of one name, a template
+            that no suite uses, a method that applies to no suite; each with file and key.
+    """
+    errors = ErrorCollector()
+    known = [entry for file in methods for entry in errors.catch(_read_methods, file) or ()]
+    _check_unlike([entry.title for entry in known], "methods", "give one of them another title", errors)
+    given, used = dict(templates or {}), set[str]()
+    configs = []
+    for file in suites:
+        own = errors.catch(templates_of, [file]) or set()
+        used |= own
+        values = {name: value for name, value in given.items() if name in own}
+        config = errors.catch(_read_suite, file, values, seeds, device)
+        configs += [config] if config is not None else []
+    if not errors.found:
+        for name in sorted(set(given) - used):
+            mend = did_you_mean(name, used) if used else "leave it out: these suites have no templates"
+            errors.add(RecipeError(f"--templates {name}=… changes nothing: no suite has {{{name}}}", mend=mend))
+        _check_unlike([config.name for config in configs], "suites", "give one of them another name", errors)
+    errors.raise_all()
+    if not configs:
+        raise RecipeError("no suite", where="benchmark", mend="give at least one YAML file of an experiment")
+    entries = _kept(known, only)
+    usable = [entry for entry in entries if any(entry.applies(config) for config in configs)]
+    if not usable:
+        what = "none of the methods applies to any of the suites"
+        raise RecipeError(what, where="benchmark", mend="give other methods or other suites")
+    return Benchmark(tuple(configs), tuple(usable), tuple(known), dev_seeds)
+
+
+def _read_methods(file: str | Path) -> tuple[Entry, ...]:
+    place = find_file(file)
+    return validated(_MethodsFile, read_values(place), str(place)).methods
+
+
+def _read_suite(
+    file: str | Path, templates: Mapping[str, str], seeds: Sequence[int], device: str | None
+) -> ExperimentConfig:
+    config = load_config([file], templates=templates, replaced={"methods": ["simple"]})
+    if seeds:
+        own = [seed for seed in config.seeds if seed in seeds]
+        if not own:
+            there = ", ".join(map(str, config.seeds))
+            what = f"has none of the seeds {', '.join(map(str, seeds))}"
+            raise RecipeError(what, where=file, mend=f"give --seeds some of {there}")
+        config = _varied(config, keep_seeds=own)
+    if device is not None:
+        config = _varied(config, resources={**config.resources.model_dump(mode="json"), "device": device})
+    return config
+
+
+def _kept(entries: Sequence[Entry], only: Sequence[str]) -> list[Entry]:
+    """The methods that are named, in the files' order; all where none is."""
+    errors = ErrorCollector()
+    names = {entry.title.lower() for entry in entries} | {entry.method for entry in entries}
+    wanted = {name.lower() for name in only}
+    for name in sorted(wanted - names):
+        errors.add(RecipeError(f"no method {name!r} in the files of methods", mend=did_you_mean(name, names)))
+    errors.raise_all()
+    return [entry for entry in entries if not wanted or wanted & {entry.title.lower(), entry.method}]
+
+
+def _check_unlike(names: Sequence[str], what: str, mend: str, errors: ErrorCollector) -> None:
+    for name in dict.fromkeys(name for name in names if names.count(name) > 1):
+        errors.add(RecipeError(f"two {what} are called {name!r}", where="benchmark", mend=mend))
+
+
+def _varied(config: ExperimentConfig, **changes: Any) -> ExperimentConfig:
+    """A configuration with other values, validated again."""
+    return validated(ExperimentConfig, {**config.model_dump(mode="json"), **changes}, config.name)
+
+
+def _combinations(grid: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    for part in grid:
+        values = [value if isinstance(value, list | tuple) else [value] for value in part.values()]
+        yield from (dict(zip(part, chosen, strict=True)) for chosen in product(*values))
+
+
+def _called(title: str, options: Mapping[str, Any]) -> str:
+    said = ", ".join(f"{name} {_short(value)}" for name, value in options.items())
+    return f"{title} ({said})" if said else title
+
+
+def _short(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

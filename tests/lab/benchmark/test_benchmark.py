@@ -1,0 +1,299 @@
+"""A whole tiny benchmark: both stages, the choice between them, going on where it was stopped, its page."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from lab.grid.conftest import write_suite
+from merganser.cli import cli
+from merganser.engines import Job, Outcome, SerialEngine
+from merganser.errors import Problems, UserError
+from merganser.lab.benchmark.choice import read_choice
+from merganser.lab.benchmark.config import Benchmark, Entry, load_benchmark
+from merganser.lab.benchmark.page import board_tables, read_board, write_leaderboard
+from merganser.lab.benchmark.run import run_benchmark
+from merganser.lab.report.rows import read_rows
+from merganser.methods import METHODS
+
+METHODS_TEXT = {
+    "methods": [
+        "simple",
+        {"method": "task_arithmetic", "grid": {"scale": [0.4, 1.0]}},
+        {"method": "regmean", "family": "ours", "grid": [{}, {"alpha": 1.0}]},
+        "slerp",
+    ]
+}
+Make = Callable[..., Benchmark]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, pretrained: Callable[..., Path]) -> Path:
+    """Two suites of tiny corpora, a file of methods, and a zoo that all tests of this file fill."""
+    folder = tmp_path_factory.mktemp("benchmark")
+    root = write_suite(folder / "emotion_splits")
+    values: dict[str, Any] = {
+        "suite": {"name": "emotion", "root": str(root)},
+        "pretrained": {"model": "{base}", "title": "tiny"},
+        "training": {"epochs": 2, "learning_rate": 5e-3, "max_length": 16},
+        "statistics": {"examples": 16, "fisher_examples": 8},
+        "layout": "all",
+        "seeds": [1, 2],
+    }
+    first = {**values, "name": "first", "contributors": ["one", "two"], "tests": {"out_of_domain": ["far"]}}
+    second = {**values, "name": "second", "contributors": ["one", "two", "three"], "seeds": [1]}
+    for name, content in (("first", first), ("second", second), ("methods", METHODS_TEXT)):
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
+    (folder / "base.txt").write_text(str(pretrained("distilbert")))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def make(place: Path) -> Make:
+    """The benchmark of the two suites."""
+
+    def load(**changes: Any) -> Benchmark:
+        files = [place / "first.yaml", place / "second.yaml"]
+        options = {"templates": {"base": (place / "base.txt").read_text()}, **changes}
+        return load_benchmark(files, [place / "methods.yaml"], **options)
+
+    return load
+
+
+@pytest.fixture(scope="module")
+def done(make: Make, place: Path) -> Path:
+    """Results of a whole benchmark."""
+    result = run_benchmark(make(), results=place / "results", zoo=place / "zoo")
+    assert result.failures == () and result.done == result.cells
+    return place / "results"
+
+
+class Stopping(SerialEngine):
+    """Dies after some jobs, as a killed process does."""
+
+    def __init__(self, after: int) -> None:
+        super().__init__()
+        self.left = after
+
+    def run(self, jobs: Sequence[Job], function: str) -> Iterator[Outcome]:
+        for outcome in super().run(jobs, function):
+            if self.left == 0:
+                raise KeyboardInterrupt
+            self.left -= 1
+            yield outcome
+
+
+def test_candidates_are_scored_on_development_data_alone_and_the_chosen_on_tests(done: Path) -> None:
+    dev, test, choice = read_rows(done / "dev"), read_rows(done / "test"), read_choice(done)
+    assert {row.split for row in dev} == {"dev"} and {row.split for row in test} == {"test"}
+    assert all(name.endswith("[dev]") for row in dev for name in row.provenance.data)
+    assert all(score.domain == "in" for row in dev for score in row.scores.values())
+    assert {row.seed for row in dev} == {1} and {row.seed for row in test if row.experiment == "first"} == {1, 2}
+    candidates = {c.name for method in choice.methods for c in method.candidates}
+    assert {row.method for row in dev if row.kind == "merge"} == candidates
+    chosen = {method.chosen.name for method in choice.methods}
+    assert {row.method for row in test if row.kind == "merge"} == chosen
+    # SLERP merges two models, and so is of the first suite alone.
+    assert {row.experiment for row in test if row.method == "SLERP"} == {"first"}
+
+
+def test_the_choice_is_that_of_the_rows(done: Path) -> None:
+    """The best mean over suites of merged / individual, by numpy."""
+    dev, choice = read_rows(done / "dev"), read_choice(done)
+
+    def mean(suite: str, method: str) -> float:
+        found = [
+            s.value for row in dev if row.experiment == suite and row.method == method for s in row.scores.values()
+        ]
+        return float(np.mean(np.array(found, np.float64)))
+
+    for method in choice.methods:
+        suites = ("first",) if method.method == "slerp" else ("first", "second")
+        for candidate in method.candidates:
+            shares = {suite: mean(suite, candidate.name) / mean(suite, "individual") for suite in suites}
+            assert candidate.recovery == pytest.approx(shares)
+            assert candidate.mean == pytest.approx(np.mean(list(shares.values())))
+        assert method.chosen.mean == max(candidate.mean or 0 for candidate in method.candidates)
+    regmean = next(method for method in choice.methods if method.method == "regmean")
+    assert regmean.family == "ours" and regmean.statistics == "gram" and not regmean.base
+
+
+def test_the_best_on_tests_is_not_what_is_chosen(done: Path, make: Make, tmp_path: Path) -> None:
+    """Development data say one thing and tests the other: development data decide."""
+    place = make_liars(done, tmp_path)
+    chosen = run_benchmark(make(), results=place, zoo=done.parent / "zoo").choice
+    task = next(method for method in chosen.methods if method.method == "task_arithmetic")
+    assert task.chosen.options == {"scale": 1.0}
+
+
+def make_liars(done: Path, tmp_path: Path) -> Path:
+    """A copy of results in which scale 1.0 is perfect on development data and useless on tests."""
+    for file in done.rglob("cells/*.json"):
+        row = json.loads(file.read_text())
+        if row["method"].startswith("Task arithmetic"):
+            good = row["method"].endswith("(scale 1.0)") == (row["split"] == "dev")
+            for score in row["scores"].values():
+                score["value"] = float(good)
+        copy = tmp_path / "liars" / file.relative_to(done)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text(json.dumps(row))
+    for file in done.rglob("experiment.json"):
+        (tmp_path / "liars" / file.relative_to(done)).write_text(file.read_text())
+    return tmp_path / "liars"
+
+
+def test_killed_it_goes_on_to_the_same_rows(done: Path, make: Make, tmp_path: Path) -> None:
+    for after in (3, 12):
+        with pytest.raises(KeyboardInterrupt):
+            run_benchmark(make(), results=tmp_path, zoo=done.parent / "zoo", engine=Stopping(after))
+    run_benchmark(make(), results=tmp_path, zoo=done.parent / "zoo")
+    for stage in ("dev", "test"):
+        one, other = ({row.cell: row.scores for row in read_rows(folder / stage)} for folder in (done, tmp_path))
+        assert one == other
+    assert (tmp_path / "choice.json").read_text() == (done / "choice.json").read_text()
+    assert run_benchmark(make(), results=tmp_path, zoo=done.parent / "zoo").done == 0
+
+
+def test_methods_come_one_after_the_other(done: Path, make: Make, tmp_path: Path) -> None:
+    zoo = done.parent / "zoo"
+    first = run_benchmark(make(only=["simple", "SLERP"], seeds=[1]), results=tmp_path, zoo=zoo)
+    assert [method.method for method in first.choice.methods] == ["simple", "slerp"]
+    second = run_benchmark(make(only=["task_arithmetic"]), results=tmp_path, zoo=zoo)
+    assert [method.method for method in second.choice.methods] == ["simple", "task_arithmetic", "slerp"]
+    # Two candidates on two suites; the chosen one on both, with two seeds of the first, whose models are new.
+    assert second.done == 2 * 2 + (2 + 1) + 2
+    assert len(read_board(tmp_path).methods) == 3
+
+
+def test_rows_say_what_a_merge_costs(done: Path) -> None:
+    for row in read_rows(done / "test"):
+        assert (row.merged is not None) == (row.kind == "merge")
+        if row.merged is None:
+            continue
+        known = METHODS[row.merged.method]
+        assert set(row.merged.options) == set(known.options_type.model_fields)
+        assert 0 < row.merged.seconds < row.provenance.seconds
+        assert row.merged.base == known.needs.base and row.merged.statistics == known.needs.statistics
+        sizes = row.merged.statistics_bytes
+        assert len(sizes) == len(row.contributors)
+        if row.merged.method == "regmean":
+            files = {f.stat().st_size for f in (done.parent / "zoo").rglob("statistics/gram-*.safetensors")}
+            assert set(sizes) <= files
+        else:
+            assert set(sizes) == {0}
+
+
+def test_the_page_has_every_number_of_the_rows(done: Path, tmp_path: Path) -> None:
+    outputs = {"html": tmp_path / "page.html", "markdown": tmp_path / "page.md", "rows": tmp_path / "rows.jsonl"}
+    write_leaderboard(done, outputs)
+    page, text = (re.sub("<[^>]+>", " ", path.read_text()) for path in (outputs["html"], outputs["markdown"]))
+    board = read_board(done)
+    for row in board.rows:
+        assert row.cell in page
+        assert all(f"{100 * (score.value or 0):.1f}" in page for score in row.scores.values())
+    for standing in board.order:
+        numbers = [*standing.scores.values(), *(100 * share for share in standing.recoveries.values())]
+        assert all(f"{number:.1f}" in page and f"{number:.1f}" in text for number in numbers)
+    for method in read_choice(done).methods:
+        for candidate in method.candidates:
+            assert candidate.mean is not None
+            assert f"{100 * candidate.mean:.1f}" in page and f"{100 * candidate.mean:.1f}" in text
+    assert read_rows(outputs["rows"]) == board.rows
+    # The published form, rows.jsonl of each stage, gives the same page.
+    published = tmp_path / "published"
+    for stage in ("dev", "test"):
+        (published / stage).mkdir(parents=True)
+        (published / stage / "rows.jsonl").write_text(
+            "".join(json.dumps(json.loads(f.read_text())) + "\n" for f in sorted((done / stage).rglob("cells/*.json")))
+        )
+    (published / "choice.json").write_text((done / "choice.json").read_text())
+    write_leaderboard(published, {"markdown": tmp_path / "again.md"})
+    assert (tmp_path / "again.md").read_text() == outputs["markdown"].read_text()
+
+
+def test_the_main_table_by_hand(done: Path) -> None:
+    rows, tables = read_rows(done / "test"), {table.key: table for table in board_tables(read_board(done))}
+    line = next(line for line in tables["leaderboard"].lines if line.title == "RegMean")
+    assert [cell.shown for cell in line.cells[:2]] == ["ours", "Gram matrices"]
+    means = []
+    for suite in ("first", "second"):
+        found = [
+            s.value for row in rows if row.experiment == suite and row.method.startswith("RegMean")
+            for s in row.scores.values() if s.domain == "in"
+        ]  # fmt: skip
+        means.append(100 * float(np.mean(np.array(found, np.float64))))
+    assert [cell.value for cell in line.cells[2:5]] == pytest.approx([*means, np.mean(means)])
+
+
+def test_the_command_line(done: Path, place: Path, tmp_path: Path) -> None:
+    words = ["benchmark", *(str(place / f"{name}.yaml") for name in ("first", "second"))]
+    words += ["--methods", str(place / "methods.yaml"), "--templates", f"base={(place / 'base.txt').read_text()}"]
+    words += ["--zoo", str(place / "zoo"), "--results", str(done)]
+    dry = CliRunner().invoke(cli, [*words, "--dry-run", "--json"], catch_exceptions=False)
+    stages = json.loads(dry.stdout)["stages"]
+    assert list(stages) == ["first (dev)", "second (dev)", "first (test)", "second (test)"]
+    assert all(stage["cells"]["all"] == stage["cells"]["there"] > 0 for stage in stages.values())
+    shown = CliRunner().invoke(cli, [*words, "--dry-run"], catch_exceptions=False)
+    assert shown.exit_code == 0 and "first (dev)" in shown.stdout
+    ran = CliRunner().invoke(cli, words, catch_exceptions=False)
+    assert ran.exit_code == 0 and "RegMean" in ran.stdout and "0 cells done" in ran.stderr
+    page = tmp_path / "page.html"
+    report = CliRunner().invoke(cli, ["report", str(done), "-o", str(page)], catch_exceptions=False)
+    assert report.exit_code == 0 and "Leaderboard" in page.read_text()
+    wrong = CliRunner().invoke(cli, ["report", str(done), "-o", str(tmp_path / "page.tex")])
+    assert isinstance(wrong.exception, UserError) and not (tmp_path / "page.tex").exists()
+
+
+def test_mistakes_are_found_before_work_all_at_once(place: Path, make: Make, tmp_path: Path) -> None:
+    base = {"base": (place / "base.txt").read_text()}
+    with pytest.raises(UserError, match="did you mean 'ties'"):
+        load_benchmark([place / "first.yaml"], [write(tmp_path, [{"method": "tise"}])], templates=base)
+    with pytest.raises(UserError, match="denstiy"):
+        load_benchmark([place / "first.yaml"], [write(tmp_path, [{"method": "ties", "grid": {"denstiy": [1]}}])])
+    with pytest.raises(UserError, match="two methods are called 'Simple'"):
+        load_benchmark([place / "first.yaml"], [write(tmp_path, ["simple", "simple"])], templates=base)
+    with pytest.raises(UserError, match="applies to any"):
+        load_benchmark([place / "second.yaml"], [write(tmp_path, ["slerp"])], templates=base)
+    with pytest.raises(UserError, match="no suite has"):
+        make(templates={**base, "bsae": "x"})
+    with pytest.raises(UserError, match="none of the seeds 7"):
+        make(seeds=[7])
+    with pytest.raises(UserError, match="did you mean 'simple'"):
+        make(only=["simpel"])
+    for name in ("first", "second"):
+        values = yaml.safe_load((place / f"{name}.yaml").read_text())
+        values["suite"]["root"] = str(tmp_path / f"nowhere-{name}")
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(values))
+    lost = load_benchmark([tmp_path / "first.yaml", tmp_path / "second.yaml"], ["leaderboard/methods"], templates=base)
+    with pytest.raises(Problems, match="nowhere-second") as caught:
+        run_benchmark(lost, results=tmp_path / "r", zoo=tmp_path / "z")
+    assert len(caught.value.problems) == 2 and not (tmp_path / "r").exists()
+
+
+def write(folder: Path, methods: list[Any]) -> Path:
+    (folder / "wrong.yaml").write_text(yaml.safe_dump({"methods": methods}))
+    return folder / "wrong.yaml"
+
+
+def test_the_methods_that_come_with_merganser_have_their_published_defaults_among_their_candidates() -> None:
+    from merganser.lab.benchmark.config import METHODS_FILE, _read_methods
+
+    entries = _read_methods(METHODS_FILE)
+    assert len({entry.title for entry in entries}) == len(entries) >= 20
+    for entry in entries:
+        kind = METHODS[entry.method].options_type
+        assert kind() in [kind(**candidate.options) for candidate in entry.candidates], entry.title
+        assert len(entry.candidates) <= 5
+
+
+def test_candidates_that_mean_the_same_are_one() -> None:
+    entry = Entry.model_validate({"method": "ties", "grid": [{}, {"density": [0.2, 0.5], "scale": 1}, {"scale": 1.0}]})
+    assert [candidate.title for candidate in entry.candidates] == ["TIES", "TIES (density 0.5, scale 1)"]
