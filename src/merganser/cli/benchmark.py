@@ -113,13 +113,15 @@ def _show_plans(plans: Mapping[str, Plan], as_json: bool) -> None:
 
     values: dict[str, Any] = {}
     for name, plan in plans.items():
-        kinds = {"models": [], "made": [], "cells": []}  # type: dict[str, list[bool]]
+        kinds: dict[str, list[bool]] = {"models": [], "made": [], "cells": []}
         for line in plan.lines:
             kind = {"model": "models"}.get(line.what, "made" if line.what in MADE else "cells")
             kinds[kind].append(line.cached)
         counts = {kind: {"all": len(cached), "there": sum(cached)} for kind, cached in kinds.items()}
         values[name] = {**counts, "estimate": asdict(plan.estimate)}
-    problems = list({str(problem): problem for plan in plans.values() for problem in plan.problems}.values())
+    found = [(name.endswith("(test)"), problem) for name, plan in plans.items() for problem in plan.problems]
+    tests = any(of_tests for of_tests, _ in found)  # which need all that development data need, and have its problems
+    problems = list({str(problem): problem for of_tests, problem in found if of_tests == tests}.values())
     if as_json:
         shown = {"stages": values, "problems": list(map(str, problems))}
         click.echo(json.dumps(shown, indent=1, ensure_ascii=False))

@@ -124,22 +124,19 @@ class Benchmark:
     known: tuple[Entry, ...]
     dev_seeds: int = 1
 
-    def development(self, suite: ExperimentConfig, entries: Sequence[Entry]) -> ExperimentConfig | None:
-        """All candidates of the methods that apply, and the individual models, on the contributors' development data.
+    def whole(self, suite: ExperimentConfig, entries: Sequence[Entry]) -> ExperimentConfig | None:
+        """All candidates of the methods that apply, on the suite's tests: what all inputs are checked by.
 
         None where no method applies.
         """
-        methods = [one for entry in entries if entry.applies(suite) for one in entry.candidates]
-        if not methods:
-            return None
-        return _varied(
-            suite,
-            methods=[one.model_dump(mode="json") for one in methods],
-            comparators=["individual"],
-            tests={"split": "dev"},
-            keep_seeds=list((suite.keep_seeds or suite.seeds)[: self.dev_seeds]),
-            bootstrap=0,
-        )
+        return _with(suite, [one for entry in entries if entry.applies(suite) for one in entry.candidates])
+
+    def development(self, suite: ExperimentConfig, entries: Sequence[Entry]) -> ExperimentConfig | None:
+        """The same and the individual models on the contributors' development data."""
+        found = self.whole(suite, entries)
+        seeds = list((suite.keep_seeds or suite.seeds)[: self.dev_seeds])
+        changes = {"comparators": ["individual"], "tests": {"split": "dev"}, "keep_seeds": seeds, "bootstrap": 0}
+        return None if found is None else _varied(found, **changes)
 
     def test(self, suite: ExperimentConfig, chosen: Mapping[str, MethodConfig]) -> ExperimentConfig | None:
         """The chosen candidates and the suite's own comparators on its tests.
@@ -151,8 +148,7 @@ class Benchmark:
         Returns:
             None where nothing is left.
         """
-        methods = [chosen[one.title] for one in self.entries if one.title in chosen and one.applies(suite)]
-        return _varied(suite, methods=[one.model_dump(mode="json") for one in methods]) if methods else None
+        return _with(suite, [chosen[one.title] for one in self.entries if one.title in chosen and one.applies(suite)])
 
 
 def load_benchmark(
@@ -247,6 +243,10 @@ def _check_unlike(names: Sequence[str], what: str, mend: str, errors: ErrorColle
 def _varied(config: ExperimentConfig, **changes: Any) -> ExperimentConfig:
     """A configuration with other values, validated again."""
     return validated(ExperimentConfig, {**config.model_dump(mode="json"), **changes}, config.name)
+
+
+def _with(suite: ExperimentConfig, methods: Sequence[MethodConfig]) -> ExperimentConfig | None:
+    return _varied(suite, methods=[one.model_dump(mode="json") for one in methods]) if methods else None
 
 
 def _combinations(grid: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -36,6 +36,7 @@ from merganser.text import markdown
 if TYPE_CHECKING:
     from merganser.lab.report.svg import Figure
 
+_FREE = "the best published one without statistics"
 COMPARED, MERGED = "For comparison", "Merged into one model"
 
 
@@ -97,8 +98,9 @@ class Board:
         whole = [one.method for one in self.order if one.average is not None]
         published = [name for name in whole if self.methods[name].family == "published"]
         free = [name for name in published if self.methods[name].statistics is None]
-        found = {"the best published method": published[:1], "the best published one without statistics": free[:1]}
-        return {words: names[0] for words, names in found.items() if names}
+        found = {"the best published method": published[:1], _FREE: free[:1]}
+        first = {names[0]: words for words, names in reversed(found.items()) if names}  # one that is both is named once
+        return {words: name for name, words in reversed(first.items())}
 
 
 def read_board(results: Path, against: str = "") -> Board:
@@ -197,7 +199,7 @@ def _main(board: Board) -> Table:
 
     def cells(standing: Standing) -> list[TableCell]:
         method, difference = board.methods.get(standing.method), compared.get(standing.method)
-        rank = TableCell(text="" if standing.rank is None else f"{standing.rank:.1f}")
+        rank = TableCell(text="" if standing.rank is None or method is None else f"{standing.rank:.1f}")
         told = TableCell(text="")
         if difference is not None:
             stars = next((marker for marker, level in MARKERS if difference.adjusted < level), "")
@@ -253,7 +255,7 @@ def _compared(board: Board) -> Table:
     lines = []
     for words, reference in board.references.items():
         names = [one.method for one in board.order]
-        if words == "the best published one without statistics":
+        if words == _FREE:
             names = [name for name in names if board.methods[name].statistics is None]
         for one in differences(board.inside, names, reference):
             stars = next((marker for marker, level in MARKERS if one.adjusted < level), "")
@@ -313,8 +315,8 @@ def _costs(board: Board) -> Table:
                 sizes = [size for row in rows if row.merged for size in row.merged.statistics_bytes]
                 published[suite.name] = statistics.fmean(sizes) if sizes else 0.0
         cells = (
-            *(TableCell(seconds.get(suite.name)) for suite in board.inside),
-            TableCell(statistics.fmean(published.values()) / 1e6 if published else None),
+            *(_number(seconds.get(suite.name), "{:.2f}") for suite in board.inside),
+            _number(statistics.fmean(published.values()) / 1e6 if published else None, "{:.2f}"),
             TableCell(text="yes" if method.base else "no"),
             TableCell(text=METHODS[method.method].streaming),
         )
@@ -334,6 +336,10 @@ def _costs(board: Board) -> Table:
     )
 
 
+def _number(value: float | None, form: str) -> TableCell:
+    return TableCell(value, text=None if value is None else form.format(value))
+
+
 def _candidates(board: Board) -> Table:
     suites = list(board.choice.suites)
     names = list(dict.fromkeys(n for one in board.choice.methods for c in one.candidates for n in c.recovery)) or suites
@@ -342,9 +348,9 @@ def _candidates(board: Board) -> Table:
         method = board.methods[standing.method]
         for place, candidate in enumerate(method.candidates):
             options = ", ".join(f"{name} {value}" for name, value in candidate.options.items()) or "default options"
-            shares = [candidate.recovery.get(name) for name in names]
+            shares = [*(candidate.recovery.get(name) for name in names), candidate.mean]
             mark = "best" if place == method.best else ""
-            cells = [TableCell(None if s is None else 100 * s, mark=mark) for s in (*shares, candidate.mean)]
+            cells = [TableCell(None if s is None else 100 * s, mark=mark if s is not None else "") for s in shares]
             lines.append(Line(options, tuple(cells), method.title))
     seeds = "; ".join(f"{name}: {', '.join(map(str, own))}" for name, own in board.choice.seeds.items())
     return Table(

@@ -157,13 +157,10 @@ def _check(benchmark: Benchmark, results: Path, zoo: str | Path, allow_pickle: b
     """Check the inputs of both stages of all suites before any work."""
     errors = ErrorCollector()
     for suite in benchmark.suites:
-        first = {entry.title: entry.candidates[0] for entry in benchmark.entries}
-        stages = {DEV: benchmark.development(suite, benchmark.entries), TEST: benchmark.test(suite, first)}
-        for stage, experiment in stages.items():
-            if experiment is not None:
-                folder = results / stage / suite.name
-                errors.catch(check_folder, folder)
-                models = errors.catch(Models, localised(experiment), Zoo(zoo), allow_pickle=allow_pickle)
-                if models is not None:
-                    errors.catch(check_inputs, models)
+        if (experiment := benchmark.whole(suite, benchmark.entries)) is not None:
+            for stage in (DEV, TEST):
+                errors.catch(check_folder, results / stage / suite.name)
+            models = errors.catch(Models, localised(experiment), Zoo(zoo), allow_pickle=allow_pickle)
+            if models is not None:
+                errors.catch(check_inputs, models)
     errors.raise_all()
