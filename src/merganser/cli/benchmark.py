@@ -119,9 +119,9 @@ def _show_plans(plans: Mapping[str, Plan], as_json: bool) -> None:
             kinds[kind].append(line.cached)
         counts = {kind: {"all": len(cached), "there": sum(cached)} for kind, cached in kinds.items()}
         values[name] = {**counts, "estimate": asdict(plan.estimate)}
-    found = [(name.endswith("(test)"), problem) for name, plan in plans.items() for problem in plan.problems]
-    tests = any(of_tests for of_tests, _ in found)  # which need all that development data need, and have its problems
-    problems = list({str(problem): problem for of_tests, problem in found if of_tests == tests}.values())
+    told = [(name.endswith("(test)"), problem) for name, plan in plans.items() for problem in plan.problems]
+    tests = any(of_tests for of_tests, _ in told)  # which need all that development data need, and have its problems
+    problems = list({str(problem): problem for of_tests, problem in told if of_tests == tests}.values())
     if as_json:
         shown = {"stages": values, "problems": list(map(str, problems))}
         click.echo(json.dumps(shown, indent=1, ensure_ascii=False))
