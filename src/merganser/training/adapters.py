@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -18,7 +19,7 @@ from merganser.tasks.base import Problem
 from merganser.training.heads import PROBLEM_TYPES, Start
 from merganser.training.settings import LoraSettings
 
-CONFIG = "adapter_config.json"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 #: PEFT's word for a task, by which readers of an adapter know the model's class.
 _TASKS: dict[Problem, str] = {
     "classification": "SEQ_CLS",
@@ -44,8 +45,6 @@ def with_adapter(model: Any, start: Start, lora: LoraSettings, folder: Path | No
     """
     import peft
 
-    if folder is not None:
-        return peft.PeftModel.from_pretrained(model, str(folder), is_trainable=True)
     outside = [(name, child) for name, child in model.named_children() if name != model.base_model_prefix]
     heads = [name for name, child in outside if any(True for _ in child.parameters())]
     config = peft.LoraConfig(
@@ -54,8 +53,12 @@ def with_adapter(model: Any, start: Start, lora: LoraSettings, folder: Path | No
         target_modules=_layers(model, lora),
         modules_to_save=heads if start.task.problem in PROBLEM_TYPES else None,
         task_type=_TASKS[start.task.problem] if start.task.problem else None,
+        fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in model.modules()),
     )
-    return peft.get_peft_model(model, config)
+    adapted = peft.get_peft_model(model, config)
+    if folder is not None:
+        peft.set_peft_model_state_dict(adapted, load_file(folder / WEIGHTS))
+    return adapted
 
 
 def _layers(model: Any, lora: LoraSettings) -> list[str]:

@@ -133,7 +133,7 @@ def cell_id(models: Models, cell: Cell) -> str:
         "scoring": config.suite.options,
         "max_length": models.settings().max_length,
         **({"bootstrap": config.bootstrap} if config.bootstrap else {}),
-        **({"separate": config.separate} if cell.heads == "separate" and config.separate else {}),
+        **({"separate": config.separate} if cell.kind == "merge" and config.separate else {}),
         "tests": [(*test, models.data.digest(*test[:2])) for test in scored_on(config, cell)],
     }
     text = json.dumps(content, sort_keys=True, ensure_ascii=False, default=str)
