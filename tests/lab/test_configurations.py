@@ -14,7 +14,7 @@ import yaml
 from click.testing import CliRunner, Result
 
 from merganser.cli import cli
-from merganser.errors import UserError
+from merganser.errors import DataError, UserError
 from merganser.lab.grid.cells import expand, models_of
 from merganser.lab.grid.config import ExperimentConfig
 from merganser.lab.grid.loading import load_config, named_configurations
@@ -42,10 +42,14 @@ def plan_of(result: Result) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", NAMED)
-def test_each_dry_run_shows_the_grid_and_names_what_is_missing(name: str, tmp_path: Path) -> None:
+def test_each_dry_run_shows_the_grid_and_names_what_is_missing(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Neither data nor models are there: the grid is counted all the same, and the run would refuse to start."""
+    absent = DataError("pip could not fetch it", mend="try again")
+    monkeypatch.setattr("merganser.lab.suites.sentiment._fetched", lambda: absent)
     config = load_config([name])
-    assert config.name.removeprefix("small-") == Path(name).name
+    assert config.name.removeprefix("small-").removeprefix("leaderboard-") == Path(name).name
     result = dry_run(name, cwd=tmp_path, catch=True)
     assert isinstance(result.exception, UserError) and not (tmp_path / "r").exists()
     plan = plan_of(result)

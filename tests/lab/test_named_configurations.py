@@ -18,6 +18,7 @@ from merganser.cli import cli
 from merganser.lab.grid.cells import expand
 from merganser.lab.grid.loading import load_config, named_configurations
 from merganser.lab.report import make_sections, read_rows, render_markdown
+from merganser.lab.sentiment import SDIST, cache_folder
 
 #: What a published model is like: its name among the tiny ones, and how its files are.
 PUBLISHED: dict[str, tuple[str, dict[str, bool]]] = {
@@ -48,7 +49,8 @@ def run(
     """The rows of a named configuration, made small, by the command line."""
     own = place / "small.yaml"
     own.write_text(yaml.safe_dump({**SMALL, **extra}))
-    words = ["experiment", name, str(own), "--templates", f"resources={resources}", f"base={base}"]
+    template = "decoder" if name.endswith("/decoder") else "base"
+    words = ["experiment", name, str(own), "--templates", f"resources={resources}", f"{template}={base}"]
     words += ["--filter-model", *keep, "--results", str(place / "r"), "--zoo", str(place / "z"), *more]
     result = CliRunner().invoke(cli, words, catch_exceptions=False)
     assert result.exit_code == 0, result.output
@@ -114,14 +116,17 @@ def test_bases_that_are_published_as_pickles_need_the_flag_and_say_so(
     [
         pytest.param(name, marks=pytest.mark.experiments)
         for name, text in sorted(named_configurations().items())
-        if text and name.startswith("small/")
+        if text and name.startswith(("small/", "leaderboard/"))
     ],
 )
-def test_the_small_ones_run_on_the_real_corpora(
+def test_the_small_ones_and_those_of_the_leaderboard_run_on_the_real_corpora(
     name: str, tmp_path: Path, resources: Path, save_ready: Callable[..., Path]
 ) -> None:
     config = load_config([name])
+    if config.suite.name == "sentiment" and not (cache_folder() / SDIST).is_file():
+        pytest.skip(f"{SDIST} is not in the cache: set MERGANSER_CACHE to run this")
     keep = tuple(list(config.contributors)[:2])
     extra = {"seeds": [1, 2] if "different" in config.heads else [1]}
-    rows = run(name, tmp_path, resources, save_ready("base", "bert"), extra, keep)
+    architecture = config.pretrained.architecture or "bert"
+    rows = run(name, tmp_path, resources, save_ready("base", architecture), extra, keep)
     assert {row["kind"] for row in rows} == {"merge", *config.comparators}

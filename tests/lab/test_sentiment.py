@@ -12,6 +12,8 @@ import pytest
 from merganser.errors import DataError
 from merganser.lab import sentiment
 from merganser.lab.sentiment import Example, label_of, load_domains, parse_rows, read_archive, split
+from merganser.lab.suites import SUITES
+from merganser.lab.suites import sentiment as suite_module
 
 
 def tar_of(files: dict[str, bytes], links: dict[str, str] | None = None) -> bytes:
@@ -36,12 +38,15 @@ def rows(domain: str, count: int) -> bytes:
 @pytest.fixture
 def archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An archive as the real one, with 40 rows a domain, whose hashes are made the known ones."""
-    inner = tar_of({member: rows(name, 40) for name, member in sentiment.MEMBERS.items()} | {"../evil.txt": b"x"})
+    return write_archive(tmp_path / "sdist.tar.gz", 40, monkeypatch)
+
+
+def write_archive(path: Path, count: int, monkeypatch: pytest.MonkeyPatch) -> Path:
+    inner = tar_of({member: rows(name, count) for name, member in sentiment.MEMBERS.items()} | {"../evil.txt": b"x"})
     outer = tar_of({sentiment.INNER: inner, "other.txt": b"y"})
     monkeypatch.setattr(sentiment.read_archive, "__kwdefaults__", {
         "sha256": hashlib.sha256(outer).hexdigest(), "inner_sha256": hashlib.sha256(inner).hexdigest()
     })  # fmt: skip
-    path = tmp_path / "sdist.tar.gz"
     path.write_bytes(outer)
     return path
 
@@ -168,6 +173,33 @@ def test_a_failed_or_wrong_fetch_leaves_nothing(monkeypatch: pytest.MonkeyPatch,
     with pytest.raises(DataError, match="sha256"):
         sentiment.fetch(tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_the_suite_has_the_same_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    archive = write_archive(tmp_path / sentiment.SDIST, 2100, monkeypatch)
+    suite = SUITES["sentiment"](tmp_path)
+    assert suite.sets() == ("amazon", "movies", "nyt", "tweets")
+    domain = next(domain for domain in load_domains(archive=archive) if domain.name == "nyt")
+    for name, examples in (("train", domain.train), ("dev", domain.dev), ("test", domain.test)):
+        read = suite.read("nyt", name)
+        assert [row["text"] for row in read] == [example.text for example in examples]
+        assert {row["label"] for row in read} == set(suite.labels("nyt")) == set(sentiment.LABEL_NAMES)
+    assert suite.metric("nyt") == "macro_f1"
+    other = SUITES["sentiment"](tmp_path, split_seed=2).read("nyt", "test")
+    assert [row["text"] for row in other] != [row["text"] for row in suite.read("nyt", "test")]
+    with pytest.raises(DataError, match=rf"(?s)no source distribution.*put {sentiment.SDIST} .* there"):
+        SUITES["sentiment"](tmp_path / "elsewhere").read("nyt", "test")
+
+
+def test_a_failed_fetch_is_not_tried_for_every_split(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MERGANSER_CACHE", str(tmp_path / "cache"))
+    calls = fake_pip(monkeypatch, None, "ERROR: no route to host")
+    suite_module._fetched.cache_clear()
+    for split_name in ("train", "dev", "test"):
+        with pytest.raises(DataError, match="no route to host"):
+            SUITES["sentiment"]().read("tweets", split_name)
+    assert len(calls) == 1
+    suite_module._fetched.cache_clear()
 
 
 def test_the_real_sets_where_they_are_cached() -> None:

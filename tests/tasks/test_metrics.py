@@ -117,8 +117,9 @@ def test_regression_scores() -> None:
 
 def test_language_model_scores() -> None:
     task = TASKS["causal-lm"]
-    scores = task.score(np.array([[2.0, 2], [4.0, 1]]))
+    scores = task.score(np.array([[2.0, 2, 1], [4.0, 1, 0]]))
     assert scores["nll"] == 2 and scores["perplexity"] == pytest.approx(math.exp(2))
+    assert scores["accuracy"] == 1 / 3
     assert "nll" in task.lower_is_better
 
 

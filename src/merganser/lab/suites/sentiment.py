@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import ClassVar
 
+from merganser.errors import DataError
 from merganser.lab.sentiment import LABEL_NAMES, MEMBERS, VERSION, Domain, fetch, load_domains
 from merganser.lab.suites.base import Suite
 from merganser.tasks.base import Task
@@ -36,7 +37,7 @@ class Sentiment(Suite):
         return tuple(sorted(MEMBERS))
 
     def _rows(self, set_name: str, split: str, asked: str) -> Rows:
-        domain = _domains(None if self.root is None else self.root / self.layout, self.split_seed)[set_name]
+        domain = _domains(self._archive(), self.split_seed)[set_name]
         examples = getattr(domain, split)
         source = f"{set_name}[{split}]"
         return Rows(
@@ -45,6 +46,16 @@ class Sentiment(Suite):
             tuple((source, number) for number in range(1, len(examples) + 1)),
             by_line=False,
         )
+
+    def _archive(self) -> Path:
+        """The source distribution in the root, in the cache, or as pip fetches it."""
+        found = _fetched() if self.root is None else self.root / self.layout
+        if isinstance(found, DataError):
+            raise found
+        if not found.is_file():
+            mend = f"put {found.name} from PyPI there, or leave out the suite's root"
+            raise DataError("there is no source distribution of the sets", where=found, mend=mend)
+        return found
 
     def task(self, set_name: str) -> Task:
         """Classification by the first metric, macro-F1."""
@@ -55,6 +66,15 @@ class Sentiment(Suite):
         return LABEL_NAMES
 
 
+@lru_cache(maxsize=1)
+def _fetched() -> Path | DataError:
+    """The archive in the cache, or why it cannot be had: pip is asked once, since it tries for long."""
+    try:
+        return fetch()
+    except DataError as error:
+        return error
+
+
 @lru_cache(maxsize=4)
-def _domains(archive: Path | None, seed: int) -> dict[str, Domain]:
-    return {domain.name: domain for domain in load_domains(seed=seed, archive=fetch() if archive is None else archive)}
+def _domains(archive: Path, seed: int) -> dict[str, Domain]:
+    return {domain.name: domain for domain in load_domains(seed=seed, archive=archive)}
