@@ -147,7 +147,8 @@ def _advice(row: Row, situation: Situation, inputs: Inputs) -> Iterator[str]:
         if lacking:
             more = replace(situation, published=situation.published | {"gram", kind})
             names = listed([parent.title for parent in lacking], _MOST)
-            command = f"merganser collect MODEL --data FILE{_COLLECT[kind]}"
+            again = " --overwrite" if any(parent.statistics is not None for parent in lacking) else ""
+            command = f"merganser collect MODEL --data FILE{_COLLECT[kind]}{again}"
             additions[more] = f"with {PUBLISHED[kind]} of {names} ({command}, next to the data)"
     if not situation.base:
         name = named_base(inputs.parents)

@@ -11,12 +11,16 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeAlias
 
 AUTO = "auto"
-#: Who is asked: ``gram`` (Gram matrices), ``kfac`` (output gradients beside them) and ``fisher`` (Fisher information).
+#: Kinds of statistics, as :class:`merganser.methods.base.Needs` has them.
 Published: TypeAlias = Literal["gram", "kfac", "fisher"]
 #: One head answers for all contributors, or each has labels or a head of its own.
 Tasks: TypeAlias = Literal["same", "different"]
 
-PUBLISHED: dict[Published, str] = {"gram": "Gram matrices", "kfac": "output gradients", "fisher": "Fisher information"}
+PUBLISHED: dict[Published, str] = {
+    "gram": "Gram matrices",
+    "kfac": "Gram matrices and output gradients",
+    "fisher": "Fisher information",
+}
 
 
 @dataclass(frozen=True)
