@@ -16,7 +16,7 @@ import merganser.lab.grid.compute as grid_compute
 from merganser.checkpoints import open_checkpoint
 from merganser.errors import CheckpointError, UserError
 from merganser.lab import demo
-from merganser.lab.demo import DemoSettings, _prepare_folder, demo_sections, find_base, run_demo
+from merganser.lab.demo import DemoSettings, _prepare_folder, auto_columns, demo_sections, find_base, run_demo
 from merganser.lab.grid.loading import load_config
 from merganser.lab.grid.planning import plan_experiment
 from merganser.lab.report.rows import ResultRow, read_rows
@@ -31,8 +31,13 @@ SETTINGS = DemoSettings(
     train=24, test=12, dev=2, epochs=1, learning_rate=1e-3, batch_size=8, statistics_texts=16, fisher_texts=8
 )
 TONES = [["bad", "not"], ["the", "was"], ["good", "very"]]
-WITH, WITHOUT = "Auto, with statistics: RegMean", "Auto, without statistics: ACTMat"
-METHODS = ["Simple", "Fisher", WITH, WITHOUT, "TIES"]
+COLUMNS = {column.title: column for column in auto_columns()}
+#: The paper's methods, then auto, then the others; what auto takes as it is stands there alone.
+METHODS = [
+    title
+    for title in ("Simple", "Fisher", "RegMean", *sorted(COLUMNS), "ACTMat", "TIES")
+    if all(title != one.method.title or one.row.options for one in COLUMNS.values())
+]
 
 
 def domain(name: str, topic: str) -> Domain:
@@ -110,8 +115,7 @@ def test_the_page_says_what_was_done_and_what_to_try(finished: Path) -> None:
     assert f"The best one, {best}, scores {averages[best]:.1f} on average" in page
     for words in (
         "merganser merge models/food models/film --base models/base -o merged",
-        f"What <code>--method auto</code> takes with statistics, RegMean, scores {averages[WITH]:.1f}, ",
-        f"takes without statistics, ACTMat, scores {averages[WITHOUT]:.1f}, ",
+        *(f"takes {c.given}, {c.method.title}, scores {averages[title]:.1f}, " for title, c in COLUMNS.items()),
         "--fisher-examples 8 --limit 16",
         "trained on 24 texts each: 1 epochs, learning rate 0.001",
         "The standard error (bootstrap over a test’s examples) of a score is",
@@ -130,8 +134,9 @@ def test_scores_are_those_of_the_saved_models(finished: Path, tmp_path: Path) ->
 
     models = [finished / "models" / name for name in ("food", "film")]
     assert merge(models, tmp_path / "merged", base=finished / "models" / "base").choice
+    with_statistics = next(iter(COLUMNS))
     names = ["negative", "neutral", "positive"]
-    for row, folder in ((WITH, tmp_path / "merged"), ("food", models[0])):
+    for row, folder in ((with_statistics, tmp_path / "merged"), ("food", models[0])):
         model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         lines = [json.loads(line) for line in (finished / "data/film/test.jsonl").read_text().splitlines()]
@@ -141,7 +146,8 @@ def test_scores_are_those_of_the_saved_models(finished: Path, tmp_path: Path) ->
 
 
 def test_the_merges_really_used_their_methods(finished: Path) -> None:
-    for title, method in (("Fisher", "fisher"), (WITH, "regmean"), (WITHOUT, "actmat"), ("TIES", "ties")):
+    auto_takes = {title: column.row.method for title, column in COLUMNS.items()}
+    for title, method in {"Fisher": "fisher", "TIES": "ties", **auto_takes}.items():
         row = rows_of(finished)[title]
         assert row.provenance.tensors[method] >= 8  # the linear maps of two layers and the head
 
