@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     "--allow-pickle", is_flag=True, help="Accept models that are published as pickles (read with weights_only)."
 )
 @click.option("--engine", type=click.Choice(["serial", "ray"]), default="serial", show_default=True)
+@click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Jobs at once, in processes.")
 @click.option("--ray-address", help="Of a running cluster.  [default: $RAY_ADDRESS or auto]")
 @click.option(
     "--dry-run", is_flag=True, help="Check every input, show what is there, what is left and how long it takes."
@@ -60,6 +61,7 @@ def benchmark_command(
     device: str | None,
     allow_pickle: bool,
     engine: str,
+    workers: int,
     ray_address: str | None,
     dry_run: bool,
     as_json: bool,
@@ -93,7 +95,7 @@ def benchmark_command(
         plans = plan_benchmark(benchmark, results=results, zoo=place, allow_pickle=allow_pickle)
         _show_plans(plans, as_json)
         return
-    cluster = make_cluster(engine, ray_address, "benchmark")
+    cluster = make_cluster(engine, ray_address, "benchmark", workers)
     done = run_benchmark(benchmark, results=results, zoo=place, engine=cluster, allow_pickle=allow_pickle, say=warn)
     for where, failure in done.failures:
         more = f"\n    left out for it: {failure.cells} cells" if failure.cells else ""
