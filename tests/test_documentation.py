@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from merganser.cli import cli
+from merganser.lab.benchmark.config import MethodsFile
 from merganser.merging import Recipe, make_recipe
 from merganser.merging.moe.config import make_config
 
@@ -111,11 +112,13 @@ def test_scripts_their_options_and_targets_of_make_exist(page: Path) -> None:
 
 @pytest.mark.parametrize(("language", "text"), BLOCKS)
 def test_examples_can_be_read(language: str, text: str) -> None:
-    """Recipes and mixtures of experts are valid, and what Python imports is there."""
+    """Recipes, mixtures of experts and methods of a benchmark are valid, and what Python imports is there."""
     if language == "yaml":
         values = yaml.safe_load(text)
         if "experts" in values:
             make_config(values)
+        elif "methods" in values:
+            MethodsFile.model_validate(values)
         else:
             make_recipe({"contributors": ["chat-model", "b"], "method": "simple", **values})
     elif language == "python":

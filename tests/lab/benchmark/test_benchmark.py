@@ -18,7 +18,7 @@ from merganser.cli import cli
 from merganser.engines import Job, Outcome, SerialEngine
 from merganser.errors import Problems, UserError
 from merganser.lab.benchmark.choice import read_choice
-from merganser.lab.benchmark.config import Benchmark, Entry, load_benchmark
+from merganser.lab.benchmark.config import METHODS_FILE, Benchmark, Entry, load_benchmark, read_methods
 from merganser.lab.benchmark.page import board_tables, read_board, write_leaderboard
 from merganser.lab.benchmark.run import run_benchmark
 from merganser.lab.report.rows import read_rows
@@ -284,9 +284,7 @@ def write(folder: Path, methods: list[Any]) -> Path:
 
 
 def test_the_methods_that_come_with_merganser_have_their_published_defaults_among_their_candidates() -> None:
-    from merganser.lab.benchmark.config import METHODS_FILE, _read_methods
-
-    entries = _read_methods(METHODS_FILE)
+    entries = read_methods(METHODS_FILE)
     assert len({entry.title for entry in entries}) == len(entries) >= 20
     for entry in entries:
         kind = METHODS[entry.method].options_type

@@ -102,7 +102,9 @@ class Entry(BaseModel):
         return not needs.data and min(sizes) >= needs.at_least and (needs.models is None or sizes == {needs.models})
 
 
-class _MethodsFile(BaseModel):
+class MethodsFile(BaseModel):
+    """What a file of methods holds."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     methods: tuple[Entry, ...] = Field(min_length=1)
@@ -177,7 +179,7 @@ def load_benchmark(
             that no suite uses, a method that applies to no suite; each with file and key.
     """
     errors = ErrorCollector()
-    known = [entry for file in methods for entry in errors.catch(_read_methods, file) or ()]
+    known = [entry for file in methods for entry in errors.catch(read_methods, file) or ()]
     _check_unlike([entry.title for entry in known], "methods", "give one of them another title", errors)
     given, used = dict(templates or {}), set[str]()
     configs = []
@@ -203,9 +205,14 @@ def load_benchmark(
     return Benchmark(tuple(configs), tuple(usable), tuple(known), dev_seeds)
 
 
-def _read_methods(file: str | Path) -> tuple[Entry, ...]:
+def read_methods(file: str | Path) -> tuple[Entry, ...]:
+    """The methods of a file, or of one that comes with merganser.
+
+    Raises:
+        RecipeError: it cannot be read, or a method, option or value that there is none.
+    """
     place = find_file(file)
-    return validated(_MethodsFile, read_values(place), str(place)).methods
+    return validated(MethodsFile, read_values(place), str(place)).methods
 
 
 def _read_suite(
