@@ -49,7 +49,7 @@ def test_each_dry_run_shows_the_grid_and_names_what_is_missing(
     absent = DataError("pip could not fetch it", mend="try again")
     monkeypatch.setattr("merganser.lab.suites.sentiment._fetched", lambda: absent)
     config = load_config([name])
-    assert config.name.removeprefix("small-").removeprefix("leaderboard-") == Path(name).name
+    assert config.name in (name, name.replace("/", "-"))
     result = dry_run(name, cwd=tmp_path, catch=True)
     assert isinstance(result.exception, UserError) and not (tmp_path / "r").exists()
     plan = plan_of(result)
