@@ -81,10 +81,11 @@ def plain_model(model: Any) -> Any:
 
 def save_model(model: Any, folder: Path) -> None:
     """Save a model, or its adapter with a ``config.json`` beside it that names the head's labels."""
-    model.save_pretrained(folder)
     below = plain_model(model)
     if below is model:
+        model.save_pretrained(folder)
         return
+    model.save_pretrained(folder, save_embedding_layers=False)  # which are the base's, since no token is added
     below.config.architectures = [type(below).__name__]
     below.config.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's form of a model card, not filled in
