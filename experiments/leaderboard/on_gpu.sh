@@ -24,6 +24,8 @@ for suite in "$@"; do
     experiment "$suite" prepare $(((workers + $# - 1) / $#)) &
 done
 wait
-suites=("${@/#/$here/}")
+suites=("${@/#/$here/}") starts=()
+case " $* " in *" decoder "*) starts+=("decoder=$folder/decoder") ;; esac
+[ "$*" = decoder ] || starts+=("base=$base")
 timeout "$seconds" python3 -m merganser benchmark "${suites[@]/%/.yaml}" --methods "$here/methods.yaml" "${given[@]}" \
-    --templates "resources=$resources" "base=$base" --results "$folder/leaderboard" --workers "$workers"
+    --templates "resources=$resources" "${starts[@]}" --results "$folder/leaderboard" --workers "$workers"
