@@ -44,20 +44,24 @@ class Case:
     Attributes:
         make: from a family and a folder to the arguments of :func:`merge`.
         situation: as it is to be found.
-        lacks: the reason that is given where the method needs no statistics.
+        lacks: what is said where the method needs no statistics.
     """
 
     make: Callable[[Family, Path], dict[str, Any]]
     situation: Situation
-    lacks: str = ""
+    lacks: tuple[str, ...] = ()
 
     def because(self) -> str:
         """The reason that is to be given."""
         row = choose(self.situation)
         published = {"gram": GRAMS, "kfac": f"{GRAMS} and output gradients", "fisher": "Fisher information"}
-        said = self.lacks if row.published is None else f"every contributor publishes {published[row.published]}"
-        tasks = {None: "", "same": " and they have one task", "different": " and their tasks differ"}[row.tasks]
-        return f"{said}{tasks}; {row.why}"
+        said = [*self.lacks]
+        if row.published is not None:
+            said = [f"every contributor publishes {published[row.published]}", *([BASE] if row.base else [])]
+        said += (
+            [] if row.tasks is None else [{"same": "they have one task", "different": "their tasks differ"}[row.tasks]]
+        )
+        return f"{', '.join(said[:-1])}{' and ' if len(said) > 1 else ''}{said[-1]}; {row.why}"
 
 
 GRAMS, HEADS = "Gram matrices", ("classifier.*",)
@@ -99,29 +103,29 @@ def published(*kinds: Published) -> frozenset[Published]:
 BARE: dict[str, Any] = {"statistics": False}
 CASES = {
     "grams": Case(family_of(), Situation(published("gram"), tasks="same")),
-    "grams and base": Case(family_of(base=True), Situation(published("gram"), base=True, tasks="same"), BASE),
+    "grams and base": Case(family_of(base=True), Situation(published("gram"), base=True, tasks="same"), (BASE,)),
     "grams, tasks": Case(family_of(heads=True), Situation(published("gram"), tasks="different")),
     "grams and base, tasks": Case(
-        family_of(base=True, heads=True), Situation(published("gram"), base=True, tasks="different"), BASE
+        family_of(base=True, heads=True), Situation(published("gram"), base=True, tasks="different"), (BASE,)
     ),
     "kfac": Case(family_of(kfac="sampled"), Situation(published("gram", "kfac"), tasks="same")),
     "kfac and base": Case(
-        family_of(kfac="sampled", base=True), Situation(published("gram", "kfac"), base=True, tasks="same"), BASE
+        family_of(kfac="sampled", base=True), Situation(published("gram", "kfac"), base=True, tasks="same"), (BASE,)
     ),
     "kfac, tasks": Case(family_of(kfac="sampled", heads=True), Situation(published("gram", "kfac"), tasks="different")),
     "kfac and base, tasks": Case(
         family_of(kfac="sampled", base=True, heads=True),
         Situation(published("gram", "kfac"), base=True, tasks="different"),
-        BASE,
+        (BASE,),
     ),
     "fisher": Case(family_of(fisher="expected", strip=True), Situation(published("fisher"), tasks="same")),
-    "base": Case(family_of(base=True, **BARE), Situation(base=True, tasks="same"), f"{BASE} and {NONE}"),
+    "base": Case(family_of(base=True, **BARE), Situation(base=True, tasks="same"), (BASE, NONE)),
     "base, tasks": Case(
-        family_of(base=True, heads=True, **BARE), Situation(base=True, tasks="different"), f"{BASE} and {NONE}"
+        family_of(base=True, heads=True, **BARE), Situation(base=True, tasks="different"), (BASE, NONE)
     ),
-    "adapters": Case(adapters_of(base=True), Situation(base=True, adapters=True), f"{BASE} and {NONE}"),
-    "adapters alone": Case(adapters_of(base=False), Situation(base=True, adapters=True), ALONE),
-    "nothing": Case(family_of(**BARE), Situation(tasks="same"), f"{NONE} and no base model is given"),
+    "adapters": Case(adapters_of(base=True), Situation(base=True, adapters=True), (BASE, NONE)),
+    "adapters alone": Case(adapters_of(base=False), Situation(base=True, adapters=True), (ALONE,)),
+    "nothing": Case(family_of(**BARE), Situation(tasks="same"), (NONE, "no base model is given")),
 }
 #: A case for each line of the table, and those in which more or less than that is at hand.
 TRIED = ["grams", "kfac and base, tasks", "fisher", "base", "adapters", "adapters alone", "nothing"]
@@ -360,7 +364,7 @@ def test_the_command_says_what_it_chose(family: Family, tmp_path: Path, capsys: 
 def test_the_command_explains_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("methods", "auto") == 0
     told = capsys.readouterr().out
-    assert all(f"  {row.have}: {row.why}. It costs {row.cost}." in told for row in ROWS)
+    assert all(f"  {row.have}: {row.why}. It costs {row.price}." in told for row in ROWS)
     assert run("methods", "auto", "--json") == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert [row["method"] for row in rows] == [row.method for row in ROWS]
@@ -391,6 +395,11 @@ def test_every_situation_has_a_line_and_every_line_a_situation() -> None:
         for one in row.measured:
             text = (ROOT / one.source).read_text(encoding="utf-8")
             assert all(f"{number:.1f}" in text for number in (one.merged, one.alone, one.average)), one
+
+
+def test_the_seconds_of_a_merge_are_part_of_its_price() -> None:
+    row = Row(method="simple", why="", cost="little", measured=(Measured("it", "same", 1, 1, 1, "", seconds=3.4),))
+    assert row.price == "little; the merge took 3 s (it)" and TABLE[1].price == "some"
 
 
 def test_nothing_worse_is_advised(monkeypatch: pytest.MonkeyPatch) -> None:

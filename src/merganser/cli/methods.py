@@ -77,5 +77,5 @@ def _explain_auto(as_json: bool) -> None:
     title = "the first line that fits; scores × 100, beside those of each model on its own test"
     print_table(title, ["you have", "it takes", "one task", "different tasks"], rows)
     for row in ROWS:
-        tell(f"  {row.have}: {row.why}. It costs {row.cost}.")
+        tell(f"  {row.have}: {row.why}. It costs {row.price}.")
     tell("docs/choosing.md says where the figures come from, and what else there is to choose")

@@ -99,6 +99,7 @@ def _facts(row: Row, situation: Situation, inputs: Inputs) -> str:
     found = []
     if row.published is not None:
         found.append(f"every contributor publishes {PUBLISHED[row.published]}")
+        found += ["the base model is known"] if row.base else []
     elif inputs.without_base:
         found.append("adapters without their base are changes of it, and have no statistics")
     else:
@@ -108,6 +109,7 @@ def _facts(row: Row, situation: Situation, inputs: Inputs) -> str:
         found += [] if situation.base else ["no base model is given"]
     if row.tasks is not None:
         found.append("their tasks differ" if row.tasks == "different" else "they have one task")
+    found = found or ["it needs nothing more"]
     return f"{', '.join(found[:-1])} and {found[-1]}" if len(found) > 1 else found[0]
 
 

@@ -131,6 +131,12 @@ class Row:
         parts += [f"at least {self.at_least} models"] if self.at_least > 1 else []
         return ", ".join(parts) or "the models alone"
 
+    @property
+    def price(self) -> str:
+        """What it costs, with the seconds that were measured."""
+        took = [f"{one.seconds:.0f} s ({one.suite})" for one in self.measured if one.seconds is not None]
+        return f"{self.cost}; the merge took {', '.join(took)}" if took else self.cost
+
     def expectation(self, tasks: Tasks | None = None) -> str | None:
         """What was measured for such tasks, in words; None where nothing was."""
         return "; ".join(str(one) for one in self.measured if tasks in (None, one.tasks)) or None
@@ -230,6 +236,6 @@ def markdown_table(rows: Sequence[Row] = ROWS) -> str:
     """The table for docs/choosing.md."""
     lines = ["| you have | `auto` takes | one task | different tasks | what it costs |", "|---|---|---|---|---|"]
     for row in rows:
-        cells = [row.have, f"`{row.title}`", row.scores("same"), row.scores("different"), row.cost]
+        cells = [row.have, f"`{row.title}`", row.scores("same"), row.scores("different"), row.price]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
