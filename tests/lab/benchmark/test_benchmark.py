@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -14,13 +15,15 @@ import yaml
 from click.testing import CliRunner
 
 from lab.grid.conftest import write_suite
+from lab.report.conftest import examples as examples
 from merganser.cli import cli
 from merganser.engines import Job, Outcome, SerialEngine
 from merganser.errors import Problems, UserError
-from merganser.lab.benchmark.choice import read_choice
+from merganser.lab.benchmark.choice import CandidateFigures, Choice, ChosenMethod, read_choice, write_choice
 from merganser.lab.benchmark.config import METHODS_FILE, Benchmark, Entry, load_benchmark, read_methods
 from merganser.lab.benchmark.page import board_tables, read_board, write_leaderboard
 from merganser.lab.benchmark.run import run_benchmark
+from merganser.lab.grid.cells import expand
 from merganser.lab.report.rows import read_rows
 from merganser.methods import METHODS
 
@@ -295,3 +298,71 @@ def test_the_methods_that_come_with_merganser_have_their_published_defaults_amon
 def test_candidates_that_mean_the_same_are_one() -> None:
     entry = Entry.model_validate({"method": "ties", "grid": [{}, {"density": [0.2, 0.5], "scale": 1}, {"scale": 1.0}]})
     assert [candidate.title for candidate in entry.candidates] == ["TIES", "TIES (density 0.5, scale 1)"]
+
+
+def test_every_layout_has_its_place_on_the_page(examples: ModuleType, tmp_path: Path) -> None:
+    """Pairs of two kinds of heads, greedy sequences, parts, separate heads, all at once."""
+    rows = [*examples.pairs(seeds=(1,)), *examples.greedy((1,)), *examples.partitions(), *examples.all_at_once()]
+    rows += [row for row in examples.glue_pairs() if row["chosen"] is None]
+    examples.write_rows(tmp_path / "test", rows)
+    experiments = tuple(sorted({row["experiment"] for row in rows}))
+    methods = tuple(
+        ChosenMethod(
+            title=title, method=name, family="published", base=False, statistics=METHODS[name].needs.statistics, best=0,
+            candidates=(CandidateFigures(name=name, options={}, recovery={}, mean=None),),
+        )
+        for name, title in examples.MERGES.items()
+    )  # fmt: skip
+    write_choice(Choice(suites=experiments, seeds={}, methods=methods), tmp_path)
+    board = read_board(tmp_path)
+    names = [suite.name for suite in board.inside]
+    assert names == [
+        "emotion-all", "emotion-greedy", "emotion-pairs, same heads", "emotion-pairs, different heads", "glue-pairs",
+        "glue-partitions",
+    ]  # fmt: skip
+    assert [suite.name for suite in board.outside] == names[:4]
+    # By hand: a pair's tests each by the model whose own test it is.
+    own = [row for row in rows if row["experiment"] == "glue-pairs"]
+    alone = {(r["contributors"][0], r["seed"]): r["scores"] for r in own if r["kind"] == "individual"}
+    merged = [row for row in own if row["method"] == "fisher"]
+    by_hand = [100 * alone[test, row["seed"]][test]["value"] for row in merged for test in row["scores"]]
+    (suite,) = (suite for suite in board.inside if suite.name == "glue-pairs")
+    assert suite.mean("individual") == pytest.approx(np.mean(by_hand))
+    (parts,) = (suite for suite in board.inside if suite.name == "glue-partitions")
+    halves = [
+        100 * s["value"]
+        for r in rows
+        if r["kind"] == "individual" and "/" in r["contributors"][0]
+        for s in r["scores"].values()
+    ]
+    assert parts.mean("individual") == pytest.approx(np.mean(halves))
+    outputs = {"html": tmp_path / "page.html", "markdown": tmp_path / "page.md", "csv": tmp_path / "page.csv"}
+    first = write_leaderboard(tmp_path, outputs)[0]
+    assert first.columns[2:8] == tuple(names)  # which begin with nothing that they share
+    assert {line.title for line in first.lines} >= {"Individual", "Multi-task", "Simple", "Fisher", "RegMean"}
+    assert [line.cells[-1].text for line in first.lines].count("reference") == 1
+    asked = write_leaderboard(tmp_path, {"markdown": tmp_path / "asked.md"}, against="Simple")[0]
+    assert next(line for line in asked.lines if line.title == "Simple").cells[-1].text == "reference"
+    with pytest.raises(UserError, match="did you mean 'fisher'"):
+        write_leaderboard(tmp_path, {"markdown": tmp_path / "no.md"}, against="fischer")
+
+
+def test_suites_are_called_without_what_all_begin_with(done: Path, tmp_path: Path) -> None:
+    for file in done.rglob("cells/*.json"):
+        text = file.read_text().replace('"first"', '"board-first"').replace('"second"', '"board-second"')
+        copy = tmp_path / str(file.relative_to(done)).replace("first", "board-first").replace("second", "board-second")
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text(text)
+    choice = (done / "choice.json").read_text()
+    (tmp_path / "choice.json").write_text(choice.replace("first", "board-first").replace("second", "board-second"))
+    assert board_tables(read_board(tmp_path))[0].columns[2:4] == ("first", "second")
+
+
+def test_seeds_that_are_kept_have_the_heads_that_they_have_among_all(make: Make) -> None:
+    """With different heads a contributor's seed comes from all seeds of the suite, not from those of the run."""
+    suite = make().suites[0].model_copy(update={"heads": ("different",), "seeds": (1, 2, 3)})
+    wanted = [cell for cell in expand(suite) if cell.kind == "merge" and cell.seed == 1]
+    kept = make().development(suite, make().entries)
+    assert kept is not None and kept.keep_seeds == (1,)
+    found = {cell.contributors for cell in expand(kept) if cell.kind == "merge"}
+    assert found == {cell.contributors for cell in wanted} and {spec.seed for spec in wanted[0].contributors} == {1, 2}

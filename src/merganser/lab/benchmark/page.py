@@ -11,13 +11,14 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from merganser.errors import DataError, RecipeError, did_you_mean
 from merganser.lab.benchmark.choice import Choice, ChosenMethod, read_choice
 from merganser.lab.benchmark.run import TEST
-from merganser.lab.benchmark.summary import Standing, SuiteScores, differences, standings, suite_scores
+from merganser.lab.benchmark.summary import Difference, Standing, SuiteScores, differences, standings, suite_scores
 from merganser.lab.grid.cells import TITLES
 from merganser.lab.report import write_forms
 from merganser.lab.report.grid import INDIVIDUAL, ResultGrid
@@ -83,6 +84,26 @@ class Board:
     def order(self) -> list[Standing]:
         """The methods, the best first."""
         return standings(self.inside, list(self.methods))
+
+    @cached_property
+    def differences(self) -> dict[str, list[Difference]]:
+        """What a reference is → the methods that are compared with it, the best first."""
+        names = [one.method for one in self.order]
+        free = [name for name in names if self.methods[name].statistics is None]
+        return {
+            words: differences(self.inside, free if words == _FREE else names, reference)
+            for words, reference in self.references.items()
+        }
+
+    def suite(self, name: str) -> str:
+        """What tables call a suite: its name without what the names of all suites begin with."""
+        return name[self._shared :]
+
+    @cached_property
+    def _shared(self) -> int:
+        words = zip(*(name.split("-")[:-1] for name in self.choice.suites), strict=False)
+        alike = takewhile(lambda same: len(set(same)) == 1, words)
+        return sum(len(same[0]) + 1 for same in alike) if len(self.choice.suites) > 1 else 0
 
     @cached_property
     def references(self) -> dict[str, str]:
@@ -195,7 +216,7 @@ def _marked(lines: Sequence[Line]) -> list[Line]:
 
 def _main(board: Board) -> Table:
     reference = next(iter(board.references.values()), "")
-    compared = {one.method: one for one in differences(board.inside, list(board.methods), reference)}
+    compared = {one.method: one for one in next(iter(board.differences.values()), [])}
 
     def cells(standing: Standing) -> list[TableCell]:
         method, difference = board.methods.get(standing.method), compared.get(standing.method)
@@ -217,7 +238,7 @@ def _main(board: Board) -> Table:
             told,
         ]
 
-    names = [suite.name for suite in board.inside]
+    names = [board.suite(suite.name) for suite in board.inside]
     return Table(
         key="leaderboard",
         title="Leaderboard",
@@ -244,7 +265,7 @@ def _recoveries(board: Board) -> Table:
         key="recovery",
         title="Recovery",
         corner="Method",
-        columns=(*(suite.name for suite in board.inside), "Average"),
+        columns=(*(board.suite(suite.name) for suite in board.inside), "Average"),
         lines=_lines(board, cells, board.inside),
         caption="The mean score on the in-domain tests of a suite as a share of that of the individual models on the "
         "same tests and seeds, in %.",
@@ -254,16 +275,13 @@ def _recoveries(board: Board) -> Table:
 def _compared(board: Board) -> Table:
     lines = []
     for words, reference in board.references.items():
-        names = [one.method for one in board.order]
-        if words == _FREE:
-            names = [name for name in names if board.methods[name].statistics is None]
-        for one in differences(board.inside, names, reference):
+        for one in board.differences[words]:
             stars = next((marker for marker, level in MARKERS if one.adjusted < level), "")
             cells = (
                 TableCell(value=one.points, text=signed(one.points)),
                 TableCell(text=f"{signed(one.low)} to {signed(one.high)}"),
                 TableCell(text=f"{one.above} / {one.below}"),
-                TableCell(text=f"{signed(one.worst[1])} ({one.worst[0]})"),
+                TableCell(text=f"{signed(one.worst[1])} ({board.suite(one.worst[0])})"),
                 TableCell(value=one.p, text=p_text(one.p)),
                 TableCell(value=one.adjusted, text=p_text(one.adjusted), stars=stars),
                 TableCell(value=one.p_tests, text=p_text(one.p_tests)),
@@ -297,7 +315,7 @@ def _out_of_domain(board: Board) -> Table:
         key="out-of-domain",
         title="Out of domain",
         corner="Method",
-        columns=(*(suite.name for suite in board.outside), "Average"),
+        columns=(*(board.suite(suite.name) for suite in board.outside), "Average"),
         lines=_lines(board, cells, board.outside),
         caption="Mean score over the out-of-domain tests and seeds of the suites that have such tests, × 100. "
         "Individual: the mean of all contributors’ models.",
@@ -321,7 +339,7 @@ def _costs(board: Board) -> Table:
             TableCell(text=METHODS[method.method].streaming),
         )
         lines.append(Line(method.title, cells))
-    names = [suite.name for suite in board.inside]
+    names = [board.suite(suite.name) for suite in board.inside]
     return Table(
         key="cost",
         title="Cost",
@@ -352,12 +370,12 @@ def _candidates(board: Board) -> Table:
             mark = "best" if place == method.best else ""
             cells = [TableCell(None if s is None else 100 * s, mark=mark if s is not None else "") for s in shares]
             lines.append(Line(options, tuple(cells), method.title))
-    seeds = "; ".join(f"{name}: {', '.join(map(str, own))}" for name, own in board.choice.seeds.items())
+    seeds = "; ".join(f"{board.suite(name)}: {', '.join(map(str, own))}" for name, own in board.choice.seeds.items())
     return Table(
         key="candidates",
         title="Chosen options",
         corner="Options",
-        columns=(*names, "Average"),
+        columns=(*map(board.suite, names), "Average"),
         lines=tuple(lines),
         caption="Recovery on development data of the contributors, in %, of every candidate of each method; the one "
         f"with the best average (bold) is what all tests are scored with. Seeds: {seeds}.",
@@ -422,12 +440,12 @@ def recovery_plot(board: Board) -> Figure | None:
     from merganser.lab.report.dots import Row, painter
     from merganser.lab.report.svg import INK, SERIES, draw
 
-    suites = [suite.name for suite in board.inside]
+    suites = [board.suite(suite.name) for suite in board.inside]
     rows = []
     for kind, names in (("comparator", board.comparators), ("merge", list(board.methods))):
         for one in standings(board.inside, names):
             if one.recovery is not None and one.method != INDIVIDUAL.name:
-                shares = {name: 100 * share for name, share in one.recoveries.items()}
+                shares = {board.suite(name): 100 * share for name, share in one.recoveries.items()}
                 ours = kind == "merge" and board.methods[one.method].family == "ours"
                 colour = INK if kind == "comparator" else SERIES[0] if ours else SERIES[2]
                 rows.append(Row(board.title(one.method), shares, 100 * one.recovery, colour, kind))
