@@ -18,7 +18,7 @@ from merganser.checkpoints.layers import Layer
 from merganser.collection import collect
 from merganser.errors import UserError
 from merganser.merging import merge
-from merganser.methods import METHODS, Facts, Unit
+from merganser.methods import METHODS, Facts, Unit, kronecker
 from merganser.methods.regression import mats
 from merganser.statistics import FILE_NAME, Statistics, write_statistics
 
@@ -162,7 +162,7 @@ def test_identical_gradients_make_it_regmean() -> None:
 def test_what_wide_layers_do_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     people = given(24, 20, rows=300)
     exact = dense(people, bias=True, ridge=0.01)
-    monkeypatch.setattr(mats, "_NARROW", 4)
+    monkeypatch.setattr(kronecker, "_NARROW", 4)
     found, note = merged(people, steps=2000, ridge=0.01)
     assert note is None
     np.testing.assert_allclose(found, exact, atol=1e-3)

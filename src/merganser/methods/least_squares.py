@@ -96,6 +96,10 @@ class Operator(Metric):
         raise NotImplementedError
 
 
+#: Of metrics with their weights, and λ: a function that comes near the inverse of Σ weight · M + λ.
+Preconditioner = Callable[[Sequence[tuple[float, Any]], float], Callable[[Tensor], Tensor]]
+
+
 @dataclass(frozen=True)
 class Rule:
     """How some tensors get their metric.
@@ -135,6 +139,7 @@ class LeastSquares(Method):
         join: makes one unit of several whose tensors share a factorisation.
         alpha: the multiplier of the off-diagonals of Gram matrices.
         start: where conjugate gradients start; None, or what answers None: at the average.
+        precondition: of the weighted metrics and λ, what comes near the inverse of their sum, symmetric and positive.
     """
 
     treat: Callable[[Facts, Any], str]
@@ -142,6 +147,7 @@ class LeastSquares(Method):
     join: Callable[[list[Unit], Mapping[str, Facts], Any], list[Unit]] = _one_by_one
     alpha: Callable[[Any], float] = _unshrunk
     start: Callable[[Unit, Sequence[Share], Any], Tensor | None] | None = None
+    precondition: Preconditioner | None = None
 
     @property
     def streaming(self) -> str:
@@ -197,6 +203,7 @@ class LeastSquares(Method):
             [self._metric(unit, share, Operator) for share in shares],
             self.ridge,
             start=self.start and self.start(unit, shares, self.options),
+            precondition=self.precondition,
             steps=int(getattr(self.options, "steps", _STEPS)),
         )
         merged = _unstacked(solution.value, unit) if is_layer else {fact.name: as_stored(solution.value, fact)}
@@ -265,7 +272,8 @@ class LeastSquares(Method):
             return width**2 * (grams + kept) + elements(unit) * 11 * 4
         height = elements(unit) // max(width - 1, 1)
         read = 2 * 8 * max(width, height) ** 2  # a packed triangle, the matrix of it, its copy
-        return (width**2 + height**2) * 8 * contributors + read + elements(unit) * 8 * 9
+        bases = 0 if self.precondition is None else 8 * (width**2 + height**2) + 8 * 3 * max(width, height) ** 2
+        return (width**2 + height**2) * 8 * contributors + max(read, bases) + elements(unit) * 8 * 9
 
     def additive(self, unit: Unit) -> bool:
         """Linear layers with Gram matrices are."""
@@ -417,6 +425,7 @@ def solve_iteratively(
     *,
     start: Tensor | None = None,
     steps: int = _STEPS,
+    precondition: Preconditioner | None = None,
 ) -> Solution:
     """Solution for metrics of any form, by conjugate gradients (Hestenes & Stiefel 1952) in the metrics' dtype.
 
@@ -431,6 +440,7 @@ def solve_iteratively(
         ridge: pull toward the average.
         start: of that shape, where to start; None: at the average.
         steps: the most.
+        precondition: see :attr:`LeastSquares.precondition`.
 
     Raises:
         ValueError: the metrics are not positive semi-definite.
@@ -465,7 +475,8 @@ def solve_iteratively(
     solution = average.clone() if start is None else (start.to(torch.float64) - reference).to(dtype)
     pull = ridge * _mean_diagonal(terms, summed, average) if ridge else 0.0
     residual.sub_(summed(solution)).add_(average - solution, alpha=pull)
-    note = _conjugate_gradients(lambda d: summed(d).add_(d, alpha=pull), solution, residual, steps)
+    near = None if precondition is None else precondition(terms, pull)
+    note = _conjugate_gradients(lambda d: summed(d).add_(d, alpha=pull), solution, residual, steps, near)
     return Solution(reference + solution, note)
 
 
@@ -480,13 +491,22 @@ def _mean_diagonal(terms: Sequence[tuple[float, Operator]], summed: Callable[[Te
 
 
 def _conjugate_gradients(
-    system: Callable[[Tensor], Tensor], solution: Tensor, residual: Tensor, steps: int
+    system: Callable[[Tensor], Tensor],
+    solution: Tensor,
+    residual: Tensor,
+    steps: int,
+    near: Callable[[Tensor], Tensor] | None,
 ) -> str | None:
-    """Solve system(X) = b in place, from ``solution`` and what it leaves of b, and say where it stopped before."""
+    """Solve system(X) = b in place, from ``solution`` and what it leaves of b, and say where it stopped before.
+
+    ``near`` comes near the inverse of the system, where there is such a function.
+    """
     wide = residual.dtype == torch.float64
     tolerance, rounding = (_TOLERANCE, 0.0) if wide else (_SINGLE_TOLERANCE, torch.finfo(torch.float32).eps)
-    direction = residual.clone()
+    reduced = residual if near is None else near(residual)
+    direction = reduced.clone()
     first = left = _dot(residual, residual)
+    drop = left if near is None else _dot(residual, reduced)
     done, largest = 0, 0.0
     while left > tolerance**2 * first and done < steps:
         image = system(direction)
@@ -494,12 +514,14 @@ def _conjugate_gradients(
         largest = max(largest, curvature / length)
         if curvature < -_INDEFINITE * largest * length or not largest:
             raise ValueError("the sum of the metrics is not positive semi-definite")
-        if curvature <= rounding * largest * length:
+        if curvature <= (rounding * largest * length if near is None else 0):
             break  # what is left is of directions that no metric knows, beyond rounding
-        solution.add_(direction, alpha=left / curvature)
-        residual.sub_(image, alpha=left / curvature)
-        before, left = left, _dot(residual, residual)
-        direction.mul_(left / before).add_(residual)
+        solution.add_(direction, alpha=drop / curvature)
+        residual.sub_(image, alpha=drop / curvature)
+        reduced = residual if near is None else near(residual)
+        left = _dot(residual, residual)
+        before, drop = drop, left if near is None else _dot(residual, reduced)
+        direction.mul_(drop / before).add_(reduced)
         done += 1
     converged = left <= tolerance**2 * first
     return None if converged else f"stopped after {done} steps with a residual of {(left / first) ** 0.5:.0e}"

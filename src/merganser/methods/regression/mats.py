@@ -12,21 +12,16 @@ with their weights as an input that is always 1, and embeddings by token counts.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
-from merganser.blas import add_product_
 from merganser.methods.base import UNSEEN, Facts, Needs, Options, Share, Unit
-from merganser.methods.least_squares import LeastSquares, Operator, Rule, layers_of, stacked
+from merganser.methods.kronecker import Kronecker, kronecker, normalised
+from merganser.methods.least_squares import LeastSquares, Rule, layers_of, stacked
 from merganser.methods.regression.regmean import REGMEAN
-from merganser.methods.sums import NOISE, GramSums, augment
-from merganser.tensors import roomy_empty
-
-_NARROW = 512  # inputs and outputs up to which float64 costs nothing that matters
+from merganser.methods.sums import GramSums, augment
 
 
 class MaTSOptions(Options):
@@ -41,34 +36,6 @@ class MaTSOptions(Options):
     alpha: float = Field(1.0, ge=0, le=1, description="multiplier of the off-diagonals of both factors")
     augment_bias: bool = Field(True, description="solve a layer's bias with its weight, as an input that is always 1")
     embeddings: bool = Field(True, description="merge embeddings row by row, by token counts")
-
-
-@dataclass(frozen=True)
-class Kronecker(Operator):
-    """The metric Δ ↦ size · BΔA, both factors with a mean of 1 on their diagonals.
-
-    Attributes:
-        outputs: B (out, out), symmetric positive semi-definite.
-        inputs: A (in, in), likewise.
-        size: the product of what the factors' diagonals had as means; zero where one of them is zero.
-    """
-
-    outputs: Tensor
-    inputs: Tensor
-    size: float = 1.0
-    mean_diagonal: float | None = 1.0
-
-    @property
-    def dtype(self) -> torch.dtype:  # type: ignore[override]
-        """Of the factors."""
-        return self.outputs.dtype
-
-    def apply(self, difference: Tensor) -> Tensor:
-        """BΔA."""
-        height, width = difference.shape
-        half, whole = (roomy_empty(height, width, difference).zero_() for _ in range(2))
-        add_product_(half, self.outputs, difference)
-        return add_product_(whole, half, self.inputs)
 
 
 def _treat(fact: Facts, options: MaTSOptions) -> str:
@@ -90,34 +57,15 @@ def _join(units: Sequence[Unit], by_name: Mapping[str, Facts], options: MaTSOpti
 
 
 def _metric(unit: Unit, share: Share, options: MaTSOptions) -> Kronecker:
-    outputs, outer = _normalised(share.gradients(unit.facts[0].name), options.alpha, options.damping)
-    inputs, inner = _normalised(_inputs(unit, share), options.alpha)
-    wide = max(len(outputs), len(inputs)) > _NARROW
-    dtype = torch.float32 if wide else torch.float64
-    return Kronecker(outputs.to(dtype), inputs.to(dtype), outer * inner)
+    outputs, outer = normalised(share.gradients(unit.facts[0].name), options.alpha, options.damping)
+    inputs, inner = normalised(inputs_of(unit, share), options.alpha)
+    return kronecker(outputs, inputs, outer * inner)
 
 
-def _inputs(unit: Unit, share: Share) -> Tensor:
+def inputs_of(unit: Unit, share: Share) -> Tensor:
     """A, with a row and column for the bias where it is in the unit."""
     name, (_, with_bias) = unit.facts[0].name, layers_of(unit)
     return augment(share.gram(name), share.mean(name)) if with_bias else share.gram(name)
-
-
-def _normalised(matrix: Tensor, alpha: float, damping: float = 0.0) -> tuple[Tensor, float]:
-    """A factor, its off-diagonals shrunk and its diagonal raised, with a mean of 1 on the diagonal; and what it was.
-
-    What is read in float32 has eigenvalues below zero by rounding. Each number of the diagonal is raised by that much,
-    as where RegMean's systems are nearly singular.
-    """
-    diagonal = matrix.diagonal().to(torch.float64)
-    mean = float(diagonal.mean())
-    if mean <= 0:
-        return torch.zeros_like(matrix, dtype=torch.float64), 0.0
-    raised = 1.0 + (NOISE * len(matrix) ** 0.5 * torch.finfo(torch.float32).eps if matrix.dtype == torch.float32 else 0)
-    whole = mean * (raised + damping)
-    scaled = matrix.to(torch.float64) * (alpha / whole)
-    scaled.diagonal().copy_((diagonal * raised + damping * mean) / whole)
-    return scaled, whole
 
 
 def _start(unit: Unit, shares: Sequence[Share], options: MaTSOptions) -> Tensor | None:
@@ -126,7 +74,7 @@ def _start(unit: Unit, shares: Sequence[Share], options: MaTSOptions) -> Tensor 
         return None
     sums = GramSums()
     for share in shares:
-        sums.add(stacked(unit, share), _inputs(unit, share), share.coefficient, options.alpha)
+        sums.add(stacked(unit, share), inputs_of(unit, share), share.coefficient, options.alpha)
     return sums.solve(options.ridge).value
 
 
