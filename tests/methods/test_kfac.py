@@ -40,8 +40,8 @@ def merged(people: Sequence[Given], **options: Any) -> tuple[Array, str | None]:
     method, count = METHODS["kfac"].configured(KfacOptions(**options)), len(people)
     shape = people[0].weight.T.shape if people[0].transposed else people[0].weight.shape
     layer = Layer("m", "conv1d" if people[0].transposed else "linear", "w", "b", False)
-    facts = [Facts("w", shape, layer, grams=("m",) * count, outputs=(True,) * count)]
-    facts.append(Facts("b", (len(people[0].bias),), None, layer))
+    facts = [Facts("w", shape, layer, grams=("m",) * count, outputs=(True,) * count, in_base=True)]
+    facts.append(Facts("b", (len(people[0].bias),), None, layer, in_base=True))
     (unit,), _ = method.units(facts)
     found = method.merge(unit, people)  # type: ignore[arg-type]
     weight = found.tensors["w"].numpy()
@@ -75,6 +75,19 @@ def test_by_default_it_is_at_the_solution_after_few_steps() -> None:
     coefficients = [p.coefficient for p in people]
     plain = solve_iteratively(weights, coefficients, metrics, 0.001, steps=10).value.numpy()
     assert np.abs(plain - exact).max() > 3 * np.abs(found - exact).max()
+
+
+def test_a_scale_lengthens_what_layers_change_and_needs_the_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    people = given(6, 5)
+    draw = np.random.default_rng(3)
+    base = {"w": draw.standard_normal(people[0].weight.shape), "b": draw.standard_normal(people[0].bias.shape)}
+    monkeypatch.setattr(Given, "base", lambda _, name: torch.from_numpy(base[name]), raising=False)
+    plain, _ = merged(people, steps=500)
+    scaled, _ = merged(people, steps=500, scale=1.25)
+    origin = np.column_stack([base["w"], base["b"]])
+    np.testing.assert_allclose(scaled - origin, 1.25 * (plain - origin), rtol=1e-6, atol=1e-8)
+    assert METHODS["kfac"].configured(KfacOptions(scale=1.25)).needs.base
+    assert not METHODS["kfac"].configured(KfacOptions()).needs.base
 
 
 def _factors(one: Given) -> tuple[torch.Tensor, torch.Tensor]:

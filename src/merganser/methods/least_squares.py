@@ -8,8 +8,8 @@ rounding does is in proportion to how much the contributors differ.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from merganser.methods.base import (
     Facts,
     Merged,
     Method,
+    Options,
     Share,
     Unit,
     as_matrix,
@@ -130,6 +131,9 @@ class LeastSquares(Method):
     An option ``ridge`` is λ, relative to the mean of the summed metric, and an option ``steps`` the most steps of
     conjugate gradients where they are needed.
 
+    With an option ``scale``, what is solved by conjugate gradients is W₀ + scale · (W − W₀), which needs a base model
+    unless scale is 1.
+
     With an option ``toward`` of ``base``, λ and whatever the metrics say nothing of pull to the base model, as the
     pseudo-inverse of a sum over task vectors does, instead of to the average.
 
@@ -166,6 +170,13 @@ class LeastSquares(Method):
     def toward_base(self) -> bool:
         """Whether λ pulls to the base model; it is an option of methods that need one."""
         return getattr(self.options, "toward", "average") == "base"
+
+    def configured(self, options: Options) -> Self:
+        """With an option ``scale`` that is not 1, the base model is read."""
+        method = super().configured(options)
+        if getattr(method.options, "scale", 1.0) == 1.0:
+            return method
+        return replace(method, needs=replace(method.needs, base=True))
 
     def weights(self, coefficients: Sequence[float]) -> list[float] | None:
         """cᵢ/Σc of the weighted average."""
@@ -206,7 +217,10 @@ class LeastSquares(Method):
             precondition=self.precondition,
             steps=int(getattr(self.options, "steps", _STEPS)),
         )
-        merged = _unstacked(solution.value, unit) if is_layer else {fact.name: as_stored(solution.value, fact)}
+        value, scale = solution.value, getattr(self.options, "scale", 1.0)
+        if scale != 1.0 and is_layer and all(one.in_base for one in unit.facts):
+            value = torch.lerp(stacked(unit, shares[0], base=True).to(value), value, scale)
+        merged = _unstacked(value, unit) if is_layer else {fact.name: as_stored(value, fact)}
         return Merged(merged, solution.note)
 
     def min_slice_rows(self, unit: Unit) -> int | None:

@@ -258,6 +258,14 @@ def test_every_test_of_a_fine_tuned_merge_is_of_the_fine_tuned_model(
     assert asked == dict.fromkeys([("one", "test"), ("two", "test"), ("far", "all")], "finetuned")
 
 
+def test_an_option_that_asks_for_the_base_gets_it(tmp_path: Path, trial: Trial) -> None:
+    methods = [{"method": "nuslerp", "options": {"task_vectors": True}}]
+    config = trial(contributors=["one", "two"], methods=methods, comparators=[], seeds=[1])
+    done = run_experiment(config, results=tmp_path / "r", zoo=tmp_path / "zoo")
+    assert done.failures == ()
+    assert [row["merged"]["base"] for row in rows_of(done.folder).values()] == [True]
+
+
 def test_partitions(tmp_path: Path, save_ready: Callable[..., Path]) -> None:
     root = tmp_path / "glue"
     (root / "sst2").mkdir(parents=True)

@@ -111,13 +111,14 @@ def choose(benchmark: Benchmark, scores: Sequence[SuiteScores]) -> Choice:
                 title=entry.title,
                 method=entry.method,
                 family=entry.family,
-                base=METHODS[entry.method].needs.base,
+                base=entry.candidates[best].needs.base,
                 statistics=METHODS[entry.method].needs.statistics,
                 candidates=candidates,
-                best=max(range(len(candidates)), key=lambda i: (_strength(candidates[i]), -i)),
+                best=best,
             )
             for entry, candidates in zip(benchmark.known, found, strict=True)
             if any(candidate.recovery for candidate in candidates)
+            for best in [max(range(len(candidates)), key=lambda i: (_strength(candidates[i]), -i))]
         ),
     )
 

@@ -250,7 +250,7 @@ def _costs(models: Models, cell: Cell, result: MergeResult) -> dict[str, Any]:
         "seconds": round(result.seconds, 3),
         "statistics": kind or None,
         "statistics_bytes": [path.stat().st_size for path in files] or [0] * len(cell.contributors),
-        "base": known.needs.base,
+        "base": method.needs.base,
     }
 
 
@@ -273,12 +273,11 @@ def merge_cell(
     if cell.heads == "separate":
         first = models.reference(models.model(cell.contributors[0]))
         separate["keep_separate"] = [*head_patterns(first), *models.config.separate]
-    needs_base = METHODS[method.method].needs.base
     return merge(
         people,
         output,
         method=method.method,
-        base=models.config.pretrained.model if needs_base else None,
+        base=models.config.pretrained.model if method.needs.base else None,
         options=method.options,
         exclude=method.exclude,
         overwrite=True,

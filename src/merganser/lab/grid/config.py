@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 from merganser.errors import Problems, UserError, did_you_mean, validated
 from merganser.files import parse_size
 from merganser.lab.suites import SUITES
-from merganser.methods import METHODS
+from merganser.methods import METHODS, Needs
 from merganser.methods.auto import AUTO
 from merganser.methods.names import suggest_method
 from merganser.paths import expanded, real
@@ -178,6 +178,12 @@ class MethodConfig(_Frozen):
         except UserError as error:
             raise ValueError(f"{error.what} ({error.mend})") from None
         return self
+
+    @property
+    def needs(self) -> Needs:
+        """What the method needs with these options: some options ask for the base model."""
+        method = METHODS[self.method]
+        return method.configured(method.options_type.model_validate(self.options)).needs
 
     @property
     def key(self) -> str:
