@@ -199,6 +199,8 @@ def test_the_page_has_every_number_of_the_rows(done: Path, tmp_path: Path) -> No
     write_leaderboard(done, outputs)
     page, text = re.sub("<[^>]+>", " ", outputs["html"].read_text()), outputs["markdown"].read_text()
     board = read_board(done)
+    ids = re.findall(r'\bid="([^"]+)"', outputs["html"].read_text())
+    assert len(set(ids)) == len(ids)
     for row in board.rows:
         assert row.cell in page
         assert all(f"{100 * (score.value or 0):.1f}" in page for score in row.scores.values())

@@ -454,7 +454,7 @@ def recovery_plot(board: Board) -> Figure | None:
     metric = "recovery, % of the individual models"
     return draw(
         "board",
-        "recovery",
+        "plot",
         title="From the worst suite to the best",
         caption="Recovery on each suite, in %. Each line spans a method’s worst and best suite; the large dot and the "
         "number are the mean.",
