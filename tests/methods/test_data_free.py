@@ -1,4 +1,4 @@
-"""LOT, TACT, ACTMat's other choices, ACE and WUDI against the papers' formulas, in float64 and numpy."""
+"""LOT, TACT, ACTMat's other choices, ACE, WUDI and balanced against their formulas, in float64 and numpy."""
 
 from __future__ import annotations
 
@@ -305,7 +305,63 @@ def test_wudi_leaves_everything_else_as_the_base_model_has_it(tmp_path: Path) ->
         )
 
 
-DATA_FREE = ("tact", "actmat", "ace", "wudi")
+def balanced(people: Sequence[Given], ridge: float, factor: float) -> Array:
+    """The minimum of Σcᵢ‖τ − δᵢ‖²_Gᵢ + λΣcᵢ‖τ − kδ̄‖², each Gᵢ with a mean of 1 on its diagonal."""
+    deltas, total = tasks(people), sum(one.coefficient for one in people)
+    grams = [len(delta.T) * delta.T @ delta / (delta**2).sum() for delta in deltas]
+    mean = sum(one.coefficient * delta for one, delta in zip(people, deltas, strict=True)) / total
+    pull = ridge * total
+    right = sum(one.coefficient * d @ gram for one, d, gram in zip(people, deltas, grams, strict=True))
+    system = sum(one.coefficient * gram for one, gram in zip(people, grams, strict=True)) + pull * np.eye(mean.shape[1])
+    return people[0].origin + (right + pull * factor * mean) @ np.linalg.inv(system)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(("ridge", "lengthen"), [(1.0, 1.0), (0.1, 0.0), (3.0, 0.5)])
+@pytest.mark.parametrize("shape", [(9, 6), (5, 11)])
+def test_balanced_is_its_closed_form(shape: tuple[int, int], ridge: float, lengthen: float) -> None:
+    people = drawn(*shape)
+    deltas, shares = tasks(people), np.array([one.coefficient for one in people]) / 6
+    mean = sum(share * delta for share, delta in zip(shares, deltas, strict=True))
+    lengths = sum(share * np.linalg.norm(delta) for share, delta in zip(shares, deltas, strict=True))
+    factor = float(lengths / np.linalg.norm(mean))
+    assert 1.05 < factor < 3**0.5  # the limit is not what is tried here
+    expected = balanced(people, ridge, factor**lengthen)
+    found = merged("balanced", people, ridge=ridge, lengthen=lengthen)
+    assert distance(found, expected, people[0].origin) < 1e-9
+
+
+def test_balanced_gives_orthogonal_changes_the_length_that_they_have() -> None:
+    base = np.zeros((4, 4))
+    people = [Given(n, 1.0, 3.0 * np.eye(4)[[n]].T @ np.eye(4)[[n]], base, base) for n in range(4)]
+    found = merged("balanced", people, ridge=1e6)
+    np.testing.assert_allclose(found, 1.5 * np.eye(4), rtol=1e-4)  # of length 3, and the average is of length 1.5
+    alone = merged("balanced", people, ridge=1e6, lengthen=0.0)
+    np.testing.assert_allclose(alone, 0.75 * np.eye(4), rtol=1e-4)
+
+
+def test_balanced_does_not_lengthen_what_contradicts() -> None:
+    """The length of the average says nothing where changes cancel: k is √2 at most for two, and 1 where they agree."""
+    (one, other) = drawn(5, 5, 2)
+    change = one.weight - one.origin
+    apart = [
+        Given(n, 1.0, one.origin + sign * change + 1e-3 * (other.weight - one.origin), one.origin, one.inputs)
+        for n, sign in enumerate((1, -1))
+    ]
+    found = merged("balanced", apart, ridge=1.0)
+    assert distance(found, balanced(apart, 1.0, 2**0.5), one.origin) < 1e-9
+    alike = [Given(n, 1.0, one.weight, one.origin, one.inputs) for n in range(3)]
+    np.testing.assert_allclose(merged("balanced", alike), one.weight, atol=1e-12)
+
+
+def test_a_contributor_that_moved_further_has_no_more_say() -> None:
+    """Where inputs are known by both, ten times the change counts as often as the other, and not a hundred times."""
+    base = np.zeros((1, 2))
+    people = [Given(n, 1.0, np.array([[size, 0.0]]), base, base) for n, size in enumerate((1.0, 10.0))]
+    assert merged("balanced", people, ridge=0.0)[0, 0] == pytest.approx(5.5)
+    assert merged("actmat", people, ridge=0.0)[0, 0] == pytest.approx((1 + 1000) / 101)
+
+
+DATA_FREE = ("tact", "actmat", "ace", "wudi", "balanced")
 
 
 @settings(max_examples=20, deadline=None)
@@ -318,7 +374,7 @@ def test_order_does_not_matter(method: str, seed: int, height: int, width: int) 
 
 
 @settings(max_examples=20, deadline=None)
-@given(method=st.sampled_from(("actmat", "exact")), seed=st.integers(0, 1000))
+@given(method=st.sampled_from(("actmat", "exact", "balanced")), seed=st.integers(0, 1000))
 def test_turned_inputs_and_outputs_give_a_turned_merge(method: str, seed: int) -> None:
     people = drawn(8, 5, 3, seed)
     draw = np.random.default_rng(seed)
@@ -359,6 +415,7 @@ def test_identical_models_are_returned_and_degenerate_ones_are_finite(method: st
     [
         ("tact", {"density": 0}), ("tact", {"density": 1.5}), ("lot", {"toward": "zero"}), ("lot", {"alpha": 2}),
         ("ace", {"epsilon": 0}), ("ace", {"refined": 2}), ("wudi", {"steps": -1}), ("wudi", {"solution": "sgd"}),
+        ("balanced", {"ridge": -1}), ("balanced", {"lengthen": 1.1}),
         ("iso_cts", {"common": 1.1}), ("tsv_m", {"scale": float("inf")}),
     ],
 )  # fmt: skip

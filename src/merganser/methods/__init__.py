@@ -16,6 +16,7 @@ from merganser.methods.base import UNSEEN, Facts, Merged, Method, Needs, Options
 from merganser.methods.least_squares import Diagonal, Gram, Identity, LeastSquares
 from merganser.methods.regression.ace import ACE
 from merganser.methods.regression.actmat import ACTMAT
+from merganser.methods.regression.balanced import BALANCED
 from merganser.methods.regression.fisher import FISHER
 from merganser.methods.regression.kfac import KFAC
 from merganser.methods.regression.lot import LOT
@@ -44,7 +45,7 @@ METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         *(SIMPLE, WEIGHTED_SUM, SLERP, NUSLERP, MULTISLERP, KARCHER, MODEL_STOCK, NEARSWAP, PASSTHROUGH),
-        *(FISHER, REGMEAN, LOT, MATS, KFAC, ACTMAT, TACT, ACE, WUDI),
+        *(FISHER, REGMEAN, LOT, MATS, KFAC, ACTMAT, TACT, ACE, WUDI, BALANCED),
         *(TSV_M, ISO_C, ISO_CTS, KNOTS, CORE_SPACE),
         *(OPTIMAL_TRANSPORT, REBASIN, ACTIVATIONS),
         *(TASK_ARITHMETIC, TIES, DARE_LINEAR, DARE_TIES, DELLA, DELLA_LINEAR, BREADCRUMBS, BREADCRUMBS_TIES),

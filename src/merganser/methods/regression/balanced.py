@@ -1,0 +1,95 @@
+"""Balanced ACTMat: every contributor has the same say, and a strong ridge pulls to an average that has not shrunk.
+
+ACTMat takes δᵢᵀδᵢ for the Gram matrix of a layer's inputs, so that a contributor that was trained for longer decides
+more, and its ridge pulls to the average. Task vectors of different tasks are nearly orthogonal: the average of n of
+them is √n times as short as each, and what was learnt is lost along all directions that the ridge decides. Here
+
+- each estimated Gram matrix is divided by its mean diagonal, as WUDI's loss does (Cheng et al. 2025);
+- the ridge pulls to W₀ + kδ̄, k = mean ‖δᵢ‖ / ‖δ̄‖: the average made as long as the task vectors are. Where contributors
+  agree, k is 1 and it is the average; where they are orthogonal, it is task arithmetic scaled by 1/√n.
+
+A ridge as large as the metric itself does well on like and on different tasks, where ACTMat's best ridges differ by
+far; docs/method-log.md has figures, and what else was tried.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import sqrt
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from merganser.blas import add_gram_
+from merganser.methods.base import Needs, Options
+from merganser.methods.matrix import Matrix
+from merganser.methods.sums import GramSums
+from merganser.tensors import mirror_upper
+
+
+class BalancedOptions(Options):
+    """Options of :data:`BALANCED`."""
+
+    ridge: float = Field(1.0, ge=0, description="pull toward the lengthened average, relative to the mean diagonal")
+    lengthen: float = Field(
+        1.0, ge=0, le=1, description="power of k; 1 gives the average the task vectors' length, 0 leaves it as it is"
+    )
+
+
+def _merged(base: Tensor, weights: Sequence[Tensor], coefficients: Sequence[float], options: BalancedOptions) -> Tensor:
+    total = sum(coefficients)
+    mean, length = torch.zeros(base.shape, dtype=torch.float64, device=base.device), 0.0
+    sums = GramSums(dtype=None)
+    for number, coefficient in enumerate(coefficients):
+        weight = weights[number]
+        delta = weight.to(torch.float64) - base
+        mean.add_(delta, alpha=coefficient / total)
+        length += coefficient / total * _norm(delta)
+        sums.add(weight, _gram(delta.to(weight.dtype)), coefficient)
+    factor = _lengthening(length, _norm(mean), coefficients) ** options.lengthen
+    target = mean.mul_(factor).add_(base)
+    if options.ridge:  # what is pulled to is one more contributor, whose inputs are all alike
+        identity = torch.eye(base.shape[1], dtype=base.dtype, device=base.device)
+        sums.add(target.to(weights[0].dtype), identity, options.ridge * total)
+    return sums.solve(0.0).value
+
+
+def _lengthening(length: float, mean: float, coefficients: Sequence[float]) -> float:
+    """k = mean ‖δᵢ‖ / ‖δ̄‖, at most √n, which no n task vectors without a negative cosine go beyond.
+
+    So contributors that contradict each other are not made louder, and opposite ones leave the base model.
+    """
+    most = sqrt(sum(coefficient > 0 for coefficient in coefficients))
+    return min(length / mean, most) if mean > 0 else 1.0
+
+
+def _norm(tensor: Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
+
+
+def _gram(delta: Tensor) -> Tensor:
+    """δᵀδ with a mean of 1 on its diagonal (in, in); zero where δ is."""
+    largest = float(delta.abs().max()) if delta.numel() else 0.0
+    scaled = delta / largest if largest else delta  # so that no square overflows or vanishes
+    gram = add_gram_(scaled.new_zeros(delta.shape[1], delta.shape[1]), scaled.contiguous().T)
+    mirror_upper(gram.T)
+    return gram.div_(gram.diagonal().mean(dtype=torch.float64)) if largest else gram
+
+
+def _room(height: int, width: int, contributors: int) -> int:
+    """The mean, a task vector, the sums of weights and the system in float64, one Gram matrix in float32."""
+    return 8 * (6 * height * width + 4 * width**2)
+
+
+BALANCED = Matrix(
+    name="balanced",
+    title="Balanced ACTMat",
+    summary="least squares on estimated inputs, with equal say for every contributor; needs the base model",
+    formula="W₀ + argmin Σcᵢ‖τ − δᵢ‖²_Gᵢ/tr(Gᵢ) + λ‖τ − kδ̄‖², Gᵢ = δᵢᵀδᵢ, k = mean ‖δᵢ‖ / ‖δ̄‖",
+    reference="here; docs/method-log.md",
+    needs=Needs(base=True, layers=True),
+    options=BalancedOptions.model_validate({}),
+    function=_merged,
+    room=_room,
+)
