@@ -27,9 +27,9 @@ class KfacOptions(Options):
     """Options of :data:`KFAC`."""
 
     damping: float = Field(
-        0.1, ge=0, description="added to the diagonal of each output factor B, relative to the mean of its diagonal"
+        0.3, ge=0, description="added to the diagonal of each output factor B, relative to the mean of its diagonal"
     )
-    ridge: float = Field(0.001, ge=0, description="pull toward the average, relative to the metric's mean diagonal")
+    ridge: float = Field(0.01, ge=0, description="pull toward the average, relative to the metric's mean diagonal")
     alpha: float = Field(1.0, ge=0, le=1, description="multiplier of the off-diagonals of both factors")
     steps: int = Field(10, ge=1, le=100_000, description="of preconditioned conjugate gradients, at most")
     scale: float = Field(1.0, gt=0, description="multiplier of what layers change; other than 1 it needs the base")
