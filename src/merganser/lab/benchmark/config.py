@@ -262,9 +262,13 @@ def _combinations(grid: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]
         yield from (dict(zip(part, chosen, strict=True)) for chosen in product(*values))
 
 
+def options_text(options: Mapping[str, Any]) -> str:
+    """Options as titles and tables say them, such as ``density 0.5, scale 1``."""
+    return ", ".join(f"{name} {_short(value)}" for name, value in options.items())
+
+
 def _called(title: str, options: Mapping[str, Any]) -> str:
-    said = ", ".join(f"{name} {_short(value)}" for name, value in options.items())
-    return f"{title} ({said})" if said else title
+    return f"{title} ({options_text(options)})" if options else title
 
 
 def _short(value: Any) -> str:

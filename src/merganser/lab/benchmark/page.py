@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from merganser.errors import DataError, RecipeError, did_you_mean
 from merganser.lab.benchmark.choice import Choice, ChosenMethod, read_choice
+from merganser.lab.benchmark.config import options_text
 from merganser.lab.benchmark.run import TEST
 from merganser.lab.benchmark.summary import Difference, Standing, SuiteScores, differences, standings, suite_scores
 from merganser.lab.grid.cells import TITLES
@@ -296,12 +297,12 @@ def _compared(board: Board) -> Table:
         corner="Method",
         columns=("Difference", "95 %", "Above / below", "Worst suite", "p", "p, Holm", "p, by test"),
         lines=tuple(lines),
-        caption=f"Mean over {len(seeds)} suites of the mean difference in points, its 95 % interval by bootstrap over "
-        f"each suite’s tests and seeds, on how many of the {every} tests and seeds the method is above and below, and "
-        "the suite where it does worst. p: two-sided paired sign-flip test over tests and seeds, in which each suite "
-        f"counts the same (all sign assignments up to {EXACT} differences, {SAMPLES:,} seeded ones beyond); adjusted "
-        f"by Holm over the comparisons with one reference; and with all seeds of a test flipped together ({tests} "
-        "tests), which asks less of their independence. * p < 0.05, ** p < 0.01.",
+        caption=f"Mean over suites ({len(seeds)}) of the mean difference in points, its 95 % interval by bootstrap "
+        f"over each suite’s tests and seeds, on how many of the {every} tests and seeds the method is above and "
+        "below, and the suite where it does worst. p: two-sided paired sign-flip test over tests and seeds, in which "
+        f"each suite counts the same (all sign assignments up to {EXACT} differences, {SAMPLES:,} seeded ones "
+        "beyond); adjusted by Holm over the comparisons with one reference; and with all seeds of a test flipped "
+        f"together ({tests} tests), which asks less of their independence. * p < 0.05, ** p < 0.01.",
         numeric=(True, True, True, False, True, True, True),
     )
 
@@ -365,7 +366,7 @@ def _candidates(board: Board) -> Table:
     for standing in board.order:
         method = board.methods[standing.method]
         for place, candidate in enumerate(method.candidates):
-            options = ", ".join(f"{name} {value}" for name, value in candidate.options.items()) or "default options"
+            options = options_text(candidate.options) or "default options"
             shares = [*(candidate.recovery.get(name) for name in names), candidate.mean]
             mark = "best" if place == method.best else ""
             cells = [TableCell(None if s is None else 100 * s, mark=mark if s is not None else "") for s in shares]
