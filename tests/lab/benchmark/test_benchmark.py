@@ -222,6 +222,11 @@ def test_the_page_has_every_number_of_the_rows(done: Path, tmp_path: Path) -> No
     (published / "choice.json").write_text((done / "choice.json").read_text())
     write_leaderboard(published, {"markdown": tmp_path / "again.md"})
     assert (tmp_path / "again.md").read_text() == outputs["markdown"].read_text()
+    # Rows of a version that knew another method are shown, too.
+    choice = (published / "choice.json").read_text()
+    (published / "choice.json").write_text(choice.replace('"method": "regmean"', '"method": "unheard_of"'))
+    write_leaderboard(published, {"markdown": tmp_path / "other.md"})
+    assert "not known here" in (tmp_path / "other.md").read_text()
 
 
 def test_the_main_table_by_hand(done: Path) -> None:

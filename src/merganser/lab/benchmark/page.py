@@ -337,7 +337,7 @@ def _costs(board: Board) -> Table:
             *(_number(seconds.get(suite.name), "{:.2f}") for suite in board.inside),
             _number(statistics.fmean(published.values()) / 1e6 if published else None, "{:.2f}"),
             TableCell(text="yes" if method.base else "no"),
-            TableCell(text=METHODS[method.method].streaming),
+            TableCell(text=METHODS[method.method].streaming if method.method in METHODS else "not known here"),
         )
         lines.append(Line(method.title, cells))
     names = [board.suite(suite.name) for suite in board.inside]
