@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from merganser.cli.common import make_cluster, print_table, quiet_libraries, split_pairs, warn
-from merganser.cli.experiment import ListOptions
+from merganser.cli.experiment import ListOptions, run_options
 from merganser.errors import UserError, raise_all
 
 if TYPE_CHECKING:
@@ -39,15 +39,7 @@ if TYPE_CHECKING:
 @click.option("--results", default="results/benchmark", show_default=True, help="Folder of the results.")
 @click.option("--zoo", help="Folder or URL of the zoo.  [default: $MERGANSER_ZOO or ~/.cache/merganser/zoo]")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="[default: what the suites say, else auto]")
-@click.option(
-    "--allow-pickle", is_flag=True, help="Accept models that are published as pickles (read with weights_only)."
-)
-@click.option("--engine", type=click.Choice(["serial", "ray"]), default="serial", show_default=True)
-@click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Jobs at once, in processes.")
-@click.option("--ray-address", help="Of a running cluster.  [default: $RAY_ADDRESS or auto]")
-@click.option(
-    "--dry-run", is_flag=True, help="Check every input, show what is there, what is left and how long it takes."
-)
+@run_options
 @click.option("--json", "as_json", is_flag=True, help="With --dry-run: as JSON.")
 def benchmark_command(
     suites: tuple[str, ...],

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import textwrap
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -16,6 +16,8 @@ from merganser.errors import UserError, raise_all
 
 if TYPE_CHECKING:
     from merganser.lab.grid.planning import Plan, Planned
+
+Command = TypeVar("Command", bound=Callable[..., Any])
 
 #: Options of experiments and benchmarks that take every word up to the next option or YAML file.
 _LISTS = {"--templates", "--filter-model", "--only", "--seeds"}
@@ -47,6 +49,35 @@ class ListOptions(click.Command):
         return super().parse_args(context, spread)
 
 
+def run_options(command: Command) -> Command:
+    """What experiments and benchmarks alike are told of how they run."""
+    for option in reversed(
+        (
+            click.option(
+                "--allow-pickle",
+                is_flag=True,
+                help="Accept models that are published as pickles (read with weights_only).",
+            ),
+            click.option("--engine", type=click.Choice(["serial", "ray"]), default="serial", show_default=True),
+            click.option(
+                "--workers",
+                type=click.IntRange(min=1),
+                default=1,
+                show_default=True,
+                help="Jobs at once, in processes.",
+            ),
+            click.option("--ray-address", help="Of a running cluster.  [default: $RAY_ADDRESS or auto]"),
+            click.option(
+                "--dry-run",
+                is_flag=True,
+                help="Check every input, show what is there, what is left and how long it takes.",
+            ),
+        )
+    ):
+        command = option(command)
+    return command
+
+
 @click.command("experiment", cls=ListOptions)
 @click.argument("configs", nargs=-1, metavar="CONFIG…")
 @click.option("--templates", multiple=True, metavar="NAME=VALUE…", help="Values of {name} in the files.")
@@ -57,15 +88,7 @@ class ListOptions(click.Command):
     help="Folder or URL of the zoo.  [default: local_zoo_dir of the files, $MERGANSER_ZOO or ~/.cache/merganser/zoo]",
 )
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="[default: auto, a GPU where there is one]")
-@click.option(
-    "--allow-pickle", is_flag=True, help="Accept models that are published as pickles (read with weights_only)."
-)
-@click.option("--engine", type=click.Choice(["serial", "ray"]), default="serial", show_default=True)
-@click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Jobs at once, in processes.")
-@click.option("--ray-address", help="Of a running cluster.  [default: $RAY_ADDRESS or auto]")
-@click.option(
-    "--dry-run", is_flag=True, help="Check every input, show what is there, what is left and how long it takes."
-)
+@run_options
 @click.option("--json", "as_json", is_flag=True, help="With --dry-run or --list: as JSON.")
 @click.option("--list", "listing", is_flag=True, help="Name the experiments that come with merganser.")
 def experiment_command(

@@ -21,11 +21,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from merganser.blas import add_gram_
 from merganser.methods.base import Needs, Options
 from merganser.methods.matrix import Matrix
+from merganser.methods.regression.wudi import unit_gram
 from merganser.methods.sums import GramSums
-from merganser.tensors import mirror_upper
 
 
 class BalancedOptions(Options):
@@ -46,7 +45,7 @@ def _merged(base: Tensor, weights: Sequence[Tensor], coefficients: Sequence[floa
         delta = weight.to(torch.float64) - base
         mean.add_(delta, alpha=coefficient / total)
         length += coefficient / total * _norm(delta)
-        sums.add(weight, _gram(delta.to(weight.dtype)), coefficient)
+        sums.add(weight, unit_gram(delta.to(weight.dtype)).mul_(base.shape[1]), coefficient)
     factor = _lengthening(length, _norm(mean), coefficients) ** options.lengthen
     target = mean.mul_(factor).add_(base)
     if options.ridge:  # what is pulled to is one more contributor, whose inputs are all alike
@@ -66,15 +65,6 @@ def _lengthening(length: float, mean: float, coefficients: Sequence[float]) -> f
 
 def _norm(tensor: Tensor) -> float:
     return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
-
-
-def _gram(delta: Tensor) -> Tensor:
-    """δᵀδ with a mean of 1 on its diagonal (in, in); zero where δ is."""
-    largest = float(delta.abs().max()) if delta.numel() else 0.0
-    scaled = delta / largest if largest else delta  # so that no square overflows or vanishes
-    gram = add_gram_(scaled.new_zeros(delta.shape[1], delta.shape[1]), scaled.contiguous().T)
-    mirror_upper(gram.T)
-    return gram.div_(gram.diagonal().mean(dtype=torch.float64)) if largest else gram
 
 
 def _room(height: int, width: int, contributors: int) -> int:

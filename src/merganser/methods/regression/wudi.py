@@ -39,11 +39,11 @@ def _merged(base: Tensor, weights: Sequence[Tensor], coefficients: Sequence[floa
     sums = GramSums()
     for number, coefficient in enumerate(coefficients):
         weight = weights[number]
-        sums.add(weight, _gram(weight - base), coefficient)
+        sums.add(weight, unit_gram(weight - base), coefficient)
     return sums.solve(options.ridge).value
 
 
-def _gram(delta: Tensor) -> Tensor:
+def unit_gram(delta: Tensor) -> Tensor:
     """δᵀδ / ‖δ‖² (in, in); zero where δ is."""
     largest = float(delta.abs().max()) if delta.numel() else 0.0
     scaled = delta / largest if largest else delta  # so that no square overflows or vanishes
@@ -59,7 +59,7 @@ def _descended(base: Tensor, weights: Sequence[Tensor], coefficients: Sequence[f
     system = task.new_zeros(base.shape[1], base.shape[1])
     for number, coefficient in enumerate(coefficients):
         delta = weights[number].to(wide) - base
-        gram = _gram(delta).mul_(coefficient)
+        gram = unit_gram(delta).mul_(coefficient)
         task.add_(delta, alpha=coefficient)
         right.addmm_(delta, gram)
         system += gram
