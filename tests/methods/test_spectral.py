@@ -36,9 +36,9 @@ def polar(matrix: Array) -> Array:
     return left @ right
 
 
-def tsv_m(tasks: Sequence[Array]) -> Array:
+def tsv_m(tasks: Sequence[Array], keep: float = 1.0) -> Array:
     """Gargiulo et al. 2025, algorithm 1."""
-    count = min(tasks[0].shape) // len(tasks)
+    count = int(keep * (min(tasks[0].shape) // len(tasks)))
     parts = [svd(task) for task in tasks]
     left = polar(np.hstack([u[:, :count] for u, _, _ in parts]))
     right = polar(np.vstack([v[:count] for _, _, v in parts]))
@@ -247,6 +247,14 @@ def test_tsv_m_of_one_model_and_of_the_same_model_is_that_model() -> None:
     half = left[:, :5] * values[:5] @ right[:5]  # what r/T triples hold
     assert distance(change("tsv_m", [task, task]), half) < 1e-6
     assert distance(change("tsv_m", [task, 3 * task]), 2 * half) < 1e-6  # the same vectors, the mean of the values
+
+
+@pytest.mark.parametrize(("keep", "count"), [(0.5, 2), (0.25, 1), (0.01, 1), (1.0, 4)])
+def test_tsv_m_of_fewer_triples(keep: float, count: int) -> None:
+    given = drawn((12, 20), 3, 11)
+    found = change("tsv_m", given, keep=keep)
+    assert distance(found, tsv_m(given, count / 4)) < 1e-9
+    assert np.linalg.matrix_rank(found, tol=1e-9) == 3 * count
 
 
 def test_a_contributor_of_coefficient_zero_is_as_if_not_there() -> None:

@@ -8,15 +8,22 @@ orthonormal ones, which decorrelates the tasks.
 from __future__ import annotations
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from merganser.methods.spectral.singular import polar_factor, singular_triples
 from merganser.methods.spectral.task_matrices import SpectralOptions, TaskMatrices, spectral
 
 
-def _merged(tasks: TaskMatrices, options: SpectralOptions) -> Tensor:
+class TSVOptions(SpectralOptions):
+    """Options of :data:`TSV_M`."""
+
+    keep: float = Field(1.0, gt=0, le=1, description="share of each task's r/T triples that is kept, the largest")
+
+
+def _merged(tasks: TaskMatrices, options: TSVOptions) -> Tensor:
     # Of a matrix with fewer rows or columns than there are tasks, each task keeps one triple.
-    count = max(1, tasks.rank // len(tasks))
+    count = max(1, int(options.keep * (tasks.rank // len(tasks))))
     found = [singular_triples(matrix, count) for matrix in tasks]
     left = polar_factor(torch.cat([one.left for one in found], dim=1), of_vectors=True)
     right = polar_factor(torch.cat([one.right for one in found], dim=1), of_vectors=True)
@@ -36,6 +43,6 @@ TSV_M = spectral(
     summary="base model plus the largest singular triples of every task, decorrelated",
     formula="W₀ + s·U diag(S) Vᵀ, U and V the polar factors of the top r/T singular vectors of all cᵢδᵢ side by side",
     reference="Gargiulo et al. 2025, arXiv 2412.00081",
-    options=SpectralOptions.model_validate({}),
+    options=TSVOptions.model_validate({}),
     room=_room,
 )
