@@ -124,6 +124,12 @@ def test_what_others_would_wait_for_at_the_end_goes_first() -> None:
     assert longest_first([], 2) == []
 
 
+def test_slices_of_another_device_are_larger() -> None:
+    step = Step(Unit(("w",), "average", (Facts("w", (1 << 16, 1 << 10)),)), "average", (), ())
+    here, elsewhere = (memory.fit([step], RunSettings(device=device)).rows[0] for device in ("cpu", "cuda"))
+    assert here == 1 << 9 and elsewhere == memory.ELSEWHERE << 9
+
+
 def test_what_is_kept_is_read_once_and_within_bounds() -> None:
     reads: list[torch.dtype] = []
 

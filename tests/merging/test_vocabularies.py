@@ -395,7 +395,7 @@ def test_matched_rows_are_merged_in_slices_to_the_same_bytes(
     sliced = merge([a, b], tmp_path / "sliced", **settings)
     assert (whole / "model.safetensors").read_bytes() == (sliced / "model.safetensors").read_bytes()
     step = next(s for s in sliced.plan.steps if s.unit.names == ("model.embed_tokens.weight",))
-    assert memory._cut(step, None)[0] == 3
+    assert memory._cut(step, None, memory.SLICE)[0] == 3
 
 
 def test_the_same_files_are_read_once(

@@ -33,6 +33,8 @@ _KEPT, _MAPPED = 256 * 2**20, 8 * 2**20
 
 #: Numbers of a slice where slices cost nothing: few enough for the processor's caches, enough to keep it busy.
 SLICE = 1 << 19
+#: So many times as much on another device, where each operation costs its start and caches hold no slice.
+ELSEWHERE = 32
 SMALL = 64 * 2**20  # bytes of a step that it is no use to cut
 HELD = 96 * 2**20  # bytes of a step's tensors that are kept, instead of being read a second time
 #: What the process takes beside tensors once it works: thread stacks, the libraries' own buffers.
@@ -147,6 +149,7 @@ def fit(
     """
     allowed, resident = settings.max_memory, anonymous_bytes() + OWN_BYTES
     room = None if allowed is None else allowed - resident
+    numbers = SLICE * (1 if settings.device == "cpu" else ELSEWHERE)
     where = f"max_memory: {(allowed or 0) / 1e9:.2f} GB"
     if room is not None and room <= 0:
         what = f"the process itself takes {resident / 1e9:.2f} GB, without a single tensor"
@@ -158,7 +161,9 @@ def fit(
             sizes.append(size)
             continue
         beside = extra(step) if extra else 0
-        height, size = (None, step_bytes(step)) if whole else _cut(step, None if room is None else room - beside)
+        height, size = (
+            (None, step_bytes(step)) if whole else _cut(step, None if room is None else room - beside, numbers)
+        )
         rows.append(height)
         sizes.append(size + beside)
         if room is not None and sizes[-1] > room:
@@ -177,13 +182,13 @@ def _busiest(sizes: Sequence[int], threads: int) -> int:
     return sum(sorted(sizes, reverse=True)[:threads])
 
 
-def _cut(step: Step, room: int | None) -> tuple[int | None, int]:
-    """How many rows of a step are merged at once (None: all), and the bytes that this takes."""
+def _cut(step: Step, room: int | None, numbers: int) -> tuple[int | None, int]:
+    """How many rows of a step are merged at once (None: all), about so many numbers, and the bytes that this takes."""
     whole, least = step_bytes(step), min_slice_rows(step)
     if least is None:
         return None, whole
     height = step.unit.height()
-    rows = max(1, SLICE // max(1, elements(step.unit) // max(height, 1))) if least == 1 else height
+    rows = max(1, numbers // max(1, elements(step.unit) // max(height, 1))) if least == 1 else height
     if rows >= height and (room is None or whole <= room):
         return None, whole
     size = step_bytes(step, rows) + (kept_bytes(step) if room is None else 0)
