@@ -175,6 +175,21 @@ def test_a_budget_is_never_overdrawn_but_by_one() -> None:
     assert drawn == [0] and peak[0] >= 20
 
 
+def test_whoever_gives_back_waits_for_nobody() -> None:
+    budget = Budget(10)
+    budget.draw(8)
+    budget._turn.acquire()  # as whoever was interrupted in the middle of drawing could leave it
+    returning = threading.Thread(target=_give_back, args=(budget,), daemon=True)
+    returning.start()
+    returning.join(10)
+    assert not returning.is_alive()
+
+
+def _give_back(budget: Budget) -> None:
+    with budget.returning(8):
+        pass
+
+
 MERGE = """
 import json, sys, threading, time
 from merganser.merging import RunSettings, carry_out, make_recipe, prepare

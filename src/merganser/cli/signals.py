@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+#: Seconds after a signal in which others are of the same impatience. Raised while threads are waited for, a second one
+#: could leave Python waiting for good.
+_BURST = 1.0
 
 
 @contextmanager
 def interrupted_by_signals() -> Iterator[list[signal.Signals]]:
     """Raise KeyboardInterrupt in the main thread when a signal comes that is to end the process.
 
-    A signal that is ignored, as SIGHUP under nohup, stays so. Once a command has cleaned up, a further signal ends the
-    process at once, whatever its threads are doing.
+    A signal that is ignored, as SIGHUP under nohup, stays so, and several within a second count as one. Once a command
+    has cleaned up, a further signal ends the process at once, whatever its threads are doing.
 
     Returns:
         The signals that have come.
     """
-    owner, came = os.getpid(), list[signal.Signals]()
+    owner, came, raised = os.getpid(), list[signal.Signals](), [-math.inf]
 
     def interrupt(number: int, _: FrameType | None) -> None:
         if os.getpid() != owner:  # a forked worker dies of it, as it would without this
@@ -31,7 +36,9 @@ def interrupted_by_signals() -> Iterator[list[signal.Signals]]:
             os.kill(os.getpid(), number)
             return
         came.append(signal.Signals(number))
-        raise KeyboardInterrupt(came[-1].name)
+        if time.monotonic() - raised[0] > _BURST:
+            raised[0] = time.monotonic()
+            raise KeyboardInterrupt(came[-1].name)
 
     before: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():

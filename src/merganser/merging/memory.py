@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from queue import SimpleQueue
 
 import torch
 
@@ -267,18 +268,22 @@ def _entry(path: Path, name: str) -> int | None:
 class Budget:
     """Bytes that are drawn and given back, from any thread.
 
+    Whoever gives back waits for nobody: an interrupt can leave the one who draws at any point, and a lock that both
+    took would then hold up every other thread for good.
+
     Args:
         total: how many there are. Something larger is let through when nothing else is drawn.
     """
 
     def __init__(self, total: int) -> None:
         self._total, self._drawn = total, 0
-        self._changed = threading.Condition()
+        self._turn, self._returned = threading.Lock(), SimpleQueue[int]()
 
     def draw(self, nbytes: int) -> None:
-        """Wait until there is room for so many bytes, and take them."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self._drawn or self._drawn + nbytes <= self._total)
+        """Wait until there is room for so many bytes, and take them; one at a time."""
+        with self._turn:
+            while self._drawn and self._drawn + nbytes > self._total:
+                self._drawn -= self._returned.get()
             self._drawn += nbytes
 
     @contextmanager
@@ -287,6 +292,4 @@ class Budget:
         try:
             yield
         finally:
-            with self._changed:
-                self._drawn -= nbytes
-                self._changed.notify_all()
+            self._returned.put(nbytes)
