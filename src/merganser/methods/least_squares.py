@@ -287,7 +287,8 @@ class LeastSquares(Method):
         height = elements(unit) // max(width - 1, 1)
         read = 2 * 8 * max(width, height) ** 2  # a packed triangle, the matrix of it, its copy
         bases = 0 if self.precondition is None else 8 * (width**2 + height**2) + 8 * 3 * max(width, height) ** 2
-        return (width**2 + height**2) * 8 * contributors + max(read, bases) + elements(unit) * 8 * 9
+        held = 9 if getattr(self.options, "scale", 1.0) == 1.0 else 11  # the base, and what it is scaled to
+        return (width**2 + height**2) * 8 * contributors + max(read, bases) + elements(unit) * 8 * held
 
     def additive(self, unit: Unit) -> bool:
         """Linear layers with Gram matrices are."""
