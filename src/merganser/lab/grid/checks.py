@@ -19,7 +19,6 @@ from merganser.lab.grid.models import Models
 from merganser.lab.grid.pretrained import half_precision, weights_sha256
 from merganser.lab.suites.base import DEV, TRAIN
 from merganser.lab.zoo.keys import flatten
-from merganser.methods import METHODS
 from merganser.tasks.models import open_model
 
 
@@ -83,7 +82,7 @@ def _references(models: Models) -> list[str]:
     """The pretrained model, where anything is made from it, and the models of one's own."""
     config = models.config
     given = [args.checkpoint for args in config.contributors.values()]
-    wanted = "multitask" in config.comparators or any(METHODS[m.method].needs.base for m in config.methods)
+    wanted = "multitask" in config.comparators or any(m.needs.base for m in config.methods)
     base = [config.pretrained.model] if wanted or None in given else []
     return list(dict.fromkeys([*base, *(one for one in given if one is not None)]))
 
@@ -139,7 +138,7 @@ def _check_methods(models: Models) -> None:
     """Methods have their packages, and as many contributors as they merge."""
     errors, cells = ErrorCollector(), expand(models.config)
     for config in models.config.methods:
-        needs = METHODS[config.method].needs
+        needs = config.needs
         where = f"methods: {config.key}"
         if needs.package is not None and find_spec(needs.package[0]) is None:
             what = f"method {config.method!r} needs {needs.package[1]}, which is not installed"

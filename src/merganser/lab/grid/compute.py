@@ -144,7 +144,7 @@ def statistics_of(config: ExperimentConfig, cell: Cell) -> str:
     """The kind of statistics that a cell wants of each contributor; empty for none."""
     if cell.kind != "merge":
         return ""
-    return METHODS[config.method(cell.method).method].needs.statistics or ""
+    return config.method(cell.method).needs.statistics or ""
 
 
 def scored_on(config: ExperimentConfig, cell: Cell) -> list[Test]:
@@ -281,7 +281,7 @@ def merge_cell(
         options=method.options,
         exclude=method.exclude,
         overwrite=True,
-        sums=sums if METHODS[method.method].needs.statistics == "gram" and method.search is None else None,
+        sums=sums if method.needs.statistics == "gram" and method.search is None else None,
         device=models.device,
         allow_pickle=models.allow_pickle,
         **separate,

@@ -13,7 +13,6 @@ from merganser.lab.grid.config import ExperimentConfig
 from merganser.lab.grid.models import Models
 from merganser.lab.suites.base import DEV
 from merganser.lab.zoo import Zoo
-from merganser.methods import METHODS
 
 FUNCTION = "merganser.lab.grid.jobs:work"
 STATISTICS_TITLES = {"gram": "Gram matrices", "fisher": "Fisher information", "kfac": "Kronecker factors"}
@@ -72,7 +71,7 @@ def model_need(spec: ModelSpec) -> Need:
 
 
 def _statistics_need(config: ExperimentConfig, spec: ModelSpec, kind: str) -> Need:
-    users = ", ".join(method.key for method in config.methods if METHODS[method.method].needs.statistics == kind)
+    users = ", ".join(method.key for method in config.methods if method.needs.statistics == kind)
     description = f"{STATISTICS_TITLES[kind]} of {spec.name} (seed {spec.seed}), for {users}"
     return Need(f"{kind} {spec.name} {spec.seed}", kind, description, _alone(spec), after=model_need(spec).id)
 
