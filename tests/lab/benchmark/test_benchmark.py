@@ -26,6 +26,7 @@ from merganser.lab.benchmark.run import run_benchmark
 from merganser.lab.grid.cells import expand
 from merganser.lab.report.rows import read_rows
 from merganser.methods import METHODS
+from merganser.methods.auto import Published, Situation, Tasks, choose
 
 METHODS_TEXT = {
     "methods": [
@@ -374,3 +375,33 @@ def test_seeds_that_are_kept_have_the_heads_that_they_have_among_all(make: Make)
     assert kept is not None and kept.keep_seeds == (1,)
     found = {cell.contributors for cell in expand(kept) if cell.kind == "merge"}
     assert found == {cell.contributors for cell in wanted} and {spec.seed for spec in wanted[0].contributors} == {1, 2}
+
+
+def test_auto_is_on_each_suite_what_its_table_has_there(make: Make, place: Path, tmp_path: Path) -> None:
+    lines: list[Any] = [
+        {"method": "auto", "title": "Without", "family": "ours"},
+        {"method": "auto", "title": "With", "family": "ours", "published": ["gram"]},
+    ]
+    separate = tmp_path / "separate.yaml"
+    separate.write_text(yaml.safe_dump({"extends": [str(place / "second.yaml")], "name": "third", "heads": "separate"}))
+    files = [place / "first.yaml", separate]
+    benchmark = load_benchmark(files, [write(tmp_path, lines)], templates={"base": (place / "base.txt").read_text()})
+    kinds: dict[str, Tasks] = {"first": "same", "third": "different"}
+    for suite in benchmark.suites:
+        chosen = benchmark.test(suite, {"Without": "Without", "With": "With"})
+        assert chosen is not None
+        models = len(suite.contributors)
+        for method, published in zip(
+            chosen.methods, [frozenset[Published](), frozenset[Published](["gram"])], strict=True
+        ):
+            situation = Situation(published=published, base=True, tasks=kinds[suite.name], models=models)
+            row = choose(situation)
+            assert (method.method, method.options) == (row.method, row.options)
+        developed = benchmark.development(suite, benchmark.entries)
+        assert developed is not None and developed.methods == chosen.methods
+
+
+@pytest.mark.parametrize("more", [{"grid": {"ridge": [1.0]}}, {"method": "simple", "published": ["gram"]}])
+def test_auto_has_no_grid_and_others_say_themselves_what_they_need(more: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"leave (grid|it) out"):
+        read_methods(write(tmp_path, [{"method": "auto", **more}]))

@@ -20,8 +20,6 @@ from merganser.errors import DataError, validated
 from merganser.files import write_text
 from merganser.lab.benchmark.config import Benchmark, Entry, Family
 from merganser.lab.benchmark.summary import SuiteScores, recovery
-from merganser.lab.grid.config import MethodConfig
-from merganser.methods import METHODS
 
 FILE_NAME, FORMAT = "choice.json", 1  # of its contents
 
@@ -67,11 +65,6 @@ class ChosenMethod(_Frozen):
         return self.candidates[self.best]
 
     @property
-    def config(self) -> MethodConfig:
-        """The candidate that is tested, as experiments have it."""
-        return MethodConfig(method=self.method, title=self.chosen.name, options=self.chosen.options)
-
-    @property
     def needs(self) -> str:
         """In words, what is needed beside the weights."""
         kinds = {"gram": "Gram matrices", "fisher": "Fisher information", "kfac": "Kronecker factors"}
@@ -112,7 +105,7 @@ def choose(benchmark: Benchmark, scores: Sequence[SuiteScores]) -> Choice:
                 method=entry.method,
                 family=entry.family,
                 base=entry.candidates[best].needs.base,
-                statistics=METHODS[entry.method].needs.statistics,
+                statistics=entry.candidates[best].needs.statistics,
                 candidates=candidates,
                 best=best,
             )

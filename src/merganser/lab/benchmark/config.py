@@ -9,7 +9,9 @@ A file of methods has a list ``methods`` of names, or of mappings such as
       grid: {density: [0.1, 0.2], scale: [0.5, 1, 2]}    # every combination is a candidate
 
 A grid may be a list of such mappings, whose candidates are joined; a value that is no list stands for itself, and
-options that are not named have their defaults.
+options that are not named have their defaults. ``auto`` has no grid: it is on each suite what its table has there.
+
+    - {method: auto, title: "Auto, with statistics", family: ours, published: [gram, kfac]}
 """
 
 from __future__ import annotations
@@ -27,7 +29,11 @@ from merganser.errors import ErrorCollector, RecipeError, did_you_mean, validate
 from merganser.lab.grid.cells import expand
 from merganser.lab.grid.config import ExperimentConfig, MethodConfig
 from merganser.lab.grid.loading import find_file, load_config, read_values, templates_of
+from merganser.lab.suites import SUITES
+from merganser.lab.suites.texts import Texts
 from merganser.methods import METHODS
+from merganser.methods.auto import AUTO, Published, Situation, Tasks, choose
+from merganser.methods.base import Needs
 from merganser.methods.names import suggest_method
 
 Family = Literal["published", "ours"]
@@ -37,13 +43,30 @@ METHODS_FILE = "leaderboard/methods"
 MAX_CANDIDATES = 100
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """A method with options, as one that a benchmark may choose.
+
+    Attributes:
+        title: what rows call it.
+        options: those that the file of methods names.
+        needs: what the method needs with them.
+    """
+
+    title: str
+    options: dict[str, Any]
+    needs: Needs
+
+
 class Entry(BaseModel):
     """A method of a benchmark, a line of its table.
 
     Attributes:
+        method: its name, or ``auto``.
         title: of the line; the method's own unless given.
         family: whether others published it.
         grid: option → the values to try, or a list of such.
+        published: for ``auto``, the statistics that every contributor publishes; the base model is always known.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -52,6 +75,7 @@ class Entry(BaseModel):
     title: str = Field(default="", validate_default=True)
     family: Family = "published"
     grid: tuple[dict[str, Any], ...] = ({},)
+    published: tuple[Published, ...] = ()
 
     @model_validator(mode="before")
     @classmethod
@@ -64,42 +88,79 @@ class Entry(BaseModel):
     @field_validator("method")
     @classmethod
     def _known(cls, name: str) -> str:
-        if name not in METHODS:
+        if name not in METHODS and name != AUTO:
             raise ValueError(f"unknown method {name!r}. {suggest_method(name, METHODS)}")
         return name
 
     @field_validator("title")
     @classmethod
     def _titled(cls, title: str, info: ValidationInfo) -> str:
-        method = METHODS.get(info.data.get("method", ""))
-        return title or (method.title if method else "")
+        name = info.data.get("method", "")
+        return title or (METHODS[name].title if name in METHODS else name.capitalize())
 
     @model_validator(mode="after")
     def _tried(self) -> Entry:
+        if self.method == AUTO and self.grid != ({},):
+            raise ValueError("auto has the options of its table (merganser methods auto): leave grid out")
+        if self.method != AUTO and self.published:
+            raise ValueError(f"published is for auto alone: leave it out with {self.method}")
         if not 1 <= len(self.candidates) <= MAX_CANDIDATES:
             counted = f"{len(self.candidates)} candidates, 1 to {MAX_CANDIDATES} are accepted"
             raise ValueError(f"the grid of {self.title} has {counted}: leave some of its values out")
         return self
 
     @property
-    def candidates(self) -> tuple[MethodConfig, ...]:
-        """The method with each combination of its options, none twice, called by the options that differ.
+    def candidates(self) -> tuple[Candidate, ...]:
+        """Each combination of options, none twice, called by the options that differ; of ``auto`` one without any.
 
         Raises:
             ValueError: an option that the method does not have, or a value that it does not take.
         """
-        found: dict[str, MethodConfig] = {}
+        if self.method == AUTO:
+            kind = self.published[-1] if self.published else None
+            return (Candidate(self.title, {}, Needs(base=True, statistics=kind)),)
+        found: dict[str, Candidate] = {}
         for options in _combinations(self.grid):
-            candidate = MethodConfig(method=self.method, title=_called(self.title, options), options=options)
+            config = MethodConfig(method=self.method, title=_called(self.title, options), options=options)
             resolved = METHODS[self.method].options_type(**options).model_dump(mode="json")
-            found.setdefault(json.dumps(resolved, sort_keys=True), candidate)
+            key = json.dumps(resolved, sort_keys=True)
+            found.setdefault(key, Candidate(config.title, options, config.needs))
         return tuple(found.values())
+
+    def merges(self, suite: ExperimentConfig) -> tuple[MethodConfig, ...]:
+        """The candidates as methods of the suite's experiment."""
+        method, options = self.method, dict[str, Any]()
+        if method == AUTO:
+            row = choose(situation_of(suite, self.published))
+            method, options = row.method, dict(row.options)
+        return tuple(
+            MethodConfig(method=method, title=candidate.title, options=options or candidate.options)
+            for candidate in self.candidates
+        )
 
     def applies(self, suite: ExperimentConfig) -> bool:
         """Whether the method merges as many models as the suite has it merge, and needs no texts at hand."""
-        needs = METHODS[self.method].needs
+        needs = METHODS[self.merges(suite)[0].method].needs
         sizes = {len(cell.contributors) for cell in expand(suite) if cell.kind == "merge"}
         return not needs.data and min(sizes) >= needs.at_least and (needs.models is None or sizes == {needs.models})
+
+
+def situation_of(suite: ExperimentConfig, published: Sequence[Published] = ()) -> Situation:
+    """What is at hand where a suite's models are merged, as ``--method auto`` finds it from their files.
+
+    Args:
+        suite: whose contributors publish
+        published: these statistics.
+    """
+    labelled: Tasks = "different" if "separate" in suite.heads else "same"
+    sizes = [len(cell.contributors) for cell in expand(suite) if cell.kind == "merge"]
+    return Situation(
+        published=frozenset(published),
+        base=True,
+        tasks=None if issubclass(SUITES[suite.suite.name], Texts) else labelled,
+        adapters="lora" in suite.training,
+        models=min(sizes),
+    )
 
 
 class MethodsFile(BaseModel):
@@ -131,7 +192,7 @@ class Benchmark:
 
         None where no method applies.
         """
-        return _with(suite, [one for entry in entries if entry.applies(suite) for one in entry.candidates])
+        return _with(suite, [one for entry in entries if entry.applies(suite) for one in entry.merges(suite)])
 
     def development(self, suite: ExperimentConfig, entries: Sequence[Entry]) -> ExperimentConfig | None:
         """The same and the individual models on the contributors' development data."""
@@ -140,17 +201,18 @@ class Benchmark:
         changes = {"comparators": ["individual"], "tests": {"split": "dev"}, "keep_seeds": seeds, "bootstrap": 0}
         return None if found is None else _varied(found, **changes)
 
-    def test(self, suite: ExperimentConfig, chosen: Mapping[str, MethodConfig]) -> ExperimentConfig | None:
+    def test(self, suite: ExperimentConfig, chosen: Mapping[str, str]) -> ExperimentConfig | None:
         """The chosen candidates and the suite's own comparators on its tests.
 
         Args:
             suite: one of the benchmark's.
-            chosen: title of a method → its candidate; methods that it lacks are left out.
+            chosen: title of a method → that of its candidate; methods that it lacks are left out.
 
         Returns:
             None where nothing is left.
         """
-        return _with(suite, [chosen[one.title] for one in self.entries if one.title in chosen and one.applies(suite)])
+        entries = [one for one in self.entries if one.title in chosen and one.applies(suite)]
+        return _with(suite, [c for one in entries for c in one.merges(suite) if c.title == chosen[one.title]])
 
 
 def load_benchmark(

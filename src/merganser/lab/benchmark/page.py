@@ -32,6 +32,7 @@ from merganser.lab.report.tables import DOMAIN_TITLES, Line, Table, TableCell, c
 from merganser.lab.report.text import markdown_table, render_csv
 from merganser.lab.report.ties import leaders, signed
 from merganser.methods import METHODS
+from merganser.methods.auto import AUTO
 from merganser.methods.averages.simple import SIMPLE
 from merganser.text import markdown
 
@@ -337,7 +338,7 @@ def _costs(board: Board) -> Table:
             *(_number(seconds.get(suite.name), "{:.2f}") for suite in board.inside),
             _number(statistics.fmean(published.values()) / 1e6 if published else None, "{:.2f}"),
             TableCell(text="yes" if method.base else "no"),
-            TableCell(text=METHODS[method.method].streaming if method.method in METHODS else "not known here"),
+            TableCell(text=_held(method.method)),
         )
         lines.append(Line(method.title, cells))
     names = [board.suite(suite.name) for suite in board.inside]
@@ -357,6 +358,12 @@ def _costs(board: Board) -> Table:
 
 def _number(value: float | None, form: str) -> TableCell:
     return TableCell(value, text=None if value is None else form.format(value))
+
+
+def _held(method: str) -> str:
+    if method == AUTO:
+        return "what the method that it takes holds"
+    return METHODS[method].streaming if method in METHODS else "not known here"
 
 
 def _candidates(board: Board) -> Table:

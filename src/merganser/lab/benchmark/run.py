@@ -95,7 +95,7 @@ def run_benchmark(
             run(DEV, experiment)
     choice = choose_so_far(benchmark, results, zoo, allow_pickle)
     write_choice(choice, results)
-    chosen = {method.title: method.config for method in choice.methods}
+    chosen = {method.title: method.chosen.name for method in choice.methods}
     for suite in benchmark.suites:
         if (experiment := benchmark.test(suite, chosen)) is not None:
             run(TEST, experiment)
@@ -121,10 +121,10 @@ def plan_benchmark(
         if (experiment := benchmark.development(suite, benchmark.entries)) is not None:
             plan = plan_experiment(experiment, results=results / DEV, zoo=zoo, allow_pickle=allow_pickle)
             plans[f"{suite.name} ({DEV})"] = plan
-    chosen = {entry.title: entry.candidates[0] for entry in benchmark.entries}
+    chosen = {entry.title: entry.candidates[0].title for entry in benchmark.entries}
     if not any(plan.problems for plan in plans.values()):
         choice = choose_so_far(benchmark, results, zoo, allow_pickle)
-        chosen |= {method.title: method.config for method in choice.methods}
+        chosen |= {method.title: method.chosen.name for method in choice.methods}
     for suite in benchmark.suites:
         if (experiment := benchmark.test(suite, chosen)) is not None:
             plan = plan_experiment(experiment, results=results / TEST, zoo=zoo, allow_pickle=allow_pickle)

@@ -282,7 +282,7 @@ def merge_cell(
         exclude=method.exclude,
         overwrite=True,
         sums=sums if method.needs.statistics == "gram" and method.search is None else None,
-        device=models.device,
+        device=models.merge_device(method.method),
         allow_pickle=models.allow_pickle,
         **separate,
     )

@@ -236,10 +236,13 @@ class Resources(_Frozen):
 
     Attributes:
         device: of training, statistics, merges and predictions; auto: a GPU where there is one.
+        merge_devices: of merges, by method or ``"*"`` for any other, where it differs: many jobs that share a GPU
+            merge small models faster on the processor, but for methods of heavy linear algebra.
         memory: such as 8GB; by default an estimate from the pretrained model's size.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    merge_devices: dict[str, Literal["cpu", "cuda"]] = {}
     cpus: float = Field(default=1, gt=0)
     gpus: float = Field(default=0, ge=0)
     memory: Annotated[str, AfterValidator(_size)] | None = None

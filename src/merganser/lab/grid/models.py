@@ -291,6 +291,13 @@ class Models:
         weights = weights_sha256(reference, self.allow_pickle)
         return {"kind": "checkpoint", "reference": reference, "weights": weights}
 
+    def merge_device(self, method: str) -> str:
+        """Where a method merges; where there is no GPU to share, on the processor."""
+        if self.device == "cpu":
+            return "cpu"
+        wanted = self.config.resources.merge_devices
+        return wanted.get(method, wanted.get("*", self.device))
+
     # -- what is kept beside them ------------------------------------------------------------------------
 
     def statistics(self, spec: ModelSpec, kind: str) -> Path:
