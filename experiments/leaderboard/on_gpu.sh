@@ -1,35 +1,43 @@
 #!/bin/bash
-# The leaderboard on one GPU, in minutes: bash on_gpu.sh RESOURCES BASE FOLDER SUITE…
+# The leaderboard and the paper's claims on one GPU, in minutes: bash on_gpu.sh RESOURCES BASE FOLDER SUITE:WORKERS…
 #
-# Models and statistics of all suites are made at the same time, since a small encoder leaves a GPU idle; then every method
-# is tried, chosen and tested, and last come the multi-task models of the suites in MULTITASK. What is there is not made
-# again. WORKERS processes work at once (12), each part stops after so many SECONDS_EACH (240), and the same command goes
-# on with what is left.
+# Models and statistics of all suites are made at the same time, by so many processes each, since small encoders leave a GPU
+# idle; then every method but auto is tried, chosen and tested by WORKERS processes (16), auto after it, so that its table
+# can follow from the development data, and last come the claims. What is there is not made again: the same command
+# goes on. CLAIMS names configurations of ../claims, each with the suite that it comes after, such as "alpha:ner".
 set -u
 resources=$1 base=$2 folder=$3
 shift 3
-here=$(dirname "$0") workers=${WORKERS:-12} seconds=${SECONDS_EACH:-240}
+here=$(dirname "$0") workers=${WORKERS:-16}
 given=(--zoo "$folder/zoo" --device "${DEVICE:-cuda}")
-mkdir -p "$folder"
+mkdir -p "$folder/log"
 
-experiment() { # SUITE PART WORKERS RESULTS
-    local start="base=$base"
-    [ "$1" = decoder ] && start="decoder=$folder/decoder"
-    timeout "$seconds" python3 -m merganser experiment "$here/$1.yaml" "$here/$2.yaml" "${given[@]}" \
-        --templates "resources=$resources" "$start" --results "$folder/$4" --workers "$3" > "$folder/$2-$1.log" 2>&1
+start_of() { if [ "$1" = decoder ]; then echo "decoder=$folder/decoder"; else echo "base=$base"; fi; }
+
+experiment() { # NAME WORKERS RESULTS SUITE FILE [OPTION… TEMPLATE…]
+    python3 -m merganser experiment "$here/$4.yaml" "$here/$5.yaml" "${given[@]}" --results "$folder/$3" --workers "$2" \
+        --templates "resources=$resources" "$(start_of "$4")" "${@:6}" > "$folder/log/$1" 2>&1
 }
 
-case " $* " in *" decoder "*) python3 "$here/pretrain_decoder.py" "$resources" "$folder/decoder" ;; esac
-for suite in "$@"; do
-    experiment "$suite" prepare $(((workers + $# - 1) / $#)) prepare &
+suites=() starts=()
+for one in "$@"; do
+    suite=${one%:*}
+    suites+=("$here/$suite.yaml") starts+=("$(start_of "$suite")")
+    [ "$suite" = decoder ] && [ ! -e "$folder/decoder" ] &&
+        python3 "$here/pretrain_decoder.py" "$resources" "$folder/decoder"
+    experiment "prepare-$suite" "${one#*:}" prepare "$suite" prepare --prepare &
 done
 wait
-suites=("${@/#/$here/}") starts=()
-case " $* " in *" decoder "*) starts+=("decoder=$folder/decoder") ;; esac
-[ "$*" = decoder ] || starts+=("base=$base")
-timeout "$seconds" python3 -m merganser benchmark "${suites[@]/%/.yaml}" --methods "$here/methods.yaml" "${given[@]}" \
+touch "$folder/prepared"
+mapfile -t starts < <(printf '%s\n' "${starts[@]}" | sort -u)
+mapfile -t methods < <(sed -n 's/^  - \(method: \)\?\([a-z_]*\)$/\2/p' "$here/methods.yaml" | sort -u)
+python3 -m merganser benchmark "${suites[@]}" --methods "$here/methods.yaml" --only "${methods[@]}" "${given[@]}" \
     --templates "resources=$resources" "${starts[@]}" --results "$folder/leaderboard" --workers "$workers"
-for suite in ${MULTITASK:-}; do
-    experiment "$suite" multitask 3 leaderboard/test &
+touch "$folder/tested"
+for claim in ${CLAIMS:-}; do
+    suite=${claim#*:} claim=${claim%:*} more=()
+    case $claim in alpha) more=("suite=$suite") ;; examples-*) more=("suite=$suite" "examples=${claim#*-}") ;; esac
+    experiment "$claim-$suite" "${CLAIM_WORKERS:-2}" claims "$suite" "../claims/${claim%-[0-9]*}" "${more[@]}" &
 done
 wait
+touch "$folder/claimed"

@@ -89,6 +89,7 @@ def run_options(command: Command) -> Command:
 )
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="[default: auto, a GPU where there is one]")
 @run_options
+@click.option("--prepare", is_flag=True, help="Stop when the zoo holds the models and statistics that are needed.")
 @click.option("--json", "as_json", is_flag=True, help="With --dry-run or --list: as JSON.")
 @click.option("--list", "listing", is_flag=True, help="Name the experiments that come with merganser.")
 def experiment_command(
@@ -103,6 +104,7 @@ def experiment_command(
     workers: int,
     ray_address: str | None,
     dry_run: bool,
+    prepare: bool,
     as_json: bool,
     listing: bool,
 ) -> None:
@@ -137,7 +139,8 @@ def experiment_command(
         _show_plan(config.name, plan_experiment(config, results=results, zoo=place, allow_pickle=allow_pickle), as_json)
         return
     cluster = make_cluster(engine, ray_address, "experiment", workers)
-    done = run_experiment(config, results=results, zoo=place, engine=cluster, allow_pickle=allow_pickle)
+    options = {"allow_pickle": allow_pickle, "only_prepare": prepare}
+    done = run_experiment(config, results=results, zoo=place, engine=cluster, **options)
     for failure in done.failures:
         more = f"\n    left out for it: {failure.cells} cells" if failure.cells else ""
         warn(f"{failure.job}: {failure.error}{more}", lines=True)

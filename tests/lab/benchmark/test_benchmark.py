@@ -297,7 +297,7 @@ def write(folder: Path, methods: list[Any]) -> Path:
 def test_the_methods_that_come_with_merganser_have_their_published_defaults_among_their_candidates() -> None:
     entries = read_methods(METHODS_FILE)
     assert len({entry.title for entry in entries}) == len(entries) >= 20
-    for entry in entries:
+    for entry in (entry for entry in entries if entry.method != "auto"):
         kind = METHODS[entry.method].options_type
         tried = [one.options for other in entries if other.method == entry.method for one in other.candidates]
         assert kind() in [kind(**options) for options in tried], entry.title

@@ -15,6 +15,7 @@ from merganser.engines import Job, Outcome, SerialEngine
 from merganser.errors import DataError, UserError
 from merganser.lab.grid.cells import expand
 from merganser.lab.grid.config import ExperimentConfig
+from merganser.lab.grid.jobs import is_there, unique_needs
 from merganser.lab.grid.models import Models
 from merganser.lab.grid.planning import plan_experiment
 from merganser.lab.grid.run import run_experiment
@@ -108,6 +109,15 @@ def test_scores_are_those_of_an_independent_computation(tmp_path: Path, trial: T
         found.append(f1_score([r["emotions"][label] for r in records], said, zero_division=0))
     assert row["scores"]["three"]["value"] == pytest.approx(np.mean(found))
     assert row["scores"]["three"]["per_label"]["fear"] == pytest.approx(found[1])
+
+
+def test_prepared_a_grid_has_what_it_needs_and_no_rows(tmp_path: Path, trial: Trial) -> None:
+    config = trial(seeds=[1], methods=["simple", "fisher"])
+    places = {"results": tmp_path / "results", "zoo": tmp_path / "zoo"}
+    done = run_experiment(config, only_prepare=True, **places)
+    assert (done.done, done.cells, done.failures) == (0, 0, ())
+    models = Models(config, Zoo(tmp_path / "zoo"))
+    assert all(is_there(models, need) for need in unique_needs(config, expand(config)))
 
 
 def test_a_greedy_grid_computes_its_order_on_development_data(tmp_path: Path, trial: Trial) -> None:

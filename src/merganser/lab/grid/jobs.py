@@ -16,7 +16,7 @@ from merganser.lab.zoo import Zoo
 
 FUNCTION = "merganser.lab.grid.jobs:work"
 STATISTICS_TITLES = {"gram": "Gram matrices", "fisher": "Fisher information", "kfac": "Kronecker factors"}
-_ORDER = ("model", "multitask", *STATISTICS_TITLES)
+_ORDER = ("multitask", "model", *STATISTICS_TITLES)  # the longest first, so that several workers end together
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def needs_of(config: ExperimentConfig, cell: Cell) -> list[Need]:
 
 
 def unique_needs(config: ExperimentConfig, cells: Iterable[Cell]) -> list[Need]:
-    """What several cells take, each once: models, multi-task models, then statistics."""
+    """What several cells take, each once: multi-task models, models, then statistics."""
     found = dict.fromkeys(need for cell in cells for need in needs_of(config, cell))
     return sorted(found, key=lambda need: _ORDER.index(need.what))
 

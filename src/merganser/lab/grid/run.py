@@ -79,6 +79,7 @@ def run_experiment(
     zoo: str | Path,
     engine: Engine | None = None,
     allow_pickle: bool = False,
+    only_prepare: bool = False,
 ) -> Finished:
     """Run what is not finished of a grid.
 
@@ -88,6 +89,7 @@ def run_experiment(
         zoo: a folder or an fsspec URL.
         engine: where jobs run; this process by default.
         allow_pickle: accept pickled weights (read with ``weights_only``) of the models that are given.
+        only_prepare: have in the zoo what the cells need, models and statistics, and stop.
 
     Returns:
         What is there now. A job that fails does not stop the others, and is not tried again by each cell that needs
@@ -112,7 +114,7 @@ def run_experiment(
     present = finished(folder)
     left = {name: cell for name, cell in cells.items() if name not in present}
     grid.prepare(list(left.values()))
-    done = grid.work(left)
+    done = 0 if only_prepare else grid.work(left)
     if not grid.failures:
         shutil.rmtree(folder / "sums", ignore_errors=True)
     return Finished(folder, len(finished(folder) & set(cells)), done, tuple(grid.failures.values()))
