@@ -1,4 +1,4 @@
-"""TSV-M, Iso-C and Iso-CTS against the papers' formulas with full SVDs in float64."""
+"""TSV-M, shared dual bases, Iso-C and Iso-CTS against their formulas with full SVDs in float64."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from merganser.methods.spectral.isotropic import shares
 from merganser.methods.spectral.singular import Imprecise, polar_factor, singular_triples
 from merging.test_bytes import write_family
 
-SPECTRAL = ("tsv_m", "iso_c", "iso_cts")
+SPECTRAL = ("tsv_m", "dual_basis", "iso_c", "iso_cts")
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
@@ -45,6 +45,26 @@ def tsv_m(tasks: Sequence[Array], keep: float = 1.0) -> Array:
     return left @ np.diag(np.concatenate([s[:count] for _, s, _ in parts])) @ right
 
 
+def dual_basis(tasks: Sequence[Array], keep: float = 0.25, sharing: float = 10.0, ridge: float = 0.1) -> Array:
+    """Block by block what every task asks of the others' directions; then the dual bases, by inverses."""
+    count = max(1, int(keep * (min(tasks[0].shape) // len(tasks))))
+    parts = [(u[:, :count], s[:count], v[:count].T) for u, s, v in map(svd, tasks)]
+    kept = [u * s @ v.T for u, s, v in parts]
+
+    def block(i: int, k: int) -> Array:
+        if i == k:
+            return np.diag(parts[i][1])
+        cosine = np.vdot(tasks[i], tasks[k]) / (np.linalg.norm(tasks[i]) * np.linalg.norm(tasks[k]))
+        answer: Array = parts[i][0].T @ (kept[i] + kept[k]) / 2 @ parts[k][2]
+        return float(np.clip(sharing * cosine, 0, 1)) * answer
+
+    wanted = np.block([[block(i, k) for k in range(len(tasks))] for i in range(len(tasks))])
+    left, right = np.hstack([u for u, _, _ in parts]), np.hstack([v for _, _, v in parts])
+    identity = np.eye(left.shape[1])
+    inverses = [np.linalg.inv((side.T @ side + ridge * identity) / (1 + ridge)) for side in (left, right)]
+    return left @ inverses[0] @ wanted @ inverses[1] @ right.T
+
+
 def iso_c(tasks: Sequence[Array]) -> Array:
     """Marczak et al. 2025, section 4.1."""
     left, values, right = svd(np.sum(tasks, axis=0))
@@ -65,7 +85,7 @@ def iso_cts(tasks: Sequence[Array], common: float = 0.8) -> Array:
     return np.concatenate(all_values).mean() * polar(np.hstack(lefts)) @ polar(np.vstack(rights))
 
 
-ORACLES = {"tsv_m": tsv_m, "iso_c": iso_c, "iso_cts": iso_cts}
+ORACLES = {"tsv_m": tsv_m, "dual_basis": dual_basis, "iso_c": iso_c, "iso_cts": iso_cts}
 
 
 def drawn(shape: tuple[int, int], tasks: int, seed: int = 0, decay: float = 0.0) -> list[Array]:
@@ -255,6 +275,25 @@ def test_tsv_m_of_fewer_triples(keep: float, count: int) -> None:
     found = change("tsv_m", given, keep=keep)
     assert distance(found, tsv_m(given, count / 4)) < 1e-9
     assert np.linalg.matrix_rank(found, tol=1e-9) == 3 * count
+
+
+@pytest.mark.parametrize("options", [{"keep": 1.0}, {"sharing": 0.0, "ridge": 0.01}, {"sharing": 2.0, "keep": 0.5}])
+def test_dual_bases_with_other_options(options: dict[str, Any]) -> None:
+    common, *own = drawn((30, 24), 4, 12)
+    given = [0.7 * common + one for one in own]  # alike enough that sharing matters
+    assert distance(change("dual_basis", given, **options), dual_basis(given, **options)) < 1e-9
+
+
+def test_dual_bases_of_tasks_that_differ_keep_what_each_does_and_of_like_ones_their_mean() -> None:
+    """Directions that cross, without a ridge to speak of: each task's own action is exact and no other answers."""
+    one, two = drawn((40, 40), 2, 13)
+    found = change("dual_basis", [one, two], keep=0.5, sharing=0.0, ridge=1e-12)
+    (u, s, v), (other, _, _) = svd(one), svd(two)
+    np.testing.assert_allclose(u[:, :10].T @ found @ v[:10].T, np.diag(s[:10]), atol=1e-7)
+    assert np.abs(other[:, :10].T @ found @ v[:10].T).max() < 1e-7
+    low = u[:, :5] * s[:5] @ v[:5]
+    alike = change("dual_basis", [low, 3 * low], keep=0.5, ridge=1e-9)
+    assert distance(alike, 2 * low) < 1e-6
 
 
 def test_a_contributor_of_coefficient_zero_is_as_if_not_there() -> None:

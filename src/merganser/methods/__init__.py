@@ -26,6 +26,7 @@ from merganser.methods.regression.regmean_pp import REGMEAN_PP
 from merganser.methods.regression.tact import TACT
 from merganser.methods.regression.wudi import WUDI
 from merganser.methods.spectral.core_space import CORE_SPACE
+from merganser.methods.spectral.dual_basis import DUAL_BASIS
 from merganser.methods.spectral.isotropic import ISO_C, ISO_CTS
 from merganser.methods.spectral.knots import KNOTS
 from merganser.methods.spectral.tsv_m import TSV_M
@@ -46,7 +47,7 @@ METHODS: dict[str, Method] = {
     for method in (
         *(SIMPLE, WEIGHTED_SUM, SLERP, NUSLERP, MULTISLERP, KARCHER, MODEL_STOCK, NEARSWAP, PASSTHROUGH),
         *(FISHER, REGMEAN, LOT, MATS, KFAC, ACTMAT, TACT, ACE, WUDI, BALANCED),
-        *(TSV_M, ISO_C, ISO_CTS, KNOTS, CORE_SPACE),
+        *(TSV_M, DUAL_BASIS, ISO_C, ISO_CTS, KNOTS, CORE_SPACE),
         *(OPTIMAL_TRANSPORT, REBASIN, ACTIVATIONS),
         *(TASK_ARITHMETIC, TIES, DARE_LINEAR, DARE_TIES, DELLA, DELLA_LINEAR, BREADCRUMBS, BREADCRUMBS_TIES),
         *(SCE, MAGMAX, CONSENSUS, PCB, RAM, RAM_PLUS, ARCEE_FUSION),
