@@ -110,7 +110,7 @@ def choose(benchmark: Benchmark, scores: Sequence[SuiteScores]) -> Choice:
                 best=best,
             )
             for entry, candidates in zip(benchmark.known, found, strict=True)
-            if any(candidate.recovery for candidate in candidates)
+            if len(candidates) == 1 or any(candidate.recovery for candidate in candidates)
             for best in [max(range(len(candidates)), key=lambda i: (_strength(candidates[i]), -i))]
         ),
     )

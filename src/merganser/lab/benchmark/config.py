@@ -195,8 +195,8 @@ class Benchmark:
         return _with(suite, [one for entry in entries if entry.applies(suite) for one in entry.merges(suite)])
 
     def development(self, suite: ExperimentConfig, entries: Sequence[Entry]) -> ExperimentConfig | None:
-        """The same and the individual models on the contributors' development data."""
-        found = self.whole(suite, entries)
+        """Those of methods with a choice, and the individual models, on the contributors' development data."""
+        found = self.whole(suite, [entry for entry in entries if len(entry.candidates) > 1])
         seeds = list((suite.keep_seeds or suite.seeds)[: self.dev_seeds])
         changes = {"comparators": ["individual"], "tests": {"split": "dev"}, "keep_seeds": seeds, "bootstrap": 0}
         return None if found is None else _varied(found, **changes)
