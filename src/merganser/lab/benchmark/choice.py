@@ -86,7 +86,7 @@ class Choice(_Frozen):
 
 
 def choose(benchmark: Benchmark, scores: Sequence[SuiteScores]) -> Choice:
-    """The best candidate of each method, as far as there are rows of it.
+    """The best candidate of each method, as far as there are rows of it; a method with one has it without any.
 
     Only candidates with rows on the most suites are compared, so that a merge that failed on a hard suite gains
     nothing by it; the first of several equally good ones is taken.
