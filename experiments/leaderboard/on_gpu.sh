@@ -3,11 +3,12 @@
 #
 # Models and statistics of all suites are made at the same time, by so many processes each, since small encoders leave a GPU
 # idle; then every method but auto is tried, chosen and tested by WORKERS processes (16), auto after it, so that its table
-# can follow from the development data, and last come the claims. What is there is not made again: the same command
-# goes on. CLAIMS names configurations of ../claims, each with the suite that it comes after, such as "alpha:ner".
+# can follow from the development data, and last come the claims. Preparing ends after PREPARE_SECONDS (300), and what
+# is missing then is made when a merge needs it. What is there is not made again: the same command goes on. CLAIMS names configurations of ../claims, each with the suite that it comes after, such as "alpha:ner".
 set -u
 resources=$1 base=$2 folder=$3
 shift 3
+export OMP_NUM_THREADS=1  # each suite's processes would take all cores, and all of them together many times those
 here=$(dirname "$0") workers=${WORKERS:-16}
 given=(--zoo "$folder/zoo" --device "${DEVICE:-cuda}")
 mkdir -p "$folder/log"
@@ -15,7 +16,7 @@ mkdir -p "$folder/log"
 start_of() { if [ "$1" = decoder ]; then echo "decoder=$folder/decoder"; else echo "base=$base"; fi; }
 
 experiment() { # NAME WORKERS RESULTS SUITE FILE [OPTION… TEMPLATE…]
-    python3 -m merganser experiment "$here/$4.yaml" "$here/$5.yaml" "${given[@]}" --results "$folder/$3" --workers "$2" \
+    timeout "${PREPARE_SECONDS:-300}" python3 -m merganser experiment "$here/$4.yaml" "$here/$5.yaml" "${given[@]}" --results "$folder/$3" --workers "$2" \
         --templates "resources=$resources" "$(start_of "$4")" "${@:6}" > "$folder/log/$1" 2>&1
 }
 
@@ -36,7 +37,8 @@ python3 -m merganser benchmark "${suites[@]}" --methods "$here/methods.yaml" --o
 touch "$folder/tested"
 for claim in ${CLAIMS:-}; do
     suite=${claim#*:} claim=${claim%:*} more=()
-    case $claim in alpha) more=("suite=$suite") ;; examples-*) more=("suite=$suite" "examples=${claim#*-}") ;; esac
+    case $claim in *-heads) ;; *) more+=("suite=$suite") ;; esac
+    case $claim in examples-*) more+=("examples=${claim#*-}") ;; esac
     experiment "$claim-$suite" "${CLAIM_WORKERS:-2}" claims "$suite" "../claims/${claim%-[0-9]*}" "${more[@]}" &
 done
 wait
