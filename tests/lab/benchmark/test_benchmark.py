@@ -19,10 +19,12 @@ from lab.report.conftest import examples as examples
 from merganser.cli import cli
 from merganser.engines import Job, Outcome, SerialEngine
 from merganser.errors import Problems, UserError
+from merganser.lab.benchmark.board import read_board
 from merganser.lab.benchmark.choice import CandidateFigures, Choice, ChosenMethod, read_choice, write_choice
 from merganser.lab.benchmark.config import METHODS_FILE, Benchmark, Entry, load_benchmark, read_methods
-from merganser.lab.benchmark.page import board_tables, read_board, write_leaderboard
+from merganser.lab.benchmark.page import write_leaderboard
 from merganser.lab.benchmark.run import run_benchmark
+from merganser.lab.benchmark.tables import board_tables
 from merganser.lab.grid.cells import expand
 from merganser.lab.report.rows import read_rows
 from merganser.methods import METHODS
