@@ -12,7 +12,7 @@ import torch
 from merganser.checkpoints.layers import Layer
 from merganser.methods import METHODS, Facts
 from merganser.methods.kronecker import Kronecker, joint_eigenbases
-from merganser.methods.least_squares import solve_iteratively
+from merganser.methods.metrics import solve_iteratively
 from merganser.methods.regression.kfac import KfacOptions
 from methods.test_mats import Array, Given, given
 

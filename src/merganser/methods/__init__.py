@@ -13,7 +13,8 @@ from merganser.methods.averages.simple import SIMPLE
 from merganser.methods.averages.slerp import NUSLERP, SLERP
 from merganser.methods.averages.weighted_sum import WEIGHTED_SUM
 from merganser.methods.base import UNSEEN, Facts, Merged, Method, Needs, Options, Share, Unit, average, average_unit
-from merganser.methods.least_squares import Diagonal, Gram, Identity, LeastSquares
+from merganser.methods.least_squares import LeastSquares
+from merganser.methods.metrics import Diagonal, Gram, Identity
 from merganser.methods.regression.ace import ACE
 from merganser.methods.regression.actmat import ACTMAT
 from merganser.methods.regression.balanced import BALANCED

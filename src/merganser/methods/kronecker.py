@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from merganser.blas import add_product_, eigh_
-from merganser.methods.least_squares import Operator
+from merganser.methods.metrics import Operator
 from merganser.methods.sums import NOISE
 from merganser.tensors import roomy_empty
 

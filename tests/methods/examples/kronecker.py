@@ -7,7 +7,8 @@ from pydantic import Field
 from torch import Tensor
 
 from merganser.methods.base import Needs, Options, as_matrix
-from merganser.methods.least_squares import LeastSquares, Operator, Rule
+from merganser.methods.least_squares import LeastSquares, Rule
+from merganser.methods.metrics import Operator
 
 
 class KroneckerOptions(Options):

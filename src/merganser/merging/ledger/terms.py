@@ -16,7 +16,8 @@ from torch import Tensor
 from merganser.merging.ledger.record import LedgerPart, Treatment
 from merganser.methods import GramSums, Merged, Share, Unit
 from merganser.methods.base import input_width
-from merganser.methods.least_squares import Diagonal, Gram, Identity, LeastSquares, Metric
+from merganser.methods.least_squares import LeastSquares
+from merganser.methods.metrics import Diagonal, Gram, Identity, Metric
 from merganser.tensors import pack_upper, unpack_upper
 
 Terms = dict[str, Tensor]

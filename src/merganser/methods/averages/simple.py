@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from merganser.methods.base import Facts, Needs, Options, Share, Unit
-from merganser.methods.least_squares import Identity, LeastSquares, Rule
+from merganser.methods.least_squares import LeastSquares, Rule
+from merganser.methods.metrics import Identity
 
 
 def _treat(fact: Facts, options: Options) -> str:

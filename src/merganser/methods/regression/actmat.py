@@ -27,7 +27,8 @@ from merganser.methods.base import (
     of_contributor,
     transposed,
 )
-from merganser.methods.least_squares import Diagonal, Gram, LeastSquares, Rule
+from merganser.methods.least_squares import LeastSquares, Rule
+from merganser.methods.metrics import Diagonal, Gram
 from merganser.methods.selection import kth_largest
 from merganser.methods.sums import BLOCK
 

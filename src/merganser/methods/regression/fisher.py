@@ -5,7 +5,8 @@ from __future__ import annotations
 from pydantic import Field
 
 from merganser.methods.base import Facts, Needs, Options, Share, Unit
-from merganser.methods.least_squares import Diagonal, LeastSquares, Rule
+from merganser.methods.least_squares import LeastSquares, Rule
+from merganser.methods.metrics import Diagonal
 
 
 class FisherOptions(Options):

@@ -13,7 +13,8 @@ from math import prod
 from pydantic import Field
 
 from merganser.methods.base import UNKNOWN, UNSEEN, Facts, Needs, Options, Share, Unit
-from merganser.methods.least_squares import Diagonal, Gram, LeastSquares, Rule, layers_of
+from merganser.methods.least_squares import LeastSquares, Rule, layers_of
+from merganser.methods.metrics import Diagonal, Gram
 from merganser.methods.sums import augment
 
 _MOST = 2**26  # numbers of weights that share a factorisation, unless a single one has more
