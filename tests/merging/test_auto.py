@@ -15,7 +15,9 @@ from safetensors.torch import load_file
 
 import merganser.methods.auto as methods_auto
 from adapter_examples import adapt_linears
+from merganser.checkpoints import open_checkpoint
 from merganser.cli import main
+from merganser.collection import collect_statistics
 from merganser.errors import RecipeError, UserError
 from merganser.merging import make_recipe, merge, reproduce, verify
 from merganser.merging.auto import advice_on, situation_of
@@ -24,6 +26,8 @@ from merganser.merging.planning import make_plan
 from merganser.methods import METHODS
 from merganser.methods.auto import AUTO, ROWS, Measured, Published, Row, Situation, choose
 from merganser.statistics import FILE_NAME, Statistics, write_statistics
+from merganser.tasks.models import load_model, open_model
+from merging.conftest import batches
 
 Family = Callable[..., tuple[Path, list[Path]]]
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,17 +87,28 @@ def family_of(
     return make
 
 
-def adapters_of(*, base: bool) -> Callable[[Family, Path], dict[str, Any]]:
-    """Two LoRA adapters of a tiny language model, which is there or gone."""
+def adapters_of(*, base: bool, statistics: bool = False) -> Callable[[Family, Path], dict[str, Any]]:
+    """Two LoRA adapters of a tiny language model, which is there or gone, perhaps with Gram matrices."""
 
     def make(family: Family, folder: Path) -> dict[str, Any]:
         start, _ = family("qwen2", 1, statistics=False)
         models = [adapt_linears(folder / f"adapter-{n}", start, ("q_proj", "down_proj"), seed=n) for n in (1, 2)]
+        for number, model in enumerate(models if statistics else ()):
+            opened = open_model(f"{start}+{model}")
+            whole = load_model(opened, "AutoModelForCausalLM")
+            header, tensors = collect_statistics(whole, open_checkpoint(f"{start}+{model}"), batches(number, "qwen2"))
+            write_statistics(model / FILE_NAME, header, tensors)
         if not base:
             shutil.rmtree(start)
         return {"models": models}
 
     return make
+
+
+def language_models(family: Family, _: Path) -> dict[str, Any]:
+    """Two fine-tunes of a tiny language model, with their base: nothing says what their tasks are."""
+    start, models = family("qwen2", 2, statistics=False)
+    return {"models": models, "base": start}
 
 
 def published(*kinds: Published) -> frozenset[Published]:
@@ -125,6 +140,10 @@ CASES = {
     ),
     "adapters": Case(adapters_of(base=True), Situation(base=True, adapters=True), (BASE, NONE)),
     "adapters alone": Case(adapters_of(base=False), Situation(base=True, adapters=True), (ALONE,)),
+    "adapters, grams": Case(
+        adapters_of(base=True, statistics=True), Situation(published("gram"), base=True, adapters=True), (BASE,)
+    ),
+    "language models": Case(language_models, Situation(base=True), (BASE, NONE)),
     "nothing": Case(family_of(**BARE), Situation(tasks="same"), (NONE, "no base model is given")),
 }
 #: A case for each line of the table, and those in which more or less than that is at hand.
