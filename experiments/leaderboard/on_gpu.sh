@@ -2,9 +2,10 @@
 # The leaderboard and the paper's claims on one GPU, in minutes: bash on_gpu.sh RESOURCES BASE FOLDER SUITE:WORKERS…
 #
 # Models and statistics of all suites are made at the same time, by so many processes each, since small encoders leave a GPU
-# idle; then every method but auto is tried, chosen and tested by WORKERS processes (16), auto after it, so that its table
-# can follow from the development data, and last come the claims. Preparing ends after PREPARE_SECONDS (300), and what
-# is missing then is made when a merge needs it. What is there is not made again: the same command goes on. CLAIMS names configurations of ../claims, each with the suite that it comes after, such as "alpha:ner".
+# idle; then every method but auto is tried, chosen and tested by WORKERS processes (16), and last come the claims. Add
+# auto's lines (merganser benchmark … --only auto) when its table follows from the development data. Preparing, and each
+# claim, ends after LIMIT seconds (300); what is missing then is made when a merge needs it, and the same command goes on
+# with what is left. CLAIMS names configurations of ../claims, each with the suite that it comes after: "alpha:ner".
 set -u
 resources=$1 base=$2 folder=$3
 shift 3
@@ -16,8 +17,8 @@ mkdir -p "$folder/log"
 start_of() { if [ "$1" = decoder ]; then echo "decoder=$folder/decoder"; else echo "base=$base"; fi; }
 
 experiment() { # NAME WORKERS RESULTS SUITE FILE [OPTION… TEMPLATE…]
-    timeout "${PREPARE_SECONDS:-300}" python3 -m merganser experiment "$here/$4.yaml" "$here/$5.yaml" "${given[@]}" --results "$folder/$3" --workers "$2" \
-        --templates "resources=$resources" "$(start_of "$4")" "${@:6}" > "$folder/log/$1" 2>&1
+    timeout "${LIMIT:-300}" python3 -m merganser experiment "$here/$4.yaml" "$here/$5.yaml" "${given[@]}" \
+        --results "$folder/$3" --workers "$2" --templates "resources=$resources" "$(start_of "$4")" "${@:6}" > "$folder/log/$1" 2>&1
 }
 
 suites=() starts=()
