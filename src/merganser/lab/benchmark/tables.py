@@ -210,8 +210,9 @@ def _candidates(board: Board) -> Table:
     suites = list(board.choice.suites)
     names = list(dict.fromkeys(n for one in board.choice.methods for c in one.candidates for n in c.recovery)) or suites
     lines = []
-    for standing in board.order:
-        method = board.methods[standing.method]
+    for method in (board.methods[standing.method] for standing in board.order):
+        if len(method.candidates) == 1:  # nothing was chosen
+            continue
         for place, candidate in enumerate(method.candidates):
             options = options_text(candidate.options) or "default options"
             shares = [*(candidate.recovery.get(name) for name in names), candidate.mean]
@@ -225,6 +226,6 @@ def _candidates(board: Board) -> Table:
         corner="Options",
         columns=(*map(board.suite, names), "Average"),
         lines=tuple(lines),
-        caption="Recovery on development data of the contributors, in %, of every candidate of each method; the one "
-        f"with the best average (bold) is what all tests are scored with. Seeds: {seeds}.",
+        caption="Recovery on development data of the contributors, in %, of every candidate of the methods that have "
+        f"several; the one with the best average (bold) is what all tests are scored with. Seeds: {seeds}.",
     )
