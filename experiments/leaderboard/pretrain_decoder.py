@@ -21,6 +21,7 @@ TOKENS, POSITIONS, BATCH, STEPS, RATE = 2048, 128, 16, 600, 3e-3
 resources, output = Path(sys.argv[1]), Path(sys.argv[2])
 if (output / "config.json").is_file():
     sys.exit(0)  # what is there is not made again
+torch.set_num_threads(1)  # sums of several threads are of another order
 torch.manual_seed(1)
 suite = Texts(resources)
 texts = [row["text"] for name in CORPORA for row in suite.read(name, "train")]

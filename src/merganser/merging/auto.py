@@ -1,14 +1,22 @@
-"""``method: auto``: what is at hand, found from headers and configurations, and what is chosen for it.
+"""``method: auto``: what is at hand, found from headers, configurations and a few rows, and what is chosen for it.
 
 The table that is looked up is :data:`merganser.methods.auto.ROWS`. It is looked up once for the whole recipe, while the
 plan is made; the plan has the method that was chosen, and says why.
+
+Whole models into which LoRA adapters were merged want what adapters want, and nothing in their files tells. Of a few
+weight matrices some rows are read: the changes of such models have next to nothing beyond the first directions but the
+rounding of the weights, whereas training all weights leaves several percent there (docs/method-log.md).
 """
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
 
 from merganser.checkpoints import AdapterCheckpoint, Checkpoint
 from merganser.documents import parse_yaml, read_text
@@ -17,11 +25,17 @@ from merganser.merging.inputs import Inputs, Parent
 from merganser.merging.recipe import Recipe
 from merganser.methods import METHODS
 from merganser.methods.auto import PUBLISHED, Published, Row, Situation, Tasks, better_rows, choose
+from merganser.tensors import is_floating
 from merganser.text import listed
 
 _MOST = 3  # contributors that are named
 _CARD, _LARGEST_CARD = "README.md", 2**18
 _NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")  # of a model on the Hub; a path says nothing here
+#: Rows and columns of a matrix that are looked at, so many matrices at most, until so many of a model have changed.
+_ROWS, _COLUMNS, _LOOKED_AT, _ENOUGH = 256, 1024, 64, 8
+_SMALLEST = 32  # sides of a matrix that tell of a rank
+#: Changes are of low rank whose first quarter of directions, or so many, leave no more than this share of the squares.
+_QUARTER, _FEWEST, _REST = 4, 8, 0.005
 _COLLECT: dict[Published, str] = {"gram": "", "kfac": " --kfac", "fisher": " --fisher"}
 
 
@@ -68,7 +82,7 @@ def situation_of(recipe: Recipe, inputs: Inputs) -> Situation:
         published=frozenset.intersection(*published),
         base=inputs.base is not None,
         tasks=_tasks(recipe, inputs.parents),
-        adapters=inputs.without_base or all(isinstance(p.checkpoint, AdapterCheckpoint) for p in inputs.parents),
+        low_rank=inputs.without_base or all(_changed_in_few_directions(p, inputs.base) for p in inputs.parents),
         models=len(inputs.parents),
     )
 
@@ -84,6 +98,54 @@ def _published(parent: Parent) -> frozenset[Published]:
         "fisher": header.fisher is not None,
     }
     return frozenset(kind for kind, is_there in there.items() if is_there)
+
+
+def _changed_in_few_directions(parent: Parent, base: Parent | None) -> bool:
+    """Whether a contributor's changes are of low rank, by most of a few matrices; never where files are not here."""
+    if isinstance(parent.checkpoint, AdapterCheckpoint):
+        return True
+    if base is None or not (parent.checkpoint.is_here and base.checkpoint.is_here):
+        return False
+    shapes = {name: _matrix(parent, name) for name in sorted(parent.sources)}
+    names = [name for name, shape in shapes.items() if shape is not None and shape == _matrix(base, name)]
+    found = list[bool]()
+    for name in random.Random(0).sample(names, min(_LOOKED_AT, len(names))):
+        weight, origin = (one.checkpoint.read(one.sources[name].tensor, 0, _ROWS) for one in (parent, base))
+        few = in_few_directions(weight[:, :_COLUMNS], origin[:, :_COLUMNS])
+        found += [] if few is None else [few]
+        if len(found) == _ENOUGH:
+            break
+    return 2 * sum(found) > len(found)
+
+
+def _matrix(parent: Parent, name: str) -> tuple[int, ...] | None:
+    """The shape of a matrix of numbers, stored as such, that a model has under this name; None where there is none."""
+    info = parent.info(name) if name in parent.sources and parent.sources[name].is_whole else None
+    fits = info is not None and is_floating(info.dtype) and len(info.shape) == 2 and min(info.shape) >= _SMALLEST
+    return info.shape if info is not None and fits else None
+
+
+def in_few_directions(weight: Tensor, base: Tensor) -> bool | None:
+    """Whether a matrix differs from another by one of low rank, but for the rounding of its numbers.
+
+    Args:
+        weight: (m, n), as it is stored.
+        base: (m, n), likewise.
+
+    Returns:
+        None where the change is no larger than twice what that rounding leaves, or not finite.
+    """
+    change = weight.double() - base.double()
+    if not bool(change.isfinite().all()):
+        return None
+    squares = torch.linalg.eigvalsh(change @ change.T if len(change) <= change.shape[1] else change.T @ change).flip(0)
+    # The last digit of a number is between one and two times as far below it; errors are even within half of one.
+    rounding = torch.finfo(weight.dtype).eps ** 2 / 24 * float(weight.double().square().sum())
+    whole = float(squares.sum())
+    if not whole > 4 * rounding:
+        return None
+    rest = float(squares[max(_FEWEST, len(squares) // _QUARTER) :].clamp_min(0).sum())
+    return rest <= _REST * whole + 2 * rounding
 
 
 def _tasks(recipe: Recipe, parents: Sequence[Parent]) -> Tasks | None:
@@ -107,6 +169,8 @@ def _facts(row: Row, situation: Situation, inputs: Inputs) -> str:
         found += ["the base model is known"] if row.base else []
         found += [_lack(lacking, inputs.parents)] if lacking else []
         found += [] if situation.base else ["no base model is given"]
+    if row.low_rank:
+        found.append("the changes are of low rank")
     if row.tasks is not None:
         found.append("their tasks differ" if row.tasks == "different" else "they have one task")
     found = found or ["it needs nothing more"]

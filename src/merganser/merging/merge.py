@@ -278,9 +278,8 @@ def prepare(
     else:
         inputs = open_inputs(recipe, allow_pickle=settings.allow_pickle)
         reads = [*reads, *merge_reads(inputs)]  # a base that the method makes no use of as well
-        plan = plan_of(recipe, inputs, adapter=adapter)
-        advice = advice_on(recipe, inputs) if recipe.method == AUTO else ()
-        inputs = inputs if plan.base else replace(inputs, base=None)
+        plan, advice = _planned(recipe, inputs, adapter)
+    opened, inputs = inputs, inputs if plan.base else replace(inputs, base=None)
     schedule = _fit(plan, inputs, settings)
     problems = ErrorCollector()
     if plan.rank is not None:
@@ -300,11 +299,13 @@ def prepare(
             models = [parent.checkpoint.path for parent in inputs.parents]
             problems.add(*check_sums(settings.sums, plan.steps, models, folder))
     problems.raise_all()
-    waiting = any(not s.checkpoint.is_here and s.view.duplicates for s in inputs.sources)
-    for source in inputs.sources:
+    looked_up = isinstance(recipe, Recipe) and recipe.method == AUTO
+    waiting = any(not s.checkpoint.is_here and (looked_up or s.view.duplicates) for s in inputs.sources)
+    for source in (opened if looked_up else inputs).sources:
         source.checkpoint.fetch()
-    if waiting and isinstance(recipe, Recipe):  # whether copies of tied tensors are equal is known only now
-        plan = plan_of(recipe, inputs, adapter=adapter)
+    if waiting and isinstance(recipe, Recipe):  # copies of tied tensors, and what changed, are known only now
+        plan, advice = _planned(recipe, opened, adapter)
+        inputs = opened if plan.base else replace(opened, base=None)
         schedule = _fit(plan, inputs, settings)
     if plan.statistics or plan.rank is not None:
         _hash(inputs, settings.threads)
@@ -314,6 +315,11 @@ def prepare(
     verdict = judge_statistics(plan, inputs, settings.threads, schedule.budget)
     raise_all(verdict.problems)
     return PreparedMerge(plan, inputs, settings, schedule, tuple(reads), verdict, advice)
+
+
+def _planned(recipe: Recipe, inputs: Inputs, adapter: AdapterForm | None) -> tuple[Plan, tuple[str, ...]]:
+    """The plan, and what is said of a method that was left open."""
+    return plan_of(recipe, inputs, adapter=adapter), advice_on(recipe, inputs) if recipe.method == AUTO else ()
 
 
 def _fit(plan: Plan, inputs: Inputs, settings: RunSettings) -> Schedule:

@@ -1,6 +1,7 @@
 """Planning: from a recipe and the files that it names to a plan, reading headers and configurations alone.
 
-Every mismatch is found here, all at once, before the first tensor is read.
+For ``method: auto`` a few rows of weights are read, too. Every mismatch is found here, all at once, before
+the first tensor is read.
 """
 
 from __future__ import annotations

@@ -31,14 +31,15 @@ class Situation:
         published: the statistics that every contributor publishes.
         base: the base model is known.
         tasks: of the contributors; None where no labels tell it, as with language models.
-        adapters: all are LoRA adapters.
+        low_rank: every contributor is a LoRA adapter, or a whole model into which such were merged: its changes are of
+            low rank.
         models: how many there are.
     """
 
     published: frozenset[Published] = frozenset()
     base: bool = False
     tasks: Tasks | None = None
-    adapters: bool = False
+    low_rank: bool = False
     models: int = 2
 
 
@@ -90,7 +91,7 @@ class Row:
         published: statistics that every contributor has to publish; None: none are needed.
         base: whether the base model is needed.
         tasks: of the contributors; None: whatever they are.
-        adapters: for LoRA adapters alone.
+        low_rank: for changes of low rank alone.
         at_least: so many models, or more.
     """
 
@@ -102,7 +103,7 @@ class Row:
     published: Published | None = None
     base: bool = False
     tasks: Tasks | None = None
-    adapters: bool = False
+    low_rank: bool = False
     at_least: int = 1
 
     def fits(self, situation: Situation) -> bool:
@@ -111,7 +112,7 @@ class Row:
             (self.published is None or self.published in situation.published)
             and (situation.base or not self.base)
             and self.tasks in (None, situation.tasks)
-            and (situation.adapters or not self.adapters)
+            and (situation.low_rank or not self.low_rank)
             and situation.models >= self.at_least
         )
 
@@ -124,9 +125,9 @@ class Row:
     @property
     def have(self) -> str:
         """What it asks for, in words."""
-        parts = ["LoRA adapters"] if self.adapters else []
+        parts = ["LoRA adapters, or models that such were merged into"] if self.low_rank else []
         parts += [f"{PUBLISHED[self.published]} of every model"] if self.published else []
-        parts += ["the base model"] if self.base and not self.adapters else []
+        parts += ["the base model"] if self.base else []
         parts += [f"{self.tasks} tasks" if self.tasks == "different" else "one task"] if self.tasks else []
         parts += [f"at least {self.at_least} models"] if self.at_least > 1 else []
         return ", ".join(parts) or "the models alone"
@@ -180,7 +181,7 @@ ROWS: tuple[Row, ...] = (
         method="regmean",
         options={"alpha": 1.0},
         published="gram",
-        adapters=True,
+        low_rank=True,
         base=True,
         why="on development data of adapters its regression on the inputs of every layer was the best",
         cost=_COLLECT,
@@ -189,7 +190,7 @@ ROWS: tuple[Row, ...] = (
     Row(
         method="tsv_m",
         options={"keep": 0.5, "scale": 0.8},
-        adapters=True,
+        low_rank=True,
         base=True,
         why="on development data of adapters it was the best without statistics; methods that take changes for inputs "
         "were worse than the average there, since changes of low rank stand for few of the inputs",

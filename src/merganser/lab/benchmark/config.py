@@ -158,7 +158,7 @@ def situation_of(suite: ExperimentConfig, published: Sequence[Published] = ()) -
         published=frozenset(published),
         base=True,
         tasks=None if issubclass(SUITES[suite.suite.name], Texts) else labelled,
-        adapters="lora" in suite.training,
+        low_rank="lora" in suite.training,
         models=min(sizes),
     )
 
