@@ -2,11 +2,14 @@
 
     python benchmarks/spectral.py                       # 4 layers x 768 of each kind: minutes; all layers are alike
     python benchmarks/spectral.py --layers 1 --hidden 64
+    python benchmarks/spectral.py --threads 2           # as it is used: wall time, on two cores
 
 Task matrices are in memory; what is timed is the arithmetic, in processor seconds of one thread, so that a busy machine
-disturbs it little. Variants take turns at every layer. Full decompositions are ``torch.linalg.svd``'s, of each matrix
-as it is, and, since LAPACK takes long for wide ones, of their transposes. Errors are ‖τ − τ*‖/‖τ*‖ with τ* by full
-decompositions in float64 of the same float32 weights, in the first layers.
+disturbs it little. With several threads it is wall time: merganser works on as many matrices at once, and torch's
+decompositions use the threads one after the other, as they do in a script. Variants take turns at every layer. Full
+decompositions are ``torch.linalg.svd``'s, of each matrix as it is, and, since LAPACK takes long for wide ones, of their
+transposes. Errors are ‖τ − τ*‖/‖τ*‖ with τ* by full decompositions in float64 of the same float32 weights, in the first
+layers.
 
 Task matrices are of three kinds. Gaussian ones have singular values that lie close to each other. Those of others fall
 like i^-0.5, so that small ones are told less well from large ones. And there are such as fine-tuning leaves: a change
@@ -20,6 +23,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +33,7 @@ from torch import Tensor
 import measure
 from merganser.methods import METHODS
 from merganser.methods.matrix import Matrix
+from merganser.tensors import one_thread
 
 OURS, FULL, TURNED = "merganser", "full SVDs", "full SVDs, wide matrices transposed"
 METHOD_NAMES = ("tsv_m", "iso_c")
@@ -37,44 +42,58 @@ METHOD_NAMES = ("tsv_m", "iso_c")
 def main() -> int:
     """Measure and write the tables."""
     options = _options()
-    torch.set_num_threads(1)
-    values = {
-        kind: measured(kind, options.hidden, options.layers, options.contributors, options.judged) for kind in KINDS
-    }
+    values = {kind: measured(kind, options) for kind in KINDS}
     machine = measure.machine()
+    alone = options.threads == 1
     title = f"# TSV-M and Iso-C of {options.contributors} encoders, {options.layers} layers x {options.hidden}"
-    head = f"{title}, one thread\n\n{measure.machine_line(machine)}\n"
-    text = "Processor seconds; in brackets as a multiple of merganser's.\n\n" + table(values)
-    measure.save("spectral", head + text, {"machine": machine, **values}, options.results)
+    head = f"{title}, {'one thread' if alone else f'{options.threads} threads'}\n\n{measure.machine_line(machine)}\n"
+    seconds = "Processor seconds" if alone else "Seconds of wall time"
+    text = f"{seconds}; in brackets as a multiple of merganser's.\n\n" + table(values)
+    name = "spectral" if alone else f"spectral-{options.threads}-threads"
+    measure.save(name, head + text, {"machine": machine, **values}, options.results)
     return 0
 
 
-def measured(kind: str, hidden: int, layers: int, contributors: int, judged: int) -> dict[str, Any]:
+def measured(kind: str, options: argparse.Namespace) -> dict[str, Any]:
     """Seconds and errors by method and variant, over all layers and by shape."""
-    square = [(hidden, hidden)] * 4
-    shapes = [*square, (4 * hidden, hidden), (hidden, 4 * hidden)]
+    hidden, threads = options.hidden, options.threads
+    of_a_layer = {(hidden, hidden): 4, (4 * hidden, hidden): 1, (hidden, 4 * hidden): 1}
     seconds: dict[str, dict[str, dict[str, float]]] = {m: {} for m in METHOD_NAMES}
     errors: dict[str, dict[str, list[float]]] = {m: {} for m in METHOD_NAMES}
     draw = torch.Generator().manual_seed(0)
-    for layer in range(layers):
-        for shape in shapes:
-            base = (torch.randn(shape, generator=draw) * 0.02).bfloat16().float()
-            tuned = [KINDS[kind](base, draw) for _ in range(contributors)]
+    for layer in range(0, options.layers, threads):  # so many at a time that every thread has a matrix of each shape
+        for shape, count in of_a_layer.items():
+            count *= min(threads, options.layers - layer)
+            bases = [(torch.randn(shape, generator=draw) * 0.02).bfloat16().float() for _ in range(count)]
+            tuned = [[KINDS[kind](base, draw) for _ in range(options.contributors)] for base in bases]
             for method in METHOD_NAMES:
-                answer = None
-                if layer < judged:
-                    answer = FULLY[method]([one.double() - base.double() for one in tuned], turned=True)
-                for variant, work in variants(method, base, tuned).items():
-                    start = time.process_time()
-                    result = work()
-                    spent = time.process_time() - start
+                works = [variants(method, base, ones) for base, ones in zip(bases, tuned, strict=True)]
+                for variant in works[0]:
+                    results, spent = timed([work[variant] for work in works], threads, at_once=variant == OURS)
                     by_shape = seconds[method].setdefault(variant, {})
                     by_shape[str(shape)] = by_shape.get(str(shape), 0.0) + spent
-                    if answer is not None:
-                        missed = float((result.double() - base.double() - answer).norm() / answer.norm())
-                        errors[method].setdefault(variant, []).append(missed)
-        print(f"{kind}: layer {layer + 1} of {layers}", file=sys.stderr, flush=True)
+                    if layer < options.judged:
+                        found = zip(results, bases, tuned, strict=True)
+                        errors[method].setdefault(variant, []).extend(missed(method, *one) for one in found)
+        print(f"{kind}: layer {min(layer + threads, options.layers)} of {options.layers}", file=sys.stderr, flush=True)
     return {"seconds": seconds, "errors": errors}
+
+
+def timed(works: Sequence[Callable[[], Tensor]], threads: int, *, at_once: bool) -> tuple[list[Tensor], float]:
+    """Results, and the seconds of all: of so many threads that each do one at once, or that do one after the other."""
+    clock = time.process_time if threads == 1 else time.perf_counter
+    torch.set_num_threads(threads)
+    start = clock()
+    if not at_once:
+        return [work() for work in works], clock() - start
+    with one_thread(), ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(lambda work: work(), works)), clock() - start
+
+
+def missed(method: str, result: Tensor, base: Tensor, tuned: Sequence[Tensor]) -> float:
+    """The relative error of a merged weight's task matrix."""
+    answer = FULLY[method]([one.double() - base.double() for one in tuned], turned=True)
+    return float((result.double() - base.double() - answer).norm() / answer.norm())
 
 
 def gaussian(base: Tensor, draw: torch.Generator) -> Tensor:
@@ -181,6 +200,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=4, help="of each kind of task matrices")
     parser.add_argument("--hidden", type=int, default=768)
     parser.add_argument("--contributors", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=1, help="cores to use")
     parser.add_argument("--judged", type=int, default=2, help="layers whose errors are measured")
     parser.add_argument("--results", type=Path, default=measure.RESULTS, help="folder of the tables")
     return parser.parse_args()
