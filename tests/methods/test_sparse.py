@@ -283,6 +283,22 @@ def test_sce_selects_calculates_and_erases(masked: bool, density: float) -> None
     close(found, base.double().numpy() + 0.9 * elected(kept, C, mean=True, weights=weights), base)
 
 
+@pytest.mark.parametrize("count", [3, 5, 7])
+def test_sce_selects_the_same_in_any_order(count: int) -> None:
+    """Many numbers have one variance where weights are of few digits; the order of sums is not to choose among them."""
+    draw = torch.Generator().manual_seed(count)
+    values = torch.randint(-3, 4, (count, 40, 50), generator=draw) * 2.0**-7
+    base = torch.randn(40, 50, generator=draw).bfloat16().float().clamp(-3, 3)
+    orders = [torch.arange(count), torch.arange(count).flip(0), torch.randperm(count, generator=draw)]
+    found = [merged("sce", base, list(base + values[order]), [1.0] * count, masked=True) for order in orders]
+    variance = np.var((base + values - base).double().numpy() * 2**7, axis=0) * count**2  # of whole numbers
+    ranked = np.sort(np.round(variance[variance > 1e-6]))[::-1]
+    selected = np.round(variance) >= ranked[int(0.1 * len(ranked)) - 1]
+    for one in found:
+        np.testing.assert_allclose(one, found[0], atol=1e-6)
+        assert not (one != base.double().numpy())[~selected].any()
+
+
 def test_sce_of_small_changes_takes_equal_weights_where_asked_for() -> None:
     base, (first, second) = family((12, 10), 2)
     tuned = [base + 1e-2 * (first - base), base + 3e-2 * (second - base)]

@@ -197,7 +197,9 @@ def elect(deltas, coefficients, weights, normalize):
 
 @_compiled
 def spread(deltas):
-    """Σ(δᵢ − δ̄)², number by number, with δ̄ the mean of the δᵢ.
+    """Σ(δᵢ − δ̄)², number by number, with δ̄ the mean of the δᵢ: Σδᵢ² − (Σδᵢ)² / T.
+
+    Sums in float64 of float32 numbers of about one size are exact, so that the order of the δᵢ makes no difference.
 
     Args:
         deltas: (T, n) float32.
@@ -205,23 +207,20 @@ def spread(deltas):
     Returns:
         (n,) float32.
     """
-    found, count = np.zeros(deltas.shape[1], dtype=np.float32), np.float32(len(deltas))
-    means = np.empty(_TILE, dtype=np.float32)
+    found, count = np.empty(deltas.shape[1], dtype=np.float32), np.float64(len(deltas))
+    sums, squares = np.empty(_TILE, dtype=np.float64), np.empty(_TILE, dtype=np.float64)
     for start in range(0, found.size, _TILE):
         size = min(_TILE, found.size - start)
-        total = found[start : start + size]
-        means[:] = _ZERO
+        here = found[start : start + size]
+        sums[:], squares[:] = 0.0, 0.0
         for number in range(len(deltas)):
             delta = deltas[number, start : start + size]
             for i in range(size):
-                means[i] += delta[i]
+                one = np.float64(delta[i])
+                sums[i] += one
+                squares[i] += one * one
         for i in range(size):
-            means[i] /= count
-        for number in range(len(deltas)):
-            delta = deltas[number, start : start + size]
-            for i in range(size):
-                away = delta[i] - means[i]
-                total[i] += away * away
+            here[i] = np.float32(max((count * squares[i] - sums[i] * sums[i]) / count, 0.0))
     return found
 
 

@@ -34,16 +34,17 @@ class SCEOptions(Options):
 
 
 def _spread(deltas: Sequence[Tensor]) -> Tensor:
-    """The variance over contributors, times their number, in float32."""
+    """The variance over contributors, times their number, in float32; the same in whatever order they come."""
     if fits_kernels(*deltas):
         from merganser.methods import kernels
 
         return torch.from_numpy(kernels.spread(stacked(deltas))).reshape(deltas[0].shape)
-    mean = sum(deltas[1:], start=deltas[0]) / len(deltas)
-    total = torch.zeros_like(mean)
+    sums, squares = (torch.zeros_like(deltas[0], dtype=torch.float64) for _ in range(2))
     for delta in deltas:
-        total.add_((delta - mean).square_())
-    return total.to(torch.float32)
+        wide = delta.to(torch.float64)
+        sums.add_(wide)
+        squares.addcmul_(wide, wide)
+    return squares.mul_(len(deltas)).sub_(sums.square_()).div_(len(deltas)).clamp_min_(0).to(torch.float32)
 
 
 def _threshold(whole: Whole, density: float) -> float:
