@@ -90,20 +90,22 @@ def family_of(
     return make
 
 
-def adapters_of(*, base: bool, statistics: bool = False) -> Callable[[Family, Path], dict[str, Any]]:
-    """Two LoRA adapters of a tiny language model, which is there or gone, perhaps with Gram matrices."""
+def adapters_of(
+    *, base: bool, statistics: bool = False, kfac: str | None = None, apart: bool = False
+) -> Callable[[Family, Path], dict[str, Any]]:
+    """Two LoRA adapters of a tiny language model, there or gone, perhaps with statistics or parts kept apart."""
 
     def make(family: Family, folder: Path) -> dict[str, Any]:
         start, _ = family("qwen2", 1, statistics=False)
         models = [adapt_linears(folder / f"adapter-{n}", start, ("q_proj", "down_proj"), seed=n) for n in (1, 2)]
         for number, model in enumerate(models if statistics else ()):
-            opened = open_model(f"{start}+{model}")
-            whole = load_model(opened, "AutoModelForCausalLM")
-            header, tensors = collect_statistics(whole, open_checkpoint(f"{start}+{model}"), batches(number, "qwen2"))
+            whole = load_model(open_model(f"{start}+{model}"), "AutoModelForCausalLM")
+            opened = open_checkpoint(f"{start}+{model}")
+            header, tensors = collect_statistics(whole, opened, batches(number, "qwen2"), kfac=kfac)
             write_statistics(model / FILE_NAME, header, tensors)
         if not base:
             shutil.rmtree(start)
-        return {"models": models}
+        return {"models": models} | ({"keep_separate": ["model.norm.weight"]} if apart else {})
 
     return make
 
@@ -159,6 +161,14 @@ CASES = {
     "adapters alone": Case(adapters_of(base=False), Situation(base=True, low_rank=True), (ALONE,)),
     "adapters, grams": Case(
         adapters_of(base=True, statistics=True), Situation(published("gram"), base=True, low_rank=True), (BASE,)
+    ),
+    "adapters, tasks": Case(
+        adapters_of(base=True, apart=True), Situation(base=True, tasks="different", low_rank=True), (BASE, NONE)
+    ),
+    "adapters, kfac, tasks": Case(
+        adapters_of(base=True, statistics=True, kfac="sampled", apart=True),
+        Situation(published("gram", "kfac"), base=True, tasks="different", low_rank=True),
+        (BASE,),
     ),
     "adapters merged in": Case(
         whole_models_of_adapters(torch.float32), Situation(base=True, low_rank=True), (BASE, NONE)

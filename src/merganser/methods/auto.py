@@ -169,6 +169,11 @@ def _on(suite: str, merged: float) -> Measured:
 
 
 _SOLVED = "the owners nothing; the merge reads the base model, too, and solves one linear system a layer"
+_SPECTRAL = "the owners nothing; the merge reads the base model, too, and takes singular vectors of a layer's changes"
+_COLLECT_KFAC = (
+    "a run of merganser collect --kfac by every owner, with a backward pass for some of the examples, and publishing "
+    "its file; the merge solves a system of two factors a layer"
+)
 _COLLECT = (
     "a run of merganser collect by every owner, next to the data, and publishing its file; the merge solves one linear "
     "system a layer"
@@ -177,6 +182,27 @@ _COLLECT = (
 #: From the most to the least that can be at hand: the first row that fits counts. A row for some tasks stands before
 #: the one for all.
 ROWS: tuple[Row, ...] = (
+    Row(
+        method="mats",
+        options={"steps": 30, "damping": 0.1},
+        published="kfac",
+        low_rank=True,
+        base=True,
+        tasks="different",
+        why="its regression on the inputs of every layer and the gradients of its outputs was the best on development "
+        "data of adapters for different tasks",
+        cost=_COLLECT_KFAC,
+    ),
+    Row(
+        method="dual_basis",
+        options={"scale": 0.4},
+        low_rank=True,
+        base=True,
+        tasks="different",
+        why="changes are kept apart where tasks differ; on development data of adapters for different tasks it was the "
+        "best without output gradients, at less than half of its usual size",
+        cost=_SPECTRAL,
+    ),
     Row(
         method="regmean",
         options={"alpha": 1.0},
@@ -194,7 +220,7 @@ ROWS: tuple[Row, ...] = (
         base=True,
         why="on development data of adapters it was the best without statistics; methods that take changes for inputs "
         "were worse than the average there, since changes of low rank stand for few of the inputs",
-        cost="the owners nothing; the merge takes singular vectors of a layer's changes",
+        cost=_SPECTRAL,
         measured=(_on(_LORA, 61.2),),
     ),
     Row(
@@ -213,7 +239,7 @@ ROWS: tuple[Row, ...] = (
         tasks="different",
         why="changes are kept apart where tasks differ and shared where they are alike, and on development data of "
         "different tasks no method was better, with statistics or without",
-        cost="the owners nothing; the merge reads the base model, too, and takes singular vectors of a layer's changes",
+        cost=_SPECTRAL,
         measured=(_on(_GLUE, 57.9),),
     ),
     Row(
@@ -221,8 +247,7 @@ ROWS: tuple[Row, ...] = (
         published="kfac",
         why="its regression on the inputs of every layer and the gradients of its outputs was the best with statistics "
         "alone, and on development data of a language model the best of all",
-        cost="a run of merganser collect --kfac by every owner, with a backward pass for some of the examples, and "
-        "publishing its file; the merge solves a system of two factors a layer",
+        cost=_COLLECT_KFAC,
         measured=(_on(_SENTIMENT, 65.3), _on(_NER, 54.0), _on(_GLUE, 51.8)),
     ),
     Row(
