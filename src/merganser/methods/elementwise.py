@@ -21,7 +21,7 @@ from merganser.methods.selection import PIECE, selection_memory
 
 #: Numbers of a slice that a function is given at once on a processor: few enough for the caches of one core, and enough
 #: that threads do not wait for each other between calls.
-BLOCK = 1 << 18
+BLOCK = 1 << 19
 _DIGITS = 24  # bits of a random word that float32 holds exactly
 
 
