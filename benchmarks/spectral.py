@@ -68,13 +68,15 @@ def measured(kind: str, options: argparse.Namespace) -> dict[str, Any]:
             tuned = [[KINDS[kind](base, draw) for _ in range(options.contributors)] for base in bases]
             for method in METHOD_NAMES:
                 works = [variants(method, base, ones) for base, ones in zip(bases, tuned, strict=True)]
+                answers = (
+                    [right(method, *one) for one in zip(bases, tuned, strict=True)] if layer < options.judged else []
+                )
                 for variant in works[0]:
                     results, spent = timed([work[variant] for work in works], threads, at_once=variant == OURS)
                     by_shape = seconds[method].setdefault(variant, {})
                     by_shape[str(shape)] = by_shape.get(str(shape), 0.0) + spent
-                    if layer < options.judged:
-                        found = zip(results, bases, tuned, strict=True)
-                        errors[method].setdefault(variant, []).extend(missed(method, *one) for one in found)
+                    found = zip(results, bases, answers, strict=True) if answers else ()
+                    errors[method].setdefault(variant, []).extend(missed(*one) for one in found)
         print(f"{kind}: layer {min(layer + threads, options.layers)} of {options.layers}", file=sys.stderr, flush=True)
     return {"seconds": seconds, "errors": errors}
 
@@ -90,9 +92,13 @@ def timed(works: Sequence[Callable[[], Tensor]], threads: int, *, at_once: bool)
         return list(pool.map(lambda work: work(), works)), clock() - start
 
 
-def missed(method: str, result: Tensor, base: Tensor, tuned: Sequence[Tensor]) -> float:
+def right(method: str, base: Tensor, tuned: Sequence[Tensor]) -> Tensor:
+    """The merged task matrix by full decompositions in float64."""
+    return FULLY[method]([one.double() - base.double() for one in tuned], turned=True)
+
+
+def missed(result: Tensor, base: Tensor, answer: Tensor) -> float:
     """The relative error of a merged weight's task matrix."""
-    answer = FULLY[method]([one.double() - base.double() for one in tuned], turned=True)
     return float((result.double() - base.double() - answer).norm() / answer.norm())
 
 

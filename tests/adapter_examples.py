@@ -72,12 +72,12 @@ def oracle(base: Path, adapter: Path) -> dict[str, np.ndarray]:
     return state
 
 
-def materialise(folder: Path, base: Path, adapter: Path) -> Path:
+def materialise(folder: Path, base: Path, adapter: Path, dtype: torch.dtype = torch.float32) -> Path:
     """The full checkpoint that an adapter on its base means."""
     folder.mkdir(parents=True, exist_ok=True)
     for file in base.iterdir():
         if file.suffix == ".json":
             (folder / file.name).write_bytes(file.read_bytes())
-    state = {name: torch.from_numpy(array).float() for name, array in oracle(base, adapter).items()}
+    state = {name: torch.from_numpy(array).to(dtype) for name, array in oracle(base, adapter).items()}
     save_file(state, folder / "model.safetensors", {"format": "pt"})
     return folder

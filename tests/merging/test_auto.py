@@ -12,16 +12,16 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import merganser.methods.auto as methods_auto
-from adapter_examples import adapt_linears, oracle
+from adapter_examples import adapt_linears, materialise
 from merganser.checkpoints import open_checkpoint
 from merganser.cli import main
 from merganser.collection import collect_statistics
 from merganser.errors import RecipeError, UserError
 from merganser.merging import make_recipe, merge, reproduce, verify
-from merganser.merging.auto import advice_on, in_few_directions, situation_of
+from merganser.merging.auto import advice_on, situation_of
 from merganser.merging.inputs import open_inputs
 from merganser.merging.planning import make_plan
 from merganser.methods import METHODS
@@ -59,12 +59,11 @@ class Case:
     def because(self) -> str:
         """The reason that is to be given."""
         row = choose(self.situation)
-        few = ["the changes are of low rank"] if row.low_rank else []
         published = {"gram": GRAMS, "kfac": f"{GRAMS} and output gradients", "fisher": "Fisher information"}
         said = [*self.lacks]
         if row.published is not None:
             said = [f"every contributor publishes {published[row.published]}", *([BASE] if row.base else [])]
-        said += few
+        said += ["the changes are of low rank"] if row.low_rank else []
         said += (
             [] if row.tasks is None else [{"same": "they have one task", "different": "their tasks differ"}[row.tasks]]
         )
@@ -114,12 +113,12 @@ def whole_models_of_adapters(dtype: torch.dtype) -> Callable[[Family, Path], dic
     """The same adapters merged into their base, so that nothing but the numbers tells."""
 
     def make(family: Family, folder: Path) -> dict[str, Any]:
-        start, tuned = family("qwen2", 2, statistics=False, hidden_size=64, intermediate_size=96)
-        for number, model in enumerate(tuned):
-            adapter = adapt_linears(folder / f"adapter-{number}", start, ("q_proj", "down_proj"), seed=number)
-            whole = {name: torch.from_numpy(numbers).to(dtype) for name, numbers in oracle(start, adapter).items()}
-            save_file(whole, model / "model.safetensors", {"format": "pt"})
-        return {"models": tuned, "base": start}
+        start, _ = family("qwen2", 1, statistics=False, hidden_size=64, intermediate_size=96)
+        models = [adapt_linears(folder / f"adapter-{n}", start, ("q_proj", "down_proj"), seed=n) for n in (1, 2)]
+        return {
+            "models": [materialise(folder / f"whole-{one.name}", start, one, dtype) for one in models],
+            "base": start,
+        }
 
     return make
 
@@ -466,47 +465,3 @@ def test_nothing_worse_is_advised(monkeypatch: pytest.MonkeyPatch) -> None:
         return [row.method for _, row in methods_auto.better_rows(situation, [Situation(base=True, tasks="same")])]
 
     assert advised(51.0) == ["actmat"] and advised(49.0) == []
-
-
-def changed(change: torch.Tensor, dtype: torch.dtype) -> bool | None:
-    """What is found of weights that were changed, and are stored in some precision."""
-    base = 0.02 * torch.randn(change.shape, generator=torch.Generator().manual_seed(9))
-    return in_few_directions((base + change).to(dtype), base)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(256, 1024), (256, 64), (96, 400)])
-def test_what_is_of_low_rank(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    draw = torch.Generator().manual_seed(3)
-    left, right = torch.randn(shape[0], 8, generator=draw), torch.randn(8, shape[1], generator=draw)
-    assert changed(3e-3 * left @ right / 8**0.5, dtype)
-    full = torch.randn(shape, generator=draw)
-    assert changed(3e-3 * full, dtype) is False
-    # As training all weights leaves it: a few directions stand out, and all the others have a tenth of the squares.
-    assert changed(3e-3 * (left @ right / 8**0.5 + 0.33 * full), dtype) is False
-    assert changed(3e-3 * full.sign(), dtype) is False
-
-
-def test_what_tells_of_no_rank() -> None:
-    change = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
-    assert changed(torch.zeros(64, 64), torch.float32) is None
-    assert changed(1e-6 * change, torch.bfloat16) is None  # all of it is rounding
-    assert changed(change.index_fill(0, torch.tensor(3), torch.nan), torch.float32) is None
-    assert changed(change.index_fill(0, torch.tensor(3), torch.inf), torch.float32) is None
-
-
-def test_changes_of_low_rank_beside_others(family: Family, tmp_path: Path) -> None:
-    given = whole_models_of_adapters(torch.float32)(family, tmp_path)
-    other = tmp_path / "other"
-    shutil.copytree(given["models"][0], other)
-    weights = load_file(given["base"] / "model.safetensors")
-    generator = torch.Generator().manual_seed(1)
-    whole = {name: one + 0.1 * torch.randn(one.shape, generator=generator) for name, one in weights.items()}
-    save_file(whole, other / "model.safetensors", {"format": "pt"})
-
-    def low_rank(models: list[Path], base: Path | None) -> bool:
-        recipe = make_recipe({"contributors": [str(m) for m in models], "base": None if base is None else str(base)})
-        return situation_of(recipe, open_inputs(recipe)).low_rank
-
-    assert low_rank(given["models"], given["base"]) and not low_rank(given["models"], None)
-    assert not low_rank([*given["models"], other], given["base"])
