@@ -155,3 +155,20 @@ def test_a_combination_is_the_same_with_and_without_kernels(dtype: torch.dtype, 
         assert np.allclose(found.numpy(), expected, rtol=1e-5, atol=1e-5)
         wide = span.combined([tensor.double() for tensor in tensors], origin, chosen, vectors)  # no kernel takes it
         assert np.allclose(wide.numpy(), expected, rtol=1e-7, atol=1e-7)
+
+
+def test_tensors_of_any_layout_and_dtype_have_the_same_inner_products() -> None:
+    """Kernels are told where numbers lie: rows that are not in a row, float16 and a mixture are put in order before."""
+    rng = np.random.default_rng(5)
+    shape = (6, 5000)
+    first = torch.from_numpy(rng.normal(size=shape)).to(torch.bfloat16)
+    second = torch.from_numpy(rng.normal(size=shape[::-1])).to(torch.bfloat16).T
+    third = torch.from_numpy(rng.normal(size=(6, 10_000))).to(torch.float16)[:, ::2]
+    for tensors in ([first, second], [first, second, third], [second, first.float()], [third, third.clone()]):
+        theirs = [tensor.double().numpy() for tensor in tensors]
+        basis = [theirs[0], *(other - theirs[0] for other in theirs[1:])]
+        expected = np.array([[(one * two).sum(1) for two in basis] for one in basis])
+        found = span._gram_of_rows(tensors, None, shape[0])
+        assert np.allclose(found, expected, rtol=1e-5, atol=1e-2)
+        mean = span.combined(tensors, None, span.Combination(0, [1 / len(tensors)] * len(tensors)), "whole")
+        assert np.allclose(mean.numpy(), np.mean(theirs, 0), rtol=1e-5, atol=1e-5)

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import njit, types
-from numba.extending import overload
+from numba import carray, njit, types
+from numba.extending import intrinsic, overload
 from torch import Tensor
 
 _word = np.uint32
@@ -40,6 +40,20 @@ def _wide_for(number):
     if isinstance(number, types.Integer):
         return lambda number: _word(_word(number) << _word(16)).view(np.float32)
     return lambda number: number
+
+
+@intrinsic
+def _pointer(context, address):
+    def generate(context, builder, signature, given):
+        return builder.inttoptr(given[0], context.get_value_type(types.voidptr))
+
+    return types.voidptr(types.uint64), generate
+
+
+@_compiled
+def _at(place, like):
+    """The array at an address, of the shape and dtype of another one."""
+    return carray(_pointer(place), like.shape, like.dtype)
 
 
 def flat(tensor: Tensor) -> np.ndarray:
@@ -78,25 +92,27 @@ def _dot(one, two, products):
 
 
 @_compiled
-def inner_products(stored, base, block, found):
+def inner_products(like, places, base, block, found):
     """Inner products of rows of the first tensor and of the differences of the others from it.
 
     Args:
-        stored: (T, rows, n) float32, or the bits of bfloat16 as uint16.
+        like: (rows, n) float32, or the bits of bfloat16 as uint16: one of the tensors.
+        places: (T,) uint64, the addresses of all of them, so that nobody has to copy them into one array.
         base: (rows, n) float32, what the first one's difference is taken from; or empty.
         block: of so many numbers, products are summed in float32.
         found: (rows, T, T) float64, to which they are added.
     """
-    count, rows, width = stored.shape
+    count, (rows, width) = len(places), like.shape
     basis, products = np.empty((count, block), dtype=np.float32), np.empty(block, dtype=np.float32)
     for row in range(rows):
         for start in range(0, width, block):
             size = min(block, width - start)
-            first, theirs = basis[0, :size], stored[0, row, start : start + size]
+            first, theirs = basis[0, :size], _at(places[0], like)[row, start : start + size]
             for i in range(size):
                 first[i] = _wide(theirs[i])
             for number in range(1, count):
-                difference, theirs = basis[number, :size], stored[number, row, start : start + size]
+                theirs = _at(places[number], like)[row, start : start + size]
+                difference = basis[number, :size]
                 for i in range(size):
                     difference[i] = _wide(theirs[i]) - first[i]
             if base.size:
@@ -112,11 +128,12 @@ def inner_products(stored, base, block, found):
 
 
 @_compiled
-def combine(stored, base, reference, weights, excess, pull):
+def combine(like, places, base, reference, weights, excess, pull):
     """R + Σwᵢ(θᵢ − R) + excess·(R − θ₀), then drawn to θ₀; row by row, and R is one of the θᵢ.
 
     Args:
-        stored: (T, rows, n) float32, or the bits of bfloat16 as uint16.
+        like: (rows, n) float32, or the bits of bfloat16 as uint16: one of the θᵢ.
+        places: (T,) uint64, the addresses of all of them.
         base: (rows, n) float32; or empty, and θ₀ is 0.
         reference: which one R is.
         weights: (rows, T) float32.
@@ -126,19 +143,21 @@ def combine(stored, base, reference, weights, excess, pull):
     Returns:
         (rows, n) float32.
     """
-    count, rows, width = stored.shape
+    count, (rows, width) = len(places), like.shape
     found, own = np.empty((rows, width), dtype=np.float32), np.empty(_TILE, dtype=np.float32)
     for row in range(rows):
         more, drawn = excess[row], pull[row]
         for start in range(0, width, _TILE):
             size = min(_TILE, width - start)
-            total, theirs = found[row, start : start + size], stored[reference, row, start : start + size]
+            theirs = _at(places[reference], like)[row, start : start + size]
+            total = found[row, start : start + size]
             for i in range(size):
                 own[i] = _wide(theirs[i])
                 total[i] = _ZERO
             for number in range(count):
                 if number != reference:
-                    weight, others = weights[row, number], stored[number, row, start : start + size]
+                    others = _at(places[number], like)[row, start : start + size]
+                    weight = weights[row, number]
                     for i in range(size):
                         total[i] += weight * (_wide(others[i]) - own[i])
             if base.size:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from merganser.methods.base import Needs, Options, wide
-from merganser.methods.elementwise import Elementwise, Position, Whole, stacked
+from merganser.methods.elementwise import Elementwise, Position, Whole
 
 #: What a tensor is taken for: one vector, or its rows or its columns each by itself.
 Vectors = Literal["whole", "rows", "columns"]
@@ -139,10 +139,21 @@ def _compiles(tensors: Sequence[Tensor], base: Tensor | None) -> bool:
     return tensors[0].device.type == "cpu" and _widest([*tensors, *([] if base is None else [base])]) == torch.float32
 
 
-def _by_rows(tensors: Sequence[Tensor], base: Tensor | None, height: int) -> tuple[np.ndarray, np.ndarray]:
-    """(T, rows, n) of the tensors and (rows, n) of the base, which is empty without one."""
-    origin = np.empty((0, 0), dtype=np.float32) if base is None else base.contiguous().numpy().reshape(height, -1)
-    return stacked(tensors).reshape(len(tensors), height, -1), origin
+def _alike(tensors: Sequence[Tensor], height: int) -> list[np.ndarray]:
+    """(rows, n) of each tensor, in place: as uint16 where all are bfloat16, else as float32."""
+    if all(tensor.dtype == torch.bfloat16 for tensor in tensors):
+        return [tensor.contiguous().view(torch.uint16).numpy().reshape(height, -1) for tensor in tensors]
+    return [wide(tensor).contiguous().numpy().reshape(height, -1) for tensor in tensors]
+
+
+def _of_base(base: Tensor | None, height: int) -> np.ndarray:
+    """(rows, n), or empty without one."""
+    return np.empty((0, 0), dtype=np.float32) if base is None else base.contiguous().numpy().reshape(height, -1)
+
+
+def _places(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """(T,): their addresses, which hold while the arrays live."""
+    return np.array([array.ctypes.data for array in arrays], dtype=np.uint64)
 
 
 def _combined_by_rows(tensors: Sequence[Tensor], base: Tensor | None, combination: Combination, height: int) -> Tensor:
@@ -150,8 +161,8 @@ def _combined_by_rows(tensors: Sequence[Tensor], base: Tensor | None, combinatio
 
     numbers = [np.broadcast_to(one, height) for one in (*combination.weights, combination.excess, combination.pull)]
     *weights, excess, pull = (one.astype(np.float32) for one in numbers)
-    given, origin = _by_rows(tensors, base, height)
-    total = kernels.combine(given, origin, combination.reference, np.stack(weights, 1), excess, pull)
+    given, factors = _alike(tensors, height), (np.stack(weights, 1), excess, pull)
+    total = kernels.combine(given[0], _places(given), _of_base(base, height), combination.reference, *factors)
     return torch.from_numpy(total).reshape(tensors[0].shape)
 
 
@@ -204,8 +215,8 @@ def _gram_of_rows(tensors: Sequence[Tensor], base: Tensor | None, height: int) -
     if _compiles(tensors, base):
         from merganser.methods import kernels
 
-        products = np.zeros((height, len(tensors), len(tensors)))
-        kernels.inner_products(*_by_rows(tensors, base, height), _BLOCK, products)
+        given, products = _alike(tensors, height), np.zeros((height, len(tensors), len(tensors)))
+        kernels.inner_products(given[0], _places(given), _of_base(base, height), _BLOCK, products)
         found = products.transpose(1, 2, 0)
     else:
         found = _summed(rows, origin, _widest(rows))
