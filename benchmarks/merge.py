@@ -2,12 +2,13 @@
 
     python benchmarks/merge.py /scratch --size 1.1B --rounds 5
     python benchmarks/merge.py /scratch --size 50M --only ties,dare_ties
-    python benchmarks/merge.py /scratch --size 1.1B --rounds 1 --only ties_16,dare_ties_16 --no-peers
+    python benchmarks/merge.py /scratch --size 1.1B --rounds 1 --only ties_16,dare_ties_16 --peers ''
 
 Whole commands, files to files, each a process of its own, in turns over the same inputs, which are read once before
 each run so that the page cache holds them. ``floor`` is ``floor.py``, a chunked sum without checks or hashes; ``cp``
-copies one checkpoint. mergekit runs in its own environment (``peers.py``), as it comes and with its fastest options,
-and with parameters under which it computes the same, but for what it draws at random.
+copies one checkpoint. mergekit runs in its own environment (``peers.py``), with parameters under which it computes the
+same, but for what it draws at random: as it comes, with its fastest options, or in float32 as merganser does, where
+otherwise it computes in the bfloat16 that it stores (``--peers``).
 
 Every number of a result is compared with a float64 reference: averages and TIES with ``ties_reference.py``, the others
 with ``references.py``; of a random choice, each number must come out of some choice.
@@ -37,8 +38,13 @@ from measure import PROGRAM
 
 DENSITY = 0.5
 HERE = Path(__file__).resolve().parent
-PLAIN = "mergekit"
 FASTEST = ("-j", str(os.cpu_count()), "--async-write", "--write-threads", str(os.cpu_count()))
+#: mergekit's variants: in the tables, what its configuration says of dtypes, and more arguments.
+PEERS: dict[str, tuple[str, dict[str, str], Sequence[str]]] = {
+    "plain": ("mergekit", {"dtype": "bfloat16"}, ()),
+    "fastest": ("mergekit, fastest options", {"dtype": "bfloat16"}, FASTEST),
+    "float32": ("mergekit in float32", {"dtype": "float32", "out_dtype": "bfloat16"}, ()),
+}
 
 
 @dataclass(frozen=True)
@@ -116,7 +122,7 @@ def main() -> int:
     options = _options()
     base, family = checkpoints.llama_family(options.scratch, options.size)
     outputs = options.scratch / "outputs-merge"
-    kit = None if options.no_peers else peers.mergekit(options.cache)
+    kit = peers.mergekit(options.cache) if options.peers else None
     text, values, good = "", {}, True
     for name in options.only:
         case = CASES[name]
@@ -124,9 +130,11 @@ def main() -> int:
         models = named(family, case.models, options.scratch / f"llama-{options.size}-named")
         commands = own_commands(outputs, case, models, base)
         if kit and case.kit is not None:
-            config = write_config(options.scratch / f"mergekit-{name}.yaml", case, models, base)
-            theirs = mergekit_commands(outputs, kit, config)
-            commands.update({name: line for name, line in theirs.items() if name == PLAIN or not options.plain_peers})
+            for peer in options.peers:
+                variant, dtypes, flags = PEERS[peer]
+                config = options.scratch / f"mergekit-{name}-{peer}.yaml"
+                write_config(config, case, models, base, dtypes)
+                commands[variant] = [str(kit / "mergekit-yaml"), str(config), str(outputs / variant), *flags]
         print(f"{name}, {options.size}, {rounds} rounds", file=sys.stderr)
         runs = measure.take_turns(
             {variant: measure.command(line, outputs / variant) for variant, line in commands.items()},
@@ -184,14 +192,7 @@ def own_commands(outputs: Path, case: Case, models: Sequence[Path], base: Path) 
     return commands
 
 
-def mergekit_commands(outputs: Path, programs: Path, config: Path) -> dict[str, list[str]]:
-    """mergekit as it comes, and with the options that make it fastest on a processor."""
-    command = [str(programs / "mergekit-yaml"), str(config)]
-    fast = f"{PLAIN}, fastest options"
-    return {PLAIN: [*command, str(outputs / PLAIN)], fast: [*command, str(outputs / fast), *FASTEST]}
-
-
-def write_config(path: Path, case: Case, models: Sequence[Path], base: Path) -> Path:
+def write_config(path: Path, case: Case, models: Sequence[Path], base: Path, dtypes: Mapping[str, str]) -> None:
     """mergekit's configuration of the same merge."""
     import yaml
 
@@ -200,12 +201,11 @@ def write_config(path: Path, case: Case, models: Sequence[Path], base: Path) -> 
     config: dict[str, Any] = {
         **(case.kit or {}),
         "models": [{"model": str(m), **({"parameters": own} if own else {})} for m in models],
-        "dtype": "bfloat16",
+        **dtypes,
     }
     if case.base or case.method == "slerp":
         config["base_model"] = str(base if case.base else models[0])
     path.write_text(yaml.safe_dump(config))
-    return path
 
 
 def check(case: Case, result: Path, models: Sequence[Path], base: Path) -> dict[str, Any]:
@@ -256,10 +256,12 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--size", choices=checkpoints.SIZES, default="1.1B")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--ties-rounds", type=int, help="rounds of TIES  [default: as --rounds]")
-    parser.add_argument("--only", type=_names, default=list(CASES), help=f"of {', '.join(CASES)}")
-    parser.add_argument("--no-peers", action="store_true", help="without mergekit")
+    parser.add_argument("--only", type=partial(_names, known=CASES), default=list(CASES), help=f"of {', '.join(CASES)}")
     parser.add_argument(
-        "--plain-peers", action="store_true", help="mergekit as it comes alone, which takes half the time"
+        "--peers",
+        type=partial(_names, known=PEERS),
+        default=["plain", "fastest"],
+        help=f"of mergekit's {', '.join(PEERS)}; '' for none  [default: plain,fastest]",
     )
     parser.add_argument("--no-check", action="store_true", help="without the float64 references")
     parser.add_argument("--cache", type=Path, help="folder of the peers' environments")
@@ -267,10 +269,10 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _names(text: str) -> list[str]:
-    names = text.split(",")
-    if unknown := [name for name in names if name not in CASES]:
-        raise argparse.ArgumentTypeError(f"{unknown[0]} is none of {', '.join(CASES)}")
+def _names(text: str, known: Mapping[str, object]) -> list[str]:
+    names = text.split(",") if text else []
+    if unknown := [name for name in names if name not in known]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]} is none of {', '.join(known)}")
     return names
 
 
