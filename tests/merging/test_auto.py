@@ -329,10 +329,23 @@ def test_tasks_are_told_by_labels_and_heads(family: Family) -> None:
     assert tasks() == "same" and tasks(keep_separate=["classifier.*"]) == "different"
     advice = said({"contributors": people, "keep_separate": ["classifier.*"]})[1]
     assert any("regmean (ridge=0.1): another: 50.0" in line for line in advice)
-    config = json.loads((models[1] / "config.json").read_text())
-    config |= {"id2label": {"0": "yes", "1": "no"}, "label2id": {"yes": 0, "no": 1}}
-    (models[1] / "config.json").write_text(json.dumps(config))
-    assert tasks(labels="union") == "different"
+    for model, names, expected in zip(models, (("yes", "no"), ("true", "false")), ("same", "different"), strict=True):
+        config = json.loads((model / "config.json").read_text())
+        config |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+        (model / "config.json").write_text(json.dumps(config))
+        assert tasks(labels="union") == expected  # labels without names take those of the other head, and are merged
+
+
+@pytest.mark.parametrize("extra", [{}, {"keep_separate": ["model.norm.weight"]}])
+def test_one_model_is_its_own_merge(family: Family, tmp_path: Path, extra: dict[str, Any]) -> None:
+    """However much is at hand: folding an adapter into its base is not to weaken it."""
+    given = adapters_of(base=True)(family, tmp_path)
+    alone = {**given, "models": given["models"][:1], **extra}
+    result, folded = merge(**alone, output=tmp_path / "auto"), merge(**alone, output=tmp_path / "one", method="simple")
+    weights = [file.relative_to(folded) for file in Path(folded).rglob("*.safetensors")]
+    assert weights and all((result / file).read_bytes() == (folded / file).read_bytes() for file in weights)
+    choice, advice = said({"contributors": [str(alone["models"][0])], **extra})
+    assert choice == "one model is its own merge" and not advice
 
 
 @pytest.mark.usefixtures("table")

@@ -36,6 +36,23 @@ def test_what_is_of_low_rank(shape: tuple[int, int], dtype: torch.dtype) -> None
     assert changed(3e-3 * full.sign(), dtype) is False
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rank", [8, None])
+def test_rounding_hides_a_rank_and_never_makes_one(rank: int | None, dtype: torch.dtype) -> None:
+    """Small changes of all weights have less beyond the first directions than rounding adds in every direction."""
+    draw, shape = torch.Generator().manual_seed(5), (256, 768)
+    change = torch.randn(shape[0], 8, generator=draw) @ torch.randn(8, shape[1], generator=draw) / 8**0.5
+    if rank is None:
+        change += 0.25 * torch.randn(shape, generator=draw)  # 6 % of the squares
+    base = (0.05 * torch.randn(shape, generator=draw)).to(dtype)
+    found = [
+        in_few_directions((base.float() + 0.05 * 10**-size * change).to(dtype), base)
+        for size in torch.arange(1, 5, 0.1).tolist()
+    ]
+    wrong, clear = rank is None, 5  # steps of the largest changes, which are told
+    assert wrong not in found and found[:clear] == [rank is not None] * clear and found[-1] is None
+
+
 def test_what_tells_of_no_rank() -> None:
     change = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
     assert changed(torch.zeros(64, 64), torch.float32) is None

@@ -22,9 +22,11 @@ from merganser.checkpoints import AdapterCheckpoint, Checkpoint
 from merganser.documents import parse_yaml, read_text
 from merganser.errors import RecipeError, UserError
 from merganser.merging.inputs import Inputs, Parent
+from merganser.merging.labels import plain_labels
 from merganser.merging.recipe import Recipe
 from merganser.methods import METHODS
 from merganser.methods.auto import PUBLISHED, Published, Row, Situation, Tasks, better_rows, choose
+from merganser.tasks import task_for
 from merganser.tensors import is_floating
 from merganser.text import listed
 
@@ -36,6 +38,9 @@ _ROWS, _COLUMNS, _LOOKED_AT, _ENOUGH = 256, 1024, 64, 8
 _SMALLEST = 32  # sides of a matrix that tell of a rank
 #: Changes are of low rank whose first quarter of directions, or so many, leave no more than this share of the squares.
 _QUARTER, _FEWEST, _REST = 4, 8, 0.005
+#: The rounding lies in all directions. A change has to be so many times as large (squares) that the few percent which
+#: training all weights leaves beyond the first ones would be seen beside it; and to be more than rounding at all.
+_CLEAR, _BEYOND = 24, 4
 _COLLECT: dict[Published, str] = {"gram": "", "kfac": " --kfac", "fisher": " --fisher"}
 
 
@@ -66,6 +71,8 @@ def choose_method(recipe: Recipe, inputs: Inputs) -> Choice:
     situation = situation_of(recipe, inputs)
     row = choose(situation)
     _check_options(recipe, row)
+    if situation.models < 2:
+        return Choice(row, "one model is its own merge")
     return Choice(row, f"{_facts(row, situation, inputs)}; {row.why}")
 
 
@@ -133,24 +140,30 @@ def in_few_directions(weight: Tensor, base: Tensor) -> bool | None:
         base: (m, n), likewise.
 
     Returns:
-        None where the change is no larger than twice what that rounding leaves, or not finite.
+        None where it cannot be told, since the rounding leaves as much beyond the first directions as training all
+        weights does, or where the change is not finite.
     """
     change = weight.double() - base.double()
     if not bool(change.isfinite().all()):
         return None
     squares = torch.linalg.eigvalsh(change @ change.T if len(change) <= change.shape[1] else change.T @ change).flip(0)
-    # The last digit of a number is between one and two times as far below it; errors are even within half of one.
-    rounding = torch.finfo(weight.dtype).eps ** 2 / 24 * float(weight.double().square().sum())
-    whole = float(squares.sum())
-    if not whole > 4 * rounding:
-        return None
+    whole, rounding = float(squares.sum()), _rounding(weight)
     rest = float(squares[max(_FEWEST, len(squares) // _QUARTER) :].clamp_min(0).sum())
-    return rest <= _REST * whole + 2 * rounding
+    if rest <= _REST * whole + rounding:
+        return True if whole > _CLEAR * rounding else None
+    return False if whole > _BEYOND * rounding else None
+
+
+def _rounding(weight: Tensor) -> float:
+    """The sum of squared errors of so many rounded numbers: they are even within half a last digit to each side."""
+    info = torch.finfo(weight.dtype)
+    _, exponents = torch.frexp(weight.double().abs().clamp_min(info.tiny))
+    return float((2.0 * (exponents - 1)).exp2().sum()) * info.eps**2 / 12
 
 
 def _tasks(recipe: Recipe, parents: Sequence[Parent]) -> Tasks | None:
     """Whether one head answers for all; None where there are no labels."""
-    labels = {frozenset(parent.label_names) for parent in parents}
+    labels = {frozenset(plain_labels(parent.label_names, parents)) for parent in parents}
     if recipe.keep_separate or len(labels) > 1:
         return "different"
     return "same" if any(labels) else None
@@ -205,10 +218,12 @@ def _check_options(recipe: Recipe, row: Row) -> None:
 
 def _advice(row: Row, situation: Situation, inputs: Inputs) -> Iterator[str]:
     """What to expect, and what would lead to a better method."""
+    if situation.models < 2:
+        return
     known = row.expectation(situation.tasks)
     yield f"measured: {known}" if known else f"nothing has been measured yet of {row.method} on models like these"
     additions = {}
-    for kind in _COLLECT if not inputs.without_base else ():
+    for kind in _collectable(inputs):
         lacking = [parent for parent in inputs.parents if kind not in _published(parent)]
         if lacking:
             more = replace(situation, published=situation.published | {"gram", kind})
@@ -226,6 +241,19 @@ def _advice(row: Row, situation: Situation, inputs: Inputs) -> Iterator[str]:
             told.add(better.title)
             measured = better.expectation(situation.tasks)
             yield f"{additions[more]} it would be {better.title}" + (f": {measured}" if measured else "")
+
+
+def _collectable(inputs: Inputs) -> Iterator[Published]:
+    """The kinds of statistics that ``collect`` makes of such models: those of gradients need a head that has a loss."""
+    if inputs.without_base:
+        return
+    yield "gram"
+    try:
+        problems = [task_for("auto", parent.checkpoint.config).problem for parent in inputs.parents]
+    except UserError:  # no task is known
+        return
+    if None not in problems:
+        yield from ("kfac", "fisher")
 
 
 def named_base(parents: Sequence[Parent]) -> str | None:

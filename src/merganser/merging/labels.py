@@ -39,7 +39,7 @@ def match_labels(
         names: tensors to be merged; those kept separate are not among them.
         problems: receives what cannot be matched.
     """
-    known = [_plain(parent.label_names, parents) for parent in parents]
+    known = [plain_labels(parent.label_names, parents) for parent in parents]
     restricted = any(parent.contributor.labels is not None for parent in parents)
     if all(labels == known[0] for labels in known) and not restricted:
         return None
@@ -122,7 +122,7 @@ def _unnamed(labels: Sequence[str]) -> bool:
     return all(label == f"LABEL_{i}" for i, label in enumerate(labels))
 
 
-def _plain(labels: list[str], parents: Sequence[Parent]) -> list[str]:
+def plain_labels(labels: list[str], parents: Sequence[Parent]) -> list[str]:
     """Unnamed labels (LABEL_0, …) take the names that a contributor with as many labels gives them."""
     if labels and _unnamed(labels):
         for parent in parents:

@@ -275,6 +275,8 @@ def test_mistakes_are_found_before_work_all_at_once(place: Path, make: Make, tmp
         load_benchmark([place / "first.yaml"], [write(tmp_path, [{"method": "tise"}])], templates=base)
     with pytest.raises(UserError, match="denstiy"):
         load_benchmark([place / "first.yaml"], [write(tmp_path, [{"method": "ties", "grid": {"denstiy": [1]}}])])
+    with pytest.raises(UserError, match="'Ensemble' is what tables call a comparator"):
+        load_benchmark([place / "first.yaml"], [write(tmp_path, [{"method": "simple", "title": "Ensemble"}])])
     with pytest.raises(UserError, match="two methods are called 'Simple'"):
         load_benchmark([place / "first.yaml"], [write(tmp_path, ["simple", "simple"])], templates=base)
     with pytest.raises(UserError, match="applies to any"):

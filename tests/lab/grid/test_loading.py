@@ -176,6 +176,8 @@ def test_contributors_inherit_default_model_args(tmp_path):
         ({"methods": ["regmeen"]}, "unknown method 'regmeen'.*regmean"),
         ({"methods": [{"method": "regmean", "options": {"alfa": 1}}]}, "alfa"),
         ({"methods": ["simple", "simple"]}, "two methods are called 'simple'"),
+        ({"methods": [{"method": "simple", "title": "individual"}]}, "'individual' is what tables call a comparator"),
+        ({"methods": [{"method": "simple", "title": "Multi-Task"}]}, "'Multi-Task' is what tables call a comparator"),
         ({"layout": "greedy", "order": ["model0"]}, "order must name every contributor"),
         ({"heads": ["different"]}, "at least two seeds"),
         ({"heads": "separate", "comparators": ["ensemble"]}, "ensemble averages outputs of one task.*individual"),

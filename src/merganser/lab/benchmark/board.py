@@ -11,7 +11,7 @@ from merganser.errors import DataError, RecipeError, did_you_mean
 from merganser.lab.benchmark.choice import Choice, ChosenMethod, read_choice
 from merganser.lab.benchmark.run import TEST
 from merganser.lab.benchmark.summary import Difference, Standing, SuiteScores, differences, standings, suite_scores
-from merganser.lab.grid.cells import TITLES
+from merganser.lab.grid.config import TITLES
 from merganser.lab.report.rows import ResultRow, read_rows
 
 _FREE = "the best published one without statistics"

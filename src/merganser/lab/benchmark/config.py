@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 from merganser.errors import ErrorCollector, RecipeError, did_you_mean, validated
 from merganser.lab.grid.cells import expand
-from merganser.lab.grid.config import ExperimentConfig, MethodConfig
+from merganser.lab.grid.config import ExperimentConfig, MethodConfig, check_title
 from merganser.lab.grid.loading import find_file, load_config, read_values, templates_of
 from merganser.lab.suites import SUITES
 from merganser.lab.suites.texts import Texts
@@ -96,6 +96,7 @@ class Entry(BaseModel):
     @classmethod
     def _titled(cls, title: str, info: ValidationInfo) -> str:
         name = info.data.get("method", "")
+        check_title(title)
         return title or (METHODS[name].title if name in METHODS else name.capitalize())
 
     @model_validator(mode="after")
@@ -158,7 +159,7 @@ def situation_of(suite: ExperimentConfig, published: Sequence[Published] = ()) -
         published=frozenset(published),
         base=True,
         tasks=None if issubclass(SUITES[suite.suite.name], Texts) else labelled,
-        low_rank="lora" in suite.training,
+        low_rank=all("lora" in {**suite.training, **one.training} for one in suite.contributors.values()),
         models=min(sizes),
     )
 

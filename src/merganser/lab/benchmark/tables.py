@@ -9,7 +9,7 @@ from dataclasses import replace
 from merganser.lab.benchmark.board import Board
 from merganser.lab.benchmark.config import options_text
 from merganser.lab.benchmark.summary import Standing, SuiteScores, standings
-from merganser.lab.grid.cells import TITLES
+from merganser.lab.grid.config import TITLES
 from merganser.lab.report.significance import EXACT, MARKERS, SAMPLES
 from merganser.lab.report.tables import Line, Table, TableCell, p_text
 from merganser.lab.report.ties import leaders, signed

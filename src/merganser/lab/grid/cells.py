@@ -10,11 +10,10 @@ from dataclasses import asdict, dataclass, replace
 from itertools import combinations, product
 from typing import Any, Literal
 
-from merganser.lab.grid.config import ExperimentConfig, Heads
+from merganser.lab.grid.config import TITLES, ExperimentConfig, Heads
 from merganser.methods import METHODS
 
 Kind = Literal["merge", "individual", "ensemble", "multitask"]
-TITLES: dict[str, str] = {"individual": "Individual", "ensemble": "Ensemble", "multitask": "Multi-task"}
 
 
 @dataclass(frozen=True)

@@ -145,6 +145,20 @@ class Finetune(_Frozen):
     training: dict[str, Any] = {}
 
 
+Comparator = Literal["individual", "ensemble", "multitask"]
+TITLES: dict[str, str] = {"individual": "Individual", "ensemble": "Ensemble", "multitask": "Multi-task"}
+
+
+def check_title(title: str) -> None:
+    """Refuse what tables call models that are not merged.
+
+    Raises:
+        ValueError: a method has the title of a comparator.
+    """
+    if title.casefold() in {*TITLES, *(known.casefold() for known in TITLES.values())}:
+        raise ValueError(f"{title!r} is what tables call a comparator, not a merge: give the method another title")
+
+
 class MethodConfig(_Frozen):
     """A merging method with its options, as one line of the result tables.
 
@@ -171,6 +185,7 @@ class MethodConfig(_Frozen):
             raise ValueError("auto chooses one of the methods (merganser methods auto), and an experiment names them")
         if self.method not in METHODS:
             raise ValueError(f"unknown method {self.method!r}. {suggest_method(self.method, METHODS)}")
+        check_title(self.title)
         try:
             validated(METHODS[self.method].options_type, self.options, f"options of {self.method}")
         except Problems as error:
@@ -248,7 +263,6 @@ class Resources(_Frozen):
     memory: Annotated[str, AfterValidator(_size)] | None = None
 
 
-Comparator = Literal["individual", "ensemble", "multitask"]
 Heads = Literal["same", "different", "separate"]
 
 
