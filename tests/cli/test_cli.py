@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from merganser.cli import COMMANDS, main
 
@@ -89,6 +90,25 @@ def test_a_recipe_and_flags_mean_the_same(pair, tmp_path: Path, capsys) -> None:
     assert all((tmp_path / "a" / n).read_bytes() == (tmp_path / "b" / n).read_bytes() for n in names)
     assert run("merge", recipe, "--alpha", "0.1", "-o", tmp_path / "c") == 0  # flags win
     assert json.loads((tmp_path / "c" / "provenance.json").read_text())["recipe"]["options"]["alpha"] == 0.1
+
+
+@pytest.mark.parametrize("own", [{"density": 0.5}, None])
+def test_a_flag_without_effect_is_refused(tmp_path: Path, capsys, own: dict[str, float] | None) -> None:
+    """Options that every contributor has of its own, or that a file of mergekit leaves to mergekit's defaults."""
+    file = tmp_path / "merge.yaml"
+    base, *models = "org/base", "org/a", "org/b"
+    people = [{"model": model, "options": own} for model in models]
+    ours = {"method": "ties", "base": base, "contributors": people}
+    weights = [{"model": model, "parameters": {"weight": 1}} for model in models]
+    theirs = {"merge_method": "ties", "base_model": base, "models": weights, "dtype": "float32"}
+    file.write_text(yaml.safe_dump(ours if own else theirs))
+    with pytest.raises(SystemExit) as end:
+        main(["merge", str(file), "--option", "density=0.1", "--explain"])
+    told = capsys.readouterr().err
+    assert end.value.code == 2 and f"every contributor of {file} has its own density" in told
+    with pytest.raises(SystemExit) as end:
+        main(["merge", str(file), "--option", "scale=0.1", "--explain"])
+    assert end.value.code == 0 and "scale: 0.1" in capsys.readouterr().out
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(pair, tmp_path: Path, capsys) -> None:

@@ -253,6 +253,7 @@ def test_several_mistakes_are_reported_at_once(family, tmp_path: Path) -> None:
         ("contributors: [a]\nmethd: simple", "unknown key 'methd'"),
         ("method: simple", "'contributors' is missing"),
         ("contributors: []", "nothing to merge"),
+        ("contributors: [{model: a, name: x}, {model: b, name: x}]", "two contributors are called 'x'"),
         ("contributors: [{model: a, coeficient: 2}]", "unknown key 'contributors.0.coeficient'"),
         ("contributors: [{model: a, coefficient: lots}]", "contributors.0.coefficient: 'lots'"),
         ("contributors: [!!python/object/apply:os.system [ls]]", "not YAML"),

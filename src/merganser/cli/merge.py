@@ -9,7 +9,7 @@ import click
 
 from merganser.cli.common import make_cluster, parse_options, quiet_libraries, warn
 from merganser.cli.plans import show_or_carry_out
-from merganser.cli.sources import make_earlier_stages, read_source, show_ready_stages
+from merganser.cli.sources import check_effect, make_earlier_stages, read_source, show_ready_stages
 from merganser.files import human_bytes
 
 if TYPE_CHECKING:
@@ -147,6 +147,7 @@ def merge_command(
     if len(data) > 1:
         raise click.UsageError("--data is given once, but for --method regmean_pp")
     chosen |= {"data": data[0]} if data else {}
+    check_effect(source, chosen)
     if chosen:
         flags["options"] = {**(source.values.get("options") or {}), **chosen}
     if explain:

@@ -76,6 +76,22 @@ def read_source(
     return Source(values, models[0], (file,), stages)
 
 
+def check_effect(source: Source, options: Mapping[str, Any]) -> None:
+    """Flags win over a file, but not over what it says of single contributors, which would leave them without effect.
+
+    Raises:
+        RecipeError: every contributor has an option of its own, or what mergekit takes where its file says nothing.
+    """
+    from merganser.errors import RecipeError
+
+    people = [one if isinstance(one, Mapping) else {} for one in source.values.get("contributors") or ()]
+    for name in options:
+        if people and all(name in (one.get("options") or {}) for one in people):
+            what = f"every contributor of {source.where} has its own {name}, which counts"
+            mend = f"leave the flag out, and change {name} in the file"
+            raise RecipeError(what, where=f"--option {name}", mend=mend)
+
+
 def show_ready_stages(source: Source, flags: Mapping[str, Any], settings: RunSettings, as_json: bool) -> bool:
     """Print the plans of the earlier merges that are not made yet and can be planned; whether there are any.
 

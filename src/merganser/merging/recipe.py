@@ -287,6 +287,7 @@ def make_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
     if recipe.base is not None:  # which may be one of the contributors, by its name
         named = {one.name: one.model for one in recipe.contributors if one.name is not None}
         recipe = recipe.model_copy(update={"base": named.get(recipe.base, recipe.base)})
+    problems.add(*_name_problems(recipe, where))
     problems.raise_all()
     return recipe
 
@@ -301,6 +302,13 @@ def unknown_method(name: str, where: str, others: Sequence[str] = ()) -> RecipeE
         what = f"{found} merges layer after layer, with texts of every model at hand, and is no part of a plan"
         return RecipeError(what, where=where, mend=f"merganser merge MODEL… --method {found} --data FILE --data FILE")
     return RecipeError(f"unknown method {name!r}", where=where, mend=suggest_method(name, METHODS, others))
+
+
+def _name_problems(recipe: Recipe, where: str) -> Iterator[UserError]:
+    """Names that were given to two contributors, so that nobody could say whom they mean."""
+    names = [one.name for one in recipe.contributors if one.name is not None]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        yield RecipeError(f"two contributors are called {name!r}", where=where, mend="give each a name of its own")
 
 
 def _place_problems(recipe: Recipe, where: str) -> Iterator[UserError]:

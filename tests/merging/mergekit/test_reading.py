@@ -193,6 +193,53 @@ def test_what_is_skipped_is_told():
     assert "base model" in notes
 
 
+@pytest.mark.parametrize("text", ["layers.2.mlp", "layers.2", "2.mlp", "layers.12.", "experts.2.", "layers.7.", "mlp"])
+def test_filters_of_models_mean_their_own_layers(text):
+    """mergekit looks for a filter in the names of the model's own files, however layers are numbered in the result."""
+    recipe = translated(f"""
+        merge_method: linear
+        slices:
+          - sources: [{{model: a, layer_range: [0, 5]}}, {{model: b, layer_range: [1, 6]}}]
+          - sources:
+              - {{model: a, layer_range: [2, 24], parameters: {{weight: [{{filter: {text}, value: 2}}, {{value: 3}}]}}}}
+              - {{model: b, layer_range: [0, 22]}}
+        parameters: {{weight: 1}}
+        """).recipe
+    rules = recipe["layers"][1].get("rules", [])
+    for own in range(2, 24):
+        for rest in ("mlp.experts.2.w1", "mlp.up_proj", "attention"):
+            result, stored = (f"model.layers.{number}.{rest}.weight" for number in (own + 3, own))
+            held = any(fnmatchcase(result, pattern) for rule in rules for pattern in rule["tensors"])
+            assert held == (text in stored), (result, stored)
+
+
+def test_a_text_decoder_is_what_no_other_module_is():
+    modules = {name: {"models": [{"model": "a"}, {"model": "b"}]} for name in ("text_decoder", "vision_tower")}
+    modules["text_decoder"]["parameters"], modules["vision_tower"]["parameters"] = {"weight": 2}, {"weight": 3}
+    for order in (modules, dict(reversed(modules.items()))):
+        recipe = translated(yaml.safe_dump({"merge_method": "linear", "modules": order}, sort_keys=False)).recipe
+        for name, weight in (
+            ("model.layers.0.mlp.weight", 2),
+            ("lm_head.weight", 2),
+            ("language_model.model.norm.weight", 2),
+            ("visual.blocks.0.attn.proj.weight", 3),
+            ("vision_tower.vision_model.post_layernorm.weight", 3),
+        ):
+            first = next(r for r in recipe["rules"] if any(fnmatchcase(name, pattern) for pattern in r["tensors"]))
+            assert first["contributors"]["a"]["coefficient"] == weight, name
+    alone = translated(yaml.safe_dump({"merge_method": "linear", "modules": {"text_decoder": modules["text_decoder"]}}))
+    assert any("not named are merged as text_decoder" in note for note in alone.notes)
+
+
+def test_a_chat_template_can_be_that_of_a_model():
+    text = (
+        "merge_method: linear\nmodels: [{model: x/a, parameters: {weight: 1}}, {model: x/b, parameters: {weight: 1}}]\n"
+    )
+    for name in ("a", "x/a"):
+        assert translated(f"{text}chat_template: {name}").recipe["chat_template"] == "a"
+    assert "whose it is: one of a, b" in refused(f"{text}chat_template: chatml")
+
+
 def test_modules_are_rules_for_the_names_of_their_tensors():
     recipe = translated("""
         merge_method: linear

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 
 from merganser.errors import did_you_mean
 from merganser.merging.mergekit.methods import COEFFICIENT, KNOWN_PARAMETERS, REQUIRED, Parameter
-from merganser.merging.mergekit.parts import Part, Work
+from merganser.merging.mergekit.parts import Part, Source, Work
 from merganser.merging.mergekit.schema import Parameters
 
 #: (text in a tensor's name, value), the first that holds counts; the last one always holds (None).
@@ -27,6 +27,7 @@ _BOOLEANS = {
     **dict.fromkeys(("true", "yes", "on", "1", "1.0"), True),
     **dict.fromkeys(("false", "no", "off", "0", "0.0"), False),
 }
+_LAYER = re.compile(r"(?:^|(?<!experts)\.)(\d+)(?=\.|$)")  # the first number in a name that can be a layer's
 _KINDS = {bool: "true or false", float: "a number", int: "a whole number"}
 _MASKS = (
     "other numbers are dropped than by mergekit, and as many: its masks come from one generator, one after the other; "
@@ -124,18 +125,22 @@ def decide(work: Work, part: Part, names: Mapping[str, str]) -> Decided:
     people = work.contributors(part)
     found = Decided(fixed_options(work), {names[source.model]: {} for source in people})
     for name, parameter in work.method.parameters.items():
-        owners: list[tuple[str | None, tuple[Parameters, ...], str]]
+        owners: list[tuple[Source | None, tuple[Parameters, ...], str]]
         if parameter.scope == "method":
             owners = [(None, part.places, part.where)]
         else:
             owners = [
-                (names[source.model], (source.parameters, *part.places), f"{part.where}: {source.model}")
+                (source, (source.parameters, *part.places), f"{part.where}: {source.model}")
                 for source in people
                 if parameter.scope == "input" or source.model != work.configuration.base_model
             ]
-        for person, places, where in owners:
+        for source, places, where in owners:
             decisions = _decisions(work, name, parameter, places, where)
-            _put(found, parameter, decisions, person)
+            if source is None:
+                _put(found, parameter, [([_pattern(text)], value) for text, value in decisions], None)
+            else:
+                own = [(_of_layers(text, source, part.first), value) for text, value in decisions]
+                _put(found, parameter, own, names[source.model])
             _tell(work, name, parameter, [value for _, value in decisions], any(name in place for place in places))
     return found
 
@@ -180,18 +185,46 @@ def _value(work: Work, name: str, parameter: Parameter, value: Any) -> Any:
     return parameter.default
 
 
-def _put(found: Decided, parameter: Parameter, decisions: Decisions, person: str | None) -> None:
+def _pattern(text: str | None) -> str:
+    """The names that hold a text."""
+    return f"*{_escaped(text or '')}*"
+
+
+def _of_layers(text: str | None, source: Source, first: int) -> list[str]:
+    """Patterns of the result's tensors for which a text is in the name of a source's own.
+
+    mergekit looks for it in the names that the source's files have, whose layers may be numbered otherwise.
+
+    Args:
+        text: of a filter.
+        source: whose layers are taken.
+        first: the number that its first layer has in the result.
+    """
+    start, stop = source.range or (first, first)
+    number = _LAYER.search(text or "")
+    if start == first or text is None or number is None:
+        return [_pattern(text)]
+    before, digits, after = text[: number.start(1)], number[1], text[number.end(1) :]
+
+    # Where the text does not go on, more digits may come.
+    holds = re.compile(f"{'' if before else '[0-9]*'}{digits}{'' if after else '[0-9]*'}")
+    layers = (layer + first - start for layer in range(start, stop) if holds.fullmatch(str(layer)))
+    return [_pattern(f"{before or '.'}{layer}{after or '.'}") for layer in layers]
+
+
+def _put(found: Decided, parameter: Parameter, decisions: Sequence[tuple[list[str], Any]], person: str | None) -> None:
     """Decisions into a recipe's keys: the last one as what holds otherwise, the others as rules before it."""
     if parameter.becomes is None:
         return
     *conditional, (_, otherwise) = decisions
     at = 0
-    for text, value in conditional:
-        pattern = f"*{_escaped(text or '')}*"
-        while at < len(found.rules) and found.rules[at]["tensors"] != [pattern]:
+    for patterns, value in conditional:
+        if not patterns:  # a layer that is not taken
+            continue
+        while at < len(found.rules) and found.rules[at]["tensors"] != patterns:
             at += 1
         if at == len(found.rules):
-            found.rules.append({"tensors": [pattern], "optional": True})
+            found.rules.append({"tensors": patterns, "optional": True})
         _set(found.rules[at], parameter, value, person)
         at += 1
     if otherwise is not None and otherwise is not REQUIRED:

@@ -11,15 +11,16 @@ from merganser.merging.mergekit.methods import METHODS, MergekitMethod
 from merganser.merging.mergekit.schema import Configuration, Parameters, Slice
 from merganser.text import listed
 
-#: The parts that mergekit knows models of several parts to have, by patterns of the names of their tensors.
+#: The parts that mergekit knows models of several parts to have, by patterns of the names of their tensors. The first
+#: that matches counts: a text decoder's tensors have no prefix of their own in some models, and are all that is left.
 MODULES: Mapping[str, tuple[str, ...]] = {
-    "text_decoder": ("*language_model.*", "lm_head.*"),
-    "multi_modal_projector": ("*multi_modal_projector.*", "*visual.merger.*"),
+    "multi_modal_projector": ("*multi_modal_projector.*", "*visual.merger.*", "*visual.deepstack_merger_list.*"),
     "vision_tower": ("*vision_tower.*", "*visual.*"),
     "vision_model": ("*vision_model.*",),
     "encoder": ("encoder.*", "model.encoder.*"),
     "decoder": ("decoder.*", "model.decoder.*"),
     "shared": ("shared.*", "lm_head.*"),
+    "text_decoder": ("*",),
 }
 
 
@@ -34,11 +35,19 @@ class Source:
 
 @dataclass(frozen=True)
 class Part:
-    """Layers of the result (or all of it) that are merged from some sources, with the places of its parameters."""
+    """Layers of the result (or all of it) that are merged from some sources, with the places of its parameters.
+
+    Attributes:
+        sources: what it is merged from.
+        places: where its parameters can stand, the innermost first.
+        where: in the configuration.
+        first: the number of its first layer in the result.
+    """
 
     sources: tuple[Source, ...]
     places: tuple[Parameters, ...]
     where: str
+    first: int = 0
 
 
 @dataclass
@@ -110,7 +119,12 @@ def find_parts(work: Work) -> list[Part]:
         if module.models:
             return [_whole(work, module.models, (module.parameters, everything), "modules.default.models")]
         places, slices, where = (module.parameters, everything), module.slices, "modules.default.slices"
-    return [_slice(work, one, places, f"{where}[{number}]") for number, one in enumerate(slices)]
+    parts, first = list[Part](), 0
+    for number, one in enumerate(slices):
+        parts.append(_slice(work, one, places, f"{where}[{number}]", first))
+        start, stop = one.sources[0].layer_range
+        first += max(stop - start, 0)
+    return parts
 
 
 def _modules(work: Work) -> Iterable[Part]:
@@ -135,7 +149,7 @@ def _whole(work: Work, models: Sequence[Any], places: tuple[Parameters, ...], wh
     return Part(tuple(sources), places, where)
 
 
-def _slice(work: Work, one: Slice, places: tuple[Parameters, ...], where: str) -> Part:
+def _slice(work: Work, one: Slice, places: tuple[Parameters, ...], where: str, first: int) -> Part:
     sources = tuple(Source(source.model, source.parameters, source.layer_range) for source in one.sources)
     if one.base_model not in (None, work.configuration.base_model):
         mend = "give one base_model for the whole merge, or merge in stages, one for each base model"
@@ -150,7 +164,7 @@ def _slice(work: Work, one: Slice, places: tuple[Parameters, ...], where: str) -
     if len(lengths) > 1:
         what = f"{where}: its sources have different numbers of layers: {sorted(lengths)}"
         work.refuse(what, "give every source of a slice as many layers")
-    return Part(sources, places if not one.parameters else (one.parameters, *places), where)
+    return Part(sources, places if not one.parameters else (one.parameters, *places), where, first)
 
 
 def check_inputs(work: Work, part: Part) -> None:

@@ -72,11 +72,9 @@ def translate(configuration: Configuration, where: str) -> Translation:
     known = dict(names) if base is None else {base: _BASE, **names}
     recipe |= work.problems.catch(tokenizer_keys, configuration, known, where) or {}
     if (template := configuration.chat_template) is not None:
-        recipe["chat_template"] = template
-        if template != "auto" and "{" not in template:
-            mend = (
-                f"give the template itself, or --chat-template with one of {', '.join(dict.fromkeys(known.values()))}"
-            )
+        recipe["chat_template"] = known.get(template, template)
+        if template not in {"auto", *known, *known.values()} and "{" not in template:
+            mend = f"give the template itself, auto, or whose it is: one of {', '.join(dict.fromkeys(known.values()))}"
             work.refuse(f"chat_template {template!r}: merganser has no templates of its own", mend)
     work.raise_all()
     return Translation(_without_empty(recipe), tuple(work.notes))
@@ -123,7 +121,10 @@ def _module_rules(work: Work, parts: Sequence[Part], decided: Sequence[Decided])
     """Modules of whole models: every one is rules for the names of its tensors."""
     rules: list[dict[str, Any]] = []
     everyone = {name for found in decided for name in found.people}
-    for name, part, found in zip(work.configuration.modules, parts, decided, strict=True):
+    given = dict(zip(work.configuration.modules, zip(parts, decided, strict=True), strict=True))
+    if "text_decoder" in given and not {"vision_tower", "vision_model"} & given.keys():
+        work.note("modules that are not named are merged as text_decoder is; mergekit leaves them out of its result")
+    for name, (part, found) in sorted(given.items(), key=lambda one: [*MODULES].index(one[0])):
         patterns = MODULES[name]
         if len(part.sources) == 1 and not found:
             rules.append({"tensors": list(patterns), "optional": True, "take": next(iter(found.people))})
