@@ -172,6 +172,8 @@ def test_what_an_adapter_cannot_be(family, save_model: Save, tmp_path: Path) -> 
     assert "the rank is 0" in str(caught.value) and "kept separate" in str(caught.value)
     with pytest.raises(UserError, match="add --base MODEL, or merge adapters of one base"):
         adapter_of(tmp_path / "out", 4, models, **plain_recipe)
+    with pytest.raises(UserError, match=r"rank 4096 is more than any layer has(.|\n)*a rank of \d+ at most"):
+        adapter_of(tmp_path / "out", 4096, models, base=str(base), **plain_recipe)
     with pytest.raises(UserError, match="no linear layer of the merge differs"):
         adapter_of(tmp_path / "out", 4, [base, base], base=str(base), **plain_recipe)
     assert not (tmp_path / "out").exists()

@@ -306,9 +306,14 @@ class AdapterTarget:
         """The weights, modules complete and names as PEFT has them, and the configuration.
 
         Raises:
-            RecipeError: no linear layer differs from the base's.
+            RecipeError: no linear layer differs from the base's, or none is large enough for the rank.
         """
         if not self.ranks:
+            shapes = [info.shape for info in self.inputs.reference.checkpoint.tensors.values()]
+            widest = max((min(shape) for shape in shapes if len(shape) == 2), default=0)
+            if self.plan.rank is not None and self.plan.rank > widest:
+                what = f"rank {self.plan.rank} is more than any layer has, and factors would hold more than its weights"
+                raise RecipeError(what, where="--as-adapter", mend=f"give a rank of {widest} at most")
             raise RecipeError(
                 "no linear layer of the merge differs from the base's: there is nothing for an adapter to hold",
                 where="--as-adapter",
