@@ -290,8 +290,8 @@ ROWS: tuple[Row, ...] = (
         method="fisher",
         published="fisher",
         why="parameters that matter more to a model's predictions count more",
-        cost="a run of merganser collect --fisher --no-grams by every owner, with a backward pass for each example, and "
-        "publishing a file as large as the model; the merge is as cheap as an average",
+        cost="a run of merganser collect --fisher --no-grams by every owner, with a backward pass for each example, "
+        "and publishing a file as large as the model; the merge is as cheap as an average",
         measured=(
             _on(_SENTIMENT, 62.2),
             _on(_NER, 50.3),
