@@ -336,6 +336,19 @@ def test_tasks_are_told_by_labels_and_heads(family: Family) -> None:
         assert tasks(labels="union") == expected  # labels without names take those of the other head, and are merged
 
 
+def test_statistics_of_gradients_are_advised_where_there_is_a_loss(family: Family) -> None:
+    _, models = family("bert", 2, statistics=False)
+    people = [str(model) for model in models]
+
+    def commands() -> str:
+        return " ".join(line for line in said({"contributors": people})[1] if "merganser collect" in line)
+
+    assert "collect MODEL --data FILE, next" in commands() and "--kfac" in commands()
+    config = json.loads((models[0] / "config.json").read_text())
+    (models[0] / "config.json").write_text(json.dumps(config | {"architectures": ["BertModel"]}))
+    assert "collect MODEL --data FILE, next" in commands() and "--kfac" not in commands()
+
+
 @pytest.mark.parametrize("extra", [{}, {"keep_separate": ["model.norm.weight"]}])
 def test_one_model_is_its_own_merge(family: Family, tmp_path: Path, extra: dict[str, Any]) -> None:
     """However much is at hand: folding an adapter into its base is not to weaken it."""
