@@ -26,6 +26,7 @@ from merganser.lab.benchmark.page import write_leaderboard
 from merganser.lab.benchmark.run import run_benchmark
 from merganser.lab.benchmark.tables import board_tables
 from merganser.lab.grid.cells import expand
+from merganser.lab.grid.config import ModelArgs
 from merganser.lab.report.rows import read_rows
 from merganser.methods import METHODS
 from merganser.methods.auto import Published, Situation, Tasks, choose
@@ -406,6 +407,16 @@ def test_auto_is_on_each_suite_what_its_table_has_there(make: Make, place: Path,
             row = choose(situation)
             assert (method.method, method.options) == (row.method, row.options)
         assert benchmark.development(suite, benchmark.entries) is None
+
+
+def test_why_a_method_is_left_out(place: Path, tmp_path: Path) -> None:
+    templates = {"base": (place / "base.txt").read_text()}
+    file = write(tmp_path, [{"method": "slerp"}, {"method": "model_stock"}, {"method": "simple"}])
+    (suite,) = load_benchmark([place / "first.yaml"], [file], templates=templates).suites
+    three = suite.model_copy(update={"layout": "all", "contributors": {name: ModelArgs() for name in "abc"}})
+    found = {entry.method: entry.obstacle(three) for entry in read_methods(file)}
+    slerp = "it merges exactly 2 models, and the suite merges 3"
+    assert found == {"slerp": slerp, "model_stock": None, "simple": None}
 
 
 @pytest.mark.parametrize("more", [{"grid": {"ridge": [1.0]}}, {"method": "simple", "published": ["gram"]}])

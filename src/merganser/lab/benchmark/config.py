@@ -35,6 +35,7 @@ from merganser.methods import METHODS
 from merganser.methods.auto import AUTO, Published, Situation, Tasks, choose
 from merganser.methods.base import Needs
 from merganser.methods.names import suggest_method
+from merganser.text import listed
 
 Family = Literal["published", "ours"]
 #: The methods that come with merganser, and what they may try.
@@ -139,11 +140,20 @@ class Entry(BaseModel):
             for candidate in self.candidates
         )
 
-    def applies(self, suite: ExperimentConfig) -> bool:
-        """Whether the method merges as many models as the suite has it merge, and needs no texts at hand."""
+    def obstacle(self, suite: ExperimentConfig) -> str | None:
+        """Why the method cannot merge what the suite has it merge; None where it can."""
         needs = METHODS[self.merges(suite)[0].method].needs
         sizes = {len(cell.contributors) for cell in expand(suite) if cell.kind == "merge"}
-        return not needs.data and min(sizes) >= needs.at_least and (needs.models is None or sizes == {needs.models})
+        there = f"the suite merges {listed([str(size) for size in sorted(sizes)], 3)}"
+        if needs.data:
+            return "it needs texts at hand"
+        if needs.models is not None and sizes != {needs.models}:
+            return f"it merges exactly {needs.models} models, and {there}"
+        return None if min(sizes) >= needs.at_least else f"it merges {needs.at_least} models or more, and {there}"
+
+    def applies(self, suite: ExperimentConfig) -> bool:
+        """Whether the method can merge what the suite has it merge."""
+        return self.obstacle(suite) is None
 
 
 def situation_of(suite: ExperimentConfig, published: Sequence[Published] = ()) -> Situation:

@@ -82,6 +82,10 @@ def run_benchmark(
     results = Path(results)
     _check(benchmark, results, zoo, allow_pickle)
     done: dict[str, Finished] = {}
+    for suite in benchmark.suites:
+        for entry in benchmark.entries:
+            if (obstacle := entry.obstacle(suite)) is not None:
+                say(f"{suite.name}: {entry.title} is left out: {obstacle}")
 
     def run(stage: str, experiment: ExperimentConfig) -> None:
         name = f"{experiment.name} ({stage})"
