@@ -223,8 +223,10 @@ def test_a_tied_and_an_untied_contributor(tmp_path: Path) -> None:
     a, b = store(tied, tmp_path / "tied"), store(untied, tmp_path / "untied")
     with pytest.raises(UserError, match="tie_word_embeddings"):
         merganser.merge([str(b), str(a)], tmp_path / "out", method="simple")
-    merganser.merge([str(b), str(a)], tmp_path / "out", method="simple", config_from="untied")
-    assert_average(open_whole(tmp_path / "out", "LlamaForCausalLM"), tied, untied)
+    for chosen in ("untied", "tied"):  # whosever configuration it is, it says of ties what the tensors are
+        out = merganser.merge([str(b), str(a)], tmp_path / f"out-{chosen}", method="simple", config_from=chosen)
+        assert_average(open_whole(Path(out), "LlamaForCausalLM"), tied, untied)
+        assert json.loads((Path(out) / "config.json").read_text())["tie_word_embeddings"] is False
     with pytest.raises(UserError, match="lm_head"):
         merganser.merge([str(a), str(b)], tmp_path / "other", method="simple", config_from="tied")
 

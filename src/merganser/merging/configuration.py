@@ -41,6 +41,7 @@ _SILENT = re.compile(
 #: What a configuration says of a model's head, tokens and storage, whoever's configuration the rest is.
 _OWN = re.compile(
     r"architectures|auto_map|id2label|label2id|num_labels|problem_type|(torch_)?dtype|(decoder_)?vocab_size\w*"
+    rf"|{_TIES}"  # as the tensors are
 )
 _TOKEN_IDS = re.compile(r"\w+_token_ids?|\w+_token_index")
 _MOST_LISTED, _LONGEST_PATH = 20, 100  # keys that differ and are named, and characters of each
