@@ -71,6 +71,8 @@ T = (
     "{value: 0.5}]}"
 )
 
+NUMBERED = "parameters: {weight: [{filter: layers.1., value: 0.2}, {filter: layers.2.mlp, value: 0.7}, {value: 0.5}]}"
+
 SCALES = "parameters: {scale: [{filter: o_proj, value: 0}, {filter: down_proj, value: 0}, {value: 1}]}"
 
 ATTENTION = T.replace("self_attn", "attention").replace("mlp", "intermediate")
@@ -159,6 +161,12 @@ CASES: dict[str, Case] = {
         sliced([0, 2], [0, 2], together=True) + sliced([1, 4], [1, 4], together=True).removeprefix("slices:\n")
         + method("linear", "parameters: {weight: [0.2, 1.0]}", base=False),
         cause=DEPTH,
+    ),
+    "linear, filters by layer in slices": Case(
+        (sliced([0, 2], [0, 2], together=True) + sliced([1, 4], [0, 3], together=True).removeprefix("slices:\n"))
+        .replace("[1, 4]}", f"[1, 4], {NUMBERED}}}").replace("[0, 3]}", f"[0, 3], {NUMBERED}}}")
+        + method("linear", "parameters: {weight: 1}", base=False),
+        DECODERS, cause=DEPTH,
     ),
     "a base among the models": Case(models("{weight: 0.4}", base=True) + method("task_arithmetic")),
     "lora": Case(
