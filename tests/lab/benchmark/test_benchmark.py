@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,8 +21,8 @@ from merganser.engines import Job, Outcome, SerialEngine
 from merganser.errors import Problems, UserError
 from merganser.lab.benchmark.board import read_board
 from merganser.lab.benchmark.choice import CandidateFigures, Choice, ChosenMethod, read_choice, write_choice
-from merganser.lab.benchmark.config import METHODS_FILE, Benchmark, Entry, load_benchmark, read_methods
-from merganser.lab.benchmark.page import write_leaderboard
+from merganser.lab.benchmark.config import METHODS_FILE, Benchmark, Entry, load_benchmark, read_methods, situation_of
+from merganser.lab.benchmark.page import lead, write_leaderboard
 from merganser.lab.benchmark.run import run_benchmark
 from merganser.lab.benchmark.tables import board_tables
 from merganser.lab.grid.cells import expand
@@ -407,6 +407,25 @@ def test_auto_is_on_each_suite_what_its_table_has_there(make: Make, place: Path,
             row = choose(situation)
             assert (method.method, method.options) == (row.method, row.options)
         assert benchmark.development(suite, benchmark.entries) is None
+
+
+def test_a_tie_for_first_place_is_said() -> None:
+    def told(*averages: float) -> str:
+        order = [SimpleNamespace(method=str(n), average=one, recovery=None) for n, one in enumerate(averages)]
+        return lead(SimpleNamespace(order=order, title=str, inside=[None], references={}))  # type: ignore[arg-type]
+
+    assert told(0.5, 0.4) == "0 comes first of 2 methods: 0.5 points on average over one suite."
+    assert told(0.5, 0.5, 0.4).startswith("0 and 1 tie for first place of 3 methods: 0.5 points")
+
+
+def test_kronecker_factors_bring_gram_matrices(place: Path) -> None:
+    (suite,) = load_benchmark([place / "first.yaml"], templates={"base": (place / "base.txt").read_text()}).suites
+    assert situation_of(suite, ["kfac"]) == situation_of(suite, ["gram", "kfac"]) != situation_of(suite, ["gram"])
+    lora = {"training": {"lora": {"rank": 2}}}
+    adapted = {name: ModelArgs.model_validate(lora) for name in suite.contributors}
+    assert situation_of(suite.model_copy(update={"contributors": adapted})).low_rank
+    one = {**suite.contributors, next(iter(adapted)): next(iter(adapted.values()))}
+    assert not situation_of(suite.model_copy(update={"contributors": one})).low_rank
 
 
 def test_why_a_method_is_left_out(place: Path, tmp_path: Path) -> None:

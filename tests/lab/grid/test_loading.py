@@ -122,6 +122,9 @@ def test_contributors_of_a_later_file_replace_those_of_an_earlier_one(tmp_path):
     assert list(load_config([one, mapping]).contributors) == ["mine", "model0"]
     assert load_config([one, mapping]).set_of("model0") == "tec"
     assert list(load_config([one, listed]).contributors) == ["smile", "tec"]
+    mixed = write(tmp_path, "four.yaml", {"contributors": ["smile", {"name": "mine", "set": "tec"}]})
+    loaded = load_config([one, mixed])
+    assert [loaded.set_of(name) for name in loaded.contributors] == ["smile", "tec"] and "mine" in loaded.contributors
     assert list(load_config([listed, one]).contributors) == ["model0", "model1"]
 
 

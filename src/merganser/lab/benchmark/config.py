@@ -166,7 +166,7 @@ def situation_of(suite: ExperimentConfig, published: Sequence[Published] = ()) -
     labelled: Tasks = "different" if "separate" in suite.heads else "same"
     sizes = [len(cell.contributors) for cell in expand(suite) if cell.kind == "merge"]
     return Situation(
-        published=frozenset(published),
+        published=frozenset([*published, "gram"]) if "kfac" in published else frozenset(published),
         base=True,
         tasks=None if issubclass(SUITES[suite.suite.name], Texts) else labelled,
         low_rank=all("lora" in {**suite.training, **one.training} for one in suite.contributors.values()),

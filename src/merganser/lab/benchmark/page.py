@@ -105,9 +105,9 @@ def lead(board: Board) -> str:
         return "No method has rows on all suites yet."
     count = len(board.inside)
     first = whole[0]
-    told = (
-        f"{board.title(first.method)} comes first of {len(whole)} methods: {first.average:.1f} points on average over "
-    )
+    tied = [board.title(one.method) for one in whole if one.average == first.average]
+    who = f"{tied[0]} comes first" if len(tied) == 1 else f"{', '.join(tied[:-1])} and {tied[-1]} tie for first place"
+    told = f"{who} of {len(whole)} methods: {first.average:.1f} points on average over "
     told += "one suite" if count == 1 else f"{count} suites"
     told += "." if first.recovery is None else f", {100 * first.recovery:.1f} % of the individual models."
     by_name = {one.method: one for one in whole}

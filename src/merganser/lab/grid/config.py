@@ -390,8 +390,14 @@ class ExperimentConfig(_Frozen):
 
 
 def as_mapping(contributors: Any) -> Any:
-    """Contributors that are listed as a mapping without settings; anything else as it is."""
-    return {str(name): {} for name in contributors} if isinstance(contributors, list) else contributors
+    """Contributors that are listed, by name or as mappings with a ``name``, as a mapping; anything else as it is."""
+    if not isinstance(contributors, list):
+        return contributors
+    found: dict[str, Any] = {}
+    for one in contributors:
+        own = dict(one) if isinstance(one, dict) and isinstance(one.get("name"), str) else {"name": str(one)}
+        found[own.pop("name")] = own
+    return found
 
 
 def _inherit(defaults: dict[str, Any], given: Any) -> Any:
