@@ -99,3 +99,9 @@ def test_an_option_for_one_or_several_has_one_mistake(density: object, place: st
     with pytest.raises(RecipeError) as caught:
         validated(METHODS["ties"].options_type, {"density": density}, "recipe")
     assert str(caught.value).startswith(f"recipe: {place}: ") and f"correct {place}" in str(caught.value)
+
+
+def test_names_are_near_in_any_case() -> None:
+    assert did_you_mean("TIES", ["ties", "slerp"]).startswith("did you mean 'ties'?")
+    assert did_you_mean("bf61", ["BF16", "F32"]).startswith("did you mean 'BF16'?")
+    assert did_you_mean("x", ["ties"]) == "Valid: ties"

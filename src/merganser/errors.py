@@ -145,10 +145,11 @@ _LONGEST_NAME = 200  # that is compared with others: the time grows with its squ
 
 
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
-    """A mend that names the nearest valid name, and all of them when there are few."""
-    names, name = sorted(valid), name[:_LONGEST_NAME]
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}? " if near else ""
+    """A mend that names the nearest valid name, in whatever case, and all of them when there are few."""
+    names = sorted(valid)
+    plain = {one.casefold(): one for one in names}
+    near = difflib.get_close_matches(name[:_LONGEST_NAME].casefold(), plain, n=1, cutoff=0.5)
+    hint = f"did you mean {plain[near[0]]!r}? " if near else ""
     shown = ", ".join(map(printable, names[:20])) + (", …" if len(names) > 20 else "")
     return f"{hint}Valid: {shown}" if names else hint or "there is no valid name here"
 
