@@ -26,7 +26,6 @@ from merganser.merging.labels import plain_labels
 from merganser.merging.recipe import Recipe
 from merganser.methods import METHODS
 from merganser.methods.auto import PUBLISHED, Published, Row, Situation, Tasks, better_rows, choose
-from merganser.tasks import task_for
 from merganser.tensors import is_floating
 from merganser.text import listed
 
@@ -41,6 +40,8 @@ _QUARTER, _FEWEST, _REST = 4, 8, 0.005
 #: The rounding lies in all directions. A change has to be so many times as large (squares) that the few percent which
 #: training all weights leaves beyond the first ones would be seen beside it; and to be more than rounding at all.
 _CLEAR, _BEYOND = 24, 4
+#: Classes of models with a head whose gradients ``collect`` takes: by names, since its tasks import transformers.
+_WITH_HEAD = re.compile(r"(ForSequenceClassification|ForTokenClassification|ForCausalLM|LMHeadModel)$")
 _COLLECT: dict[Published, str] = {"gram": "", "kfac": " --kfac", "fisher": " --fisher"}
 
 
@@ -248,11 +249,8 @@ def _collectable(inputs: Inputs) -> Iterator[Published]:
     if inputs.without_base:
         return
     yield "gram"
-    try:
-        problems = [task_for("auto", parent.checkpoint.config).problem for parent in inputs.parents]
-    except UserError:  # no task is known
-        return
-    if None not in problems:
+    classes = [str((parent.checkpoint.config.get("architectures") or [""])[0]) for parent in inputs.parents]
+    if all(_WITH_HEAD.search(one) for one in classes):
         yield from ("kfac", "fisher")
 
 
