@@ -227,6 +227,9 @@ def test_a_text_decoder_is_what_no_other_module_is():
         ):
             first = next(r for r in recipe["rules"] if any(fnmatchcase(name, pattern) for pattern in r["tensors"]))
             assert first["contributors"]["a"]["coefficient"] == weight, name
+    halves = {name: {"models": [{"model": "a"}, {"model": "b"}], "parameters": {"weight": 1}} for name in ("encoder",)}
+    told = translated(yaml.safe_dump({"merge_method": "linear", "modules": halves})).notes
+    assert any("not named are merged, with equal weights" in note for note in told)
     alone = translated(yaml.safe_dump({"merge_method": "linear", "modules": {"text_decoder": modules["text_decoder"]}}))
     assert any("not named are merged as text_decoder" in note for note in alone.notes)
 

@@ -124,6 +124,8 @@ def _module_rules(work: Work, parts: Sequence[Part], decided: Sequence[Decided])
     given = dict(zip(work.configuration.modules, zip(parts, decided, strict=True), strict=True))
     if "text_decoder" in given and not {"vision_tower", "vision_model"} & given.keys():
         work.note("modules that are not named are merged as text_decoder is; mergekit leaves them out of its result")
+    elif {"encoder", "decoder"} & given.keys() and "shared" not in given:
+        work.note("modules that are not named are merged, with equal weights; mergekit leaves them out of its result")
     for name, (part, found) in sorted(given.items(), key=lambda one: [*MODULES].index(one[0])):
         patterns = MODULES[name]
         if len(part.sources) == 1 and not found:
