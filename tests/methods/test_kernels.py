@@ -121,6 +121,19 @@ def test_the_spread_is_the_variance_times_the_number() -> None:
         assert np.allclose(found.flatten().numpy(), expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("width", [1, 2, 7, 255, 256, 257, 5000])
+@pytest.mark.parametrize("digits", [0, 2, 7])  # few of them make many magnitudes equal
+def test_ranks_are_those_of_a_stable_sort(width: int, digits: int) -> None:
+    draw = np.random.default_rng(width)
+    rows = np.round(draw.normal(size=(5, width)), digits).astype(np.float32)
+    rows[1] *= np.float32(10.0) ** draw.integers(-45, 38, width).astype(np.float32)  # with zeros and subnormal numbers
+    rows[2, ::3], rows[2, 1::3] = -0.0, np.inf
+    given, found = np.arange(width, dtype=np.float32), np.empty_like(rows)
+    kernels.give_by_rank(rows, given, found)
+    order = np.abs(rows).argsort(axis=1, kind="stable")
+    assert (np.take_along_axis(found, order, axis=1) == given).all()
+
+
 def test_kernels_work_where_nothing_can_be_written(tmp_path: Path) -> None:
     """What is compiled is then compiled for each process."""
     lines = (

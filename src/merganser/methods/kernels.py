@@ -333,31 +333,41 @@ def keep_drawn_by_chances(delta, words, chances, divide):
 
 
 @_compiled
-def magnitudes_and_places(rows, keys):
-    """Put the bits of each magnitude, which are in the order of magnitudes, and behind them its place into one integer.
+def give_by_rank(rows, given, found):
+    """For each number of each row, what stands at the rank of its magnitude; equal magnitudes rank by their places.
+
+    The bits of magnitudes are in the order of magnitudes. A radix sort moves them with their places in three rounds, by
+    a byte each; in the fourth a place is known by its rank. On some processors it is three times as fast as a sort by
+    comparisons, whose wide instructions are slow there.
 
     Args:
         rows: (rows, width) float32.
-        keys: (rows, width) int64, for the integers.
+        given: (width,) float32, from the smallest magnitude's to the largest's.
+        found: (rows, width) float32, for what is given.
     """
-    bits = rows.view(np.uint32)
+    bits, width = rows.view(_word), rows.shape[1]
+    here, there = np.empty(width, dtype=np.uint64), np.empty(width, dtype=np.uint64)
+    starts = np.empty((4, 256), dtype=_word)  # of each digit, where the numbers with each value of it begin
     for row in range(rows.shape[0]):
-        for i in range(rows.shape[1]):
-            keys[row, i] = (np.int64(bits[row, i] & _word(0x7FFFFFFF)) << 32) | i
-
-
-@_compiled
-def give_to_places(keys, given, found):
-    """Give what stands at the rank of a key, of which each row is sorted, to the place that the key names.
-
-    Args:
-        keys: (rows, width) int64; see :func:`magnitudes_and_places`.
-        given: (width,) float32.
-        found: (rows, width) float32.
-    """
-    for row in range(keys.shape[0]):
-        for i in range(keys.shape[1]):
-            found[row, keys[row, i] & 0xFFFFFFFF] = given[i]
+        starts[:] = 0
+        for i in range(width):
+            magnitude = bits[row, i] & _word(0x7FFFFFFF)
+            here[i] = (np.uint64(magnitude) << np.uint64(32)) | np.uint64(i)
+            for digit in range(4):
+                starts[digit, (magnitude >> _word(8 * digit)) & _word(0xFF)] += _word(1)
+        for digit in range(4):
+            start, total = starts[digit], _word(0)
+            for value in range(256):
+                total, start[value] = total + start[value], total
+            for i in range(width):
+                value = (here[i] >> np.uint64(32 + 8 * digit)) & np.uint64(0xFF)
+                rank = start[value]
+                start[value] = rank + _word(1)
+                if digit < 3:
+                    there[rank] = here[i]
+                else:
+                    found[row, here[i] & np.uint64(0xFFFFFFFF)] = given[rank]
+            here, there = there, here
 
 
 @_compiled

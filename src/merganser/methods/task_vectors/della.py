@@ -11,7 +11,6 @@ from __future__ import annotations
 from math import prod
 from typing import Annotated, Self
 
-import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -79,20 +78,14 @@ def _dropped(delta: Tensor, index: int, options: MagnitudeDropOptions, position:
 
 
 def _by_rank(rows: Tensor, ranked: Tensor) -> Tensor:
-    """For each number of each row, that of the given numbers that stands at the rank of its magnitude, from smallest.
-
-    The bits of a magnitude, and behind them the place, are sorted as one integer: one sort gives the ranks, and equal
-    magnitudes rank in the order of their places.
-    """
+    """For each number of each row, what is given for the rank of its magnitude, from the smallest."""
     if devices.elsewhere(rows):
         return devices.give_by_rank(rows, ranked)
     from merganser.methods import kernels
 
-    keys, found = np.empty(rows.shape, dtype=np.int64), np.empty(rows.shape, dtype=np.float32)
-    kernels.magnitudes_and_places(rows.to(torch.float32).contiguous().numpy(), keys)
-    keys.sort(axis=1)
-    kernels.give_to_places(keys, ranked.numpy(), found)
-    return torch.from_numpy(found)
+    found = torch.empty(rows.shape, dtype=torch.float32)
+    kernels.give_by_rank(rows.to(torch.float32).contiguous().numpy(), ranked.numpy(), found.numpy())
+    return found
 
 
 _DROPPED = "δᵢ/pᵢ with probability pᵢ, else 0; pᵢ: from d − ε to d + ε by the rank of |δᵢ| in its row"
