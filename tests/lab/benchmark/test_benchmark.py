@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -412,10 +413,21 @@ def test_auto_is_on_each_suite_what_its_table_has_there(make: Make, place: Path,
 def test_a_tie_for_first_place_is_said() -> None:
     def told(*averages: float) -> str:
         order = [SimpleNamespace(method=str(n), average=one, recovery=None) for n, one in enumerate(averages)]
-        return lead(SimpleNamespace(order=order, title=str, inside=[None], references={}))  # type: ignore[arg-type]
+        suite = SimpleNamespace(grid=SimpleNamespace(gaps=list))
+        return lead(SimpleNamespace(order=order, title=str, inside=[suite], references={}))  # type: ignore[arg-type]
 
     assert told(0.5, 0.4) == "0 comes first of 2 methods: 0.5 points on average over one suite."
     assert told(0.5, 0.5, 0.4).startswith("0 and 1 tie for first place of 3 methods: 0.5 points")
+
+
+def test_missing_cells_are_said_at_the_top(done: Path, tmp_path: Path) -> None:
+    shutil.copytree(done, tmp_path / "less")
+    assert "missing" not in lead(read_board(tmp_path / "less"))
+    rows = [row for row in read_rows(done / "test" / "first") if (row.method, row.seed) == ("SLERP", 2)]
+    for row in rows:
+        (tmp_path / "less" / "test" / "first" / "cells" / f"{row.cell}.json").unlink()
+    said = lead(read_board(tmp_path / "less"))
+    assert "some are missing. first: SLERP has 1 of 2 cells." in said and "(seed 2)" in said
 
 
 def test_kronecker_factors_bring_gram_matrices(place: Path) -> None:

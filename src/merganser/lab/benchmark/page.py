@@ -114,6 +114,9 @@ def lead(board: Board) -> str:
     for words, name in board.references.items():
         if name in by_name and name != first.method:
             told += f" {board.title(name)}, {words}, has {by_name[name].average:.1f}."
+    gaps = [f"{board.suite(suite.name)}: {gap}" for suite in board.inside for gap in suite.grid.gaps()]
+    if gaps:
+        told += f" Only cells that all methods have are compared, and some are missing. {' '.join(gaps)}"
     return told
 
 
