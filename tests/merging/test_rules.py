@@ -324,6 +324,18 @@ def test_a_contributor_may_be_called_base(shared: list[Path]) -> None:
     assert {step.coefficients for step in plan.steps} == {(1.0, 1.0), (2.0, 1.0)}
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "idle"),
+    [("*mlp*", "*nowhere*", ["*mlp*", "*nowhere*"]), ("*layer.0.*", "*layer.0.*", []), ("*", "*bert*", [])],
+)
+def test_rules_without_effect_are_told_of(shared: list[Path], first: str, second: str, idle: list[str]) -> None:
+    sources = [{"contributor": name, "range": [0, 1]} for name in ("tuned-0", "tuned-1")]
+    rule = {"optional": True, "contributors": {"tuned-0": {"coefficient": 2}}}
+    blocks = [{"sources": sources, "rules": [{**rule, "tensors": pattern}]} for pattern in (first, second)]
+    notes = [note for note in plan_of(shared, method="simple", layers=blocks).notes if "no effect" in note]
+    assert [note.split(":")[0] for note in notes] == [f"no tensor matches {pattern}" for pattern in idle]
+
+
 def test_options_that_are_one_for_all(shared: list[Path]) -> None:
     with pytest.raises(UserError, match="one for all contributors; these can: density"):
         plan_of(shared, method="ties", base=str(shared[0]), contributors=[{"options": {"scale": 1}}, {}])

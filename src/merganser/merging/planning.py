@@ -96,7 +96,7 @@ def plan_of(recipe: Recipe, inputs: Inputs, *, adapter: AdapterForm | None = Non
         notes += check_fitting(people, base, problems)
     parts = reference.view.parts if needs_parts(recipe) else {}
     scopes = {} if inputs.stacking is None else inputs.stacking.scopes
-    assignments = assign(settled, names, [parent.title for parent in parents], parts, scopes, problems)
+    assignments = assign(settled, names, [parent.title for parent in parents], parts, scopes, problems, notes)
     methods = [method_of(one) for one in {one.key: one for one in assignments.values() if one.taken is None}.values()]
     needs_base = any(one.needs.base for one in methods) or any(one.taken == BASE_NUMBER for one in assignments.values())
     labels = match_labels(recipe, people, names, problems)

@@ -118,6 +118,7 @@ def assign(
     parts: Mapping[str, Part],
     scopes: Mapping[str, Scope],
     problems: ErrorCollector,
+    notes: list[str],
 ) -> dict[str, Assignment]:
     """What is done with each tensor.
 
@@ -128,8 +129,12 @@ def assign(
         parts: role and depth of each tensor, where :func:`needs_parts`.
         scopes: the block of layers that each belongs to, where the recipe has such blocks.
         problems: receives rules that match nothing, and options that cannot be.
+        notes: receives rules that match nothing and may.
     """
-    return _Assigning(recipe, titles, parts, scopes, problems).run(names)
+    assigning = _Assigning(recipe, titles, parts, scopes, problems)
+    found = assigning.run(names)
+    notes += assigning.idle()
+    return found
 
 
 class _Assigning:
@@ -175,6 +180,13 @@ class _Assigning:
                 mend = did_you_mean(KEYS_ELSEWHERE.get(option, option), known)
                 self._problems.add(RecipeError(what, where=place, mend=mend))
         return found
+
+    def idle(self) -> list[str]:
+        """What may match no tensor, and matches none in any block of layers."""
+        rules = {place: rule for place, rule in self._recipe.places() if isinstance(rule, Rule)}
+        matched = {str(rules[place]) for place in self._matched}
+        said = dict.fromkeys(str(rule) for rule in rules.values() if rule.optional)
+        return [f"no tensor matches {rule}: what is said of such has no effect" for rule in said if rule not in matched]
 
     def _of_tensor(self, name: str) -> Assignment:
         recipe, scope = self._recipe, self._scopes.get(name)

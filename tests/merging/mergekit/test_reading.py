@@ -278,6 +278,8 @@ def test_modules_are_rules_for_the_names_of_their_tensors():
             ["layer_rnage", "did you mean 'layer_range'"],
         ),
         ("{merge_method: linear, models: [{model: a, parameters: {weigth: 1}}]}", ["did you mean 'weight'"]),
+        ("{merge_method: linear, models: [{model: a, weight: 1}]}", ["models.0", "write parameters: {weight: 1}"]),
+        ("{merge_method: slerp, base_model: a, t: 0, models: [{model: a}, {model: b}]}", ["write parameters: {t: 0}"]),
         (
             "{merge_method: linear, models: [{model: a}], parameters: {weight: [{patern: x, value: 1}]}}",
             ["patern", "filter, value"],

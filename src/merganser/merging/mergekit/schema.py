@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from merganser.errors import RecipeError, validated
+from merganser.merging.mergekit.methods import KNOWN_PARAMETERS
 from merganser.merging.recipe import MOST_PADDING, Recipe
 
 #: One value of a parameter; a list of them is a gradient over the layers.
@@ -58,8 +59,13 @@ class _Configurable(_Strict):
     @classmethod
     def _settings(cls, values: Any) -> Any:
         """Every setting as conditions: a plain value is one that always holds."""
-        if not isinstance(values, dict) or not isinstance(values.get("parameters"), dict):
-            return {k: v for k, v in values.items() if not (k == "parameters" and v is None)} if _is(values) else values
+        if not isinstance(values, dict):
+            return values
+        if outside := [key for key in values if key in KNOWN_PARAMETERS]:
+            listed = ", ".join(f"{key}: {values[key]}" for key in outside)
+            raise ValueError(f"{' and '.join(outside)} belong under parameters: write parameters: {{{listed}}}")
+        if not isinstance(values.get("parameters"), dict):
+            return {key: value for key, value in values.items() if not (key == "parameters" and value is None)}
         return {**values, "parameters": {key: _conditions(one) for key, one in values["parameters"].items()}}
 
 
