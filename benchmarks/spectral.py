@@ -11,9 +11,10 @@ decompositions are ``torch.linalg.svd``'s, of each matrix as it is, and, since L
 transposes. Errors are ‖τ − τ*‖/‖τ*‖ with τ* by full decompositions in float64 of the same float32 weights, in the first
 layers.
 
-Task matrices are of three kinds. Gaussian ones have singular values that lie close to each other. Those of others fall
-like i^-0.5, so that small ones are told less well from large ones. And there are such as fine-tuning leaves: a change
-of low rank, as large as a hundredth of the weights, and the rounding of all weights to bfloat16.
+Task matrices are of four kinds. Gaussian ones have singular values that lie close to each other. Those of others fall
+like i^-0.5, or like 1/i, as the first twenty of fine-tuned encoders do, so that small ones are told less well from
+large ones. And there are such as adapters leave: a change of low rank, as large as a hundredth of the weights, and
+the rounding of all weights to bfloat16.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,11 +109,11 @@ def gaussian(base: Tensor, draw: torch.Generator) -> Tensor:
     return base + 1e-3 * torch.randn(base.shape, generator=draw)
 
 
-def decaying(base: Tensor, draw: torch.Generator) -> Tensor:
-    """Weights whose differences have the singular values i^-0.5."""
+def decaying(base: Tensor, draw: torch.Generator, power: float = -0.5) -> Tensor:
+    """Weights whose differences have the singular values i^power."""
     side = min(base.shape)
     left, right = (torch.linalg.qr(torch.randn(size, side, generator=draw))[0] for size in base.shape)
-    return base + 1e-3 * side**0.5 * (left * torch.arange(1, side + 1) ** -0.5) @ right.T
+    return base + 1e-3 * side**0.5 * (left * torch.arange(1, side + 1) ** power) @ right.T
 
 
 def fine_tuned(base: Tensor, draw: torch.Generator, rank: int = 16, share: float = 0.01) -> Tensor:
@@ -124,6 +126,7 @@ def fine_tuned(base: Tensor, draw: torch.Generator, rank: int = 16, share: float
 KINDS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
     "Gaussian": gaussian,
     "i^-0.5": decaying,
+    "i^-1": partial(decaying, power=-1.0),
     "low rank + rounding": fine_tuned,
 }
 

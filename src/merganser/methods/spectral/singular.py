@@ -33,8 +33,9 @@ _ALLOWED, _ALLOWED_CUT = 4e-5, 6e-5
 #: An entry of the error of an eigenvalue problem, as a multiple of rounding · ‖M‖² / √d; measured.
 _EIGEN = 4.0
 #: Directions stand out if the mean of squared eigenvalues is so many times the square of their mean; then they are
-#: sought in so many rounds.
-_OUTSTANDING, _ROUNDS = 32, 4
+#: sought by so small a part of all directions at once, in so many rounds. Less depends on it where singular vectors are
+#: cut after some than where all count, and what is not found needs float64.
+_SEARCH_FOR_SOME, _SEARCH_FOR_ALL = (32, 16, 4), (8, 8, 8)
 _SIGN = 8  # times the error of an entry; a smaller singular value could be of the other sign
 _EDGE = 16  # singular values on each side of a cut that are told from each other anew
 _FAR_OFF = 24  # powers of two from 1
@@ -222,7 +223,7 @@ def _top_in_float32(rows: Tensor, count: int) -> tuple[Tensor, Tensor] | None:
     """
     height, width = rows.shape
     vectors = _gram(rows)
-    found = _outstanding(rows, vectors, height // 16, _GOAL[rows.dtype])
+    found = _outstanding(rows, vectors, _GOAL[rows.dtype], _SEARCH_FOR_SOME)
     first, taken = (rows.new_empty(0, height), rows[:0]) if found is None else (one[:count] for one in found)
     missing = count - len(taken)
     rest = rows
@@ -263,7 +264,7 @@ def _levelled(rows: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
         such a matrix, and its Gram matrix.
     """
     # Several tasks may have their own; the error is relative to a factor of the norm √d.
-    found = _outstanding(rows, gram, len(rows) // 8, _GOAL[rows.dtype] * len(rows) ** 0.5)
+    found = _outstanding(rows, gram, _GOAL[rows.dtype] * len(rows) ** 0.5, _SEARCH_FOR_ALL)
     if found is None:
         return rows, gram
     basis, turned = found
@@ -273,7 +274,9 @@ def _levelled(rows: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
     return rest, _gram(rest)
 
 
-def _outstanding(rows: Tensor, gram: Tensor, size: int, allowed: float) -> tuple[Tensor, Tensor] | None:
+def _outstanding(
+    rows: Tensor, gram: Tensor, allowed: float, search: tuple[int, int, int]
+) -> tuple[Tensor, Tensor] | None:
     """The singular directions of a matrix that are far stronger than most, if there are such.
 
     By subspace iteration from a random block, the same for all matrices.
@@ -281,19 +284,19 @@ def _outstanding(rows: Tensor, gram: Tensor, size: int, allowed: float) -> tuple
     Args:
         rows: (d, n) with d ≤ n.
         gram: the lower triangle of its Gram matrix.
-        size: of the block.
         allowed: how far all of them together may be turned.
+        search: when and how to look for them, such as :data:`_SEARCH_FOR_ALL`.
 
     Returns:
         left singular vectors (k, d); their products (k, n) with the matrix.
     """
-    height = len(rows)
+    height, (least, part, rounds) = len(rows), search
     diagonal = gram.diagonal()
-    if height * (2 * gram.norm() ** 2 - diagonal.norm() ** 2) < _OUTSTANDING * diagonal.sum() ** 2:
+    if height * (2 * gram.norm() ** 2 - diagonal.norm() ** 2) < least * diagonal.sum() ** 2:
         return None
     whole = mirror_upper(gram.clone().T)
-    block = torch.randn(height, max(1, size), generator=torch.Generator().manual_seed(0)).to(rows)
-    for _ in range(_ROUNDS):
+    block = torch.randn(height, max(1, height // part), generator=torch.Generator().manual_seed(0)).to(rows)
+    for _ in range(rounds):
         block = torch.linalg.qr(whole @ block)[0]
     image = whole @ block
     rotation = (block.T @ image).double()
