@@ -386,7 +386,7 @@ def test_what_is_cut_between_equal_singular_values_is_decomposed_in_float64(monk
     matrix = torch.from_numpy(left * values @ right).float()
     with pytest.raises(Imprecise):
         singular_triples(matrix, 30)
-    monkeypatch.setattr(singular, "_ALLOWED_CUT", np.inf)
+    monkeypatch.setattr(singular, "_ALLOWED", np.inf)
     found = singular_triples(matrix, 29)
     product = (found.left * found.values).double() @ found.right.double().T
     assert distance(product.numpy(), left[:, :29] * values[:29] @ right[:29]) < 1e-4
