@@ -91,19 +91,19 @@ def family_of(
 def adapters_of(
     *, base: bool, statistics: bool = False, kfac: str | None = None, apart: bool = False
 ) -> Callable[[Family, Path], dict[str, Any]]:
-    """Two LoRA adapters of a tiny language model, there or gone, perhaps with statistics or parts kept apart."""
+    """Two LoRA adapters of a tiny language model, there or gone, perhaps with statistics or heads kept apart."""
 
     def make(family: Family, folder: Path) -> dict[str, Any]:
-        start, _ = family("qwen2", 1, statistics=False)
+        start, _ = family("llama", 1, statistics=False)
         models = [adapt_linears(folder / f"adapter-{n}", start, ("q_proj", "down_proj"), seed=n) for n in (1, 2)]
         for number, model in enumerate(models if statistics else ()):
             whole = load_model(open_model(f"{start}+{model}"), "AutoModelForCausalLM")
             opened = open_checkpoint(f"{start}+{model}")
-            header, tensors = collect_statistics(whole, opened, batches(number, "qwen2"), kfac=kfac)
+            header, tensors = collect_statistics(whole, opened, batches(number, "llama"), kfac=kfac)
             write_statistics(model / FILE_NAME, header, tensors)
         if not base:
             shutil.rmtree(start)
-        return {"models": models} | ({"keep_separate": ["model.norm.weight"]} if apart else {})
+        return {"models": models} | ({"keep_separate": ["lm_head.weight"]} if apart else {})
 
     return make
 
@@ -326,6 +326,7 @@ def test_tasks_are_told_by_labels_and_heads(family: Family) -> None:
         return situation_of(recipe, open_inputs(recipe)).tasks
 
     assert tasks() == "same" and tasks(keep_separate=["classifier.*"]) == "different"
+    assert tasks(keep_separate=["*LayerNorm*", "bert.pooler.*"]) == "same"  # which answer for no task
     advice = said({"contributors": people, "keep_separate": ["classifier.*"]})[1]
     assert any("regmean (ridge=0.1): another: 50.0" in line for line in advice)
     for model, names, expected in zip(models, (("yes", "no"), ("true", "false")), ("same", "different"), strict=True):
@@ -348,7 +349,7 @@ def test_statistics_of_gradients_are_advised_where_there_is_a_loss(family: Famil
     assert "collect MODEL --data FILE, next" in commands() and "--kfac" not in commands()
 
 
-@pytest.mark.parametrize("extra", [{}, {"keep_separate": ["model.norm.weight"]}])
+@pytest.mark.parametrize("extra", [{}, {"keep_separate": ["lm_head.weight"]}])
 def test_one_model_is_its_own_merge(family: Family, tmp_path: Path, extra: dict[str, Any]) -> None:
     """However much is at hand: folding an adapter into its base is not to weaken it."""
     given = adapters_of(base=True)(family, tmp_path)

@@ -23,6 +23,7 @@ from merganser.documents import parse_yaml, read_text
 from merganser.errors import RecipeError, UserError
 from merganser.merging.inputs import Inputs, Parent
 from merganser.merging.labels import plain_labels
+from merganser.merging.matching import matches
 from merganser.merging.recipe import Recipe
 from merganser.methods import METHODS
 from merganser.methods.auto import PUBLISHED, Published, Row, Situation, Tasks, better_rows, choose
@@ -165,9 +166,15 @@ def _rounding(weight: Tensor) -> float:
 def _tasks(recipe: Recipe, parents: Sequence[Parent]) -> Tasks | None:
     """Whether one head answers for all; None where there are no labels."""
     labels = {frozenset(plain_labels(parent.label_names, parents)) for parent in parents}
-    if recipe.keep_separate or len(labels) > 1:
+    if len(labels) > 1 or any(_keeps_a_head(parent, recipe.keep_separate) for parent in parents):
         return "different"
     return "same" if any(labels) else None
+
+
+def _keeps_a_head(parent: Parent, patterns: Sequence[str]) -> bool:
+    """Whether some of these tensors are of a head, or of what the model does not have, and so may be."""
+    kept = [name for name in parent.checkpoint.tensors if matches(name, patterns)]
+    return any(name not in parent.view.parts or "head" in parent.view.parts[name].roles for name in kept)
 
 
 def _facts(row: Row, situation: Situation, inputs: Inputs) -> str:
