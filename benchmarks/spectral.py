@@ -12,9 +12,8 @@ transposes. Errors are ‖τ − τ*‖/‖τ*‖ with τ* by full decomposition
 layers.
 
 Task matrices are of four kinds. Gaussian ones have singular values that lie close to each other. Those of others fall
-like i^-0.5, or like 1/i, as the first twenty of fine-tuned encoders do, so that small ones are told less well from
-large ones. And there are such as adapters leave: a change of low rank, as large as a hundredth of the weights, and
-the rounding of all weights to bfloat16.
+like i^-0.5, or like 1/i, so that small ones are told less well from large ones. And there are such as adapters leave:
+a change of low rank, as large as a hundredth of the weights, and the rounding of all weights to bfloat16.
 """
 
 from __future__ import annotations
