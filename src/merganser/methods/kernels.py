@@ -337,8 +337,8 @@ def give_by_rank(rows, given, found):
     """For each number of each row, what stands at the rank of its magnitude; equal magnitudes rank by their places.
 
     The bits of magnitudes are in the order of magnitudes. A radix sort moves them with their places in three rounds, by
-    a byte each; in the fourth a place is known by its rank. On some processors it is three times as fast as a sort by
-    comparisons, whose wide instructions are slow there.
+    a byte each; in the fourth a place is known by its rank. A sort by comparisons takes several times as long on
+    processors whose wide instructions for it are slow.
 
     Args:
         rows: (rows, width) float32.

@@ -7,6 +7,7 @@ an error that names the nearest valid one; a parameter of another method is told
 
 from __future__ import annotations
 
+import json
 from typing import Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -62,8 +63,8 @@ class _Configurable(_Strict):
         if not isinstance(values, dict):
             return values
         if outside := [key for key in values if key in KNOWN_PARAMETERS]:
-            listed = ", ".join(f"{key}: {values[key]}" for key in outside)
-            raise ValueError(f"{' and '.join(outside)} belong under parameters: write parameters: {{{listed}}}")
+            written = ", ".join(f"{key}: {json.dumps(values[key], default=str)}" for key in outside)
+            raise ValueError(f"not under parameters: {', '.join(outside)}; write parameters: {{{written}}}")
         if not isinstance(values.get("parameters"), dict):
             return {key: value for key, value in values.items() if not (key == "parameters" and value is None)}
         return {**values, "parameters": {key: _conditions(one) for key, one in values["parameters"].items()}}
