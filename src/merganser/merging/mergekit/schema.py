@@ -16,8 +16,6 @@ from merganser.errors import RecipeError, validated
 from merganser.merging.mergekit.methods import KNOWN_PARAMETERS
 from merganser.merging.recipe import MOST_PADDING, Recipe
 
-#: One value of a parameter; a list of them is a gradient over the layers.
-Scalar: TypeAlias = bool | int | float | str
 RECOGNISED_BY = "merge_method"  # the key that every such configuration has, and no recipe of ours
 
 

@@ -46,8 +46,6 @@ from merganser.merging.verification.record_checks import (
 from merganser.paths import expanded
 from merganser.results import html_table
 
-#: How many steps are merged again where it is not said how many.
-SAMPLE = 32
 _OTHERWISE = "compare the versions in provenance.json with those installed here; another processor may round otherwise"
 
 
