@@ -165,7 +165,7 @@ _SOURCE = "docs/leaderboard.md"
 _TESTS: dict[str, tuple[Tasks | None, float, float]] = {
     _SENTIMENT: ("same", 66.4, 60.6),
     _NER: ("same", 68.4, 49.4),
-    _EMOTION: ("same", 38.8, 15.0),
+    _EMOTION: ("same", 43.1, 21.6),
     _PARTS: ("same", 71.6, 76.4),
     _LORA: ("same", 66.3, 59.1),
     _GLUE: ("different", 62.9, 33.8),
@@ -245,7 +245,7 @@ ROWS: tuple[Row, ...] = (
         why="how far training moved the weights stands in for the inputs of every layer, and on development data of "
         "one task no method was better on average, with statistics or without",
         cost=_SOLVED,
-        measured=(_on(_SENTIMENT, 64.3), _on(_NER, 55.0), _on(_EMOTION, 35.5), _on(_PARTS, 77.8)),
+        measured=(_on(_SENTIMENT, 64.3), _on(_NER, 55.0), _on(_EMOTION, 34.4), _on(_PARTS, 77.8)),
     ),
     Row(
         method="dual_basis",
@@ -265,7 +265,7 @@ ROWS: tuple[Row, ...] = (
         measured=(
             _on(_SENTIMENT, 64.5),
             _on(_NER, 53.7),
-            _on(_EMOTION, 32.6),
+            _on(_EMOTION, 32.0),
             _on(_PARTS, 77.9),
             _on(_GLUE, 49.6),
             _on(_DECODER, 18.5),
@@ -280,7 +280,7 @@ ROWS: tuple[Row, ...] = (
         measured=(
             _on(_SENTIMENT, 63.6),
             _on(_NER, 53.1),
-            _on(_EMOTION, 31.7),
+            _on(_EMOTION, 34.3),
             _on(_PARTS, 77.3),
             _on(_GLUE, 42.6),
             _on(_DECODER, 17.9),
@@ -295,7 +295,7 @@ ROWS: tuple[Row, ...] = (
         measured=(
             _on(_SENTIMENT, 61.9),
             _on(_NER, 51.0),
-            _on(_EMOTION, 28.7),
+            _on(_EMOTION, 33.2),
             _on(_PARTS, 73.9),
             _on(_GLUE, 41.3),
             _on(_DECODER, 18.7),
@@ -318,7 +318,7 @@ ROWS: tuple[Row, ...] = (
         measured=(
             _on(_SENTIMENT, 60.6),
             _on(_NER, 49.4),
-            _on(_EMOTION, 15.0),
+            _on(_EMOTION, 21.6),
             _on(_PARTS, 76.4),
             _on(_GLUE, 33.8),
             _on(_DECODER, 17.0),
