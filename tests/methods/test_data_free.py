@@ -330,6 +330,16 @@ def test_balanced_is_its_closed_form(shape: tuple[int, int], ridge: float, lengt
     assert distance(found, expected, people[0].origin) < 1e-9
 
 
+@pytest.mark.parametrize(("power", "shape"), [(0.6, (9, 6)), (0.5, (5, 11)), (0.0, (140, 150))])
+def test_balanced_of_a_flatter_spectrum(power: float, shape: tuple[int, int]) -> None:
+    """The singular values of what it changes to a power, and the length of it as it was."""
+    people = drawn(*shape)
+    left, values, right = np.linalg.svd(merged("balanced", people) - people[0].origin, full_matrices=False)
+    change = left * values**power @ right
+    expected = people[0].origin + change * np.linalg.norm(values) / np.linalg.norm(change)
+    assert distance(merged("balanced", people, spectrum=power), expected, people[0].origin) < 1e-7
+
+
 def test_balanced_gives_orthogonal_changes_the_length_that_they_have() -> None:
     base = np.zeros((4, 4))
     people = [Given(n, 1.0, 3.0 * np.eye(4)[[n]].T @ np.eye(4)[[n]], base, base) for n in range(4)]
@@ -416,6 +426,7 @@ def test_identical_models_are_returned_and_degenerate_ones_are_finite(method: st
         ("tact", {"density": 0}), ("tact", {"density": 1.5}), ("lot", {"toward": "zero"}), ("lot", {"alpha": 2}),
         ("ace", {"epsilon": 0}), ("ace", {"refined": 2}), ("wudi", {"steps": -1}), ("wudi", {"solution": "sgd"}),
         ("balanced", {"ridge": -1}), ("balanced", {"lengthen": 1.1}),
+        ("balanced", {"spectrum": 1.1}),
         ("iso_cts", {"common": 1.1}), ("tsv_m", {"scale": float("inf")}),
     ],
 )  # fmt: skip

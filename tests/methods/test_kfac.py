@@ -77,7 +77,7 @@ def test_by_default_it_is_at_the_solution_after_few_steps() -> None:
     assert np.abs(plain - exact).max() > 3 * np.abs(found - exact).max()
 
 
-def test_a_scale_lengthens_what_layers_change_and_needs_the_base(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_layers_change_is_lengthened_or_flattened_and_needs_the_base(monkeypatch: pytest.MonkeyPatch) -> None:
     people = given(6, 5)
     draw = np.random.default_rng(3)
     base = {"w": draw.standard_normal(people[0].weight.shape), "b": draw.standard_normal(people[0].bias.shape)}
@@ -86,6 +86,12 @@ def test_a_scale_lengthens_what_layers_change_and_needs_the_base(monkeypatch: py
     scaled, _ = merged(people, steps=500, scale=1.25)
     origin = np.column_stack([base["w"], base["b"]])
     np.testing.assert_allclose(scaled - origin, 1.25 * (plain - origin), rtol=1e-6, atol=1e-8)
+    flat, _ = merged(people, steps=500, scale=1.25, spectrum=0.6)
+    left, values, right = np.linalg.svd((plain - origin)[:, :-1], full_matrices=False)
+    change = 1.25 * left * values**0.6 @ right * np.linalg.norm(values) / np.linalg.norm(values**0.6)
+    np.testing.assert_allclose((flat - origin)[:, :-1], change, rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose(flat[:, -1], scaled[:, -1], rtol=1e-12)
+    assert METHODS["kfac"].configured(KfacOptions(spectrum=0.6)).needs.base
     assert METHODS["kfac"].configured(KfacOptions(scale=1.25)).needs.base
     assert not METHODS["kfac"].configured(KfacOptions()).needs.base
 

@@ -19,7 +19,7 @@ from merganser.methods import METHODS
 from merganser.methods.matrix import Matrix
 from merganser.methods.spectral import singular
 from merganser.methods.spectral.isotropic import shares
-from merganser.methods.spectral.singular import Imprecise, polar_factor, singular_triples
+from merganser.methods.spectral.singular import Imprecise, flattened, polar_factor, singular_triples
 from merging.test_bytes import write_family
 
 SPECTRAL = ("tsv_m", "dual_basis", "iso_c", "iso_cts")
@@ -198,6 +198,52 @@ def test_an_exactly_low_rank_leaves_no_other_direction(dtype: torch.dtype, shape
     lefts, rights = np.hstack([u[:, :3] for u, _, _ in parts]), np.vstack([v[:3] for _, _, v in parts])
     expected = polar(lefts) * np.concatenate([s[:3] for _, s, _ in parts]) @ polar(rights)
     assert distance(change("tsv_m", given, dtype=dtype), expected) < 1e-4
+
+
+def flat(matrix: Array, power: float) -> Array:
+    """The singular values to a power, and the old length."""
+    left, values, right = svd(matrix)
+    raised = np.where(values > 1e-12 * values[0], values, 0) ** power
+    return float(np.linalg.norm(values) / np.linalg.norm(raised)) * left * raised @ right
+
+
+@pytest.mark.parametrize("method", SPECTRAL)
+@pytest.mark.parametrize(("shape", "power"), [((12, 12), 0.6), ((30, 9), 0.25), ((7, 40), 0.9), ((150, 160), 0.5)])
+def test_a_flatter_spectrum_is_what_full_svds_give(method: str, shape: tuple[int, int], power: float) -> None:
+    given = drawn(shape, 2)
+    expected = 1.5 * flat(ORACLES[method](given), power)
+    assert distance(change(method, given, spectrum=power, scale=1.5), expected) < 1e-8
+
+
+@pytest.mark.parametrize("kind", ["flat", "decaying", "steep", "fine-tuned"])
+@pytest.mark.parametrize("shape", [(160, 160), (140, 300), (300, 140)])
+def test_float32_is_flattened_within_the_bound(kind: str, shape: tuple[int, int]) -> None:
+    """Or it is said that float32 does not do, as where singular values fall by a factor of millions."""
+    (task,) = {
+        "flat": lambda: drawn(shape, 1, 12),
+        "decaying": lambda: drawn(shape, 1, 12, 0.5),
+        "steep": lambda: drawn(shape, 1, 12, 3.0),
+        "fine-tuned": lambda: fine_tuned(shape, 1, 12),
+    }[kind]()
+    matrix = torch.from_numpy(task).float()
+    for power in (0.3, 0.6, 1.0):
+        expected = flat(matrix.double().numpy(), power)
+        try:
+            assert distance(flattened(matrix, power).double().numpy(), expected) < 1e-4
+        except Imprecise:
+            assert kind == "steep"
+        assert distance(flattened(matrix.double(), power).numpy(), expected) < 1e-6
+
+
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_a_flattened_matrix_is_as_long_as_it_was(size: float) -> None:
+    matrix = size * torch.from_numpy(drawn((130, 140), 1, 3)[0]).float()
+    found = flattened(matrix, 0.5)
+    assert distance(found.double().numpy() / size, flat(matrix.double().numpy() / size, 0.5)) < 1e-4
+    assert not flattened(torch.zeros(3, 4), 0.5).any() and flattened(matrix, 1.0) is matrix
+    draw = np.random.default_rng(5)
+    low = draw.integers(-4, 5, (150, 3)) @ draw.integers(-4, 5, (3, 140)) * 1.0
+    assert distance(flattened(torch.from_numpy(low), 0.5).numpy(), flat(low, 0.5)) < 1e-6
 
 
 def test_float32_is_left_where_it_does_not_do() -> None:

@@ -188,10 +188,8 @@ class Unit:
 
     def without_publications(self) -> Unit:
         """Without what only the choice of units asks for: what each contributor publishes."""
-        bare = (
-            Facts(f.name, f.shape, f.layer, f.bias_of, heads=f.heads, rows=f.rows, stack=f.stack) for f in self.facts
-        )
-        return Unit(self.names, self.kind, tuple(bare))
+        bare = (replace(f, grams=(), counts=(), fishers=(), outputs=(), alone=False) for f in self.facts)
+        return replace(self, facts=tuple(bare))
 
     def only(self, rows: Sequence[int]) -> Unit:
         """The part of the unit that lies in these rows of each of its tensors."""

@@ -42,6 +42,7 @@ from merganser.methods.metrics import (
     Preconditioner,
     solve_iteratively,
 )
+from merganser.methods.spectral.singular import flattened
 from merganser.methods.sums import BLOCK, GramSums, Solution
 
 #: Off-diagonals times this or less leave a system with eigenvalues of at least 1 − alpha beside its diagonal.
@@ -82,8 +83,8 @@ class LeastSquares(Method):
     An option ``ridge`` is λ, relative to the mean of the summed metric, and an option ``steps`` the most steps of
     conjugate gradients where they are needed.
 
-    With an option ``scale``, what is solved by conjugate gradients is W₀ + scale · (W − W₀), which needs a base model
-    unless scale is 1.
+    With options ``scale`` and ``spectrum``, what is solved by conjugate gradients is W₀ + scale · τ, τ = W − W₀ with
+    singular values at the power ``spectrum`` and its old length, which needs a base model unless both are 1.
 
     With an option ``toward`` of ``base``, λ and whatever the metrics say nothing of pull to the base model, as the
     pseudo-inverse of a sum over task vectors does, instead of to the average.
@@ -123,9 +124,9 @@ class LeastSquares(Method):
         return getattr(self.options, "toward", "average") == "base"
 
     def configured(self, options: Options) -> Self:
-        """With an option ``scale`` that is not 1, the base model is read."""
+        """Where what layers change is changed itself, the base model is read."""
         method = super().configured(options)
-        if getattr(method.options, "scale", 1.0) == 1.0:
+        if not method.changes:
             return method
         return replace(method, needs=replace(method.needs, base=True))
 
@@ -134,6 +135,11 @@ class LeastSquares(Method):
         if {rule.form for rule in self.rules.values()} != {Identity}:
             return None
         return [coefficient / sum(coefficients) for coefficient in coefficients]
+
+    @property
+    def changes(self) -> bool:
+        """Whether what layers change is made longer, or its singular values are made more alike."""
+        return any(getattr(self.options, name, 1.0) != 1.0 for name in ("scale", "spectrum"))
 
     def form(self, unit: Unit) -> type[Metric]:
         """The class of a unit's metrics."""
@@ -168,11 +174,17 @@ class LeastSquares(Method):
             precondition=self.precondition,
             steps=int(getattr(self.options, "steps", STEPS)),
         )
-        value, scale = solution.value, getattr(self.options, "scale", 1.0)
-        if scale != 1.0 and is_layer and all(one.in_base for one in unit.facts):
-            value = torch.lerp(stacked(unit, shares[0], base=True).to(value), value, scale)
+        value = solution.value
+        if self.changes and is_layer and all(one.in_base for one in unit.facts):
+            base = stacked(unit, shares[0], base=True).to(value)
+            value = base + self._changed(value.sub_(base), input_width(fact))
         merged = _unstacked(value, unit) if is_layer else {fact.name: as_stored(value, fact)}
         return Merged(merged, solution.note)
+
+    def _changed(self, change: Tensor, width: int) -> Tensor:
+        """W − W₀ with the options ``scale`` and, but for the column of a bias, ``spectrum``, in place."""
+        change[:, :width] = flattened(change[:, :width], getattr(self.options, "spectrum", 1.0))
+        return change.mul_(getattr(self.options, "scale", 1.0))
 
     def min_slice_rows(self, unit: Unit) -> int | None:
         """Rows where the metric is diagonal, and output rows of linear layers, at the price of preparing the whole."""
@@ -238,7 +250,7 @@ class LeastSquares(Method):
         height = elements(unit) // max(width - 1, 1)
         read = 2 * 8 * max(width, height) ** 2  # a packed triangle, the matrix of it, its copy
         bases = 0 if self.precondition is None else 8 * (width**2 + height**2) + 8 * 3 * max(width, height) ** 2
-        held = 9 if getattr(self.options, "scale", 1.0) == 1.0 else 11  # the base, and what it is scaled to
+        held = 11 if self.changes else 9  # the base, and what is added to it
         return (width**2 + height**2) * 8 * contributors + max(read, bases) + elements(unit) * 8 * held
 
     def additive(self, unit: Unit) -> bool:

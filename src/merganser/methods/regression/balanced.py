@@ -22,8 +22,10 @@ from pydantic import Field
 from torch import Tensor
 
 from merganser.methods.base import Needs, Options
+from merganser.methods.elementwise import added
 from merganser.methods.matrix import Matrix
 from merganser.methods.regression.wudi import unit_gram
+from merganser.methods.spectral.singular import flattened, in_enough_precision
 from merganser.methods.sums import GramSums
 
 
@@ -33,6 +35,9 @@ class BalancedOptions(Options):
     ridge: float = Field(1.0, ge=0, description="pull toward the lengthened average, relative to the mean diagonal")
     lengthen: float = Field(
         1.0, ge=0, le=1, description="power of k; 1 gives the average the task vectors' length, 0 leaves it as it is"
+    )
+    spectrum: float = Field(
+        1.0, ge=0, le=1, description="power of the merged change's singular values, at its old length"
     )
 
 
@@ -51,7 +56,12 @@ def _merged(base: Tensor, weights: Sequence[Tensor], coefficients: Sequence[floa
     if options.ridge:  # what is pulled to is one more contributor, whose inputs are all alike
         identity = torch.eye(base.shape[1], dtype=base.dtype, device=base.device)
         sums.add(target.to(weights[0].dtype), identity, options.ridge * total)
-    return sums.solve(0.0).value
+    merged = sums.solve(0.0).value
+    if options.spectrum == 1:
+        return merged
+    change = merged.sub_(base)
+    flat = in_enough_precision(lambda dtype: flattened(change.to(dtype), options.spectrum), base.shape, change.dtype)
+    return added(base, flat, 1.0)
 
 
 def _lengthening(length: float, mean: float, coefficients: Sequence[float]) -> float:

@@ -105,28 +105,53 @@ def polar_factor(matrix: Tensor, *, of_vectors: bool = False) -> Tensor:
     Raises:
         Imprecise: see there; never for float64.
     """
-    if matrix.shape[0] > matrix.shape[1]:
-        return polar_factor(matrix.T, of_vectors=of_vectors).T
     rows, unit = _scaled(matrix)
-    if not unit:
-        return torch.zeros_like(matrix)
+    return _raised(rows, 0.0, of_vectors) if unit else torch.zeros_like(matrix)
+
+
+def flattened(matrix: Tensor, power: float) -> Tensor:
+    """c·U Sᵖ Vᵀ of U S Vᵀ, as long as the matrix is: singular values nearer to each other, directions as they are.
+
+    Args:
+        matrix: (m, n), float32 or float64.
+        power: p from 0, which makes all singular values alike, to 1, which changes nothing.
+
+    Returns:
+        such a matrix of the same Frobenius norm; singular values of zero stay zero.
+
+    Raises:
+        Imprecise: see there; never for float64.
+    """
+    rows, unit = _scaled(matrix)
+    if power == 1 or not unit:
+        return matrix
+    raised = _raised(rows, power)
+    return raised.mul_(unit * float(rows.norm() / raised.norm()))
+
+
+def _raised(matrix: Tensor, power: float, of_vectors: bool = False) -> Tensor:
+    """U Sᵖ Vᵀ of a matrix that is not zero, times a positive number; without one where the power is 0."""
+    if matrix.shape[0] > matrix.shape[1]:
+        return _raised(matrix.T, power, of_vectors).T
     zero, part_of_goal = (_ZERO_OF_VECTORS, _GOAL_OF_VECTORS) if of_vectors else (_ZERO, 1.0)
-    gram = _gram(rows)
-    flat, gram = _levelled(rows, gram) if rows.dtype == torch.float32 else (rows, gram)
-    factor, found = rows[:0], list[Tensor]()
+    gram, largest = _gram(matrix), 0.0
+    # Where all singular values become 1, those that stand out can be made shorter before.
+    flat, gram = _levelled(matrix, gram) if matrix.dtype == torch.float32 and not power else (matrix, gram)
+    factor, found = matrix[:0], list[Tensor]()
     for level in _levels(flat, gram, zero, part_of_goal):
-        kept = int((level.values > zero * (found[0][0] if found else level.values[0])).sum())
+        largest = largest or float(level.values[0])
+        kept = int((level.values > zero * largest).sum())
         basis, values = level.basis[:kept], level.values[:kept]
-        scaled = (basis / (values / values[0]).sqrt()[:, None]).T
+        scaled = (basis / ((values / values[0]) ** ((1 - power) / 2))[:, None]).T
         root = add_gram_(scaled.new_zeros(len(scaled), len(scaled)), scaled)
-        root = mirror_upper(root.T).div_(values[0])
+        root = mirror_upper(root.T).div_((values[0] / (largest if power else 1.0)) ** (1 - power))
         # A product with the numbers in the order of the matrix's.
         part = root @ level.rows if level.rows.is_contiguous() else (level.rows.T @ root).T
         factor = part if level.outer is None else factor.add_((level.outer.T @ part).to(factor.dtype))
         found.append(level.values.double())
-    if rows.dtype == torch.float32:
+    if matrix.dtype == torch.float32:
         values = torch.cat(found)
-        if not _turned(values, rows.shape[1], len(rows), _stored_error(rows)) <= _ALLOWED:
+        if not _turned(values, matrix.shape[1], len(matrix), _stored_error(matrix), power) <= _ALLOWED:
             raise Imprecise
     return factor
 
@@ -319,21 +344,22 @@ def _eigen_error(values: Tensor) -> float:
     return _EIGEN * torch.finfo(values.dtype).eps / 2 * float(values[0]) ** 2 / len(values) ** 0.5
 
 
-def _turns(values: Tensor, width: int) -> Tensor:
-    """Σⱼ 1 / max(σᵢ, σⱼ)², j ≠ i, for each singular value of a matrix (d, width), the largest first.
+def _turns(values: Tensor, width: int, power: float = 0.0) -> Tensor:
+    """Σⱼ max(σᵢ, σⱼ)^(2p − 2), j ≠ i, for each singular value of a matrix (d, width), the largest first.
 
-    So far, squared, an error of 1 in every entry of the matrix turns its singular vectors to where others are.
+    So far, squared, an error of 1 in every entry of the matrix turns σᵖ of its singular vectors to where others are.
     """
-    inverse = values.double().clamp_min(1e-100).square().reciprocal()
+    inverse = values.double().clamp_min(1e-100) ** (2 * power - 2)
     following = torch.arange(width - 1, width - 1 - len(values), -1, device=values.device)
     return following * inverse + inverse.cumsum(0) - inverse
 
 
-def _turned(values: Tensor, width: int, count: int, error: float) -> float:
-    """The relative error of the first singular vectors, all alike, by one of so much in the matrix's entries."""
-    if len(values) < count or values[count - 1] <= _SIGN * error:
+def _turned(values: Tensor, width: int, count: int, error: float, power: float = 0.0) -> float:
+    """The relative error of U Sᵖ Vᵀ of the first singular vectors, by one of so much in the matrix's entries."""
+    if len(values) < count or (not power and values[count - 1] <= _SIGN * error):
         return inf
-    return error * float(_turns(values, width)[:count].mean().sqrt())
+    whole = (values[:count].double() ** (2 * power)).sum()
+    return error * float((_turns(values, width, power)[:count].sum() / whole).sqrt())
 
 
 def _gram_errors(values: Tensor) -> Tensor:

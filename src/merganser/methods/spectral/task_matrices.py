@@ -18,13 +18,16 @@ from torch import Tensor
 from merganser.methods.base import Needs, Options
 from merganser.methods.elementwise import added
 from merganser.methods.matrix import Matrix
-from merganser.methods.spectral.singular import in_enough_precision
+from merganser.methods.spectral.singular import flattened, in_enough_precision
 
 
 class SpectralOptions(Options):
     """Options that every method of this family has."""
 
     scale: float = Field(1.0, description="multiplier of the merged task matrix")
+    spectrum: float = Field(
+        1.0, ge=0, le=1, description="power of the merged task matrix's singular values, at its old length"
+    )
     rest: float = Field(1.0, description="multiplier of the averaged task vectors of everything but linear layers")
 
 
@@ -85,7 +88,8 @@ def spectral(
             return base
 
         def compute(dtype: torch.dtype) -> Tensor:
-            return merged(TaskMatrices(base, weights, coefficients, dtype), settings)
+            change = merged(TaskMatrices(base, weights, coefficients, dtype), settings)
+            return flattened(change, settings.spectrum)
 
         change = in_enough_precision(compute, base.shape, weights[0].dtype)
         return added(base, change, settings.scale)
