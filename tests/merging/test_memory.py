@@ -220,8 +220,10 @@ def run(recipe: dict[str, object], output: Path, threads: int) -> tuple[int, int
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["simple", "ties", "actmat"])
-def test_the_predicted_peak_is_within_a_fifth(tmp_path: Path, method: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "options"), [("simple", {}), ("ties", {}), ("actmat", {}), ("balanced", {"spectrum": 0.7})]
+)
+def test_the_predicted_peak_is_within_a_fifth(tmp_path: Path, method: str, options: dict[str, object]) -> None:
     """A model of one layer that is large enough to matter."""
     import transformers
 
@@ -237,6 +239,7 @@ def test_the_predicted_peak_is_within_a_fifth(tmp_path: Path, method: str) -> No
                 parameter.add_(0.01 * (number > 0) * torch.randn_like(parameter))
         model.save_pretrained(folder)
     recipe = {"contributors": [str(m) for m in models[1:]], "method": method, "base": str(models[0])}
+    recipe["options"] = options
     assert_predicted(recipe, tmp_path)
 
 

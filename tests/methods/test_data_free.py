@@ -330,14 +330,17 @@ def test_balanced_is_its_closed_form(shape: tuple[int, int], ridge: float, lengt
     assert distance(found, expected, people[0].origin) < 1e-9
 
 
-@pytest.mark.parametrize(("power", "shape"), [(0.6, (9, 6)), (0.5, (5, 11)), (0.0, (140, 150))])
-def test_balanced_of_a_flatter_spectrum(power: float, shape: tuple[int, int]) -> None:
-    """The singular values of what it changes to a power, and the length of it as it was."""
+@pytest.mark.parametrize(("spectrum", "shape"), [(0.7, (9, 6)), (1.0, (5, 11)), (3.0, (140, 150))])
+def test_balanced_of_a_flatter_spectrum(spectrum: float, shape: tuple[int, int]) -> None:
+    """The singular values of what it changes to the power k^-spectrum, and the length of it as it was."""
     people = drawn(*shape)
+    weighted = [one.coefficient * delta for one, delta in zip(people, tasks(people), strict=True)]
+    k = sum(np.linalg.norm(delta) for delta in weighted) / np.linalg.norm(sum(weighted))
     left, values, right = np.linalg.svd(merged("balanced", people) - people[0].origin, full_matrices=False)
-    change = left * values**power @ right
+    change = left * values**k**-spectrum @ right
     expected = people[0].origin + change * np.linalg.norm(values) / np.linalg.norm(change)
-    assert distance(merged("balanced", people, spectrum=power), expected, people[0].origin) < 1e-7
+    assert 1.05 < k < 3**0.5
+    assert distance(merged("balanced", people, spectrum=spectrum), expected, people[0].origin) < 1e-7
 
 
 def test_balanced_gives_orthogonal_changes_the_length_that_they_have() -> None:
@@ -360,7 +363,8 @@ def test_balanced_does_not_lengthen_what_contradicts() -> None:
     found = merged("balanced", apart, ridge=1.0)
     assert distance(found, balanced(apart, 1.0, 2**0.5), one.origin) < 1e-9
     alike = [Given(n, 1.0, one.weight, one.origin, one.inputs) for n in range(3)]
-    np.testing.assert_allclose(merged("balanced", alike), one.weight, atol=1e-12)
+    for options in ({}, {"spectrum": 1.0}):
+        np.testing.assert_allclose(merged("balanced", alike, **options), one.weight, atol=1e-12)
 
 
 def test_a_contributor_that_moved_further_has_no_more_say() -> None:
@@ -426,7 +430,7 @@ def test_identical_models_are_returned_and_degenerate_ones_are_finite(method: st
         ("tact", {"density": 0}), ("tact", {"density": 1.5}), ("lot", {"toward": "zero"}), ("lot", {"alpha": 2}),
         ("ace", {"epsilon": 0}), ("ace", {"refined": 2}), ("wudi", {"steps": -1}), ("wudi", {"solution": "sgd"}),
         ("balanced", {"ridge": -1}), ("balanced", {"lengthen": 1.1}),
-        ("balanced", {"spectrum": 1.1}),
+        ("balanced", {"spectrum": -1}),
         ("iso_cts", {"common": 1.1}), ("tsv_m", {"scale": float("inf")}),
     ],
 )  # fmt: skip

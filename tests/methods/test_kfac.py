@@ -86,12 +86,15 @@ def test_what_layers_change_is_lengthened_or_flattened_and_needs_the_base(monkey
     scaled, _ = merged(people, steps=500, scale=1.25)
     origin = np.column_stack([base["w"], base["b"]])
     np.testing.assert_allclose(scaled - origin, 1.25 * (plain - origin), rtol=1e-6, atol=1e-8)
-    flat, _ = merged(people, steps=500, scale=1.25, spectrum=0.6)
+    flat, _ = merged(people, steps=500, scale=1.25, spectrum=9.0)
     left, values, right = np.linalg.svd((plain - origin)[:, :-1], full_matrices=False)
-    change = 1.25 * left * values**0.6 @ right * np.linalg.norm(values) / np.linalg.norm(values**0.6)
+    tasks = [one.coefficient * (one.weight - base["w"]) for one in people]
+    power = (sum(np.linalg.norm(task) for task in tasks) / np.linalg.norm(sum(tasks))) ** -9.0
+    assert power < 0.9
+    change = 1.25 * left * values**power @ right * np.linalg.norm(values) / np.linalg.norm(values**power)
     np.testing.assert_allclose((flat - origin)[:, :-1], change, rtol=1e-6, atol=1e-8)
     np.testing.assert_allclose(flat[:, -1], scaled[:, -1], rtol=1e-12)
-    assert METHODS["kfac"].configured(KfacOptions(spectrum=0.6)).needs.base
+    assert METHODS["kfac"].configured(KfacOptions(spectrum=0.7)).needs.base
     assert METHODS["kfac"].configured(KfacOptions(scale=1.25)).needs.base
     assert not METHODS["kfac"].configured(KfacOptions()).needs.base
 

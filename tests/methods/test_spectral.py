@@ -207,12 +207,29 @@ def flat(matrix: Array, power: float) -> Array:
     return float(np.linalg.norm(values) / np.linalg.norm(raised)) * left * raised @ right
 
 
+def lengthening(tasks: Sequence[Array]) -> float:
+    """How much shorter task matrices become by their sum; at most the square root of their number."""
+    k = sum(np.linalg.norm(task) for task in tasks) / np.linalg.norm(np.sum(tasks, axis=0))
+    return float(min(k, len(tasks) ** 0.5))
+
+
 @pytest.mark.parametrize("method", SPECTRAL)
-@pytest.mark.parametrize(("shape", "power"), [((12, 12), 0.6), ((30, 9), 0.25), ((7, 40), 0.9), ((150, 160), 0.5)])
-def test_a_flatter_spectrum_is_what_full_svds_give(method: str, shape: tuple[int, int], power: float) -> None:
+@pytest.mark.parametrize(("shape", "spectrum"), [((12, 12), 0.7), ((30, 9), 3.0), ((7, 40), 0.1), ((150, 160), 1.5)])
+@pytest.mark.parametrize("alike", [0.5, -0.5])
+def test_a_flatter_spectrum_is_what_full_svds_give(
+    method: str, shape: tuple[int, int], spectrum: float, alike: float
+) -> None:
     given = drawn(shape, 2)
-    expected = 1.5 * flat(ORACLES[method](given), power)
-    assert distance(change(method, given, spectrum=power, scale=1.5), expected) < 1e-8
+    given[1] += alike * given[0]  # so that k is below √2, or at it
+    expected = 1.5 * flat(ORACLES[method](given), lengthening(given) ** -spectrum)
+    assert distance(change(method, given, spectrum=spectrum, scale=1.5), expected) < 1e-8
+
+
+@pytest.mark.parametrize("method", ["tsv_m", "dual_basis"])
+def test_a_flatter_spectrum_leaves_what_contributors_agree_on(method: str) -> None:
+    (task,) = drawn((9, 12), 1)
+    plain, flat = (change(method, [task, 2 * task], spectrum=spectrum) for spectrum in (0.0, 1.0))
+    assert distance(flat, plain) < 1e-12
 
 
 @pytest.mark.parametrize("kind", ["flat", "decaying", "steep", "fine-tuned"])

@@ -32,6 +32,7 @@ from merganser.methods.base import (
     transposed,
     wide,
 )  # fmt: skip
+from merganser.methods.matrix import lengthening
 from merganser.methods.metrics import (
     STEPS,
     Diagonal,
@@ -84,7 +85,8 @@ class LeastSquares(Method):
     conjugate gradients where they are needed.
 
     With options ``scale`` and ``spectrum``, what is solved by conjugate gradients is W₀ + scale · τ, τ = W − W₀ with
-    singular values at the power ``spectrum`` and its old length, which needs a base model unless both are 1.
+    singular values at the power k^-spectrum (:func:`~merganser.methods.matrix.lengthening`) and its old length. Unless
+    they are 1 and 0, a base model is needed.
 
     With an option ``toward`` of ``base``, λ and whatever the metrics say nothing of pull to the base model, as the
     pseudo-inverse of a sum over task vectors does, instead of to the average.
@@ -139,7 +141,7 @@ class LeastSquares(Method):
     @property
     def changes(self) -> bool:
         """Whether what layers change is made longer, or its singular values are made more alike."""
-        return any(getattr(self.options, name, 1.0) != 1.0 for name in ("scale", "spectrum"))
+        return getattr(self.options, "scale", 1.0) != 1.0 or getattr(self.options, "spectrum", 0.0) != 0.0
 
     def form(self, unit: Unit) -> type[Metric]:
         """The class of a unit's metrics."""
@@ -176,15 +178,23 @@ class LeastSquares(Method):
         )
         value = solution.value
         if self.changes and is_layer and all(one.in_base for one in unit.facts):
-            base = stacked(unit, shares[0], base=True).to(value)
-            value = base + self._changed(value.sub_(base), input_width(fact))
+            value = self._changed(value, unit, shares)
         merged = _unstacked(value, unit) if is_layer else {fact.name: as_stored(value, fact)}
         return Merged(merged, solution.note)
 
-    def _changed(self, change: Tensor, width: int) -> Tensor:
-        """W − W₀ with the options ``scale`` and, but for the column of a bias, ``spectrum``, in place."""
-        change[:, :width] = flattened(change[:, :width], getattr(self.options, "spectrum", 1.0))
-        return change.mul_(getattr(self.options, "scale", 1.0))
+    def _changed(self, value: Tensor, unit: Unit, shares: Sequence[Share]) -> Tensor:
+        """What the options ``scale`` and, but for the column of a bias, ``spectrum`` make of a layer's solution."""
+        scale, spectrum = getattr(self.options, "scale", 1.0), getattr(self.options, "spectrum", 0.0)
+        base, weight = stacked(unit, shares[0], base=True).to(value), slice(input_width(unit.facts[0]))
+        change = value.sub_(base)
+        if spectrum:
+            lengths, whole = list[float](), torch.zeros_like(change[:, weight])
+            for share in shares:
+                task = (stacked(unit, share).to(base) - base)[:, weight].mul_(share.coefficient)
+                lengths.append(float(task.norm()))
+                whole += task
+            change[:, weight] = flattened(change[:, weight], lengthening(lengths, float(whole.norm())) ** -spectrum)
+        return torch.add(base, change, alpha=scale)
 
     def min_slice_rows(self, unit: Unit) -> int | None:
         """Rows where the metric is diagonal, and output rows of linear layers, at the price of preparing the whole."""

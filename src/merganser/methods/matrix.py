@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from math import sqrt
 from typing import Any, Self, overload
 
 from torch import Tensor
@@ -53,6 +54,19 @@ class Weights(Sequence[Tensor]):
         if isinstance(index, slice):
             return Weights(self._shares[index], self._fact)
         return as_matrix(self._shares[index].tensor(self._fact.name), self._fact)
+
+
+def lengthening(lengths: Sequence[float], whole: float) -> float:
+    """k = Σ‖cᵢδᵢ‖ / ‖Σcᵢδᵢ‖: how much shorter task matrices become by their sum, from 1 where they agree.
+
+    It is at most √n, which no n task matrices without a negative cosine go beyond. So contributors that contradict each
+    other are not made louder.
+
+    Args:
+        lengths: ‖cᵢδᵢ‖ of each.
+        whole: ‖Σcᵢδᵢ‖.
+    """
+    return min(max(1.0, sum(lengths) / whole), sqrt(len(lengths))) if whole > 0 else 1.0
 
 
 @dataclass(frozen=True, kw_only=True)

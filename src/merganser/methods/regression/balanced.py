@@ -6,7 +6,9 @@ them is √n times as short as each, and what was learnt is lost along all direc
 
 - each estimated Gram matrix is divided by its mean diagonal, as WUDI's loss does (Cheng et al. 2025);
 - the ridge pulls to W₀ + kδ̄, k = mean ‖δᵢ‖ / ‖δ̄‖: the average made as long as the task vectors are. Where contributors
-  agree, k is 1 and it is the average; where they are orthogonal, it is task arithmetic scaled by 1/√n.
+  agree, k is 1 and it is the average; where they are orthogonal, it is task arithmetic scaled by 1/√n;
+- where asked to, singular values of the merged change are raised to the power k^-spectrum: what contributors have in
+  common adds up in few large ones, and what each has alone has shrunk to many small ones, the more the larger k is.
 
 A ridge as large as the metric itself does well on like and on different tasks, where ACTMat's best ridges differ by
 far; docs/method-log.md has figures, and what else was tried.
@@ -15,7 +17,6 @@ far; docs/method-log.md has figures, and what else was tried.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import sqrt
 
 import torch
 from pydantic import Field
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from merganser.methods.base import Needs, Options
 from merganser.methods.elementwise import added
-from merganser.methods.matrix import Matrix
+from merganser.methods.matrix import Matrix, lengthening
 from merganser.methods.regression.wudi import unit_gram
 from merganser.methods.spectral.singular import flattened, in_enough_precision
 from merganser.methods.sums import GramSums
@@ -37,40 +38,32 @@ class BalancedOptions(Options):
         1.0, ge=0, le=1, description="power of k; 1 gives the average the task vectors' length, 0 leaves it as it is"
     )
     spectrum: float = Field(
-        1.0, ge=0, le=1, description="power of the merged change's singular values, at its old length"
+        0.0, ge=0, description="singular values of the merged change to the power k^-spectrum, at its old length"
     )
 
 
 def _merged(base: Tensor, weights: Sequence[Tensor], coefficients: Sequence[float], options: BalancedOptions) -> Tensor:
     total = sum(coefficients)
-    mean, length = torch.zeros(base.shape, dtype=torch.float64, device=base.device), 0.0
+    mean, lengths = torch.zeros(base.shape, dtype=torch.float64, device=base.device), list[float]()
     sums = GramSums(dtype=None)
     for number, coefficient in enumerate(coefficients):
         weight = weights[number]
         delta = weight.to(torch.float64) - base
         mean.add_(delta, alpha=coefficient / total)
-        length += coefficient / total * _norm(delta)
+        lengths.append(coefficient / total * _norm(delta))
         sums.add(weight, unit_gram(delta.to(weight.dtype)).mul_(base.shape[1]), coefficient)
-    factor = _lengthening(length, _norm(mean), coefficients) ** options.lengthen
-    target = mean.mul_(factor).add_(base)
+    factor = lengthening([length for length, c in zip(lengths, coefficients, strict=True) if c], _norm(mean))
+    target = mean.mul_(factor**options.lengthen).add_(base)
     if options.ridge:  # what is pulled to is one more contributor, whose inputs are all alike
         identity = torch.eye(base.shape[1], dtype=base.dtype, device=base.device)
         sums.add(target.to(weights[0].dtype), identity, options.ridge * total)
     merged = sums.solve(0.0).value
-    if options.spectrum == 1:
+    power = factor**-options.spectrum
+    if power == 1:
         return merged
     change = merged.sub_(base)
-    flat = in_enough_precision(lambda dtype: flattened(change.to(dtype), options.spectrum), base.shape, change.dtype)
+    flat = in_enough_precision(lambda dtype: flattened(change.to(dtype), power), base.shape, change.dtype)
     return added(base, flat, 1.0)
-
-
-def _lengthening(length: float, mean: float, coefficients: Sequence[float]) -> float:
-    """k = mean ‖δᵢ‖ / ‖δ̄‖, at most √n, which no n task vectors without a negative cosine go beyond.
-
-    So contributors that contradict each other are not made louder, and opposite ones leave the base model.
-    """
-    most = sqrt(sum(coefficient > 0 for coefficient in coefficients))
-    return min(length / mean, most) if mean > 0 else 1.0
 
 
 def _norm(tensor: Tensor) -> float:

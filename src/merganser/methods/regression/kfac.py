@@ -34,7 +34,9 @@ class KfacOptions(Options):
     steps: int = Field(10, ge=1, le=100_000, description="of preconditioned conjugate gradients, at most")
     scale: float = Field(1.0, gt=0, description="multiplier of what layers change; other than 1 it needs the base")
     spectrum: float = Field(
-        1.0, ge=0, le=1, description="power of its singular values, at its old length; other than 1 it needs the base"
+        0.0,
+        ge=0,
+        description="its singular values to the power k^-spectrum, as in balanced; other than 0 it needs the base",
     )
     augment_bias: bool = Field(True, description="solve a layer's bias with its weight, as an input that is always 1")
     embeddings: bool = Field(True, description="merge embeddings row by row, by token counts")

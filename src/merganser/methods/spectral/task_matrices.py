@@ -17,7 +17,7 @@ from torch import Tensor
 
 from merganser.methods.base import Needs, Options
 from merganser.methods.elementwise import added
-from merganser.methods.matrix import Matrix
+from merganser.methods.matrix import Matrix, lengthening
 from merganser.methods.spectral.singular import flattened, in_enough_precision
 
 
@@ -26,7 +26,7 @@ class SpectralOptions(Options):
 
     scale: float = Field(1.0, description="multiplier of the merged task matrix")
     spectrum: float = Field(
-        1.0, ge=0, le=1, description="power of the merged task matrix's singular values, at its old length"
+        0.0, ge=0, description="its singular values to the power k^-spectrum, k = Σ‖cᵢδᵢ‖ / ‖Σcᵢδᵢ‖, at its old length"
     )
     rest: float = Field(1.0, description="multiplier of the averaged task vectors of everything but linear layers")
 
@@ -65,6 +65,10 @@ class TaskMatrices:
         """Σ cᵢδᵢ; needs a coefficient that is not zero."""
         return reduce(Tensor.add_, self)
 
+    def lengthening(self) -> float:
+        """k = Σ‖cᵢδᵢ‖ / ‖Σcᵢδᵢ‖, see :func:`~merganser.methods.matrix.lengthening`."""
+        return lengthening([float(matrix.norm()) for matrix in self], float(self.total().norm()))
+
 
 def spectral(
     merged: Callable[[TaskMatrices, Any], Tensor],
@@ -88,8 +92,9 @@ def spectral(
             return base
 
         def compute(dtype: torch.dtype) -> Tensor:
-            change = merged(TaskMatrices(base, weights, coefficients, dtype), settings)
-            return flattened(change, settings.spectrum)
+            tasks = TaskMatrices(base, weights, coefficients, dtype)
+            change = merged(tasks, settings)
+            return flattened(change, tasks.lengthening() ** -settings.spectrum) if settings.spectrum else change
 
         change = in_enough_precision(compute, base.shape, weights[0].dtype)
         return added(base, change, settings.scale)
