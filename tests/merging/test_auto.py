@@ -160,6 +160,11 @@ CASES = {
     "adapters, grams": Case(
         adapters_of(base=True, statistics=True), Situation(published("gram"), base=True, low_rank=True), (BASE,)
     ),
+    "adapters, kfac": Case(
+        adapters_of(base=True, statistics=True, kfac="sampled"),
+        Situation(published("gram", "kfac"), base=True, low_rank=True),
+        (BASE,),
+    ),
     "adapters, tasks": Case(
         adapters_of(base=True, apart=True), Situation(base=True, tasks="different", low_rank=True), (BASE, NONE)
     ),
