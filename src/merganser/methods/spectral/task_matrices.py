@@ -67,7 +67,9 @@ class TaskMatrices:
 
     def lengthening(self) -> float:
         """k = Σ‖cᵢδᵢ‖ / ‖Σcᵢδᵢ‖, see :func:`~merganser.methods.matrix.lengthening`."""
-        return lengthening([float(matrix.norm()) for matrix in self], float(self.total().norm()))
+        norm = torch.linalg.vector_norm
+        lengths = [float(norm(matrix, dtype=torch.float64)) for matrix in self]
+        return lengthening(lengths, float(norm(self.total(), dtype=torch.float64)))
 
 
 def spectral(
