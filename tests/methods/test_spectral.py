@@ -17,23 +17,11 @@ from merganser.errors import UserError
 from merganser.merging import merge
 from merganser.methods import METHODS
 from merganser.methods.matrix import Matrix
-from merganser.methods.spectral import singular
 from merganser.methods.spectral.isotropic import shares
-from merganser.methods.spectral.singular import Imprecise, flattened, polar_factor, singular_triples
 from merging.test_bytes import write_family
+from methods.matrices import Array, distance, drawn, fine_tuned, flat, polar, svd
 
 SPECTRAL = ("tsv_m", "dual_basis", "iso_c", "iso_cts")
-Array = np.ndarray[Any, np.dtype[np.float64]]
-
-
-def svd(matrix: Array) -> tuple[Array, Array, Array]:
-    left, values, right = np.linalg.svd(matrix, full_matrices=False)
-    return left, values, right
-
-
-def polar(matrix: Array) -> Array:
-    left, _, right = svd(matrix)
-    return left @ right
 
 
 def tsv_m(tasks: Sequence[Array], keep: float = 1.0) -> Array:
@@ -88,30 +76,6 @@ def iso_cts(tasks: Sequence[Array], common: float = 0.8) -> Array:
 ORACLES = {"tsv_m": tsv_m, "dual_basis": dual_basis, "iso_c": iso_c, "iso_cts": iso_cts}
 
 
-def drawn(shape: tuple[int, int], tasks: int, seed: int = 0, decay: float = 0.0) -> list[Array]:
-    """Task matrices whose singular values fall like i^-decay; those of Gaussian matrices for 0."""
-    draw = np.random.default_rng(seed)
-    found = []
-    for _ in range(tasks):
-        matrix = draw.standard_normal(shape)
-        if decay:
-            left, _, right = svd(matrix)
-            matrix = left * np.arange(1, min(shape) + 1) ** -decay @ right
-        found.append(matrix)
-    return found
-
-
-def fine_tuned(shape: tuple[int, int], tasks: int, seed: int = 0, rank: int = 4, share: float = 0.01) -> list[Array]:
-    """Changes of low rank, a share of weights in bfloat16, and the rounding of all of these: exact in float32."""
-    draw = np.random.default_rng(seed)
-    rounded = [torch.from_numpy(draw.standard_normal(shape) * 0.02).bfloat16()]
-    for _ in range(tasks):
-        low = draw.standard_normal((shape[0], rank)) / np.arange(1, rank + 1) @ draw.standard_normal((rank, shape[1]))
-        low *= share * np.linalg.norm(rounded[0].double()) / np.linalg.norm(low)
-        rounded.append((rounded[0].double() + torch.from_numpy(low)).bfloat16())
-    return [(one.double() - rounded[0].double()).numpy() for one in rounded[1:]]
-
-
 class Anew(list[torch.Tensor]):
     """Weights that are a function's own each time they are asked for."""
 
@@ -133,10 +97,6 @@ def change(
     settings_ = chosen.options_type.model_validate(options)
     base = torch.zeros_like(weights[0])
     return chosen.function(base, weights, coefficients or [1.0] * len(tasks), settings_).double().numpy()
-
-
-def distance(found: Array, expected: Array) -> float:
-    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
 @pytest.mark.parametrize("method", SPECTRAL)
@@ -168,23 +128,6 @@ def test_directions_that_hardly_stand_out_are_as_accurate() -> None:
     assert distance(change("tsv_m", given, dtype=torch.float32), tsv_m(given)) < 2e-5
 
 
-@pytest.mark.parametrize("shape", [(256, 256), (160, 600), (600, 160)])
-@pytest.mark.parametrize("kind", ["flat", "decaying", "fine-tuned"])
-def test_float32_does_for_what_task_matrices_are_like(kind: str, shape: tuple[int, int]) -> None:
-    """Neither function says that it is too narrow, and both are within the bound."""
-    (task,) = {
-        "flat": lambda: drawn(shape, 1, 12),
-        "decaying": lambda: drawn(shape, 1, 12, 0.5),
-        "fine-tuned": lambda: fine_tuned(shape, 1, 12),
-    }[kind]()
-    matrix = torch.from_numpy(task).float()
-    left, values, right = svd(matrix.double().numpy())
-    assert distance(polar_factor(matrix).double().numpy(), left @ right) < 1e-4
-    found = singular_triples(matrix, 40)
-    product = (found.left * found.values).double() @ found.right.double().T
-    assert distance(product.numpy(), left[:, :40] * values[:40] @ right[:40]) < 1e-4
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", [(150, 150), (140, 300), (300, 140)])
 def test_an_exactly_low_rank_leaves_no_other_direction(dtype: torch.dtype, shape: tuple[int, int]) -> None:
@@ -198,13 +141,6 @@ def test_an_exactly_low_rank_leaves_no_other_direction(dtype: torch.dtype, shape
     lefts, rights = np.hstack([u[:, :3] for u, _, _ in parts]), np.vstack([v[:3] for _, _, v in parts])
     expected = polar(lefts) * np.concatenate([s[:3] for _, s, _ in parts]) @ polar(rights)
     assert distance(change("tsv_m", given, dtype=dtype), expected) < 1e-4
-
-
-def flat(matrix: Array, power: float) -> Array:
-    """The singular values to a power, and the old length."""
-    left, values, right = svd(matrix)
-    raised = np.where(values > 1e-12 * values[0], values, 0) ** power
-    return float(np.linalg.norm(values) / np.linalg.norm(raised)) * left * raised @ right
 
 
 def lengthening(tasks: Sequence[Array]) -> float:
@@ -230,61 +166,6 @@ def test_a_flatter_spectrum_leaves_what_contributors_agree_on(method: str) -> No
     (task,) = drawn((9, 12), 1)
     plain, flat = (change(method, [task, 2 * task], spectrum=spectrum) for spectrum in (0.0, 1.0))
     assert distance(flat, plain) < 1e-12
-
-
-@pytest.mark.parametrize("kind", ["flat", "decaying", "steep", "fine-tuned"])
-@pytest.mark.parametrize("shape", [(160, 160), (140, 300), (300, 140)])
-def test_float32_is_flattened_within_the_bound(kind: str, shape: tuple[int, int]) -> None:
-    """Or it is said that float32 does not do, as where singular values fall by a factor of millions."""
-    (task,) = {
-        "flat": lambda: drawn(shape, 1, 12),
-        "decaying": lambda: drawn(shape, 1, 12, 0.5),
-        "steep": lambda: drawn(shape, 1, 12, 3.0),
-        "fine-tuned": lambda: fine_tuned(shape, 1, 12),
-    }[kind]()
-    matrix = torch.from_numpy(task).float()
-    for power in (0.3, 0.6, 1.0):
-        expected = flat(matrix.double().numpy(), power)
-        try:
-            assert distance(flattened(matrix, power).double().numpy(), expected) < 1e-4
-        except Imprecise:
-            assert kind == "steep"
-        assert distance(flattened(matrix.double(), power).numpy(), expected) < 1e-6
-
-
-@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
-def test_a_flattened_matrix_is_as_long_as_it_was(size: float) -> None:
-    matrix = size * torch.from_numpy(drawn((130, 140), 1, 3)[0]).float()
-    found = flattened(matrix, 0.5)
-    assert distance(found.double().numpy() / size, flat(matrix.double().numpy() / size, 0.5)) < 1e-4
-    assert not flattened(torch.zeros(3, 4), 0.5).any() and flattened(matrix, 1.0) is matrix
-    draw = np.random.default_rng(5)
-    low = draw.integers(-4, 5, (150, 3)) @ draw.integers(-4, 5, (3, 140)) * 1.0
-    assert distance(flattened(torch.from_numpy(low), 0.5).numpy(), flat(low, 0.5)) < 1e-6
-
-
-def test_float32_is_left_where_it_does_not_do() -> None:
-    steep = torch.from_numpy(drawn((150, 150), 1, 2, 3.0)[0]).float()
-    with pytest.raises(Imprecise):
-        polar_factor(steep)
-    factor = polar_factor(steep.double())
-    assert distance(factor.numpy(), polar(steep.double().numpy())) < 1e-6
-    flat = torch.from_numpy(drawn((150, 150), 1, 2)[0])
-    assert distance(polar_factor(flat.float()).double().numpy(), polar(flat.numpy())) < 1e-4
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("shape", [(140, 300), (300, 140)])
-def test_singular_triples_are_those_of_lapack(dtype: torch.dtype, shape: tuple[int, int]) -> None:
-    (matrix,) = drawn(shape, 1, 3, 0.7)
-    found = singular_triples(torch.from_numpy(matrix).to(dtype), 20)
-    left, values, right = svd(matrix)
-    bound = 1e-9 if dtype == torch.float64 else 1e-4
-    np.testing.assert_allclose(found.values.double().numpy(), values[:20], rtol=bound)
-    product = (found.left * found.values).double() @ found.right.double().T
-    assert distance(product.numpy(), left[:, :20] * values[:20] @ right[:20]) < bound
-    for vectors in (found.left, found.right):
-        assert float((vectors.T @ vectors - torch.eye(20)).abs().max()) < 1e-4
 
 
 @pytest.mark.parametrize("exponent", [-140, -60, 60, 120])
@@ -440,16 +321,3 @@ def test_coefficients_without_a_sum_have_no_part_of_an_average(tmp_path: Path) -
         merge(models[:2], tmp_path / "out", method="iso_c", base=base, coefficients=[1, -1], options={"rest": 0.5})
     assert not (tmp_path / "out").exists()
     merge(models[:2], tmp_path / "out", method="iso_c", base=base, coefficients=[1, -1], options={"rest": 0})
-
-
-def test_what_is_cut_between_equal_singular_values_is_decomposed_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    left, _, right = svd(drawn((150, 150), 1, 10)[0])
-    values = np.linspace(2, 1, 150)
-    values[30] = values[29] * (1 - 1e-6)
-    matrix = torch.from_numpy(left * values @ right).float()
-    with pytest.raises(Imprecise):
-        singular_triples(matrix, 30)
-    monkeypatch.setattr(singular, "_ALLOWED", np.inf)
-    found = singular_triples(matrix, 29)
-    product = (found.left * found.values).double() @ found.right.double().T
-    assert distance(product.numpy(), left[:, :29] * values[:29] @ right[:29]) < 1e-4
