@@ -32,7 +32,7 @@ from merganser.methods.base import (
     transposed,
     wide,
 )  # fmt: skip
-from merganser.methods.matrix import lengthening
+from merganser.methods.matrix import lengthening_of
 from merganser.methods.metrics import (
     STEPS,
     Diagonal,
@@ -139,9 +139,19 @@ class LeastSquares(Method):
         return [coefficient / sum(coefficients) for coefficient in coefficients]
 
     @property
+    def scale(self) -> float:
+        """The multiplier of what layers change."""
+        return float(getattr(self.options, "scale", 1.0))
+
+    @property
+    def spectrum(self) -> float:
+        """How far the singular values of what layers change are made more alike."""
+        return float(getattr(self.options, "spectrum", 0.0))
+
+    @property
     def changes(self) -> bool:
         """Whether what layers change is made longer, or its singular values are made more alike."""
-        return getattr(self.options, "scale", 1.0) != 1.0 or getattr(self.options, "spectrum", 0.0) != 0.0
+        return self.scale != 1.0 or self.spectrum != 0.0
 
     def form(self, unit: Unit) -> type[Metric]:
         """The class of a unit's metrics."""
@@ -184,17 +194,12 @@ class LeastSquares(Method):
 
     def _changed(self, value: Tensor, unit: Unit, shares: Sequence[Share]) -> Tensor:
         """What the options ``scale`` and, but for the column of a bias, ``spectrum`` make of a layer's solution."""
-        scale, spectrum = getattr(self.options, "scale", 1.0), getattr(self.options, "spectrum", 0.0)
         base, weight = stacked(unit, shares[0], base=True).to(value), slice(input_width(unit.facts[0]))
         change = value.sub_(base)
-        if spectrum:
-            lengths, whole = list[float](), torch.zeros_like(change[:, weight])
-            for share in shares:
-                task = (stacked(unit, share).to(base) - base)[:, weight].mul_(share.coefficient)
-                lengths.append(float(task.norm()))
-                whole += task
-            change[:, weight] = flattened(change[:, weight], lengthening(lengths, float(whole.norm())) ** -spectrum)
-        return torch.add(base, change, alpha=scale)
+        if self.spectrum:
+            tasks = ((stacked(unit, one).to(base) - base)[:, weight].mul_(one.coefficient) for one in shares)
+            change[:, weight] = flattened(change[:, weight], lengthening_of(tasks) ** -self.spectrum)
+        return torch.add(base, change, alpha=self.scale)
 
     def min_slice_rows(self, unit: Unit) -> int | None:
         """Rows where the metric is diagonal, and output rows of linear layers, at the price of preparing the whole."""

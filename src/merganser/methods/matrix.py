@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import sqrt
 from typing import Any, Self, overload
 
+import torch
 from torch import Tensor
 
 from merganser.methods.base import (
@@ -67,6 +68,21 @@ def lengthening(lengths: Sequence[float], whole: float) -> float:
         whole: ‖Σcᵢδᵢ‖.
     """
     return min(max(1.0, sum(lengths) / whole), sqrt(len(lengths))) if whole > 0 else 1.0
+
+
+def lengthening_of(matrices: Iterator[Tensor]) -> float:
+    """The same of at least one task matrix cᵢδᵢ, each read once; the first is added to."""
+    whole = next(matrices)
+    lengths = [norm(whole)]
+    for matrix in matrices:
+        lengths.append(norm(matrix))
+        whole.add_(matrix)
+    return lengthening(lengths, norm(whole))
+
+
+def norm(matrix: Tensor) -> float:
+    """The Frobenius norm, in float64."""
+    return float(torch.linalg.vector_norm(matrix, dtype=torch.float64))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from merganser.methods.base import Needs, Options
 from merganser.methods.elementwise import added
-from merganser.methods.matrix import Matrix, lengthening
+from merganser.methods.matrix import Matrix, lengthening, norm
 from merganser.methods.regression.wudi import unit_gram
 from merganser.methods.spectral.singular import flattened, in_enough_precision
 from merganser.methods.sums import GramSums
@@ -50,9 +50,10 @@ def _merged(base: Tensor, weights: Sequence[Tensor], coefficients: Sequence[floa
         weight = weights[number]
         delta = weight.to(torch.float64) - base
         mean.add_(delta, alpha=coefficient / total)
-        lengths.append(coefficient / total * _norm(delta))
+        if coefficient:
+            lengths.append(coefficient / total * norm(delta))
         sums.add(weight, unit_gram(delta.to(weight.dtype)).mul_(base.shape[1]), coefficient)
-    factor = lengthening([length for length, c in zip(lengths, coefficients, strict=True) if c], _norm(mean))
+    factor = lengthening(lengths, norm(mean))
     target = mean.mul_(factor**options.lengthen).add_(base)
     if options.ridge:  # what is pulled to is one more contributor, whose inputs are all alike
         identity = torch.eye(base.shape[1], dtype=base.dtype, device=base.device)
@@ -64,10 +65,6 @@ def _merged(base: Tensor, weights: Sequence[Tensor], coefficients: Sequence[floa
     change = merged.sub_(base)
     flat = in_enough_precision(lambda dtype: flattened(change.to(dtype), power), base.shape, change.dtype)
     return added(base, flat, 1.0)
-
-
-def _norm(tensor: Tensor) -> float:
-    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
 
 
 def _room(height: int, width: int, contributors: int) -> int:

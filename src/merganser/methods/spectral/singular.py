@@ -130,21 +130,20 @@ def flattened(matrix: Tensor, power: float) -> Tensor:
 
 
 def _raised(matrix: Tensor, power: float, of_vectors: bool = False) -> Tensor:
-    """U Sᵖ Vᵀ of a matrix that is not zero, times a positive number; without one where the power is 0."""
+    """U Sᵖ Vᵀ of a matrix that is not zero."""
     if matrix.shape[0] > matrix.shape[1]:
         return _raised(matrix.T, power, of_vectors).T
     zero, part_of_goal = (_ZERO_OF_VECTORS, _GOAL_OF_VECTORS) if of_vectors else (_ZERO, 1.0)
-    gram, largest = _gram(matrix), 0.0
+    gram = _gram(matrix)
     # Where all singular values become 1, those that stand out can be made shorter before.
     flat, gram = _levelled(matrix, gram) if matrix.dtype == torch.float32 and not power else (matrix, gram)
     factor, found = matrix[:0], list[Tensor]()
     for level in _levels(flat, gram, zero, part_of_goal):
-        largest = largest or float(level.values[0])
-        kept = int((level.values > zero * largest).sum())
+        kept = int((level.values > zero * (found[0][0] if found else level.values[0])).sum())
         basis, values = level.basis[:kept], level.values[:kept]
         scaled = (basis / ((values / values[0]) ** ((1 - power) / 2))[:, None]).T
         root = add_gram_(scaled.new_zeros(len(scaled), len(scaled)), scaled)
-        root = mirror_upper(root.T).div_((values[0] / (largest if power else 1.0)) ** (1 - power))
+        root = mirror_upper(root.T).div_(values[0] ** (1 - power))
         # A product with the numbers in the order of the matrix's.
         part = root @ level.rows if level.rows.is_contiguous() else (level.rows.T @ root).T
         factor = part if level.outer is None else factor.add_((level.outer.T @ part).to(factor.dtype))

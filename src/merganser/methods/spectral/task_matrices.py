@@ -17,7 +17,7 @@ from torch import Tensor
 
 from merganser.methods.base import Needs, Options
 from merganser.methods.elementwise import added
-from merganser.methods.matrix import Matrix, lengthening
+from merganser.methods.matrix import Matrix, lengthening_of
 from merganser.methods.spectral.singular import flattened, in_enough_precision
 
 
@@ -65,12 +65,6 @@ class TaskMatrices:
         """Σ cᵢδᵢ; needs a coefficient that is not zero."""
         return reduce(Tensor.add_, self)
 
-    def lengthening(self) -> float:
-        """k = Σ‖cᵢδᵢ‖ / ‖Σcᵢδᵢ‖, see :func:`~merganser.methods.matrix.lengthening`."""
-        norm = torch.linalg.vector_norm
-        lengths = [float(norm(matrix, dtype=torch.float64)) for matrix in self]
-        return lengthening(lengths, float(norm(self.total(), dtype=torch.float64)))
-
 
 def spectral(
     merged: Callable[[TaskMatrices, Any], Tensor],
@@ -96,7 +90,7 @@ def spectral(
         def compute(dtype: torch.dtype) -> Tensor:
             tasks = TaskMatrices(base, weights, coefficients, dtype)
             change = merged(tasks, settings)
-            return flattened(change, tasks.lengthening() ** -settings.spectrum) if settings.spectrum else change
+            return flattened(change, lengthening_of(iter(tasks)) ** -settings.spectrum) if settings.spectrum else change
 
         change = in_enough_precision(compute, base.shape, weights[0].dtype)
         return added(base, change, settings.scale)
